@@ -40,7 +40,7 @@ REPO = "alice/safety"
 Keys = tuple[Path, Path]
 
 
-@pytest.mark.parametrize("mode", ["lfs", "multipart", pytest.param("xet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["lfs", "multipart", "xet"])
 def test_round_trip_over_every_transfer(
     hub: HubServer, store: Store, mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -234,17 +234,22 @@ def _wait(state: RetryCallState) -> float:
 
 
 def _checked(path: Path, what: str) -> bytes:
-    """A cached file's bytes, against the hash that its blob is named by: SHA-256 for large files, git's for others."""
+    """A cached file's bytes, against the hash that the Hub names for it: SHA-256 for large files, git's for others.
+
+    That hash is what the client calls the file's blob in the repository's own cache. A blob that came over Xet is
+    itself a link, into a store shared by all repositories, where Xet's hash is the name: that one is not asked.
+    """
+    places = _links(path)
     try:
-        blob = path.resolve()
-        if blob.stat().st_size > MAX_BYTES:
-            raise HubError(f"{what} has {blob.stat().st_size} bytes; the limit is {MAX_BYTES}", "this is no patch")
-        data = blob.read_bytes()
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise HubError(f"{what} has {size} bytes; the limit is {MAX_BYTES}", "this is no patch")
+        data = path.read_bytes()
     except OSError as error:
         raise HubError(
             f"{what} cannot be read from the cache: {reason(error)}", "free some space; see HF_HOME"
         ) from error
-    wanted = blob.name
+    wanted = places[1].name if len(places) > 1 else ""
     if re.fullmatch(r"[0-9a-f]{64}", wanted):
         good = hashlib.sha256(data).hexdigest() == wanted
     elif _SHA.fullmatch(wanted):
@@ -253,7 +258,7 @@ def _checked(path: Path, what: str) -> bytes:
     else:  # a proxy's own ETag, or a cache without links: the signature and the patch's digest still stand
         return data
     if not good:
-        for item in (path, blob):
+        for item in places:
             with contextlib.suppress(OSError):
                 item.unlink()
         raise DigestMismatch(
@@ -261,6 +266,14 @@ def _checked(path: Path, what: str) -> bytes:
             "they were damaged on the way, or changed in the cache, and are removed now: fetch it again",
         )
     return data
+
+
+def _links(path: Path) -> list[Path]:
+    """A path and what it links to, one link at a time; the last is the file itself."""
+    places = [path]
+    while places[-1].is_symlink() and len(places) < 8:
+        places.append(places[-1].parent / places[-1].readlink())
+    return places
 
 
 def _known_missing(repo_id: str, path: str, revision: str) -> bool:
