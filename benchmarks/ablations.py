@@ -1,17 +1,19 @@
-"""Ablations of the method, one question and one plot each, on validation acts of the reference world.
+"""Ablations of the method and of its training defaults, one question and one plot each.
 
     python benchmarks/ablations.py [--groups z k …] [--seeds 0 1 2] [--steps N] [--limit N] [--out DIR]
 
 Every point changes one thing against the defaults (train/settings.py), trains on the reference world's vanilla
-training prompts, and answers the jailbreak, over-refusal and utility suites of the *validation* acts: these
-figures choose defaults, so the test acts stay out of it. benchmarks/ablations_defaults.py has the finer settings.
-Finished points are kept in OUT/ablations.json and not made again. About a minute a point on 2 CPU cores.
+training prompts, and answers the suites of the *validation* acts: these figures choose defaults, so the test
+acts stay out of it. Finished points are kept in OUT/ablations.json and not made again, so that an interrupted run
+goes on. About a minute a point on 2 CPU cores. docs/decisions/003-training-defaults.md says what follows.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import sys
 import tempfile
 import time
@@ -20,19 +22,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ablations_defaults import folded, score
+import torch
 
 from nest_runtime.anatomy import find_sites
+from nest_runtime.evaluate import load_suites, sample_cases
+from nest_runtime.evaluate.judges import ReferenceJudge
 from nest_runtime.evaluate.plots import OKABE_ITO, require_matplotlib
+from nest_runtime.evaluate.report import EvalResult
+from nest_runtime.evaluate.run import evaluate
 from nest_runtime.evaluate.stats import Rate
-from nest_runtime.models import load_model
+from nest_runtime.models import LoadedModel, load_model
+from nest_runtime.patch import Patch
 from nest_runtime.reference.world import training_prompts
 from nest_runtime.train.data import Example, make_examples
-from nest_runtime.train.files import stage_key, write_json, write_text
+from nest_runtime.train.files import read_json, stage_key, write_json, write_text
 from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.run import Run
 from nest_runtime.train.sites import SitesFile
 
+SUITES = ("jailbreak-seen", "jailbreak-held-out", "plain", "over-refusal", "utility")
 DRAWN = (
     ("jailbreak-seen", "ASR, seen wrappings", "o"),
     ("jailbreak-held-out", "ASR, held-out wrappings", "s"),
@@ -60,10 +68,21 @@ class Point:
     share: float = 1.0
 
 
+def _each(name: str, values: Sequence[Any], form: str = "{}") -> tuple[Point, ...]:
+    """A point for each value of one field."""
+    return tuple(Point(form.format(value), {name: value}) for value in values)
+
+
 GROUPS: dict[str, tuple[str, tuple[Point, ...]]] = {
-    "z": ("z threshold", tuple(Point(f"{z:g}", {"z": z}) for z in (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0))),
-    "k": ("clusters per projection", tuple(Point(f"{k}", {"k_min": k, "k_max": k}) for k in (1, 2, 3, 4, 8))),
-    "pooling": ("pooling over the prompt's tokens", tuple(Point(p, {"pooling": p}) for p in ("max", "mean", "last"))),
+    "z": ("z threshold", _each("z", (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0), "{:g}")),
+    "k": (
+        "clusters per projection",
+        (
+            *(Point(f"{k}", {"k_min": k, "k_max": k}) for k in (1, 2, 3, 4, 8)),
+            Point("2 to 3, by silhouette", {"k_min": 2, "k_max": 3}),
+        ),
+    ),
+    "pooling": ("pooling over the prompt's tokens", _each("pooling", ("max", "mean", "last"))),
     "projections": (
         "patched projections",
         (Point("gate", kinds=("gate",)), Point("up", kinds=("up",)), Point("both")),
@@ -75,7 +94,7 @@ GROUPS: dict[str, tuple[str, tuple[Point, ...]]] = {
             for low, high in ((0.0, 1.0), (0.0, 0.5), (0.15, 0.65), (0.5, 1.0))
         ),
     ),
-    "sign": ("kept neurons", tuple(Point(s, {"sign": s}) for s in ("positive", "absolute"))),
+    "sign": ("kept neurons, by the sign of their probe weight", _each("sign", ("positive", "absolute"))),
     "rows": (
         "rows of a cluster",
         (
@@ -87,6 +106,16 @@ GROUPS: dict[str, tuple[str, tuple[Point, ...]]] = {
     ),
     "control": ("neurons", (Point("located"), Point("random", {"control": "random"}))),
     "prompts": ("share of the training prompts", tuple(Point(f"{s:g}", share=s) for s in (0.05, 0.1, 0.25, 0.5, 1.0))),
+    "recovery": ("refusals after up to so many tokens of a harmful answer", _each("recovery_tokens", (0, 1, 3, 8))),
+    "normalization": ("z-scores taken over", _each("normalization", ("projection", "robust", "model"))),
+    "probe": ("probe", _each("probe", ("lbfgs", "adam"))),
+    "lr": (
+        "learning rate of rows and loadings",
+        tuple(Point(f"{lr:g}", {"lr": lr, "loadings_lr": lr}) for lr in (3e-3, 1e-2, 3e-2)),
+    ),
+    "steps": ("training steps", _each("steps", (100, 200, 350))),
+    "decay": ("AdamW weight decay of the rows", _each("weight_decay", (0.0, 0.1, 0.3, 1.0), "{:g}")),
+    "kl": ("weight of KL(base ‖ patched) on benign answers", _each("kl_weight", (0.0, 0.3, 1.0), "{:g}")),
 }
 
 
@@ -99,8 +128,27 @@ class UntiedRun(Run):
         return SitesFile(tuple(apart), found.settings, found.data, found.base_hash, found.base_model)
 
 
-def measure(loaded: Any, point: Point, recipe: Recipe, limit: int) -> dict[str, Any]:
-    """Train one point and score it on validation acts."""
+def score(loaded: LoadedModel, patch: Patch | None, limit: int) -> dict[str, float]:
+    """Rates on validation acts by suite, and the share of garbled answers."""
+    cases = sample_cases(load_suites(SUITES, split="validation"), limit)
+    result = evaluate(loaded.model, loaded.tokenizer, cases, ReferenceJudge(), patch=patch, batch_size=128)
+    return {**rates(result), "garbled": garbled(result)}
+
+
+def rates(result: EvalResult) -> dict[str, float]:
+    """One rate per suite: attack success of the harmful ones, over-refusal and utility of their own."""
+    measures = {"over-refusal": "over_refusal", "utility": "utility"}
+    return {suite: float(result.rate(measures.get(suite, "asr"), suite).value or 0.0) for suite in SUITES}
+
+
+def garbled(result: EvalResult) -> float:
+    """Share of jailbreak answers that neither refuse nor comply."""
+    rows = [record for record in result.records if record.suite.startswith("jailbreak")]
+    return sum(record.outcome not in ("refused", "complied") for record in rows) / len(rows)
+
+
+def measure(loaded: LoadedModel, point: Point, recipe: Recipe, limit: int) -> dict[str, Any]:
+    """Train one point and score it."""
     harmful, benign = (make_examples(rows) for rows in training_prompts())
     harmful, benign = (rows[: max(round(point.share * len(rows)), 4)] for rows in (harmful, benign))
     projections = [site for site in find_sites(loaded.model) if site.kind in point.kinds]
@@ -110,17 +158,17 @@ def measure(loaded: Any, point: Point, recipe: Recipe, limit: int) -> dict[str, 
         run = kind(loaded.model, loaded.tokenizer, projections, recipe, loaded.hash, loaded.name, Path(folder), None)
         result = run.train(harmful, benign, (), None, "ablation", "v1", None)
     seconds = time.perf_counter() - began
-    with folded(loaded.model, result.patch):
-        figures = score(loaded.model, loaded.tokenizer, "validation", limit)
     patch = result.patch
+    found = [site.stats["silhouette"] for site in patch.sites if site.stats.get("silhouette") is not None]
     return {
         "parameters": patch.parameters,
         "neurons": patch.neurons,
         "clusters": patch.clusters,
+        "silhouette": sum(found) / len(found) if found else 0.0,
         "prompts": len(harmful) + len(benign),
         "best_step": result.report["best_step"],
         "seconds": round(seconds, 1),
-        **figures,
+        **score(loaded, patch, limit),
     }
 
 
@@ -161,32 +209,38 @@ def draw(group: str, rows: Sequence[dict[str, Any]], limit: int, path: Path) -> 
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """A table per group."""
-    parts = ["# Ablations\n\nValidation acts; one thing changed at a time. Made by `benchmarks/ablations.py`.\n"]
+def markdown(found: dict[str, Any], about: str) -> str:
+    """A table per group, the base first."""
+    heads = ["", "parameters", "neurons", "ASR seen", "ASR held out", "ASR plain", "garbled", "over-refusal", "utility"]
+    top = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    parts = [f"# Ablations\n\n{about}\n"]
+    if base := found.get("base", {}).get("figures"):
+        parts.append("\n".join([*top, _line({"label": "base", "parameters": 0, "neurons": 0, **base})]) + "\n")
     for group, (title, _) in GROUPS.items():
         rows = rows_of(found, group)
         if not rows:
             continue
-        heads = [
-            "",
-            "parameters",
-            "neurons",
-            "ASR seen",
-            "ASR held out",
-            "ASR plain",
-            "over-refusal",
-            "utility",
-            "seeds",
-        ]
-        lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-        for row in rows:
-            keys = ("jailbreak-seen", "jailbreak-held-out", "plain", "over-refusal", "utility")
-            cells = [row["label"], f"{row['parameters']:,.0f}", f"{row['neurons']:,.0f}"]
-            cells += [f"{100 * row[key]:.1f} %" for key in keys]
-            lines.append("| " + " | ".join([*cells, str(row["seeds"])]) + " |")
-        parts.append(f"## {title[0].upper()}{title[1:]}\n\n![{title}]({group}.png)\n\n" + "\n".join(lines) + "\n")
+        picture = f"![{title}]({group}.png)"
+        parts.append(f"## {title[0].upper()}{title[1:]}\n\n{picture}\n\n" + "\n".join([*top, *map(_line, rows)]) + "\n")
     return "\n".join(parts)
+
+
+def _line(row: dict[str, Any]) -> str:
+    keys = ("jailbreak-seen", "jailbreak-held-out", "plain", "garbled", "over-refusal", "utility")
+    cells = [row["label"], f"{row['parameters']:,.0f}", f"{row['neurons']:,.0f}"]
+    return "| " + " | ".join([*cells, *(f"{100 * row[key]:.1f} %" for key in keys)]) + " |"
+
+
+def about(arguments: argparse.Namespace) -> str:
+    """How the figures came to be, for the page."""
+    seeds = ", ".join(str(seed) for seed in arguments.seeds)
+    day = time.strftime("%Y-%m-%d", time.gmtime(int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))))
+    return (
+        "Validation acts of the reference world; one thing changed against the defaults at a time. "
+        f"Garbled answers to jailbreak prompts neither refuse nor comply. {arguments.limit} prompts a suite at most, "
+        f"seed {seeds}, {platform.machine()} with {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, {day}, by\n\n    python {' '.join(['benchmarks/ablations.py', *sys.argv[1:]])}"
+    )
 
 
 def main() -> None:
@@ -196,34 +250,36 @@ def main() -> None:
     parser.add_argument("--groups", nargs="*", default=list(GROUPS), choices=list(GROUPS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--steps", type=int, help="training steps of every point; the recipe's by default")
-    parser.add_argument("--limit", type=int, default=200, help="prompts of a suite")
+    parser.add_argument("--limit", type=int, default=300, help="prompts of a suite")
     parser.add_argument("--out", type=Path, default=Path("docs/results/ablations"))
     arguments = parser.parse_args()
     require_matplotlib()
     loaded = load_model(arguments.model)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "ablations.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found: dict[str, Any] = read_json(path) or {}
+    key = stage_key(base=[loaded.hash, arguments.limit])
+    if found.get("base", {}).get("digest") != key:
+        figures = score(loaded, None, arguments.limit)
+        found["base"] = {"group": "", "label": "base", "digest": key, "figures": figures}
     for seed in arguments.seeds:
         base = Recipe(seed=seed) if arguments.steps is None else Recipe(seed=seed, steps=arguments.steps)
         for group, point in [(name, point) for name in arguments.groups for point in GROUPS[name][1]]:
             recipe = base.evolve(**point.changes)
             trained = [recipe.to_json(), list(point.kinds), point.untied, point.share, loaded.hash, arguments.limit]
-            key = f"{group}/{point.label}/{seed}"
-            digest = stage_key(point=trained)
-            if found.get(key, {}).get("digest") == digest:
+            name, digest = f"{group}/{point.label}/{seed}", stage_key(point=trained)
+            if found.get(name, {}).get("digest") == digest:
                 continue
             same = next((entry for entry in found.values() if entry["digest"] == digest), None)
             figures = same["figures"] if same else measure(loaded, point, recipe, arguments.limit)
-            found[key] = {"group": group, "label": point.label, "seed": seed, "digest": digest, "figures": figures}
+            found[name] = {"group": group, "label": point.label, "seed": seed, "digest": digest, "figures": figures}
             write_json(path, found)
-            print(key, json.dumps(figures), file=sys.stderr, flush=True)
+            print(name, json.dumps(figures), file=sys.stderr, flush=True)
     for group in GROUPS:
-        rows = rows_of(found, group)
-        if rows:
+        if rows := rows_of(found, group):
             draw(group, rows, arguments.limit, arguments.out / f"{group}.png")
-    write_text(arguments.out / "ablations.md", markdown(found))
-    print(markdown(found))
+    write_text(arguments.out / "ablations.md", markdown(found, about(arguments)))
+    print(markdown(found, about(arguments)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 - v3: re-tuned from v2 with the strongest recipe, then averaged with v1 and v2.
 
 All train on vanilla prompts of train acts only and are measured on the test acts, which neither a patch nor a
-choice of settings has seen (settings were chosen on validation acts, benchmarks/ablations_defaults.py).
+choice of settings has seen (settings were chosen on validation acts, benchmarks/ablations.py).
 The same machine makes the same bytes again: dates come from SOURCE_DATE_EPOCH.
 """
 

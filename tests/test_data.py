@@ -112,6 +112,7 @@ def test_missing_files_suggest_the_nearest(tmp_path: Path) -> None:
     refused(tmp_path / "harmfull.jsonl", "no such prompt file", "did you mean", "harmful.jsonl")
     refused(tmp_path / "nowhere" / "x.jsonl", "does not exist either")
     refused(tmp_path, "is a folder")
+    refused(Path("/dev/null"), "device or a pipe")
 
 
 def test_dataset_references() -> None:

@@ -52,6 +52,8 @@ def check_file(path: Path) -> None:
         raise DataError(f"{path} is a folder; expected a prompt file", "name one file in it")
     if path.is_file():
         return
+    if path.exists():
+        raise DataError(f"{path} is a device or a pipe; expected a prompt file", "save the prompts to a file first")
     folder = path.parent
     names = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)

@@ -1,7 +1,7 @@
 """The recipe: every setting of training in one frozen value, with our defaults.
 
 The paper (arXiv 2602.16835) leaves its threshold, cluster range, learning rate, steps, loss details and
-refusal texts open. So every default here is ours; benchmarks/ablations_defaults.py measures them and
+refusal texts open. So every default here is ours; benchmarks/ablations.py measures them and
 docs/decisions/003-training-defaults.md keeps the results, bad ones included.
 """
 
