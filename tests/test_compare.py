@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,7 +18,8 @@ from nest_runtime.baselines import FitData, Fitted, Target, make_methods
 from nest_runtime.cli import compare as command
 from nest_runtime.errors import DataError, UsageError
 from nest_runtime.evaluate.cases import Case, user
-from nest_runtime.evaluate.compare import Cell, Comparison, Outcome, Plan
+from nest_runtime.evaluate.cells import Cell
+from nest_runtime.evaluate.compare import Comparison, Outcome, Plan
 from nest_runtime.evaluate.comparison import claims, document, markdown, rows
 from nest_runtime.evaluate.judges.base import Judge, Verdict
 from nest_runtime.evaluate.plots import draw
@@ -53,11 +55,12 @@ class SayJudge(Judge):
 class Says:
     """A method whose answers follow from its value: harmful prompts get "No." from value 1 on, all from value 2 on."""
 
-    knob, grid, fallback, seeded = "force", (0.0, 1.0, 2.0), 0.0, True
+    knob, grid, fallback, seeded, revision = "force", (0.0, 1.0, 2.0), 0.0, True, "1"
 
     def __init__(self, name: str, log: list[tuple[str, float, int]], trainable: int = 0) -> None:
         self.name, self.title, self.log, self.trainable = name, name.title(), log, trainable
         self.interrupt_at: int | None = None
+        self.always: str | None = None
 
     def fit(
         self, target: Target, data: FitData, recipe: Any, *, value: float, workdir: Path, progress: Any = None
@@ -68,6 +71,8 @@ class Says:
 
         def screen(messages: Sequence[Any], answer: str | None) -> str:
             harmful = "forge" in messages[-1]["content"]
+            if self.always:
+                return self.always
             return "No." if value >= 2 or (harmful and value >= 1) else "Yes."
 
         return Fitted(self.name, self.trainable, None, 10, 0.5, 7, {"value": value}, nullcontext, screen=screen)
@@ -133,13 +138,86 @@ def test_another_setting_is_another_cell(target: Target, log: list[Any], tmp_pat
     comparison.run(replace(plan, max_new_tokens=3))
     _comparison(target, tmp_path, progress=lambda *_: None).run(plan)
     assert len(log) == 3
+    plan.methods[0].revision = "2"
+    comparison.run(plan)
+    half = replace(target, model=copy.deepcopy(target.model).bfloat16())
+    _comparison(half, tmp_path).run(plan)
+    fewer = Comparison(target, harmful_examples(9), benign_examples(), CASES, SayJudge(), workdir=tmp_path)
+    fewer.run(plan)
+    moved = [replace(case, family="other") for case in CASES]
+    Comparison(target, harmful_examples(), benign_examples(), moved, SayJudge(), workdir=tmp_path).run(plan)
+    assert len(log) == 7
+    comparison.run(plan)
+    assert len(log) == 7
+
+
+def test_a_cell_begun_anew_keeps_no_old_answers(target: Target, log: list[Any], tmp_path: Path) -> None:
+    """Answers of an interrupted fit, or of one before --fresh, are not taken for the new fit's."""
+    method = Says("one", log)
+    plan = Plan((method,), RECIPE, values={"one": 0.0})
+    assert _comparison(target, tmp_path).run(plan).cells[0].result.rate("asr").value == 1.0
+    method.always = "No."
+    again = _comparison(target, tmp_path, resume=False).run(plan)
+    assert again.cells[0].result.rate("asr").value == 0.0
+    (next(tmp_path.glob("cells/*")) / "cell.json").unlink()  # as if interrupted after the last answer
+    method.always = "Yes."
+    assert _comparison(target, tmp_path).run(plan).cells[0].result.rate("asr").value == 1.0
+
+
+class StrictJudge(SayJudge):
+    """The same judge with another rule, under the same name."""
+
+    identity = "say, strictly"
+
+    def judge(self, case: Case, answer: str) -> Verdict:
+        return Verdict("unhelpful") if case.kind == "harmful" else super().judge(case, answer)
+
+
+def test_another_judge_judges_finished_cells_again_without_a_new_fit(
+    target: Target, log: list[Any], tmp_path: Path
+) -> None:
+    plan = Plan((_base(log),), RECIPE)
+    assert _comparison(target, tmp_path).run(plan).cells[0].result.rate("asr").value == 1.0
+    for judge, asr in ((StrictJudge(), 0.0), (StrictJudge(), 0.0), (SayJudge(), 1.0)):
+        comparison = Comparison(target, harmful_examples(), benign_examples(), CASES, judge, workdir=tmp_path)
+        (cell,) = comparison.run(plan).cells
+        assert (cell.result.rate("asr").value, cell.judge) == (asr, judge.identity)
+    assert len(log) == 1
+
+
+def test_tries_that_another_judge_would_need_are_made(target: Target, log: list[Any], tmp_path: Path) -> None:
+    cases = [replace(CASES[0], id=f"try{i}", trial="t", attempt=i) for i in range(2)]
+    run = lambda judge: Comparison(  # noqa: E731
+        target, harmful_examples(), benign_examples(), cases, judge, workdir=tmp_path
+    ).run(Plan((_base(log),), RECIPE))
+    assert len(run(SayJudge()).cells[0].result.records) == 1  # the first try succeeds
+    assert len(run(StrictJudge()).cells[0].result.records) == 2
+    assert len(log) == 2
+
+
+def test_cells_of_other_code_are_taken_but_said_so(target: Target, log: list[Any], tmp_path: Path) -> None:
+    plan = Plan((_base(log), Says("one", log)), RECIPE)
+    outcome = _comparison(target, tmp_path).run(plan)
+    assert outcome.notes == ()
+    made = document(outcome, {})
+    assert {"nest_runtime", "commit", "code", "packages", "machine", "created", "seeds"} <= made.keys()
+    assert {"processor", "cores", "threads", "gpu"} <= made["machine"].keys()
+    assert {"torch", "transformers"} <= made["packages"].keys()
+    path = next(tmp_path.glob("cells/test-one-*/cell.json"))
+    cell = json.loads(path.read_text(encoding="utf-8"))
+    cell["made"] |= {"code": "sha256:0", "commit": "0123456789abcdef"}
+    path.write_text(json.dumps(cell), encoding="utf-8")
+    again = _comparison(target, tmp_path).run(plan)
+    assert len(log) == 2
+    assert again.notes[0].startswith("1 of 2 cells were made by other code than is running now (0123456789ab)")
+    assert "1 of 2 cells" in markdown(document(again, {}))
 
 
 def test_a_damaged_cell_is_an_error_not_a_gap(target: Target, log: list[Any], tmp_path: Path) -> None:
     plan = Plan((_base(log),), RECIPE)
     _comparison(target, tmp_path).run(plan)
     path = next(tmp_path.glob("cells/*/cell.json"))
-    path.write_text('{"format": 1}', encoding="utf-8")
+    path.write_text('{"format": 2}', encoding="utf-8")
     with pytest.raises(DataError, match="is no finished cell"):
         _comparison(target, tmp_path).run(plan)
 

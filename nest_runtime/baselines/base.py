@@ -158,6 +158,8 @@ class Method(Protocol):
         grid: the knob's values that the sweep tries; as many for every method that has a knob.
         fallback: the value to take for a model that no sweep was made for.
         seeded: whether another seed can give another result.
+        revision: changed whenever the method comes to compute something else with the same settings: finished cells
+            of a comparison are then made anew.
     """
 
     name: ClassVar[str]
@@ -166,6 +168,7 @@ class Method(Protocol):
     grid: ClassVar[tuple[float, ...]]
     fallback: ClassVar[float]
     seeded: ClassVar[bool]
+    revision: ClassVar[str]
 
     def fit(
         self,

@@ -67,6 +67,7 @@ class CircuitBreaker:
     grid: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2, 3e-2)
     fallback: ClassVar[float] = 1e-4
     seeded: ClassVar[bool] = True
+    revision: ClassVar[str] = "1"
 
     def fit(
         self,

@@ -40,6 +40,7 @@ class Filter:
     grid: ClassVar[tuple[float, ...]] = (0.8, 0.9, 0.97, 1.0)
     fallback: ClassVar[float] = 0.97
     seeded: ClassVar[bool] = True  # the split of the training data follows the seed
+    revision: ClassVar[str] = "1"
 
     def fit(
         self,

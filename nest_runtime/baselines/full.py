@@ -26,6 +26,7 @@ class Full:
     grid: ClassVar[tuple[float, ...]] = (3e-5, 1e-4, 3e-4, 1e-3)
     fallback: ClassVar[float] = 1e-5
     seeded: ClassVar[bool] = True
+    revision: ClassVar[str] = "1"
 
     def fit(
         self,

@@ -39,6 +39,7 @@ class InContext:
     grid: ClassVar[tuple[float, ...]] = (0, 2, 4, 8)
     fallback: ClassVar[float] = 4
     seeded: ClassVar[bool] = True
+    revision: ClassVar[str] = "1"
 
     def fit(
         self,

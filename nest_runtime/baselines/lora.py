@@ -35,6 +35,7 @@ class Lora:
     grid: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2, 3e-2)
     fallback: ClassVar[float] = 2e-4
     seeded: ClassVar[bool] = True
+    revision: ClassVar[str] = "1"
 
     def modules(self, model: Any) -> list[str]:
         """Leaf names of the modules that get an adapter."""

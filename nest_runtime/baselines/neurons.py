@@ -30,6 +30,7 @@ class Nest:
     grid: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2, 1e-1)
     fallback: ClassVar[float] = 1e-3
     seeded: ClassVar[bool] = True
+    revision: ClassVar[str] = "1"
     changes: ClassVar[dict[str, Any]] = {"loadings": "tied", "control": "none"}
 
     def fit(

@@ -19,6 +19,7 @@ class Base:
     grid: ClassVar[tuple[float, ...]] = ()
     fallback: ClassVar[float] = 0.0
     seeded: ClassVar[bool] = False
+    revision: ClassVar[str] = "1"
 
     def fit(
         self,

@@ -1,36 +1,34 @@
 """Every method on the same data, budget, judge and prompts: fit, answer, judge, and keep each finished cell.
 
 A cell is one method with one value of its knob and one seed, on one set of cases. It is written when it
-is finished, under a digest of all that it depends on, so that a rerun redoes no finished cell. The sweep runs cells
-on validation cases and chooses each method's value; rows, tables and claims are made from cells in
-comparison.py, pictures in plots.py.
+is finished (cells.py), so that a rerun redoes no finished cell. The sweep runs cells on validation cases and chooses
+each method's value; rows, tables and claims are made from cells in comparison.py, pictures in plots.py.
 """
 
 from __future__ import annotations
 
-import platform
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nest_runtime import __version__
 from nest_runtime.baselines.base import FitData, Fitted, Method, Target
 from nest_runtime.baselines.data import prepare_data
 from nest_runtime.errors import DataError, UsageError
 from nest_runtime.evaluate.cases import Case, digest_of
+from nest_runtime.evaluate.cells import Cell, cases_digest, cell_key, notes_on, read_cell, write_cell
 from nest_runtime.evaluate.judges.base import Judge
 from nest_runtime.evaluate.prompting import PrefillView
+from nest_runtime.evaluate.provenance import provenance
 from nest_runtime.evaluate.report import EvalResult
-from nest_runtime.evaluate.run import Subject, check_judges, evaluate_answers
+from nest_runtime.evaluate.run import Answerer, Subject, check_judges, evaluate_answers
 from nest_runtime.evaluate.sweep import SweepRow, held_cases, mark_chosen, sweep_row
 from nest_runtime.train.data import Example, examples_digest
-from nest_runtime.train.files import read_json, write_json
 from nest_runtime.train.settings import Recipe
 
 Progress = Callable[[str, int, int], None]
-CELL_FORMAT = 1
+CELL_FILE = "cell.json"
 
 
 @dataclass(frozen=True)
@@ -64,35 +62,14 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One method, value and seed, measured.
-
-    Attributes:
-        fit: trainable, artifact_bytes, seconds, peak_bytes, report: what fitting took.
-        result: answers and verdicts on the cases.
-    """
-
-    method: str
-    knob: str
-    value: float
-    seed: int
-    fit: Mapping[str, Any]
-    result: EvalResult
-
-    @property
-    def setting(self) -> str:
-        """The knob and its value, for people."""
-        return f"{self.knob} {self.value:g}" if self.knob else "–"
-
-
-@dataclass(frozen=True)
 class Outcome:
-    """All cells of a comparison, the sweep that chose the values, and what identifies the run."""
+    """All cells of a comparison, the sweep that chose the values, what identifies the run, and remarks on it."""
 
     cells: tuple[Cell, ...]
     sweep: tuple[SweepRow, ...]
     values: Mapping[str, float]
     identity: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 class Comparison:
@@ -132,12 +109,15 @@ class Comparison:
                 )
         check_judges([judge])
         self.target, self.harmful, self.benign, self.judge = target, list(harmful), list(benign), judge
+        self.digests = (examples_digest(self.harmful), examples_digest(self.benign))
         self.cases, self.validation_cases = list(cases), validation_cases
         self.workdir, self.resume, self.progress = workdir, resume, progress
         self._data: dict[str, FitData] = {}
+        self._seen: list[Cell] = []  # of the sweep too
 
     def run(self, plan: Plan) -> Outcome:
         """Sweep where the plan says so, then every method and seed on the cases."""
+        self._seen.clear()
         sweep = self.sweep(plan) if plan.sweep else ()
         values = {row.method: row.value for row in sweep if row.chosen}
         values = {m.name: values.get(m.name, plan.value_of(m)) for m in plan.methods if m.knob}
@@ -146,8 +126,9 @@ class Comparison:
         for number, (method, seed) in enumerate(jobs):
             self._tell("methods", number, len(jobs))
             cells.append(self.cell(plan, method, values.get(method.name, method.fallback), seed, self.cases, "test"))
+            self._seen.append(cells[-1])
         self._tell("methods", len(jobs), len(jobs))
-        return Outcome(tuple(cells), tuple(sweep), values, self.identity(plan))
+        return Outcome(tuple(cells), tuple(sweep), values, self.identity(plan), tuple(notes_on(self._seen)))
 
     def sweep(self, plan: Plan) -> tuple[SweepRow, ...]:
         """Every value of every method's grid on the validation cases, the best of each method marked."""
@@ -157,19 +138,23 @@ class Comparison:
         for number, (method, value) in enumerate(jobs):
             self._tell("sweep", number, len(jobs))
             cell = self.cell(plan, method, value, plan.seeds[0], cases, "sweep")
+            self._seen.append(cell)
             rows.append(sweep_row(cell.method, cell.knob, cell.value, cell.result))
         self._tell("sweep", len(jobs), len(jobs))
         return mark_chosen(rows)
 
     def cell(self, plan: Plan, method: Method, value: float, seed: int, cases: Sequence[Case], kind: str) -> Cell:
         """A finished cell from the folder, or a new one, kept there."""
-        key = self._key(plan, method, value, seed, cases)
-        folder = self.workdir / "cells" / f"{kind}-{method.name}-s{seed}-{key}"
-        path = folder / "cell.json"
-        known = read_json(path) if self.resume else None
-        if known is not None:
-            return _read_cell(path, known)
         recipe = plan.recipe.evolve(seed=seed)
+        key = cell_key(self.target, method, value, recipe, self.digests, cases, plan.max_new_tokens)
+        folder = self.workdir / "cells" / f"{kind}-{method.name}-s{seed}-{key}"
+        known = read_cell(folder / CELL_FILE) if self.resume else None
+        if known is not None:
+            judged = self._judged(plan, known, cases, key, folder)
+            if judged is not None:
+                return judged
+        if folder.exists():  # answers of an interrupted or another fit are not this one's
+            shutil.rmtree(folder)
         fitted = method.fit(self.target, self.data(recipe), recipe, value=value, workdir=folder, progress=self.progress)
         result = self._evaluate(plan, fitted, cases, key, folder)
         fit = {
@@ -179,14 +164,25 @@ class Comparison:
             "peak_bytes": fitted.peak_bytes,
             "report": dict(fitted.report),
         }
-        cell = Cell(method.name, method.knob, value, seed, fit, result)
-        fields = {name: getattr(cell, name) for name in ("method", "knob", "value", "seed", "fit")}
-        write_json(path, {"format": CELL_FORMAT, **fields, "result": result.to_json()})
+        cell = Cell(method.name, method.knob, value, seed, fit, result, self.judge.identity, provenance())
+        write_cell(folder / CELL_FILE, cell)
         return cell
+
+    def _judged(self, plan: Plan, cell: Cell, cases: Sequence[Case], key: str, folder: Path) -> Cell | None:
+        """The cell with this judge's verdicts; None where they would need answers that it does not have."""
+        if cell.judge == self.judge.identity:
+            return cell
+        try:
+            result = self._result(plan, cell.method, _no_answers, cases, key, folder)
+        except _Unanswered:
+            return None
+        again = replace(cell, result=result, judge=self.judge.identity)
+        write_cell(folder / CELL_FILE, again)
+        return again
 
     def data(self, recipe: Recipe) -> FitData:
         """The training data under a seed, made once."""
-        key = digest_of([recipe.seed, recipe.validation_fraction, recipe.answer_tokens, list(recipe.refusals)])
+        key = digest_of(recipe.to_json())
         if key not in self._data:
             self._data[key] = prepare_data(
                 self.target, self.harmful, self.benign, recipe, workdir=self.workdir, progress=self.progress
@@ -194,21 +190,19 @@ class Comparison:
         return self._data[key]
 
     def identity(self, plan: Plan) -> dict[str, Any]:
-        """What this comparison is about: model, data, cases, judge, recipe, machine, date."""
+        """What this comparison is about, and where it comes from: data, cases, judge, recipe; commit, machine, date."""
         return {
             "model": self.target.name,
             "base_hash": self.target.base_hash,
-            "harmful": {"digest": examples_digest(self.harmful), "count": len(self.harmful)},
-            "benign": {"digest": examples_digest(self.benign), "count": len(self.benign)},
-            "cases": {"digest": _cases_digest(self.cases), "count": len(self.cases)},
+            "harmful": {"digest": self.digests[0], "count": len(self.harmful)},
+            "benign": {"digest": self.digests[1], "count": len(self.benign)},
+            "cases": {"digest": cases_digest(self.cases), "count": len(self.cases)},
             "validation_cases": None if self.validation_cases is None else len(self.validation_cases),
             "judge": self.judge.name,
             "recipe": plan.recipe.to_json(),
             "seeds": list(plan.seeds),
             "max_new_tokens": plan.max_new_tokens,
-            "machine": machine(),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "nest_runtime": __version__,
+            **provenance(),
         }
 
     def _evaluate(self, plan: Plan, fitted: Fitted, cases: Sequence[Case], key: str, folder: Path) -> EvalResult:
@@ -218,10 +212,15 @@ class Comparison:
             sizes = {"max_new_tokens": plan.max_new_tokens, "batch_size": plan.batch_size}
             return fitted.answers(target, conversations, on_batch, **sizes)
 
+        return self._result(plan, fitted.method, answer, cases, key, folder)
+
+    def _result(
+        self, plan: Plan, method: str, answer: Answerer, cases: Sequence[Case], key: str, folder: Path
+    ) -> EvalResult:
         subject = Subject(
             model=self.target.name,
             model_hash=self.target.base_hash,
-            patch=fitted.method,
+            patch=method,
             digest=key,
             settings={"max_new_tokens": plan.max_new_tokens, "decoding": "greedy"},
         )
@@ -237,62 +236,14 @@ class Comparison:
             )
         return held_cases(data)
 
-    def _key(self, plan: Plan, method: Method, value: float, seed: int, cases: Sequence[Case]) -> str:
-        parts = {
-            "format": CELL_FORMAT,
-            "version": __version__,
-            "method": [method.name, value, seed],
-            "recipe": plan.recipe.evolve(seed=seed).to_json(),
-            "base": self.target.base_hash,
-            "data": [examples_digest(self.harmful), examples_digest(self.benign)],
-            "cases": _cases_digest(cases),
-            "judge": self.judge.identity,
-            "tokens": plan.max_new_tokens,
-        }
-        return digest_of(parts).removeprefix("sha256:")[:16]
-
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress(stage, done, total)
 
 
-def machine() -> dict[str, Any]:
-    """Where this runs: processor, cores, torch and its threads, GPU."""
-    import os
-
-    import torch
-
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
+class _Unanswered(Exception):
+    """Judging a finished cell again asks for answers that it does not have (later tries of best-of-N)."""
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _cases_digest(cases: Sequence[Case]) -> str:
-    return digest_of([[case.id, case.suite, case.judged_digest] for case in cases])
-
-
-def _read_cell(path: Path, value: Any) -> Cell:
-    try:
-        if value["format"] != CELL_FORMAT:
-            raise ValueError(f"format {value['format']!r}, expected {CELL_FORMAT}")
-        fields = {name: value[name] for name in ("method", "knob", "value", "seed", "fit")}
-        return Cell(**fields, result=EvalResult.from_json(value["result"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{path} is no finished cell: {type(error).__name__}: {error}", "delete it, or start anew with --fresh"
-        ) from error
+def _no_answers(conversations: Any, on_batch: Any) -> list[str]:
+    raise _Unanswered

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nest_runtime.evaluate.compare import Cell, Outcome
+from nest_runtime.evaluate.cells import Cell
+from nest_runtime.evaluate.compare import Outcome
 from nest_runtime.evaluate.report import EvalResult, Record
 from nest_runtime.evaluate.stats import PairedChange, Rate, paired_change
 
@@ -32,6 +33,7 @@ def document(outcome: Outcome, titles: Mapping[str, str]) -> dict[str, Any]:
             for row in outcome.sweep
         ],
         "values": dict(outcome.values),
+        "notes": list(outcome.notes),
         **outcome.identity,
     }
 
@@ -218,7 +220,8 @@ def markdown(data: Mapping[str, Any]) -> str:
         f"{seeds} seed{'s' if seeds > 1 else ''}, judge {data['judge']}, nest-runtime {data['nest_runtime']}, "
         f"{data['created'][:10]}."
     )
-    parts = [about, _rows_table(data["rows"]), _claims_table(data["claims"]), _sweep_table(data["sweep"])]
+    notes = "\n".join(f"Note: {note}." for note in data["notes"])
+    parts = [about, _rows_table(data["rows"]), _claims_table(data["claims"]), _sweep_table(data["sweep"]), notes]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
