@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
-from nest_runtime.baselines import FitData, Fitted, Target, make_methods
+from nest_runtime.baselines import FitData, Fitted, Target, make_methods, prepare_data
 from nest_runtime.cli import compare as command
 from nest_runtime.errors import DataError, UsageError
 from nest_runtime.evaluate.cases import Case, user
@@ -55,7 +56,7 @@ class SayJudge(Judge):
 class Says:
     """A method whose answers follow from its value: harmful prompts get "No." from value 1 on, all from value 2 on."""
 
-    knob, grid, fallback, seeded, revision = "force", (0.0, 1.0, 2.0), 0.0, True, "1"
+    knob, grid, fallback, seeded, revision, unused = "force", (0.0, 1.0, 2.0), 0.0, True, "1", frozenset({"lr", "z"})
 
     def __init__(self, name: str, log: list[tuple[str, float, int]], trainable: int = 0) -> None:
         self.name, self.title, self.log, self.trainable = name, name.title(), log, trainable
@@ -135,6 +136,7 @@ def test_another_setting_is_another_cell(target: Target, log: list[Any], tmp_pat
     comparison, plan = _comparison(target, tmp_path), Plan((_base(log),), RECIPE)
     comparison.run(plan)
     comparison.run(replace(plan, recipe=RECIPE.evolve(steps=4)))
+    comparison.run(replace(plan, recipe=RECIPE.evolve(z=2.5, lr=1.0)))  # which this method does not read
     comparison.run(replace(plan, max_new_tokens=3))
     _comparison(target, tmp_path, progress=lambda *_: None).run(plan)
     assert len(log) == 3
@@ -358,3 +360,23 @@ def test_the_command_compares_on_files_and_prints_json(tiny_llama: Path, tmp_pat
 def test_wrong_usage_is_refused_before_a_model_is_loaded(args: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         CliRunner().invoke(_app(), ["compare", *args], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("name", ["filter", "in-context", "lora", "full", "circuit-breaker", "nest", "nest-loadings"])
+def test_settings_that_a_method_does_not_read_change_nothing(name: str, target: Target, tmp_path: Path) -> None:
+    """What ``unused`` lists is left out of a cell's key, so it had better have no effect."""
+    method = next(method for method in make_methods([name]) if method.name == name)
+    other = {"lr": 0.5, "lr_unit": "row-rms", "loadings": "signed", "loadings_lr": 0.5, "control": "random"}
+    if "z" in method.unused:
+        other |= {"pooling": "mean", "probe": "adam", "z": 9.0, "sign": "positive", "depth_to": 0.6, "k_max": 5}
+    assert other.keys() <= method.unused
+    found = []
+    for part, recipe in (("one", RECIPE), ("two", RECIPE.evolve(**other))):
+        data = prepare_data(target, harmful_examples(), benign_examples(), recipe, workdir=tmp_path / part)
+        value = {"filter": 0.9, "in-context": 2.0}.get(name, 1e-2)
+        fitted = method.fit(target, data, recipe, value=value, workdir=tmp_path / part)
+        found.append(fitted.answers(target, [case.messages for case in CASES], max_new_tokens=6))
+        with fitted.applied(), torch.no_grad():
+            found.append(target.model(input_ids=torch.arange(12)[None]).logits)
+    assert found[0] == found[2]
+    assert torch.equal(found[1], found[3])

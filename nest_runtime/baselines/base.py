@@ -8,21 +8,34 @@ for methods that train nothing the one setting they have. Fitting leaves the mod
 
 from __future__ import annotations
 
+import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
+from nest_runtime.baselines.memory import measured
 from nest_runtime.generate import generate_answers
 from nest_runtime.train.batches import Row
 from nest_runtime.train.data import Example
+from nest_runtime.train.forward import device_of
 from nest_runtime.train.settings import Recipe
 
 Progress = Callable[[str, int, int], None]
 Message = Mapping[str, str]
 Conversation = Sequence[Message]
 OnBatch = Callable[[list[int], list[str]], None]
+Rewrite = Callable[[Conversation], list[dict[str, str]]]
+Screen = Callable[[Conversation, str | None], str | None]
+
+# Recipe fields that every method sets itself, and those that only finding and grouping neurons reads.
+SET_BY_METHODS = frozenset({"lr", "lr_unit", "loadings", "loadings_lr", "control"})
+LOCATING = frozenset(
+    {"pooling", "probe", "probe_lr", "probe_steps", "probe_weight_decay", "probe_holdout", "z", "sign"}
+    | {"normalization", "depth_from", "depth_to", "k_min", "k_max", "min_silhouette", "align_signs", "relocate"}
+)
 
 
 @dataclass(frozen=True)
@@ -93,8 +106,8 @@ class Fitted:
     peak_bytes: int
     report: Mapping[str, Any]
     switch: Callable[[], AbstractContextManager[Any]]
-    rewrite: Callable[[Conversation], list[dict[str, str]]] | None = None
-    screen: Callable[[Conversation, str | None], str | None] | None = None
+    rewrite: Rewrite | None = None
+    screen: Screen | None = None
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -148,8 +161,20 @@ class Fitted:
         return result
 
 
-class Method(Protocol):
-    """One way to make a model safer.
+@dataclass(frozen=True)
+class Learned:
+    """What a method made of the data: :class:`Fitted` without the measurements."""
+
+    artifact: Path | None
+    report: Mapping[str, Any]
+    trainable: int = 0
+    switch: Callable[[], AbstractContextManager[Any]] = nullcontext
+    rewrite: Rewrite | None = None
+    screen: Screen | None = None
+
+
+class Method(ABC):
+    """One way to make a model safer. Subclasses say what it is called and give ``learn``.
 
     Attributes:
         name: as users type it.
@@ -158,17 +183,19 @@ class Method(Protocol):
         grid: the knob's values that the sweep tries; as many for every method that has a knob.
         fallback: the value to take for a model that no sweep was made for.
         seeded: whether another seed can give another result.
+        unused: names of recipe fields without effect on it.
         revision: changed whenever the method comes to compute something else with the same settings: finished cells
             of a comparison are then made anew.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    knob: ClassVar[str]
-    grid: ClassVar[tuple[float, ...]]
-    fallback: ClassVar[float]
-    seeded: ClassVar[bool]
-    revision: ClassVar[str]
+    name: str
+    title: str
+    knob: str = "lr"
+    grid: tuple[float, ...] = ()
+    fallback: float = 0.0
+    seeded: bool = True
+    unused: frozenset[str] = SET_BY_METHODS | LOCATING
+    revision: str = "1"
 
     def fit(
         self,
@@ -180,29 +207,43 @@ class Method(Protocol):
         workdir: Path,
         progress: Progress | None = None,
     ) -> Fitted:
-        """Learn from ``data`` and write the artifact.
+        """Learn from ``data``, write the artifact, and measure what that takes.
 
         Args:
             target: the bare model; the same bits afterwards.
             data: what to learn from.
             recipe: steps, batches, schedule, early stop and seed; the same for every method.
             value: of the knob.
-            workdir: the artifact goes here.
+            workdir: the artifact goes into a folder of the method's name here; whatever is there is removed.
             progress: called as (stage, done, total).
 
         Raises:
             TrainingError, ModelError: it cannot be fitted on this model.
         """
-        ...
+        folder = workdir / self.name
+        if folder.exists():  # an interrupted run's
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        with measured(device_of(target.model)) as cost:
+            learned = self.learn(target, data, recipe, value, folder, progress)
+        return Fitted(
+            method=self.name,
+            trainable=learned.trainable,
+            artifact=learned.artifact,
+            artifact_bytes=artifact_size(learned.artifact),
+            seconds=cost.seconds,
+            peak_bytes=cost.peak_bytes,
+            report=learned.report,
+            switch=learned.switch,
+            rewrite=learned.rewrite,
+            screen=learned.screen,
+        )
 
-
-@dataclass
-class Cost:
-    """What a fit took; filled when the ``measured`` block ends (memory.py)."""
-
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    notes: dict[str, Any] = field(default_factory=dict)
+    @abstractmethod
+    def learn(
+        self, target: Target, data: FitData, recipe: Recipe, value: float, folder: Path, progress: Progress | None
+    ) -> Learned:
+        """What ``fit`` measures: learn, and write the artifact into the empty ``folder``."""
 
 
 def artifact_size(path: Path | None) -> int:

@@ -18,13 +18,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from nest_runtime.anatomy import find_sites
-from nest_runtime.baselines.base import FitData, Fitted, Progress, Target, artifact_size
+from nest_runtime.baselines.base import FitData, Learned, Method, Progress, Target
 from nest_runtime.baselines.lora import (
     adapter_parameters,
     attention_modules,
@@ -33,8 +33,6 @@ from nest_runtime.baselines.lora import (
     loaded,
     save_adapter,
 )
-from nest_runtime.baselines.memory import measured
-from nest_runtime.baselines.parameters import fresh_folder
 from nest_runtime.errors import TrainingError
 from nest_runtime.generate import end_token_ids, pad_token_id
 from nest_runtime.train.batches import make_row, step_rows
@@ -58,50 +56,30 @@ class Text:
     kept_from: int = 0
 
 
-class CircuitBreaker:
+class CircuitBreaker(Method):
     """Representation rerouting of harmful exchanges."""
 
-    name: ClassVar[str] = "circuit-breaker"
-    title: ClassVar[str] = "circuit breakers"
-    knob: ClassVar[str] = "lr"
-    grid: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2, 3e-2)
-    fallback: ClassVar[float] = 1e-4
-    seeded: ClassVar[bool] = True
-    revision: ClassVar[str] = "1"
+    name = "circuit-breaker"
+    title = "circuit breakers"
+    knob = "lr"
+    grid = (1e-3, 3e-3, 1e-2, 3e-2)
+    fallback = 1e-4
 
-    def fit(
-        self,
-        target: Target,
-        data: FitData,
-        recipe: Recipe,
-        *,
-        value: float,
-        workdir: Path,
-        progress: Progress | None = None,
-    ) -> Fitted:
+    def learn(
+        self, target: Target, data: FitData, recipe: Recipe, value: float, folder: Path, progress: Progress | None
+    ) -> Learned:
         """Train the adapters; the last state ships, as published: the loss's two weights change with every step."""
-        folder = fresh_folder(workdir, self.name)
         layers = target_layers(int(target.model.config.num_hidden_layers))
-        names = modules(target.model)
-        with measured(device_of(target.model)) as cost:
-            adapted = range(layers[-1] + 1)
-            with injected(
-                target.model, names, RANK, ALPHA_LORA, recipe.seed, dropout=DROPOUT, layers=adapted
-            ) as peft_model:
-                texts = make_texts(target, data)
-                history = reroute(peft_model, target.tokenizer, texts, recipe, value, layers, progress)
-                trainable = sum(parameter.numel() for parameter in adapter_parameters(peft_model).values())
-                save_adapter(peft_model, folder, getattr(torch, recipe.delta_dtype))
-        return Fitted(
-            method=self.name,
-            trainable=trainable,
-            artifact=folder,
-            artifact_bytes=artifact_size(folder),
-            seconds=cost.seconds,
-            peak_bytes=cost.peak_bytes,
-            report={"steps": recipe.steps, "layers": list(layers), "modules": names, "rank": RANK, "history": history},
-            switch=lambda: loaded(target.model, folder),
-        )
+        names, adapted = modules(target.model), range(layers[-1] + 1)
+        with injected(
+            target.model, names, RANK, ALPHA_LORA, recipe.seed, dropout=DROPOUT, layers=adapted
+        ) as peft_model:
+            texts = make_texts(target, data)
+            history = reroute(peft_model, target.tokenizer, texts, recipe, value, layers, progress)
+            trainable = sum(parameter.numel() for parameter in adapter_parameters(peft_model).values())
+            save_adapter(peft_model, folder, getattr(torch, recipe.delta_dtype))
+        report = {"steps": recipe.steps, "layers": list(layers), "modules": names, "rank": RANK, "history": history}
+        return Learned(folder, report, trainable, switch=lambda: loaded(target.model, folder))
 
 
 def target_layers(depth: int) -> tuple[int, ...]:

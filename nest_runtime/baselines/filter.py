@@ -11,66 +11,43 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
 
-from nest_runtime.baselines.base import Conversation, FitData, Fitted, Progress, Target, artifact_size
-from nest_runtime.baselines.memory import measured
-from nest_runtime.baselines.parameters import fresh_folder
+from nest_runtime.baselines.base import Conversation, FitData, Learned, Method, Progress, Target
 from nest_runtime.train.batches import REFUSALS
 from nest_runtime.train.data import Example
 from nest_runtime.train.files import write_json
-from nest_runtime.train.forward import device_of
 from nest_runtime.train.settings import Recipe
 
 MIN_PROMPTS = 2  # a term must stand in as many harmful training prompts
 _WORD = r"[a-z0-9']+"
 
 
-class Filter:
+class Filter(Method):
     """Refuses by keywords, before and after the model."""
 
-    name: ClassVar[str] = "filter"
-    title: ClassVar[str] = "keyword filter"
-    knob: ClassVar[str] = "precision"
-    grid: ClassVar[tuple[float, ...]] = (0.8, 0.9, 0.97, 1.0)
-    fallback: ClassVar[float] = 0.97
-    seeded: ClassVar[bool] = True  # the split of the training data follows the seed
-    revision: ClassVar[str] = "1"
+    name = "filter"
+    title = "keyword filter"
+    knob = "precision"
+    grid = (0.8, 0.9, 0.97, 1.0)
+    fallback = 0.97
+    seeded = True  # the split of the training data follows the seed
 
-    def fit(
-        self,
-        target: Target,
-        data: FitData,
-        recipe: Recipe,
-        *,
-        value: float,
-        workdir: Path,
-        progress: Progress | None = None,
-    ) -> Fitted:
+    def learn(
+        self, target: Target, data: FitData, recipe: Recipe, value: float, folder: Path, progress: Progress | None
+    ) -> Learned:
         """Learn the terms and write them as JSON."""
-        path = fresh_folder(workdir, self.name) / "filter.json"
-        with measured(device_of(target.model)) as cost:
-            terms = learn_terms(data.train_harmful, data.train_benign, value)
-            prompts = sorted({_plain(example.prompt) for example in data.train_harmful})
-            refusal = (recipe.refusals or REFUSALS)[0]
-            write_json(path, {"precision": value, "refusal": refusal, "terms": terms, "block_list": prompts})
+        path = folder / "filter.json"
+        terms = learn_terms(data.train_harmful, data.train_benign, value)
+        prompts = sorted({_plain(example.prompt) for example in data.train_harmful})
+        refusal = (recipe.refusals or REFUSALS)[0]
+        write_json(path, {"precision": value, "refusal": refusal, "terms": terms, "block_list": prompts})
         blocker = Blocker(json.loads(path.read_text(encoding="utf-8")))
-        return Fitted(
-            method=self.name,
-            trainable=0,
-            artifact=path,
-            artifact_bytes=artifact_size(path),
-            seconds=cost.seconds,
-            peak_bytes=cost.peak_bytes,
-            report={"terms": len(terms), "block_list": len(prompts), "precision": value},
-            switch=nullcontext,
-            screen=blocker.screen,
-        )
+        report = {"terms": len(terms), "block_list": len(prompts), "precision": value}
+        return Learned(path, report, screen=blocker.screen)
 
 
 class Blocker:

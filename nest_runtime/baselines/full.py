@@ -5,57 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from nest_runtime.baselines.base import FitData, Fitted, Progress, Target, artifact_size
-from nest_runtime.baselines.memory import measured
-from nest_runtime.baselines.parameters import ParameterSet, fresh_folder, supervise, tuning_report
-from nest_runtime.train.forward import device_of
+from nest_runtime.baselines.base import FitData, Learned, Method, Progress, Target
+from nest_runtime.baselines.parameters import ParameterSet, supervise, tuning_report
 from nest_runtime.train.settings import Recipe
 
 
-class Full:
+class Full(Method):
     """Supervised fine-tuning of all weights, with the loss and the loop of NeST's tuning."""
 
-    name: ClassVar[str] = "full"
-    title: ClassVar[str] = "full fine-tuning"
-    knob: ClassVar[str] = "lr"
-    grid: ClassVar[tuple[float, ...]] = (3e-5, 1e-4, 3e-4, 1e-3)
-    fallback: ClassVar[float] = 1e-5
-    seeded: ClassVar[bool] = True
-    revision: ClassVar[str] = "1"
+    name = "full"
+    title = "full fine-tuning"
+    knob = "lr"
+    grid = (3e-5, 1e-4, 3e-4, 1e-3)
+    fallback = 1e-5
 
-    def fit(
-        self,
-        target: Target,
-        data: FitData,
-        recipe: Recipe,
-        *,
-        value: float,
-        workdir: Path,
-        progress: Progress | None = None,
-    ) -> Fitted:
+    def learn(
+        self, target: Target, data: FitData, recipe: Recipe, value: float, folder: Path, progress: Progress | None
+    ) -> Learned:
         """Train copies of the weights; the model gets its own tensors back."""
-        path = fresh_folder(workdir, self.name) / "model.safetensors"
-        with measured(device_of(target.model)) as cost:
-            own = {name: parameter.data for name, parameter in target.model.named_parameters()}
-            with _data(target.model, {name: tensor.float().clone() for name, tensor in own.items()}) as trained:
-                parameters = ParameterSet(dict(target.model.named_parameters()), _switcher(target.model, own, trained))
-                result = supervise(target, parameters, data, recipe, value, progress)
-                shipped = {name: trained[name].to(own[name].dtype).cpu().contiguous() for name in own}
-            save_file(shipped, path, metadata={"format": "pt"})
-        return Fitted(
-            method=self.name,
-            trainable=parameters.trainable,
-            artifact=path,
-            artifact_bytes=artifact_size(path),
-            seconds=cost.seconds,
-            peak_bytes=cost.peak_bytes,
-            report=tuning_report(result),
-            switch=lambda: _data(target.model, load_file(path)),
+        path = folder / "model.safetensors"
+        own = {name: parameter.data for name, parameter in target.model.named_parameters()}
+        with _data(target.model, {name: tensor.float().clone() for name, tensor in own.items()}) as trained:
+            parameters = ParameterSet(dict(target.model.named_parameters()), _switcher(target.model, own, trained))
+            result = supervise(target, parameters, data, recipe, value, progress)
+            shipped = {name: trained[name].to(own[name].dtype).cpu().contiguous() for name in own}
+        save_file(shipped, path, metadata={"format": "pt"})
+        return Learned(
+            path, tuning_report(result), parameters.trainable, switch=lambda: _data(target.model, load_file(path))
         )
 
 

@@ -7,20 +7,16 @@ leave room for an answer.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from nest_runtime.baselines.base import Conversation, FitData, Fitted, Progress, Target, artifact_size
-from nest_runtime.baselines.memory import measured
-from nest_runtime.baselines.parameters import fresh_folder
+from nest_runtime.baselines.base import Conversation, FitData, Learned, Method, Progress, Target
 from nest_runtime.errors import DataError
 from nest_runtime.train.data import Example, encode, render
 from nest_runtime.train.files import write_json
-from nest_runtime.train.forward import device_of
 from nest_runtime.train.settings import Recipe
 
 SYSTEM = (
@@ -30,46 +26,27 @@ SYSTEM = (
 Messages = list[dict[str, str]]
 
 
-class InContext:
+class InContext(Method):
     """A safety system prompt with example exchanges."""
 
-    name: ClassVar[str] = "in-context"
-    title: ClassVar[str] = "in-context"
-    knob: ClassVar[str] = "examples"
-    grid: ClassVar[tuple[float, ...]] = (0, 2, 4, 8)
-    fallback: ClassVar[float] = 4
-    seeded: ClassVar[bool] = True
-    revision: ClassVar[str] = "1"
+    name = "in-context"
+    title = "in-context"
+    knob = "examples"
+    grid = (0, 2, 4, 8)
+    fallback = 4
 
-    def fit(
-        self,
-        target: Target,
-        data: FitData,
-        recipe: Recipe,
-        *,
-        value: float,
-        workdir: Path,
-        progress: Progress | None = None,
-    ) -> Fitted:
+    def learn(
+        self, target: Target, data: FitData, recipe: Recipe, value: float, folder: Path, progress: Progress | None
+    ) -> Learned:
         """Choose the examples by seed, half of them refusals, and write the prompt as JSON."""
-        path = fresh_folder(workdir, self.name) / "prompt.json"
-        with measured(device_of(target.model)) as cost:
-            shots = choose_examples(data, round(value), recipe.seed)
-            write_json(path, {"system": SYSTEM, "examples": shots})
+        path = folder / "prompt.json"
+        shots = choose_examples(data, round(value), recipe.seed)
+        write_json(path, {"system": SYSTEM, "examples": shots})
         config = getattr(target.model.config, "max_position_embeddings", None)
         room = None if config is None else int(config) - recipe.answer_tokens
         prompter = Prompter(target.tokenizer, SYSTEM, shots, room)
-        return Fitted(
-            method=self.name,
-            trainable=0,
-            artifact=path,
-            artifact_bytes=artifact_size(path),
-            seconds=cost.seconds,
-            peak_bytes=cost.peak_bytes,
-            report={"examples": len(shots), "extra_tokens": prompter.extra_tokens()},
-            switch=nullcontext,
-            rewrite=prompter.rewrite,
-        )
+        report = {"examples": len(shots), "extra_tokens": prompter.extra_tokens()}
+        return Learned(path, report, rewrite=prompter.rewrite)
 
 
 def choose_examples(data: FitData, count: int, seed: int) -> list[Messages]:

@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from nest_runtime.anatomy import find_sites
-from nest_runtime.baselines.base import FitData, Fitted, Progress, Target, artifact_size
-from nest_runtime.baselines.memory import measured
-from nest_runtime.baselines.parameters import ParameterSet, fresh_folder, supervise, tuning_report
+from nest_runtime.baselines.base import FitData, Learned, Method, Progress, Target
+from nest_runtime.baselines.parameters import ParameterSet, supervise, tuning_report
 from nest_runtime.errors import ModelError, NestError
-from nest_runtime.train.forward import device_of
 from nest_runtime.train.settings import Recipe
 
 RANK = 8
@@ -26,59 +24,37 @@ ALPHA = 16
 _QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("qkv_proj",), ("query_key_value",), ("c_attn",))
 
 
-class Lora:
+class Lora(Method):
     """LoRA r = 8 on q_proj and v_proj, trained with the loss and the loop of NeST's tuning."""
 
-    name: ClassVar[str] = "lora"
-    title: ClassVar[str] = "LoRA r=8 (q, v)"
-    knob: ClassVar[str] = "lr"
-    grid: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2, 3e-2)
-    fallback: ClassVar[float] = 2e-4
-    seeded: ClassVar[bool] = True
-    revision: ClassVar[str] = "1"
+    name = "lora"
+    title = "LoRA r=8 (q, v)"
+    knob = "lr"
+    grid = (1e-3, 3e-3, 1e-2, 3e-2)
+    fallback = 2e-4
 
     def modules(self, model: Any) -> list[str]:
         """Leaf names of the modules that get an adapter."""
         return attention_modules(model)
 
-    def fit(
-        self,
-        target: Target,
-        data: FitData,
-        recipe: Recipe,
-        *,
-        value: float,
-        workdir: Path,
-        progress: Progress | None = None,
-    ) -> Fitted:
+    def learn(
+        self, target: Target, data: FitData, recipe: Recipe, value: float, folder: Path, progress: Progress | None
+    ) -> Learned:
         """Train adapters and write them in PEFT's format, in the dtype that a patch ships."""
-        folder = fresh_folder(workdir, self.name)
-        dtype = getattr(torch, recipe.delta_dtype)
-        names = self.modules(target.model)
-        with (
-            measured(device_of(target.model)) as cost,
-            injected(target.model, names, RANK, ALPHA, recipe.seed) as peft_model,
-        ):
+        dtype, names = getattr(torch, recipe.delta_dtype), self.modules(target.model)
+        with injected(target.model, names, RANK, ALPHA, recipe.seed) as peft_model:
             parameters = ParameterSet(adapter_parameters(peft_model), _switcher(peft_model), dtype)
             result = supervise(target, parameters, data, recipe, value, progress)
             save_adapter(peft_model, folder, dtype)
-        return Fitted(
-            method=self.name,
-            trainable=parameters.trainable,
-            artifact=folder,
-            artifact_bytes=artifact_size(folder),
-            seconds=cost.seconds,
-            peak_bytes=cost.peak_bytes,
-            report={**tuning_report(result), "modules": names, "rank": RANK},
-            switch=lambda: loaded(target.model, folder),
-        )
+        report = {**tuning_report(result), "modules": names, "rank": RANK}
+        return Learned(folder, report, parameters.trainable, switch=lambda: loaded(target.model, folder))
 
 
 class LoraFfn(Lora):
     """LoRA r = 8 where NeST's rows are: the first FFN projections."""
 
-    name: ClassVar[str] = "lora-ffn"
-    title: ClassVar[str] = "LoRA r=8 (gate, up)"
+    name = "lora-ffn"
+    title = "LoRA r=8 (gate, up)"
 
     def modules(self, model: Any) -> list[str]:
         return ffn_modules(model)

@@ -16,15 +16,22 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import psutil
 import torch
 
-from nest_runtime.baselines.base import Cost
-
 INTERVAL = 0.02  # seconds between two samples
+
+
+@dataclass
+class Cost:
+    """What a block took; filled when the ``measured`` block ends."""
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
 
 
 class _Meter(Protocol):

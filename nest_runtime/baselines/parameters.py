@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,14 +99,3 @@ def tuning_report(result: TuneResult) -> dict[str, Any]:
         "validation": {"before": result.before, "after": result.after},
         "history": result.history,
     }
-
-
-def fresh_folder(workdir: Path, name: str) -> Path:
-    """An empty folder ``workdir/name``, whatever an interrupted run left there."""
-    import shutil
-
-    folder = workdir / name
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    return folder

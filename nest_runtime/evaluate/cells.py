@@ -65,15 +65,16 @@ def cell_key(
         target: the model; its hash and its dtype count.
         method: its name and revision count.
         value: of the method's knob.
-        recipe: all of it, the seed too.
+        recipe: what the method reads of it, the seed among it.
         data: digests of the training prompts.
         cases: what is asked.
         tokens: the longest answer.
     """
+    settings = {name: setting for name, setting in recipe.to_json().items() if name not in method.unused}
     parts = {
         "format": CELL_FORMAT,
         "method": [method.name, method.revision, value],
-        "recipe": recipe.to_json(),
+        "recipe": settings,
         "base": [target.base_hash, str(getattr(target.model, "dtype", ""))],
         "data": list(data),
         "cases": cases_digest(cases),
