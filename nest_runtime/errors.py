@@ -65,6 +65,10 @@ class EngineError(NestError):
     """The inference engine failed or is not running."""
 
 
+class Stopped(EngineError):
+    """The active patch is revoked, and there is no other to turn to: nothing is answered."""
+
+
 class TrainingError(NestError):
     """Training cannot start or go on."""
 
@@ -79,6 +83,14 @@ class ExportError(NestError):
 
 class HubError(NestError):
     """The Hub or a mirror could not be reached, or refused."""
+
+
+class RepoMissing(HubError):
+    """There is no such repository, or none that this user may see: the Hub does not tell the two apart."""
+
+
+class GateRefused(NestError):
+    """A patch that was offered did not do well enough on the gate's probes; it was not switched to."""
 
 
 class TrustError(NestError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ WAIT = 0.02  # of what the client would sleep between its tries
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    os.environ.setdefault("HF_XET_CACHE", str(tmp_path_factory.mktemp("xet-cache")))  # its logs, too
     with HubServer(tmp_path_factory.mktemp("xet")) as running:
         yield running
 

@@ -15,13 +15,14 @@ from nest_runtime.errors import (
     DigestMismatch,
     Downgrade,
     Expired,
+    GateRefused,
     HubError,
     NestError,
     Revoked,
     SignatureError,
     TrustError,
 )
-from nest_runtime.registry.follow import Follower, GateRefused, follow_ref
+from nest_runtime.registry.follow import Follower, follow_ref
 from nest_runtime.registry.hub import Fetched
 from nest_runtime.registry.hub_push import publish_revocation, set_channel
 from nest_runtime.registry.hub_types import parse_repo

@@ -20,6 +20,7 @@ from nest_runtime.errors import (
     DigestMismatch,
     Downgrade,
     Expired,
+    GateRefused,
     HubError,
     NestError,
     Revoked,
@@ -43,10 +44,6 @@ POLL_TIMEOUT = 30.0  # seconds for one step of a poll
 Kind = Literal["unchanged", "switched", "refused", "unreachable", "revoked"]
 
 log = logging.getLogger("nest_runtime.follow")
-
-
-class GateRefused(NestError):
-    """A patch that was offered did not do well enough on the gate's probes; it was not switched to."""
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,13 @@
 """One repository on the Hub, through huggingface_hub and nothing else.
 
 Adds what the client lacks: retries where it has none, a bound on every wait (it has no timeout on most
-requests and obeys any Retry-After), and a check of every file's content against the hash that the Hub
-names (the client checks sizes only). Tokens, proxies, HF_ENDPOINT, HF_HUB_OFFLINE, the cache and Xet
-are the client's own. What the files mean is decided in hub.py.
+requests and obeys any Retry-After), and a check of every file's content (hub_cache.py). Tokens, proxies,
+HF_ENDPOINT, HF_HUB_OFFLINE, the cache and Xet are the client's own. What the files mean is decided in hub.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import threading
@@ -20,7 +18,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nest_runtime import __version__
 from nest_runtime.errors import DigestMismatch, HubError
-from nest_runtime.registry.hub_errors import as_nest_error, is_conflict, is_transient, reason, request_path, retry_after
+from nest_runtime.registry.hub_cache import checked, known_missing
+from nest_runtime.registry.hub_errors import (
+    as_nest_error,
+    is_conflict,
+    is_transient,
+    only_reads,
+    request_path,
+    retry_after,
+)
 from nest_runtime.registry.hub_types import Refs
 
 if TYPE_CHECKING:
@@ -30,7 +36,7 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT = 120.0  # seconds for one step
 ATTEMPTS = 4
 MAIN = "main"
-MAX_BYTES = 1 << 30
+_SENT = "it may have arrived all the same: the same command again finds out; --timeout allows more time"
 _SHA = re.compile(r"[0-9a-f]{40}")
 _T = TypeVar("_T")
 
@@ -74,12 +80,12 @@ class HubRemote:
             except hub.RemoteEntryNotFoundError:
                 return None
             except hub.LocalEntryNotFoundError:
-                if is_offline() and _known_missing(self.name, path, revision):
+                if is_offline() and known_missing(self.name, path, revision):
                     return None
                 raise
 
         found = self._call(f"reading {path}", fetch)
-        return None if found is None else _checked(found, f"{self.name}: {path}")
+        return None if found is None else checked(found, f"{self.name}: {path}")
 
     def publish(self, files: Mapping[str, bytes], message: str, *, parent: str, tag: str | None = None) -> str:
         """One commit on top of ``parent``, and one tag; gives the commit's sha. Without files ``parent`` is tagged.
@@ -164,7 +170,9 @@ class HubRemote:
             reraise=True,
         )
         try:
-            return within(self.timeout, lambda: retrying(call), f"{self.name}: {doing}")
+            return within(
+                self.timeout, lambda: retrying(call), f"{self.name}: {doing}", "" if only_reads(doing) else _SENT
+            )
         except Exception as error:
             raised = as_nest_error(error, self.name, doing)
             if raised is error:
@@ -188,10 +196,11 @@ def is_offline() -> bool:
     return bool(is_offline_mode())
 
 
-def within(seconds: float, call: Callable[[], _T], what: str) -> _T:
+def within(seconds: float, call: Callable[[], _T], what: str, hint: str = "") -> _T:
     """The result of a call that may not return, or HubError after some seconds.
 
-    The call goes on in a thread that does not keep the process alive: what it fetches ends up in the cache, whole.
+    The call goes on in a thread that does not keep the process alive: what it fetches ends up in the cache, whole;
+    what it sends may still arrive, which ``hint`` may say.
     """
     results: list[_T] = []
     errors: list[BaseException] = []
@@ -210,7 +219,7 @@ def within(seconds: float, call: Callable[[], _T], what: str) -> _T:
     if not results:
         raise HubError(
             f"{what} took longer than {seconds:.0f} s",
-            "the Hub is slow or asks to wait; try again later, or allow more time with --timeout",
+            hint or "the Hub is slow or asks to wait; try again later, or allow more time with --timeout",
         )
     return results[0]
 
@@ -231,56 +240,6 @@ def _wait(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     doubled = 0.5 * 2.0 ** (state.attempt_number - 1)
     return doubled if error is None else _wait_of(error, doubled)
-
-
-def _checked(path: Path, what: str) -> bytes:
-    """A cached file's bytes, against the hash that the Hub names for it: SHA-256 for large files, git's for others.
-
-    That hash is what the client calls the file's blob in the repository's own cache. A blob that came over Xet is
-    itself a link, into a store shared by all repositories, where Xet's hash is the name: that one is not asked.
-    """
-    places = _links(path)
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise HubError(f"{what} has {size} bytes; the limit is {MAX_BYTES}", "this is no patch")
-        data = path.read_bytes()
-    except OSError as error:
-        raise HubError(
-            f"{what} cannot be read from the cache: {reason(error)}", "free some space; see HF_HOME"
-        ) from error
-    wanted = places[1].name if len(places) > 1 else ""
-    if re.fullmatch(r"[0-9a-f]{64}", wanted):
-        good = hashlib.sha256(data).hexdigest() == wanted
-    elif _SHA.fullmatch(wanted):
-        git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-        good = wanted in (git, hashlib.sha1(data, usedforsecurity=False).hexdigest())
-    else:  # a proxy's own ETag, or a cache without links: the signature and the patch's digest still stand
-        return data
-    if not good:
-        for item in places:
-            with contextlib.suppress(OSError):
-                item.unlink()
-        raise DigestMismatch(
-            f"{what}: its {len(data)} bytes are not those that the Hub names ({wanted[:16]}…)",
-            "they were damaged on the way, or changed in the cache, and are removed now: fetch it again",
-        )
-    return data
-
-
-def _links(path: Path) -> list[Path]:
-    """A path and what it links to, one link at a time; the last is the file itself."""
-    places = [path]
-    while places[-1].is_symlink() and len(places) < 8:
-        places.append(places[-1].parent / places[-1].readlink())
-    return places
-
-
-def _known_missing(repo_id: str, path: str, revision: str) -> bool:
-    """Whether the cache remembers that a commit has no such file."""
-    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
-
-    return try_to_load_from_cache(repo_id, path, revision=revision) is _CACHED_NO_EXIST
 
 
 @contextlib.contextmanager

@@ -5,16 +5,16 @@ Also says which of them may pass by themselves, and how long the Hub asks to wai
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
-from nest_runtime.errors import HubError, NestError
+from nest_runtime.errors import HubError, NestError, RepoMissing
 
 NETWORK_HINT = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE, then try again"
+XET_HINT = f"{NETWORK_HINT}; HF_HUB_DISABLE_XET=1 does without Xet"
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
-
-
-class RepoMissing(HubError):
-    """There is no such repository, or none that this user may see: the Hub does not tell the two apart."""
+_XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})\b")
+_XET_WORDS = ("xet", "cas client", "file reconstruction")  # hf_xet raises built-in exceptions, known by their text
 
 
 def as_nest_error(error: Exception, repo: str, doing: str) -> NestError:
@@ -41,7 +41,7 @@ def as_nest_error(error: Exception, repo: str, doing: str) -> NestError:
             return HubError(f"{repo} has no such revision ({doing})", "see its versions on the Hub")
         if isinstance(cause, hub.OfflineModeIsEnabled):
             return _offline(repo)
-        status = status_of(cause)
+        status = status_of(cause) or _xet_status(cause)
         if status is not None:
             return _of_status(status, cause, repo, doing)
     if isinstance(error, hub.LocalEntryNotFoundError):
@@ -50,7 +50,7 @@ def as_nest_error(error: Exception, repo: str, doing: str) -> NestError:
         error = next(reversed(list(_causes(error))), error)  # type: ignore[assignment]
     if isinstance(error, KeyError | TypeError | ValueError) and not isinstance(error, OSError):
         return HubError(f"{repo}: the Hub's answer while {doing} cannot be read: {reason(error)}", NETWORK_HINT)
-    hint = f"{NETWORK_HINT}; HF_HUB_DISABLE_XET=1 does without Xet" if "xet" in str(error).lower() else NETWORK_HINT
+    hint = XET_HINT if any(word in str(error).lower() for word in _XET_WORDS) else NETWORK_HINT
     return HubError(f"{repo} could not be reached while {doing}: {reason(error)}", hint)
 
 
@@ -90,6 +90,17 @@ def status_of(error: BaseException | None) -> int | None:
     return status if isinstance(status, int) else None
 
 
+def _xet_status(error: BaseException) -> int | None:
+    """The HTTP status that hf_xet met. It has tried again by itself, so ``is_transient`` does not ask."""
+    found = _XET_STATUS.search(str(error))
+    return int(found[1]) if found else None
+
+
+def only_reads(doing: str) -> bool:
+    """Whether a step, as named for messages, changes nothing in the repository."""
+    return doing.startswith(("reading", "asking"))
+
+
 def request_path(error: BaseException) -> str:
     """The path of the request that failed, or nothing."""
     for cause in _causes(error):
@@ -115,17 +126,20 @@ def _of_status(status: int, error: BaseException, repo: str, doing: str) -> HubE
             "run `hf auth login`, or set HF_TOKEN to a valid token",
         )
     if status == 403:
+        allow = "read" if only_reads(doing) else "write"
         return HubError(
             f"your token may not do this with {repo} while {doing}: 403{said}",
-            "use a token with write permission, or ask the repository's owner",
+            f"use a token with {allow} permission, or ask the repository's owner",
         )
     if status == 404:
         return HubError(f"{repo}: not found while {doing}: 404{said}", "check the name and HF_ENDPOINT")
     if status in (409, 412):
-        return HubError(
-            f"somebody else changed {repo} while {doing}: {status}{said}",
-            "nothing of yours was published; look at what is there now, then push again",
-        )
+        hint = "look at what is there now, then push again"
+        if only_reads(doing):
+            hint = "try again"
+        elif doing.startswith("committing"):
+            hint = f"nothing of yours was published; {hint}"
+        return HubError(f"somebody else changed {repo} while {doing}: {status}{said}", hint)
     if status == 429:
         wait = retry_after(error)
         when = f"; it asks to wait {wait:.0f} s" if wait else ""

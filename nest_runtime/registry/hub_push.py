@@ -14,11 +14,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.errors import Downgrade, HubError, SignatureError
+from nest_runtime.errors import Downgrade, HubError, RepoMissing, SignatureError
 from nest_runtime.registry.card import render_card
 from nest_runtime.registry.channels import CHANNELS, Channel, channel_for, sign_channel
 from nest_runtime.registry.hub import fetch_revision
-from nest_runtime.registry.hub_errors import RepoMissing
 from nest_runtime.registry.hub_origins import Origins
 from nest_runtime.registry.hub_types import CARD_FILE, Refs, Remote, RepoRef, connect
 from nest_runtime.registry.mirror import MirrorRemote

@@ -20,9 +20,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nest_runtime.errors import HubError
+from nest_runtime.errors import HubError, RepoMissing
 from nest_runtime.registry.files import atomic_write, sync_folder
-from nest_runtime.registry.hub_errors import RepoMissing
 from nest_runtime.registry.hub_types import Refs
 from nest_runtime.registry.trust_material import MANIFEST_FILE, PATCH_FILE, SIGNATURE_FILE
 

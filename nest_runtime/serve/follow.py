@@ -13,8 +13,8 @@ import random
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nest_runtime.errors import EngineError, NestError, Revoked, StoreError
-from nest_runtime.registry.follow import Follower, GateRefused, Outcome
+from nest_runtime.errors import GateRefused, NestError, Revoked, Stopped, StoreError
+from nest_runtime.registry.follow import Follower, Outcome
 from nest_runtime.registry.hub import Fetched
 from nest_runtime.serve.api import Service
 from nest_runtime.serve.audit import AuditLog
@@ -30,10 +30,6 @@ T = TypeVar("T")
 Event = dict[str, Any]
 
 log = logging.getLogger("nest_runtime.serve.follow")
-
-
-class Stopped(EngineError):
-    """The active patch is revoked, and there is no other to turn to: nothing is answered."""
 
 
 class Following:

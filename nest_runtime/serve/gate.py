@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.errors import DataError, UsageError
-from nest_runtime.registry.follow import GateRefused
+from nest_runtime.errors import DataError, GateRefused, UsageError
 from nest_runtime.serve.engine import Engine, Work
 from nest_runtime.serve.patches import Served
 from nest_runtime.serve.sampling import SamplingParams
