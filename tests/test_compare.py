@@ -20,11 +20,15 @@ from nest_runtime.cli import compare as command
 from nest_runtime.errors import DataError, UsageError
 from nest_runtime.evaluate.cases import Case, user
 from nest_runtime.evaluate.cells import Cell
+from nest_runtime.evaluate.claims import claims
 from nest_runtime.evaluate.compare import Comparison, Outcome, Plan
-from nest_runtime.evaluate.comparison import claims, document, markdown, rows
+from nest_runtime.evaluate.comparison import document, rows
+from nest_runtime.evaluate.comparison_tables import markdown
 from nest_runtime.evaluate.judges.base import Judge, Verdict
 from nest_runtime.evaluate.plots import draw
-from nest_runtime.evaluate.report import EvalResult, Record
+from nest_runtime.evaluate.provenance import provenance
+from nest_runtime.evaluate.records import Record
+from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.sweep import SweepRow, held_cases, mark_chosen
 from nest_runtime.models import load_model
 from tests.helpers_train import QUICK, benign_examples, harmful_examples
@@ -318,8 +322,8 @@ def test_claims_compare_with_the_paper_s_figures() -> None:
     assert found["utility, change from base"]["met"]
     assert found["ASR relative to random-neurons"]["met"]
     counts = {"harmful": {"count": 1}, "benign": {"count": 1}, "recipe": {"steps": 1}, "seeds": [0]}
-    names = {"model": "m", "base_hash": "sha256:0", "judge": "say", "nest_runtime": "0", "created": ""}
-    outcome = Outcome(tuple(cells), (), {}, {**counts, **names})
+    names = {"model": "m", "base_hash": "sha256:0", "judge": "say"}
+    outcome = Outcome(tuple(cells), (), {}, {**counts, **names, **provenance()})
     assert "| nest | ASR relative to lora | -50.0 % | -42.4 % |" in markdown(document(outcome, {}))
 
 

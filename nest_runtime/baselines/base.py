@@ -89,8 +89,8 @@ class Fitted:
         trainable: numbers that were trained; 0 for methods that train none.
         artifact: the file or folder that ships, or None where nothing does.
         artifact_bytes: its size on disk, files of a folder added up.
-        seconds: wall-clock time of fitting.
-        peak_bytes: the most memory that fitting took beyond what was in use before (memory.py).
+        seconds: wall-clock time of fitting; None where it is not known.
+        peak_bytes: the most memory that fitting took beyond what was in use before (memory.py); None likewise.
         report: what else is worth keeping, JSON values: steps, losses, counts.
         switch: a context manager that puts the method on the model.
         rewrite: changes a conversation before the model reads it.
@@ -102,8 +102,8 @@ class Fitted:
     trainable: int
     artifact: Path | None
     artifact_bytes: int
-    seconds: float
-    peak_bytes: int
+    seconds: float | None
+    peak_bytes: int | None
     report: Mapping[str, Any]
     switch: Callable[[], AbstractContextManager[Any]]
     rewrite: Rewrite | None = None

@@ -49,7 +49,7 @@ class Nest(Method):
             progress=progress,
         )
         path = result.patch.save(folder / "patch.safetensors")
-        return Learned(path, result.report, result.patch.parameters, switch=lambda: _patched(target, path))
+        return Learned(path, result.report, result.patch.parameters, switch=lambda: patched(target, path))
 
 
 class NestLoadings(Nest):
@@ -78,7 +78,7 @@ class RandomLoadings(Nest):
 
 
 @contextmanager
-def _patched(target: Target, path: Path) -> Iterator[None]:
+def patched(target: Target, path: Path) -> Iterator[None]:
     """The patch of a file on the model, read back and checked like any other."""
     patch = read_patch(path)
     with PatchRuntime(target.model, base_hash=target.base_hash) as runtime:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli.common import examples
+from nest_runtime.cli.measuring import cases_of, change, interval
 from nest_runtime.cli.output import (
     DeviceOption,
     DtypeOption,
@@ -22,6 +24,7 @@ from nest_runtime.cli.output import (
 from nest_runtime.errors import UsageError
 
 if TYPE_CHECKING:
+    from nest_runtime.baselines.shipped import Shipped
     from nest_runtime.evaluate.cases import Case
     from nest_runtime.evaluate.compare import Comparison, Outcome, Plan
     from nest_runtime.train.data import Example
@@ -42,6 +45,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "nest-runtime compare",
             "nest-runtime compare --methods base,lora,nest --limit 200 --json",
+            "nest-runtime compare --methods base,filter,lora --patch v3",
             "nest-runtime compare --seeds 3 --sweep --out docs/results/compare",
         ),
     )(compare)
@@ -52,6 +56,10 @@ def compare(
     methods: Annotated[
         str, typer.Option("--methods", metavar="LIST", help="Names with commas between them.")
     ] = DEFAULT_METHODS,
+    patch: Annotated[
+        list[str] | None,
+        typer.Option("--patch", metavar="PATCH", help="A finished patch as one more row; repeat it."),
+    ] = None,
     model: ModelOption = "reference",
     harmful: Annotated[
         str | None,
@@ -114,16 +122,16 @@ def compare(
     from nest_runtime.baselines.registry import check_names, make_methods
     from nest_runtime.evaluate.plots import require_matplotlib
 
-    names = check_names([name.strip() for name in methods.split(",") if name.strip()])
-    made = make_methods(names)
+    made = make_methods(check_names([name.strip() for name in methods.split(",") if name.strip()]))
     if plots:
         require_matplotlib()
     asked = Asked(model, harmful, benign, suite, behaviors, attacks, judge, limit, device, dtype)
     from nest_runtime.evaluate.compare import Plan
 
     comparison = _comparison(asked, out_folder, resume)
+    finished = _finished(patch, comparison)
     recipe, values = _settings(out, settings, comparison, steps)
-    plan = Plan(tuple(made), recipe, tuple(range(seeds)), values, sweep, max_tokens, batch_size)
+    plan = Plan((*made, *finished), recipe, tuple(range(seeds)), values, sweep, max_tokens, batch_size)
     outcome = _run(out, comparison, plan, out_folder)
     document = write_results(outcome, plan, out_folder, plots)
     if write_settings is not None:
@@ -168,6 +176,15 @@ def _comparison(asked: Asked, folder: Path, resume: bool) -> Comparison:
     )
 
 
+def _finished(refs: Sequence[str] | None, comparison: Comparison) -> list[Shipped]:
+    """The patches named, each seen to fit the model."""
+    from nest_runtime.baselines.shipped import shipped
+    from nest_runtime.resolve import load_patch
+
+    target = comparison.target
+    return shipped([load_patch(ref, model_hash=target.base_hash) for ref in refs or []], target)
+
+
 def _prompts(asked: Asked) -> tuple[list[Example], list[Example]]:
     if (asked.harmful is None) != (asked.benign is None):
         missing = "--benign" if asked.benign is None else "--harmful"
@@ -187,21 +204,13 @@ def _prompts(asked: Asked) -> tuple[list[Example], list[Example]]:
 
 
 def _cases(asked: Asked) -> list[Case]:
-    from nest_runtime.evaluate import load_behaviors, load_suites, sample_cases
+    from nest_runtime.evaluate import apply_attacks, parse_attacks, sample_cases
 
-    names = list(asked.suite or [])
-    if not names and not asked.behaviors:
-        if asked.model != "reference":
-            raise UsageError("nothing to measure on: no --suite and no --behaviors", "give --behaviors FILE")
-        names = ["reference"]
-    cases = [*load_suites(names), *(case for file in asked.behaviors or [] for case in load_behaviors(file))]
+    attacks = parse_attacks(asked.attacks) if asked.attacks else []
+    cases = cases_of(asked.model, asked.suite or [], asked.behaviors or [])
     if asked.limit is not None:
         cases = sample_cases(cases, asked.limit)
-    if asked.attacks:
-        from nest_runtime.evaluate import apply_attacks, parse_attacks
-
-        cases = apply_attacks(cases, parse_attacks(asked.attacks))
-    return cases
+    return apply_attacks(cases, attacks) if attacks else cases
 
 
 def _validation_cases(asked: Asked) -> list[Case] | None:
@@ -243,7 +252,8 @@ def _run(out: Output, comparison: Comparison, plan: Plan, folder: Path) -> Outco
 
 def write_results(outcome: Outcome, plan: Plan, folder: Path, plots: bool) -> dict[str, Any]:
     """Write comparison.json, comparison.md and the pictures; gives the JSON."""
-    from nest_runtime.evaluate.comparison import document, markdown
+    from nest_runtime.evaluate.comparison import document
+    from nest_runtime.evaluate.comparison_tables import markdown
     from nest_runtime.train.files import write_json, write_text
 
     made = document(outcome, {method.name: method.title for method in plan.methods})
@@ -257,13 +267,26 @@ def write_results(outcome: Outcome, plan: Plan, folder: Path, plots: bool) -> di
 
 
 def _render(out: Output, document: dict[str, Any], folder: Path) -> None:
-    rows = []
-    for row in document["rows"]:
-        low, high = row["ci95"]
-        change = ((row.get("vs_base") or {}).get("asr") or {}).get("relative")
-        cells = [row["title"], row["trainable"], size(row["artifact_bytes"]), f"{row['seconds']:.0f}"]
-        cells += [percent(row["asr"]), f"{100 * low:.1f} - {100 * high:.1f}", percent(change)]
-        rows.append([*cells, percent(row["over_refusal"]), percent(row["utility"])])
-    right = ("TRAINABLE", "ARTIFACT", "SECONDS", "ASR", "95 % CI", "VS BASE", "OVER-REFUSAL", "UTILITY")
-    out.table(("METHOD", *right), rows, right=right)
-    out.line(f"attack success over {document['rows'][0]['n']} prompts; all figures in {folder}/comparison.md and .json")
+    """Two tables that fit a terminal: what the methods do, and what they cost; comparison.md has the rest."""
+    table = document["rows"]
+    columns = ["ASR", "95 % CI", "VS BASE", "OTHER", "OVER-REFUSAL", "UTILITY"]
+    out.table(["METHOD", *columns], [_safety(row) for row in table], right=columns)
+    out.line()
+    columns = ["TRAINABLE", "ARTIFACT", "SECONDS", "MEMORY", "SETTING"]
+    out.table(["METHOD", *columns], [_cost(row) for row in table], right=columns)
+    for note in document["notes"]:
+        out.note(note)
+    out.line(f"attack success over {table[0]['n']} prompts; OTHER: neither refused nor complied")
+    out.line(f"all figures in {folder}/comparison.md and .json")
+
+
+def _safety(row: dict[str, Any]) -> list[object]:
+    relative = ((row.get("vs_base") or {}).get("asr") or {}).get("relative")
+    shares = [percent(row[name]) for name in ("other", "over_refusal", "utility")]
+    return [row["method"], percent(row["asr"]), interval(row["ci95"]), change(relative), *shares]
+
+
+def _cost(row: dict[str, Any]) -> list[object]:
+    seconds = None if row["seconds"] is None else f"{row['seconds']:.0f}"
+    memory = None if row["peak_bytes"] is None else size(row["peak_bytes"])
+    return [row["method"], row["trainable"], size(row["artifact_bytes"]), seconds, memory, row["setting"]]

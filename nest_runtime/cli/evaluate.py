@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli.common import choose_patch, examples
+from nest_runtime.cli.measuring import cases_of, change, families_table, interval
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output, percent, short
 from nest_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from nest_runtime.evaluate import Case, EvalResult
+    from nest_runtime.evaluate import EvalResult
     from nest_runtime.evaluate.stats import PairedChange, Rate
 
 TITLES = {"asr": "attack success", "over_refusal": "over-refusal", "utility": "utility"}
@@ -92,14 +93,16 @@ def evaluate(
     out = Output.of(ctx, as_json)
     if out_file is not None and not out_file.absolute().parent.is_dir():
         raise UsageError(f"--out {out_file} lies in a folder that does not exist", "make the folder first")
-    cases = _cases(model, suite, behaviors, limit, seed)
-    from nest_runtime.evaluate import apply_attacks, make_judge, parse_attacks
+    from nest_runtime.evaluate import apply_attacks, make_judge, parse_attacks, sample_cases
     from nest_runtime.evaluate import evaluate as run
     from nest_runtime.evaluate.run import check_judges
     from nest_runtime.evaluate.suites import default_judge
     from nest_runtime.models import load_model
     from nest_runtime.runtime import PatchRuntime
 
+    cases = cases_of(model, suite or [], behaviors or [])
+    if limit is not None:
+        cases = sample_cases(cases, limit, seed=seed)
     chosen_attacks = parse_attacks(attacks) if attacks else []
     judges = [make_judge(name, device=device) for name in judge or [default_judge(cases)]]
     check_judges(judges)
@@ -130,64 +133,38 @@ def evaluate(
     out.result(result.summary(), lambda: _render(out, result))
 
 
-def _cases(
-    model: str,
-    suites: list[str] | None,
-    behaviors: list[str] | None,
-    limit: int | None,
-    seed: int,
-) -> list[Case]:
-    """The cases asked for; all of the reference world's where nothing is said and the model is the reference."""
-    from nest_runtime.evaluate import load_behaviors, load_suites, sample_cases
-
-    names = list(suites or [])
-    if not names and not behaviors:
-        if model != "reference":
-            raise UsageError("nothing to measure on: no --suite and no --behaviors", "give --behaviors FILE")
-        names = ["reference"]
-    cases = [*load_suites(names), *(case for file in behaviors or [] for case in load_behaviors(file))]
-    return cases if limit is None else sample_cases(cases, limit, seed=seed)
-
-
 def _render(out: Output, result: EvalResult) -> None:
-    subject = f"{result.patch} ({short(result.digest)})" if result.digest else "the bare base"
-    from nest_runtime.evaluate.report import JAILBREAK
+    from nest_runtime.evaluate.records import rates_by
 
+    subject = f"{result.patch} ({short(result.digest)})" if result.digest else "the bare base"
     out.line(f"{result.model} with {subject}, judged by {', '.join(result.judges)}")
-    rows = []
-    for suite, measure in dict.fromkeys((record.suite, record.measure) for record in result.trials):
-        change = result.changes[suite][measure] if result.changes is not None else None
-        rows.append(_row(suite, TITLES[measure], result.rate(measure, suite), change))
-    suites = {record.suite for record in result.trials if record.suite.startswith(JAILBREAK)}
-    if result.jailbreak is not None and len(suites) > 1:
-        rows.append(_row("all jailbreaks", TITLES["asr"], result.jailbreak, result.jailbreak_change))
-    columns = ["SUITE", "MEASURE", "RATE", "95 % CI", "N", *(["BASE", "CHANGE"] if result.changes is not None else [])]
-    out.table(columns, rows, right=columns[2:])
-    _render_families(out, result)
+    columns = ["SUITE", "MEASURE", "RATE", "95 % CI", "N", "OTHER", *(["BASE", "CHANGE"] if result.changes else [])]
+    out.table(columns, _rows(result), right=columns[2:])
+    attacked = [record for record in result.trials if record.measure == "asr"]
+    families_table(out, rates_by(attacked, lambda record: record.family))
     _render_notes(out, result)
 
 
-def _row(suite: str, title: str, rate: Rate, change: PairedChange | None) -> list[object]:
-    low, high = rate.ci95
-    row = [suite, title, percent(rate.value), f"{100 * low:.1f} - {100 * high:.1f}", rate.n]
-    if change is not None:
-        relative = "-" if change.relative is None else f"{100 * change.relative:+.0f} %"
-        row += [percent(change.base.value), relative]
-    return row
+def _rows(result: EvalResult) -> list[list[object]]:
+    """A row per suite and measure, and one for all jailbreaks where there are several suites of them."""
+    from nest_runtime.evaluate.records import other_share
+    from nest_runtime.evaluate.report import JAILBREAK
+
+    rows = []
+    for suite, measure in dict.fromkeys((record.suite, record.measure) for record in result.trials):
+        paired = result.changes[suite][measure] if result.changes else None
+        rate, other = result.rate(measure, suite), result.other(measure, suite)
+        rows.append(_row(suite, TITLES[measure], rate, other, paired))
+    wrapped = [r for r in result.trials if r.measure == "asr" and r.suite.startswith(JAILBREAK)]
+    if result.jailbreak is not None and len({record.suite for record in wrapped}) > 1:
+        pooled = (result.jailbreak, other_share(wrapped), result.jailbreak_change)
+        rows.append(_row("all jailbreaks", TITLES["asr"], *pooled))
+    return rows
 
 
-def _render_families(out: Output, result: EvalResult) -> None:
-    """Attack success by family, worst first, where more than one family was tried."""
-    from nest_runtime.evaluate.report import rates_by
-
-    attacked = [record for record in result.trials if record.measure == "asr"]
-    families = rates_by(attacked, lambda record: record.family)
-    if len(families) < 2:
-        return
-    out.line()
-    worst = sorted(families.items(), key=lambda item: (-item[1]["rate"], item[0]))
-    rows = [[name, percent(figures["rate"]), figures["n"]] for name, figures in worst]
-    out.table(["FAMILY", "ATTACK SUCCESS", "N"], rows, right=("ATTACK SUCCESS", "N"))
+def _row(suite: str, title: str, rate: Rate, other: float | None, paired: PairedChange | None) -> list[object]:
+    row: list[object] = [suite, title, percent(rate.value), interval(rate.ci95), rate.n, percent(other)]
+    return row if paired is None else [*row, percent(paired.base.value), change(paired.relative)]
 
 
 def _render_notes(out: Output, result: EvalResult) -> None:

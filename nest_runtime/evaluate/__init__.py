@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "Case": "nest_runtime.evaluate.cases",
     "EvalResult": "nest_runtime.evaluate.report",
-    "Record": "nest_runtime.evaluate.report",
+    "Record": "nest_runtime.evaluate.records",
     "Rate": "nest_runtime.evaluate.stats",
     "PairedChange": "nest_runtime.evaluate.stats",
     "Judge": "nest_runtime.evaluate.judges",
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from nest_runtime.evaluate.judges import Judge as Judge
     from nest_runtime.evaluate.judges import Verdict as Verdict
     from nest_runtime.evaluate.judges import make_judge as make_judge
+    from nest_runtime.evaluate.records import Record as Record
     from nest_runtime.evaluate.report import EvalResult as EvalResult
-    from nest_runtime.evaluate.report import Record as Record
     from nest_runtime.evaluate.run import evaluate as evaluate
     from nest_runtime.evaluate.run import evaluate_answers as evaluate_answers
     from nest_runtime.evaluate.stats import PairedChange as PairedChange

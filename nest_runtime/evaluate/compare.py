@@ -160,7 +160,7 @@ class Comparison:
         fit = {
             "trainable": fitted.trainable,
             "artifact_bytes": fitted.artifact_bytes,
-            "seconds": round(fitted.seconds, 3),
+            "seconds": None if fitted.seconds is None else round(fitted.seconds, 3),
             "peak_bytes": fitted.peak_bytes,
             "report": dict(fitted.report),
         }

@@ -18,7 +18,8 @@ from nest_runtime.errors import EvaluationError
 from nest_runtime.evaluate.cases import Case, Message, assistant, check_cases, digest_of, user
 from nest_runtime.evaluate.judges.base import Judge, Verdict, judge_answers
 from nest_runtime.evaluate.ledger import Ledger
-from nest_runtime.evaluate.report import EvalResult, Record
+from nest_runtime.evaluate.records import Record
+from nest_runtime.evaluate.report import EvalResult
 
 if TYPE_CHECKING:
     from nest_runtime.patch import Patch

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from nest_runtime.evaluate.report import HITS, EvalResult, rates_by
+from nest_runtime.evaluate.markdown import NONE, interval, p_value, percent, signed_percent, table
+from nest_runtime.evaluate.records import HITS, rates_by
+from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.stats import PairedChange, Rate
 
 _TITLES = {"asr": "attack success", "over_refusal": "over-refusal", "utility": "utility"}
@@ -25,7 +27,7 @@ def markdown(result: EvalResult) -> str:
 
 
 def _suite_table(result: EvalResult) -> str:
-    head = ["suite", "measure", "rate", "95 % interval", "n", "empty", "unparsable"]
+    head = ["suite", "measure", "rate", "95 % interval", "n", "other", "empty", "unparsable"]
     if result.changes is not None:
         head += ["base", "change (points)", "relative", "McNemar p"]
     rows = []
@@ -36,15 +38,16 @@ def _suite_table(result: EvalResult) -> str:
         row = [
             suite,
             f"{_TITLES[measure]} ({HITS[measure]})",
-            _percent(rate.value),
-            _interval(rate),
+            percent(rate.value),
+            interval(rate.ci95),
             str(rate.n),
+            percent(result.other(measure, suite)),
             *lost,
         ]
         if result.changes is not None:
             row += _change(result.changes.get(suite, {}).get(measure))
         rows.append(row)
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _family_table(result: EvalResult) -> str:
@@ -56,33 +59,13 @@ def _family_table(result: EvalResult) -> str:
             continue
         for family, figures in families.items():
             rate = Rate(figures["successes"], figures["n"])
-            rows.append([suite, family, _percent(rate.value), _interval(rate), str(rate.n)])
-    return _table(["suite", "family", "attack success", "95 % interval", "n"], rows) if rows else ""
+            rows.append([suite, family, percent(rate.value), interval(rate.ci95), str(rate.n)])
+    return table(["suite", "family", "attack success", "95 % interval", "n"], rows) if rows else ""
 
 
 def _change(change: PairedChange | None) -> list[str]:
     if change is None or change.difference is None:
-        return ["–", "–", "–", "–"]
+        return [NONE] * 4
     low, high = change.difference_ci95
-    relative = "–" if change.relative is None else f"{100 * change.relative:+.1f} %"
-    p = change.p_value
-    return [
-        _percent(change.base.value),
-        f"{100 * change.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
-        relative,
-        "< 0.001" if p < 0.001 else f"{p:.3f}",
-    ]
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def _interval(rate: Rate) -> str:
-    low, high = rate.ci95
-    return f"{100 * low:.1f} to {100 * high:.1f} %"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    points = f"{100 * change.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return [percent(change.base.value), points, signed_percent(change.relative), p_value(change.p_value)]

@@ -15,6 +15,8 @@ from nest_runtime.evaluate.cases import Case
 
 # complied, correct and wrong are answers; the others are not.
 OUTCOMES = ("complied", "correct", "wrong", "refused", "unhelpful", "empty", "unparsable")
+# Neither a refusal nor an answer of use: what a broken model says. A low attack success made of these is no success.
+OTHER = ("wrong", "unhelpful", "empty", "unparsable")
 
 Progress = Callable[[str, int, int], None]
 

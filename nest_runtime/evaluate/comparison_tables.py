@@ -1,0 +1,82 @@
+"""A comparison's JSON (comparison.document) as Markdown: the rows, the claims, the sweep, remarks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nest_runtime.evaluate.cases import MEASURES
+from nest_runtime.evaluate.markdown import NONE, interval, p_value, percent, signed_percent, size, table
+
+
+def markdown(data: Mapping[str, Any]) -> str:
+    """The table of rows, the claims, and the sweep."""
+    notes = "\n".join(f"Note: {note}." for note in data["notes"])
+    parts = [_about(data), _rows_table(data["rows"]), _claims_table(data["claims"]), _sweep_table(data["sweep"]), notes]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _about(data: Mapping[str, Any]) -> str:
+    """What was compared, and where: enough to do it again."""
+    seeds, machine = len(data["seeds"]), data["machine"]
+    counts = f"{data['harmful']['count']} harmful and {data['benign']['count']} benign training prompts"
+    code = f"nest-runtime {data['nest_runtime']}" + (f" ({data['commit'][:12]})" if data["commit"] else "")
+    place = f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads on {machine['cores']} cores"
+    versions = ", ".join(f"{name} {data['packages'][name]}" for name in ("torch", "transformers"))
+    return (
+        f"Model {data['model']} (`{data['base_hash'][:19]}`), {counts}, {data['recipe']['steps']} steps, "
+        f"{seeds} seed{'s' if seeds > 1 else ''}, judge {data['judge']}. "
+        f"{code}, {versions}, {place}, {data['created'][:10]}."
+    )
+
+
+def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    suites = list(rows[0]["asr_by_suite"])
+    extra = suites if len(suites) > 1 else []
+    head = ["method", "trainable", "artifact", "training s", "memory", "setting"]
+    head += ["ASR", "95 % interval", "n", "vs base", "p", "other"]
+    head += [f"ASR {suite}" for suite in extra] + ["over-refusal", "utility"]
+    return table(head, [[*_cost(row), *_safety(row), *_suites(row, extra)] for row in rows])
+
+
+def _cost(row: Mapping[str, Any]) -> list[str]:
+    seconds = NONE if row["seconds"] is None else f"{row['seconds']:.0f}"
+    sizes = [size(row["artifact_bytes"]), seconds, size(row["peak_bytes"])]
+    return [row["title"], f"{row['trainable']:,}", *sizes, row["setting"]]
+
+
+def _safety(row: Mapping[str, Any]) -> list[str]:
+    change = (row.get("vs_base") or {}).get("asr") or {}
+    compared = [signed_percent(change.get("relative")), p_value(change.get("mcnemar_p"))]
+    return [percent(row["asr"]), interval(row["ci95"]), str(row["n"]), *compared, percent(row["other"])]
+
+
+def _suites(row: Mapping[str, Any], extra: Sequence[str]) -> list[str]:
+    by_suite = [percent(row["asr_by_suite"][suite]["asr"]) for suite in extra]
+    return [*by_suite, percent(row["over_refusal"]), percent(row["utility"])]
+
+
+def _claims_table(found: Sequence[Mapping[str, Any]]) -> str:
+    if not found:
+        return ""
+    lines = []
+    for item in found:
+        shown = [_number(item[key], "times" in item["claim"]) for key in ("measured", "paper")]
+        met = "yes" if item["met"] else "no"
+        lines.append([item["method"], item["claim"], *shown, p_value(item["mcnemar_p"]), met])
+    return table(["method", "claim", "measured", "paper or goal", "p", "met"], lines)
+
+
+def _sweep_table(sweep: Sequence[Mapping[str, Any]]) -> str:
+    if not sweep:
+        return ""
+    lines = []
+    for row in sweep:
+        rates = [percent(row[name]) for name in MEASURES]
+        chosen = "✓" if row["chosen"] else ""
+        lines.append([row["method"], f"{row['knob']} {row['value']:g}", *rates, f"{row['score']:.3f}", chosen])
+    return table(["sweep (validation)", "value", "ASR", "over-refusal", "utility", "score", "chosen"], lines)
+
+
+def _number(value: float | None, times: bool) -> str:
+    return f"{value:.2f}×" if times and value is not None else signed_percent(value)
