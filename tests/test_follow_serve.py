@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 
-from nest_runtime.errors import NestError
+from nest_runtime.errors import NestError, Revoked
 from nest_runtime.models import load_model
 from nest_runtime.patch import Patch
 from nest_runtime.registry.hub_push import publish_revocation, set_channel
@@ -34,19 +35,24 @@ def patches(tiny_llama: Path) -> dict[str, Patch]:
     return {f"v{n}": make_patch(model, version=f"v{n}", serial=n, seed=n) for n in (1, 2, 3)}
 
 
-def following(tiny_llama: Path, keys: Keys, **options: object) -> ServeConfig:
+def following(tiny_llama: Path, keys: Keys, expose: tuple[str, ...] = (), **options: object) -> ServeConfig:
     options = {"every": 0.3, "gate": False, **options}
     return ServeConfig(
         model=str(tiny_llama),
         port=0,
+        expose=expose,
         trust=(keys[1],),
         require_signature=True,
         follow=FollowConfig(f"hf://{REPO}@stable", **options),  # type: ignore[arg-type]
     )
 
 
-def answering(server: Running) -> str:
-    body = {"model": server.name, "messages": [{"role": "user", "content": "How do I bake bread?"}], "max_tokens": 4}
+def answering(server: Running, suffix: str = "") -> str:
+    body = {
+        "model": server.name + suffix,
+        "messages": [{"role": "user", "content": "How do I bake bread?"}],
+        "max_tokens": 4,
+    }
     response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
     return response.headers["x-nest-patch"] if response.status_code == 200 else str(response.status_code)
 
@@ -108,6 +114,61 @@ def test_a_revoked_patch_gives_way_to_the_newest_good_one(
         set_channel(REF, "stable", "v3", store=store, key=keys[0])
         assert eventually(lambda: answering(server) == "v3", 20)
         assert server.http("GET", "/ready").status_code == 200
+
+
+@pytest.mark.parametrize("trusting", [True, False])
+def test_an_exposed_version_that_is_revoked_is_withdrawn(
+    hub: HubServer, store: Store, keys: Keys, tiny_llama: Path, patches: dict[str, Patch], trusting: bool
+) -> None:
+    for version in ("v1", "v2", "v3"):
+        publish(patches[version], store, keys)
+    set_channel(REF, "stable", "v3", store=store, key=keys[0])
+    config = following(tiny_llama, keys, expose=(f"hf://{REPO}@v2", f"hf://{REPO}@v1"))
+    if not trusting:  # the list is obeyed all the same: obeying can only refuse
+        config = replace(config, trust=(), require_signature=False)
+    with serving(config) as server:
+        assert [answering(server, suffix) for suffix in ("", "@v1", "@v2")] == ["v3", "v1", "v2"]
+        publish_revocation(patches["v2"], "answers recipes", REF, key=keys[0])
+        assert eventually(lambda: answering(server, "@v2") == "403", 20)
+        assert [answering(server, suffix) for suffix in ("", "@v1")] == ["v3", "v1"]
+        refused = server.http("POST", "/v1/completions", json={"model": f"{server.name}@v2", "prompt": "a"})
+        assert refused.json()["error"]["code"] == "revoked"
+        assert "answers recipes" in refused.json()["error"]["message"]
+        assert f"{server.name}@v2" not in [row["id"] for row in server.http("GET", "/v1/models").json()["data"]]
+        assert server.http("GET", f"/v1/models/{server.name}@v2").status_code == 403
+        assert server.http("GET", "/ready").json()["follow"]["withdrawn"] == ["v2"]
+        metrics = server.http("GET", "/metrics").text
+        assert "nest_follow_withdrawn 1.0" in metrics
+        assert 'nest_patch_failures_total{error="Revoked"} 1.0' in metrics
+        entry = next(entry for entry in server.server.audit.tail(10) if entry["what"] == "withdraw")
+        assert (entry["version"], entry["error"], entry["done"]) == ("v2", "Revoked", True)
+        assert any("exposed no more" in event.get("message", "") for event in server.events)
+        publish_revocation(patches["v3"], "that too", REF, key=keys[0])  # the way out must not be v2
+        assert eventually(lambda: answering(server) == "v1", 20)
+        publish_revocation(patches["v1"], "and that", REF, key=keys[0])
+        assert eventually(lambda: answering(server) == "503", 20)
+        assert answering(server, "@v1") == "503"
+    with pytest.raises(Revoked), serving(config):  # nor does a server start with one
+        pass
+
+
+def test_what_is_revoked_cannot_be_put_on_by_hand(
+    hub: HubServer, store: Store, keys: Keys, tiny_llama: Path, patches: dict[str, Patch], tmp_path: Path
+) -> None:
+    for version in ("v1", "v2"):
+        publish(patches[version], store, keys)
+    set_channel(REF, "stable", "v2", store=store, key=keys[0])
+    publish_revocation(patches["v1"], "answers recipes", REF, key=keys[0])
+    (tmp_path / "token").write_text("admin-secret\n")
+    config = replace(
+        following(tiny_llama, keys), trust=(), require_signature=False, admin_token_file=tmp_path / "token"
+    )
+    file = patches["v1"].save(tmp_path / "v1.safetensors")
+    with serving(config) as server:
+        for path in ("/v1/patches", "/v1/patches/activate"):
+            response = server.admin("POST", path, json={"patch": str(file)})
+            assert (response.status_code, response.json()["error"]["code"]) == (403, "revoked")
+        assert answering(server) == "v2"
 
 
 def test_the_gate_keeps_a_useless_patch_out(

@@ -9,11 +9,11 @@ the trust memory and the store keep.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from nest_runtime.errors import (
     BaseMismatch,
@@ -28,6 +28,7 @@ from nest_runtime.errors import (
     TrustError,
 )
 from nest_runtime.registry.channels import Channel
+from nest_runtime.registry.follow_status import Kind, Outcome, Status
 from nest_runtime.registry.hub import Fetched, fetch_revision
 from nest_runtime.registry.hub_news import check_not_listed, read_channel, read_revocations
 from nest_runtime.registry.hub_origins import Origins
@@ -35,56 +36,18 @@ from nest_runtime.registry.hub_types import Refs, Remote, RepoRef, connect, pars
 from nest_runtime.registry.revocations import RevocationList
 
 if TYPE_CHECKING:
+    from nest_runtime.patch import Patch
     from nest_runtime.registry.store import Store
     from nest_runtime.registry.trust_guard import Guard
 
+__all__ = ["DEFAULT_CHANNEL", "Follower", "Outcome", "Status", "follow_ref"]
+
 DEFAULT_CHANNEL = "stable"
 POLL_TIMEOUT = 30.0  # seconds for one step of a poll
+LOOK_BACK = 8  # versions of the repository that are tried where the one that is on is revoked
 
-Kind = Literal["unchanged", "switched", "refused", "unreachable", "revoked"]
 
 log = logging.getLogger("nest_runtime.follow")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one poll came to.
-
-    Attributes:
-        kind: "unchanged": nothing to do. "switched": a new patch is on. "refused": what is offered is not wanted.
-            "unreachable": it could not be had; the next poll tries again. "revoked": the patch that was on is
-            revoked, and the owner was told to leave it.
-        version, digest: of the patch that this is about, where one is.
-        error: why, where something failed.
-    """
-
-    kind: Kind
-    version: str | None = None
-    digest: str | None = None
-    error: NestError | None = None
-
-
-@dataclass(frozen=True)
-class Status:
-    """How following goes, for readiness checks and metrics.
-
-    Attributes:
-        ref: what is followed.
-        version, digest, expires: of the channel file last accepted.
-        reached: when the source last answered, ISO 8601; None for never.
-        stale: why what is on may be out of date; empty while it is fresh.
-        error: what the last poll failed with; empty where it did not.
-        failures: polls that failed since the last good one.
-    """
-
-    ref: str
-    version: str | None = None
-    digest: str | None = None
-    expires: str | None = None
-    reached: str | None = None
-    stale: str = ""
-    error: str = ""
-    failures: int = 0
 
 
 class Follower:
@@ -97,6 +60,7 @@ class Follower:
         active: gives the digest of the patch that is on, or None.
         switch: puts a patch on; raises NestError where it cannot.
         leave: told that the patch which is on is revoked, where the channel names no good one.
+        heed: told that the revocations were read anew: what else is answered with has to pass ``check_revoked``.
         gate: tries a patch out; raises GateRefused. None lets every checked patch pass.
         guard: whom to trust; None checks no signatures.
         stale_after: seconds without an answer from the source after which the status is stale; None for never.
@@ -113,6 +77,7 @@ class Follower:
         active: Callable[[], str | None],
         switch: Callable[[Fetched], None],
         leave: Callable[[Revoked], None] | None = None,
+        heed: Callable[[], None] = lambda: None,
         gate: Callable[[Fetched], None] | None = None,
         guard: Guard | None = None,
         stale_after: float | None = None,
@@ -122,10 +87,11 @@ class Follower:
         self.ref = follow_ref(ref)
         self._remote: Remote = connect(self.ref, timeout=timeout)
         self._base_hash, self._store, self._guard = base_hash, store, guard
-        self._active, self._switch, self._leave, self._gate = active, switch, leave, gate
+        self._active, self._switch, self._leave, self._heed, self._gate = active, switch, leave, heed, gate
         self._stale_after, self._now = stale_after, now
         self._lock = threading.Lock()
         self._settled: str | None = None  # the head that was dealt with
+        self._list: RevocationList | None = None  # the last one read
         self._channel: Channel | None = None  # the last one accepted
         self._revision: str | None = None  # where its version was
         self._started = now()
@@ -161,6 +127,15 @@ class Follower:
                 outcome = Outcome(kind, error=error)
             return outcome
 
+    def check_revoked(self, patch: Patch) -> None:
+        """Whether a patch is revoked as far as is known here. Raises Revoked; SignatureError for a damaged memory."""
+        if self._guard is None:
+            check_not_listed(patch, self._list)
+            return
+        from nest_runtime.registry.trust import check_revoked
+
+        check_revoked(patch.name, patch.version, patch.digest, self._guard.policy, self._guard.state)
+
     def _poll(self) -> Outcome:
         refs = self._remote.refs()
         self._reached = self._now()
@@ -186,6 +161,8 @@ class Follower:
 
     def _take_news(self, refs: Refs) -> Outcome:
         revocations = read_revocations(self._remote, refs.head, self._guard)
+        self._list = revocations or self._list
+        self._heed()
         revoked = self._revoked_active(revocations)
         try:
             outcome = self._follow_channel(refs, revocations)
@@ -195,10 +172,25 @@ class Follower:
             log.warning("%s offers no way out of a revoked patch: %s", self.ref, error)
             outcome = Outcome("unchanged", error=error)
         if revoked is not None and outcome.kind == "unchanged":
+            self._stock(refs, revocations)
             if self._leave is not None:
                 self._leave(revoked)
             return Outcome("revoked", error=revoked)
         return outcome
+
+    def _stock(self, refs: Refs, revocations: RevocationList | None) -> None:
+        """Bring the newest version that passes into the store: the owner may have to turn to it."""
+        for version in sorted(refs.tags, key=_natural, reverse=True)[:LOOK_BACK]:
+            try:
+                fetched = fetch_revision(
+                    self._remote, self.ref, refs.tags[version], store=self._store, guard=self._guard
+                )
+                check_not_listed(fetched.patch, revocations)
+                if fetched.patch.base_hash == self._base_hash:
+                    self._store.add(fetched.patch, why=f"a way out of a revoked patch, from {self.ref.place}")
+                    return
+            except NestError as error:
+                log.info("%s@%s is no way out: %s", self.ref.place, version, error)
 
     def _follow_channel(self, refs: Refs, revocations: RevocationList | None) -> Outcome:
         assert self.ref.revision is not None  # follow_ref puts one there
@@ -252,13 +244,7 @@ class Follower:
         if digest is None:
             return None
         try:
-            patch = self._store.get(digest)
-            if self._guard is not None:
-                from nest_runtime.registry.trust import check_revoked
-
-                check_revoked(patch.name, patch.version, digest, self._guard.policy, self._guard.state)
-            else:
-                check_not_listed(patch, revocations)
+            self.check_revoked(self._store.get(digest))
         except Revoked as error:
             return error
         except NestError as error:  # a patch that the store does not hold cannot be named, only found in the list
@@ -284,6 +270,11 @@ def follow_ref(ref: str | RepoRef) -> RepoRef:
     """A reference with the channel to follow; ``stable`` where none is named. Raises UsageError."""
     ref = parse_repo(ref) if isinstance(ref, str) else ref
     return ref if ref.revision is not None else RepoRef(ref.place, DEFAULT_CHANNEL)
+
+
+def _natural(version: str) -> tuple[tuple[int, str], ...]:
+    """Orders versions as people do: v10 after v9."""
+    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", version))
 
 
 def _is_final(error: NestError) -> bool:

@@ -20,6 +20,7 @@ from nest_runtime.serve.api import Service
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.config import FollowConfig
 from nest_runtime.serve.gate import Gate, make_gate
+from nest_runtime.serve.patches import Served
 
 if TYPE_CHECKING:
     from nest_runtime.registry.store import Store
@@ -59,10 +60,12 @@ class Following:
             active=lambda: table.active.digest if table.active.key is not None else None,
             switch=self._switch,
             leave=self._leave,
+            heed=self._heed,
             gate=self._try_out,
             guard=guard,
             stale_after=config.stale_after or STALE_POLLS * config.every + 60,
         )
+        table.veto = self._follower.check_revoked
         self._who = f"follow {self._follower.ref}"
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
@@ -92,7 +95,8 @@ class Following:
     def state(self) -> dict[str, Any]:
         """For ``/ready``."""
         status = self._follower.status
-        return {**status.__dict__, "stale": status.stale or None, "error": status.error or None}
+        withdrawn = self._service.table.withdrawn()
+        return {**status.__dict__, "stale": status.stale or None, "error": status.error or None, "withdrawn": withdrawn}
 
     async def _run(self) -> None:
         while True:
@@ -140,25 +144,54 @@ class Following:
                 log.debug("not yet: %s", error)
                 await asyncio.sleep(0.1)
 
+    def _heed(self) -> None:
+        """Withdraw exposed patches that are revoked."""
+        for served in self._service.table.loaded():
+            assert served.patch is not None  # only patches are loaded
+            try:
+                self._follower.check_revoked(served.patch)
+            except Revoked as error:
+                self._on_loop(self._withdraw(served, error))
+            except NestError as error:
+                log.error("whether %s is revoked cannot be told: %s", served.label, error)
+
+    async def _withdraw(self, served: Served, error: Revoked) -> None:
+        if not self._service.table.withdraw(served, error):
+            return
+        message = f"{served.label} is exposed no more: {error.message}"
+        log.error("following %s: %s", self._follower.ref, message)
+        self.on_event({"event": "warning", "message": message})
+        self._service.metrics.patch_failures.labels(type(error).__name__).inc()
+        entry = {"what": "withdraw", "who": self._who, "version": served.label, "digest": served.digest, "done": True}
+        await self._write_down({**entry, "error": type(error).__name__, "reason": error.message})
+
     def _leave(self, revoked: Revoked) -> None:
         """Turn to the newest good patch, or stop answering, as the policy says; never to the base."""
         table = self._service.table
         policy = self._guard.policy.on_revoked if self._guard is not None else "newest-good"
-        if policy == "newest-good" and (digest := self._newest_good()) is not None:
-            self._on_loop(self._activate(digest))
-            return
-        error = Stopped(f"this server has stopped answering: {revoked.message}", "its operator has to activate a patch")
-        table.halted = error
-        log.error("%s", error)
+        tried = [table.active.digest]
+        while policy == "newest-good" and (digest := self._newest_good(tried)) is not None:
+            try:
+                self._on_loop(self._activate(digest))
+                return
+            except NestError as error:
+                log.warning("%s is no way out: %s", digest[:19], error)
+                tried.append(digest)
+        stopped = Stopped(
+            f"this server has stopped answering: {revoked.message}", "its operator has to activate a patch"
+        )
+        table.halted = stopped
+        log.error("%s", stopped)
 
-    def _newest_good(self) -> str | None:
+    def _newest_good(self, but: list[str]) -> str | None:
+        """The digest of the stored patch to turn to; one that is revoked is refused when it is activated."""
         table, active = self._service.table, self._service.table.active
         if active.patch is None:
             return None
         if self._guard is not None:
-            found = self._guard.newest_good(table.model_hash, active.patch.name, but=[active.digest])
+            found = self._guard.newest_good(table.model_hash, active.patch.name, but=but)
             return found[0].digest if found else None
-        rows = [e for e in self._store.list(table.model_hash) if e.name == active.patch.name]
+        rows = [e for e in self._store.list(table.model_hash) if e.name == active.patch.name and e.digest not in but]
         older = [e for e in rows if e.serial < active.patch.serial]  # without a policy nothing newer can be judged
         return max(older, key=lambda e: e.serial).digest if older else None
 
@@ -179,15 +212,18 @@ class Following:
             error = outcome.error
             entry = {"what": f"follow: {outcome.kind}", "who": self._who, "ref": status.ref, "done": False}
             self._service.metrics.patch_failures.labels(type(error).__name__).inc()
-            try:
-                await asyncio.to_thread(
-                    self._audit.record, {**entry, "error": type(error).__name__, "reason": error.message}
-                )
-            except NestError as unwritten:
-                log.error("what was refused could not be audited: %s", unwritten)
+            await self._write_down({**entry, "error": type(error).__name__, "reason": error.message})
+
+    async def _write_down(self, entry: dict[str, Any]) -> None:
+        try:
+            await asyncio.to_thread(self._audit.record, entry)
+        except NestError as unwritten:
+            log.error("%s could not be audited: %s", entry["what"], unwritten)
 
     def _watch(self) -> None:
         watch, follower = self._service.metrics.watch, self._follower
         watch("nest_follow_stale", "1 while what is followed may be out of date.", lambda: bool(follower.status.stale))
         watch("nest_follow_failures", "Polls that failed since the last good one.", lambda: follower.status.failures)
+        withdrawn = self._service.table.withdrawn
+        watch("nest_follow_withdrawn", "Exposed versions taken back, being revoked.", lambda: len(withdrawn()))
         watch("nest_follow_refusing", "1 while what is offered is refused.", lambda: bool(follower.status.error))

@@ -96,6 +96,7 @@ class PatchTable:
         self.halted: NestError | None = None  # why nothing is answered at all: the active patch was revoked
         self.on_switch: Callable[[Switch], None] = lambda switch: None
         self.on_refusal: Callable[[str, NestError], None] = lambda what, error: None
+        self.veto: Callable[[Patch], None] = lambda patch: None  # raises for a patch that must not answer any more
         self._runtime = runtime
         self._store = store
         self._audit = audit
@@ -104,20 +105,25 @@ class PatchTable:
         self._follows_store = follows_store
         self._loaded: dict[str, Served] = {}  # by digest
         self._exposed: dict[str, Served] = {}  # by what follows the @
+        self._withdrawn: dict[str, NestError] = {}  # by the same: why clients get it no more
         self._before: list[Served] = []  # activations that a rollback returns to
         self._lock = asyncio.Lock()
 
     def named(self, model: str) -> Served | None:
         """The patch that a client's ``model`` stands for, or None where there is no such name for clients.
 
-        Raises what ``halted`` holds while nothing is to be answered.
+        Raises what ``halted`` holds while nothing is to be answered, and why a patch was withdrawn.
         """
         if self.halted is not None:
             raise self.halted
         if model == self.model_name:
             return self.active
         name, at, suffix = model.partition(f"{self.model_name}@")
-        return self._exposed.get(suffix) if at and not name else None
+        if not at or name:
+            return None
+        if suffix in self._withdrawn:
+            raise self._withdrawn[suffix]
+        return self._exposed.get(suffix)
 
     def names(self) -> list[str]:
         """The model names that clients may use."""
@@ -134,6 +140,20 @@ class PatchTable:
     def expose(self, served: Served) -> None:
         """Let clients name a loaded patch, or the base."""
         self._exposed[served.label] = served
+
+    def withdraw(self, served: Served, why: NestError) -> bool:
+        """Take a name from clients for good: who asks for it is told why. Gives whether they had it.
+
+        Requests that it was given to before run to their end.
+        """
+        if self._exposed.pop(served.label, None) is None:
+            return False
+        self._withdrawn[served.label] = why
+        return True
+
+    def withdrawn(self) -> list[str]:
+        """What was exposed and is no more, by label."""
+        return list(self._withdrawn)
 
     async def load(self, ref: str, who: str) -> Served:
         """Read, verify and add a patch, without activating it. Raises NestError; the server is then as it was."""
@@ -202,6 +222,8 @@ class PatchTable:
         return self._loaded[patch.digest]
 
     async def _check(self, patch: Patch | None, ref: str | None, older: bool) -> None:
+        if patch is not None:
+            await asyncio.to_thread(self.veto, patch)
         if self._guard is not None and patch is not None:
             check = self._guard.check
             self._verified[patch.digest] = await asyncio.to_thread(check, patch, ref, allow_downgrade=older)
