@@ -27,7 +27,7 @@ COMMANDS = (
 def command(*arguments: object) -> list[str]:
     """``nest-runtime …`` as installed beside this Python, else through the module."""
     script = Path(sys.executable).with_name("nest-runtime")
-    start = [str(script)] if script.exists() else [sys.executable, "-m", "nest_runtime.cli.main"]
+    start = [str(script)] if script.exists() else [sys.executable, "-m", "nest_runtime"]
     return start + [str(item) for item in arguments]
 
 
@@ -56,6 +56,13 @@ def test_help_is_quick() -> None:
     assert result.returncode == 0
     assert "--harmful" in result.stdout
     assert result.stderr == ""
+
+
+def test_runs_as_a_module() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "nest_runtime", "--version"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout == run("--version").stdout != ""
 
 
 def test_no_help_loads_torch_and_each_has_an_example() -> None:
