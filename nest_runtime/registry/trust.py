@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import Downgrade, NestError, PatchFormatError, PatchNotFound, Revoked, SignatureError
+from nest_runtime.registry.entries import builtin_entries
 from nest_runtime.registry.keys import PublicKey
 from nest_runtime.registry.policy import KeyRule, Policy
 from nest_runtime.registry.signing import sign_files, verify_files
@@ -260,7 +261,7 @@ def _signer(
 ) -> KeyRule | None:
     """The rule of the key that signed this patch, or None for one that may be unsigned."""
     if material is None:
-        _unsigned(policy, label)
+        _unsigned(policy, label, builtin=patch.digest in builtin_entries())
         return None
     where = _name(material, label)
     check_manifest(material.manifest, patch, data, f"the manifest of {where}")
@@ -276,14 +277,14 @@ def _signer(
     return rule
 
 
-def _unsigned(policy: Policy, label: str) -> None:
+def _unsigned(policy: Policy, label: str, *, builtin: bool = False) -> None:
     """Raise SignatureError where the policy wants a signature."""
     if policy.require_signature:
         trusted = ", ".join(rule.name for rule in policy.keys)
-        raise SignatureError(
-            f"{label} is not signed; a signature by {trusted} is required",
-            "sign it with `nest-runtime sign`, or get it with its .manifest.json and .sig",
-        )
+        hint = "sign it with `nest-runtime sign`, or get it with its .manifest.json and .sig"
+        if builtin:  # a key of ours in the package would be one more to trust, and vouch for nothing that pip does not
+            hint = f"patches of the package bear no signature: sign it with a key of yours, `nest-runtime sign {label}`"
+        raise SignatureError(f"{label} is not signed; a signature by {trusted} is required", hint)
 
 
 def _check_serial(

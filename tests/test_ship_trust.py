@@ -1,0 +1,101 @@
+"""Signatures on the way to a server: patches of the package, signed copies of them, and references to the Hub."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nest_runtime.cli.main import main
+from nest_runtime.errors import Revoked, SignatureError
+from nest_runtime.models import load_model
+from nest_runtime.registry.entries import builtin_patches_dir
+from nest_runtime.registry.hub_push import publish_revocation, set_channel
+from nest_runtime.registry.hub_types import parse_repo
+from nest_runtime.registry.keys import generate_keys
+from nest_runtime.registry.store import Store
+from nest_runtime.serve import Limits, ServeConfig
+from tests.helpers import make_patch
+from tests.helpers_hub import publish
+from tests.helpers_serve import serving
+from tests.hub_server import HubServer
+
+pytest_plugins = ["tests.helpers_hub"]
+
+REPO = "alice/safety"
+Keys = tuple[Path, Path]
+
+
+@pytest.fixture
+def config(keys: Keys) -> ServeConfig:
+    return ServeConfig(
+        patch="v3",
+        port=0,
+        trust=(keys[1],),
+        require_signature=True,
+        limits=Limits(cache_tokens=2048, batch_tokens=128, drain_seconds=5),
+    )
+
+
+def test_a_patch_of_the_package_is_refused_until_signed(
+    config: ServeConfig, keys: Keys, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SignatureError, match="is not signed") as refused, serving(config):
+        pass
+    assert "nest-runtime sign reference-safety@v3" in refused.value.hint
+    command = refused.value.hint.rpartition("`nest-runtime ")[2].rstrip("`").split()
+    assert main([*command, "--key", str(keys[0])]) == 0
+    assert main(["verify", "v3", "--trust", str(keys[1])]) == 0
+    assert "good signature on reference-safety@v3" in capsys.readouterr().out
+    with serving(config) as server:
+        assert server.http("GET", "/ready").json()["patch"] == "v3"
+    assert [entry.version for entry in Store().list() if entry.builtin and entry.signed] == ["v3"]
+    assert main(["activate", "v2", "--trust", str(keys[1]), "--require-signature"]) == 3  # v3's says nothing of v2
+    assert main(["activate", "v3", "--trust", str(keys[1]), "--require-signature"]) == 0
+    with serving(replace(config, patch=None)) as server:
+        assert server.http("GET", "/ready").json()["patch"] == "v3"
+
+
+def test_a_signed_copy_of_a_patch_of_the_package(config: ServeConfig, keys: Keys, tmp_path: Path) -> None:
+    source = builtin_patches_dir()
+    assert source is not None
+    copy = tmp_path / "mine.safetensors"
+    shutil.copy(source / "v2.safetensors", copy)
+    with pytest.raises(SignatureError, match="is not signed"), serving(replace(config, patch=str(copy))):
+        pass
+    assert main(["sign", str(copy), "--key", str(keys[0])]) == 0
+    with serving(replace(config, patch=str(copy))) as server:
+        assert server.http("GET", "/ready").json()["patch"] == "v2"
+    place = str(tmp_path / "mirror")
+    assert main(["push", str(copy), place]) == 0  # with the signature that lies beside it
+    stranger = generate_keys(tmp_path / "stranger")[1]
+    pull = ["pull", f"{place}@v2", "--require-signature", "--trust"]
+    assert main([*pull, str(stranger)]) == 3
+    assert main([*pull, str(keys[1])]) == 0
+
+
+def test_a_server_verifies_a_reference_to_the_hub(
+    hub: HubServer, store: Store, config: ServeConfig, keys: Keys, tiny_llama: Path, tmp_path: Path
+) -> None:
+    loaded = load_model(tiny_llama)
+    patches = {n: make_patch(loaded.model, version=f"v{n}", serial=n, seed=n, base_hash=loaded.hash) for n in (1, 2, 3)}
+    publish(patches[1], store)
+    publish(patches[2], store, generate_keys(tmp_path / "stranger")[:2])
+    publish(patches[3], store, keys)
+    set_channel(parse_repo(REPO), "stable", "v3", store=store, key=keys[0])
+    config = replace(config, model=str(tiny_llama))
+    for version, words in (("v1", "is not signed"), ("v2", "was made by the key")):
+        with pytest.raises(SignatureError, match=words), serving(replace(config, patch=f"hf://{REPO}@{version}")):
+            pass
+    for revision in ("v3", "stable"):
+        with serving(replace(config, patch=f"hf://{REPO}@{revision}")) as server:
+            assert server.http("GET", "/ready").json()["digest"] == patches[3].digest
+            entry = next(
+                entry for entry in server.server.audit.tail(9) if entry["what"] == "activate" and entry["done"]
+            )
+            assert entry["signed_by"].startswith("sha256:")
+    publish_revocation(patches[3], "answers recipes", parse_repo(REPO), key=keys[0])
+    with pytest.raises(Revoked), serving(replace(config, patch=f"hf://{REPO}@v3")):
+        pass
