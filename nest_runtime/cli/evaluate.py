@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nest_runtime.cli.common import choose_patch, examples
-from nest_runtime.cli.measuring import cases_of, change, families_table, interval
-from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output, percent, short
+from nest_runtime.cli.evaluate_view import render
+from nest_runtime.cli.measuring import cases_of
+from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output
 from nest_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from nest_runtime.evaluate import EvalResult
-    from nest_runtime.evaluate.stats import PairedChange, Rate
-
-TITLES = {"asr": "attack success", "over_refusal": "over-refusal", "utility": "utility"}
+    from nest_runtime.evaluate import Case, EvalResult, Judge
+    from nest_runtime.evaluate.attacks import Attack
+    from nest_runtime.evaluate.harness import Tasks
+    from nest_runtime.models import LoadedModel
+    from nest_runtime.patch import Patch
+    from nest_runtime.progress import Progress
+    from nest_runtime.runtime import PatchRuntime
 
 
 def register(app: typer.Typer) -> None:
@@ -28,6 +33,7 @@ def register(app: typer.Typer) -> None:
             "nest-runtime eval --patch v3 --with-base",
             "nest-runtime eval --patch v3 --suite plain --attacks all --limit 200 --json",
             "nest-runtime eval --model ./my-model --behaviors harmbench.csv --judge phrases",
+            "nest-runtime eval --model ./my-model --patch v1 --suite lm-eval:gsm8k,mmlu --with-base",
         ),
     )(evaluate)
 
@@ -47,7 +53,8 @@ def evaluate(
         typer.Option(
             "--suite",
             metavar="NAME",
-            help="reference, plain, jailbreak-seen, jailbreak-held-out, over-refusal, utility; repeat it.",
+            help="reference, plain, jailbreak-seen, jailbreak-held-out, over-refusal, utility, or general ability: "
+            "lm-eval:gsm8k,mmlu; repeat it.",
         ),
     ] = None,
     behaviors: Annotated[
@@ -71,13 +78,23 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", min=1, help="At most N cases of each suite, drawn by seed.")
+        int | None,
+        typer.Option(
+            "--limit", metavar="N", min=1, help="At most N cases of each suite, drawn by seed; of lm-eval the first N."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of --limit and --attacks.")] = 0,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", metavar="N", min=1, help="Longest answer, in tokens.")
     ] = 64,
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Prompts in one batch.")] = 64,
+    lm_eval_include: Annotated[
+        Path | None, typer.Option("--lm-eval-include", metavar="DIR", help="A folder with lm-eval tasks of your own.")
+    ] = None,
+    lm_eval_shots: Annotated[
+        int | None,
+        typer.Option("--lm-eval-shots", metavar="N", min=0, help="Examples in lm-eval's prompts; each task's own."),
+    ] = None,
     out_file: Annotated[
         Path | None, typer.Option("--out", metavar="FILE.json", help="Keep every answer and verdict in this file.")
     ] = None,
@@ -93,90 +110,114 @@ def evaluate(
     out = Output.of(ctx, as_json)
     if out_file is not None and not out_file.absolute().parent.is_dir():
         raise UsageError(f"--out {out_file} lies in a folder that does not exist", "make the folder first")
-    from nest_runtime.evaluate import apply_attacks, make_judge, parse_attacks, sample_cases
-    from nest_runtime.evaluate import evaluate as run
+    from nest_runtime.evaluate.harness import load_tasks, split_suites
+
+    suites, names = split_suites(suite or [])
+    tasks = load_tasks(names, include=lm_eval_include, limit=limit, shots=lm_eval_shots) if names else None
+    asked = Asked(judge or [], attacks or [], seed, max_tokens, batch_size, workdir, device, dtype)
+    cases = [] if names and not suites and not behaviors else _cases(model, suites, behaviors or [], limit, seed)
+    session = _open(out, asked, cases, tasks, model, patch, no_patch)
+    with out.bars() as bars:
+        result = session.run(bars, with_base)
+    if out_file is not None:
+        result.save(out_file)
+    out.result(result.summary(), lambda: render(out, result))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How the user wants it measured."""
+
+    judge: list[str]
+    attacks: list[str]
+    seed: int
+    max_tokens: int
+    batch_size: int
+    workdir: Path | None
+    device: str
+    dtype: str
+
+
+def _cases(model: str, suites: list[str], behaviors: list[str], limit: int | None, seed: int) -> list[Case]:
+    from nest_runtime.evaluate import sample_cases
+
+    cases = cases_of(model, suites, behaviors)
+    return cases if limit is None else sample_cases(cases, limit, seed=seed)
+
+
+def _open(
+    out: Output, asked: Asked, cases: list[Case], tasks: Tasks | None, model: str, patch: str | None, no_patch: bool
+) -> Session:
+    """Check everything that can be checked before answers are paid for, then load the model and the patch."""
+    from nest_runtime.evaluate import make_judge, parse_attacks
     from nest_runtime.evaluate.run import check_judges
     from nest_runtime.evaluate.suites import default_judge
     from nest_runtime.models import load_model
     from nest_runtime.runtime import PatchRuntime
 
-    cases = cases_of(model, suite or [], behaviors or [])
-    if limit is not None:
-        cases = sample_cases(cases, limit, seed=seed)
-    chosen_attacks = parse_attacks(attacks) if attacks else []
-    judges = [make_judge(name, device=device) for name in judge or [default_judge(cases)]]
-    check_judges(judges)
-    loaded = load_model(model, device=device, dtype=dtype)
+    attacks = parse_attacks(asked.attacks) if asked.attacks else []
+    if attacks and not cases:
+        raise UsageError("--attacks without cases to attack", "add --suite or --behaviors")
+    judges = [make_judge(name, device=asked.device) for name in asked.judge or [default_judge(cases)]] if cases else []
+    if cases:
+        check_judges(judges)
+    loaded = load_model(model, device=asked.device, dtype=asked.dtype)
     chosen = choose_patch(out, patch, no_patch, loaded.hash)
     runtime = PatchRuntime(loaded.model, base_hash=loaded.hash)
-    key = runtime.add(chosen) if chosen else None
-    shared: dict[str, Any] = {
-        "runtime": runtime,
-        "model_name": loaded.name,
-        "base_hash": loaded.hash,
-        "batch_size": batch_size,
-        "max_new_tokens": max_tokens,
-        "workdir": workdir,
-    }
-    with out.bars() as bars:
-        if chosen_attacks:
-            with runtime.using(key):  # a white-box attack is made against what is measured
+    if chosen is not None:
+        runtime.add(chosen)
+    return Session(asked, cases, tasks, attacks, judges, loaded, runtime, chosen)
+
+
+@dataclass(frozen=True)
+class Session:
+    """All that one evaluation needs, checked and loaded."""
+
+    asked: Asked
+    cases: list[Case]
+    tasks: Tasks | None
+    attacks: list[Attack]
+    judges: list[Judge]
+    loaded: LoadedModel
+    runtime: PatchRuntime
+    patch: Patch | None
+
+    def run(self, bars: Progress, with_base: bool) -> EvalResult:
+        """Measure the patch, and the base too where asked for."""
+        from nest_runtime.evaluate import apply_attacks
+
+        model, cases = self.loaded, self.cases
+        if self.attacks:
+            key = None if self.patch is None else self.patch.digest
+            with self.runtime.using(key):  # a white-box attack is made against what is measured
                 cases = apply_attacks(
-                    cases, chosen_attacks, seed=seed, model=loaded.model, tokenizer=loaded.tokenizer, progress=bars
+                    cases,
+                    self.attacks,
+                    seed=self.asked.seed,
+                    model=model.model,
+                    tokenizer=model.tokenizer,
+                    progress=bars,
                 )
-        result = run(loaded.model, loaded.tokenizer, cases, judges, patch=chosen, progress=bars, **shared)
-        if with_base and chosen is not None:
-            base = run(loaded.model, loaded.tokenizer, cases, judges, progress=bars, **shared)
-            result = result.compared_with(base)
-    if out_file is not None:
-        result.save(out_file)
-    out.result(result.summary(), lambda: _render(out, result))
+        result = self._measure(cases, self.patch, bars)
+        if not with_base or self.patch is None:
+            return result
+        return result.compared_with(self._measure(cases, None, bars))
 
+    def _measure(self, cases: list[Case], patch: Patch | None, bars: Progress) -> EvalResult:
+        from nest_runtime.evaluate import evaluate as run
 
-def _render(out: Output, result: EvalResult) -> None:
-    from nest_runtime.evaluate.records import rates_by
-
-    subject = f"{result.patch} ({short(result.digest)})" if result.digest else "the bare base"
-    out.line(f"{result.model} with {subject}, judged by {', '.join(result.judges)}")
-    columns = ["SUITE", "MEASURE", "RATE", "95 % CI", "N", "OTHER", *(["BASE", "CHANGE"] if result.changes else [])]
-    out.table(columns, _rows(result), right=columns[2:])
-    attacked = [record for record in result.trials if record.measure == "asr"]
-    families_table(out, rates_by(attacked, lambda record: record.family))
-    _render_notes(out, result)
-
-
-def _rows(result: EvalResult) -> list[list[object]]:
-    """A row per suite and measure, and one for all jailbreaks where there are several suites of them."""
-    from nest_runtime.evaluate.records import other_share
-    from nest_runtime.evaluate.report import JAILBREAK
-
-    rows = []
-    for suite, measure in dict.fromkeys((record.suite, record.measure) for record in result.trials):
-        paired = result.changes[suite][measure] if result.changes else None
-        rate, other = result.rate(measure, suite), result.other(measure, suite)
-        rows.append(_row(suite, TITLES[measure], rate, other, paired))
-    wrapped = [r for r in result.trials if r.measure == "asr" and r.suite.startswith(JAILBREAK)]
-    if result.jailbreak is not None and len({record.suite for record in wrapped}) > 1:
-        pooled = (result.jailbreak, other_share(wrapped), result.jailbreak_change)
-        rows.append(_row("all jailbreaks", TITLES["asr"], *pooled))
-    return rows
-
-
-def _row(suite: str, title: str, rate: Rate, other: float | None, paired: PairedChange | None) -> list[object]:
-    row: list[object] = [suite, title, percent(rate.value), interval(rate.ci95), rate.n, percent(other)]
-    return row if paired is None else [*row, percent(paired.base.value), change(paired.relative)]
-
-
-def _render_notes(out: Output, result: EvalResult) -> None:
-    lost = [name for name in ("empty", "unparsable") if any(record.outcome == name for record in result.records)]
-    for name in lost:
-        count = sum(record.outcome == name for record in result.records)
-        out.line(f"{count} of {len(result.records)} answers were {name}; they stay in the denominator")
-    agreement = result.agreement
-    if agreement is not None:
-        kappa = "undefined" if agreement.kappa is None else f"{agreement.kappa:.2f}"
-        out.line(f"{' and '.join(agreement.judges)} agree on {percent(agreement.agreed.value)}; Cohen's kappa {kappa}")
-    for name, value in result.cost.items():
-        out.line(f"judge cost, {name}: {value}")
-    for note in result.notes:
-        out.note(note)
+        return run(
+            self.loaded.model,
+            self.loaded.tokenizer,
+            cases,
+            self.judges,
+            tasks=self.tasks,
+            runtime=self.runtime,
+            patch=patch,
+            model_name=self.loaded.name,
+            base_hash=self.loaded.hash,
+            batch_size=self.asked.batch_size,
+            max_new_tokens=self.asked.max_tokens,
+            workdir=self.asked.workdir,
+            progress=bars,
+        )

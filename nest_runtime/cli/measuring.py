@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from nest_runtime.cli.output import percent
 from nest_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from nest_runtime.cli.output import Output
     from nest_runtime.evaluate import Case
 
 
@@ -38,13 +36,3 @@ def interval(ends: Sequence[float]) -> str:
 def change(value: float | None) -> str:
     """A relative change in per cent, with its sign."""
     return "-" if value is None else f"{100 * value:+.0f} %"
-
-
-def families_table(out: Output, families: Mapping[str, Mapping[str, Any]]) -> None:
-    """Attack success by family, worst first, where more than one family was tried."""
-    if len(families) < 2:
-        return
-    out.line()
-    worst = sorted(families.items(), key=lambda item: (-item[1]["rate"], item[0]))
-    rows = [[name, percent(figures["rate"]), figures["n"]] for name, figures in worst]
-    out.table(["FAMILY", "ATTACK SUCCESS", "N"], rows, right=("ATTACK SUCCESS", "N"))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import DataError, EvaluationError
+from nest_runtime.evaluate.ability import Score, by_task, with_base
 from nest_runtime.evaluate.records import Record, breakdown, measures, other_share, rate_of
 from nest_runtime.evaluate.stats import Agreement, PairedChange, Rate, paired_change
 
@@ -34,6 +35,7 @@ class EvalResult:
         records: one per case that was run.
         notes: what a reader should know of the run.
         changes: paired comparison with a base's result, by suite and measure; None without one.
+        ability: scores of general ability, each beside the base's where that was measured too.
     """
 
     model: str
@@ -48,6 +50,7 @@ class EvalResult:
     created: str = ""
     notes: tuple[str, ...] = ()
     changes: Mapping[str, Mapping[str, PairedChange]] | None = None
+    ability: tuple[Score, ...] = ()
 
     @property
     def trials(self) -> tuple[Record, ...]:
@@ -109,7 +112,7 @@ class EvalResult:
         Raises:
             EvaluationError: the two are not about the same trials, judges or model.
         """
-        return replace(self, changes=paired_changes(base, self))
+        return replace(self, changes=paired_changes(base, self), ability=with_base(self.ability, base.ability))
 
     def summary(self) -> dict[str, Any]:
         """All figures as JSON values, without the records."""
@@ -140,6 +143,7 @@ class EvalResult:
             if self.changes is None
             else {s: {m: change.to_json() for m, change in row.items()} for s, row in self.changes.items()},
             "agreement": None if agreement is None else agreement.to_json(),
+            "ability": by_task(self.ability),
             "settings": dict(self.settings),
             "seconds": dict(self.seconds),
             "cost": dict(self.cost),
@@ -155,7 +159,8 @@ class EvalResult:
 
     def to_json(self) -> dict[str, Any]:
         """The summary and every record; ``from_json`` gives an equal result back."""
-        return {**self.summary(), "records": [record.to_json() for record in self.records]}
+        scores = [score.fields() for score in self.ability]
+        return {**self.summary(), "records": [record.to_json() for record in self.records], "scores": scores}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EvalResult:
@@ -175,6 +180,7 @@ class EvalResult:
                 created=data["created"],
                 notes=tuple(data["notes"]),
                 changes=None if changes is None else {s: _read_changes(row) for s, row in changes.items()},
+                ability=tuple(Score.of(fields) for fields in data.get("scores", ())),
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"evaluation result without {error}", "run eval again") from error

@@ -13,10 +13,9 @@ _TITLES = {"asr": "attack success", "over_refusal": "over-refusal", "utility": "
 def markdown(result: EvalResult) -> str:
     """The rates by suite, with the change from the base where it is known; attack success by family; judges."""
     who = f"{result.model or 'model'}, patch {result.patch}" + (f" ({result.digest[:19]}…)" if result.digest else "")
-    parts = [f"**{who}**, judged by {', '.join(result.judges)}.", _suite_table(result)]
-    families = _family_table(result)
-    if families:
-        parts.append(families)
+    judges = f", judged by {', '.join(result.judges)}" if result.judges else ""
+    parts = [f"**{who}**{judges}."]
+    parts += [made for make in (_suite_table, _family_table, _ability_table) if (made := make(result))]
     agreement = result.agreement
     if agreement is not None:
         kappa = "undefined" if agreement.kappa is None else f"{agreement.kappa:.2f}"
@@ -27,6 +26,8 @@ def markdown(result: EvalResult) -> str:
 
 
 def _suite_table(result: EvalResult) -> str:
+    if not result.records:
+        return ""
     head = ["suite", "measure", "rate", "95 % interval", "n", "other", "empty", "unparsable"]
     if result.changes is not None:
         head += ["base", "change (points)", "relative", "McNemar p"]
@@ -61,6 +62,27 @@ def _family_table(result: EvalResult) -> str:
             rate = Rate(figures["successes"], figures["n"])
             rows.append([suite, family, percent(rate.value), interval(rate.ci95), str(rate.n)])
     return table(["suite", "family", "attack success", "95 % interval", "n"], rows) if rows else ""
+
+
+def _ability_table(result: EvalResult) -> str:
+    rows = []
+    for score in result.ability:
+        ends = NONE if score.ci95 is None else " to ".join(f"{end:.3f}" for end in score.ci95)
+        change = score.change or {}
+        compared = [
+            _points(change.get("base")),
+            _points(change.get("difference"), "+"),
+            p_value(change.get("mcnemar_p")),
+        ]
+        name = f"{score.group} / {score.task}" if score.group else score.task
+        figures = [_points(score.value), _points(score.stderr), ends, str(score.n)]
+        rows.append([name, score.name, *figures, *compared, p_value(change.get("mcnemar_p"))])
+    head = ["task (lm-eval)", "metric", "value", "stderr", "95 % interval", "n", "base", "change", "McNemar p"]
+    return table(head, rows) if rows else ""
+
+
+def _points(value: float | None, sign: str = "") -> str:
+    return NONE if value is None else f"{value:{sign}.3f}"
 
 
 def _change(change: PairedChange | None) -> list[str]:
