@@ -132,6 +132,7 @@ def activate(
     A file or a Hub reference is added to the store first. A server that is running keeps its patch.
     Where keys are trusted, here or in $NEST_HOME/trust.toml, the patch must pass: signature, revocations, serial.
     """
+    from nest_runtime.errors import BaseMismatch
     from nest_runtime.registry.store import Store
     from nest_runtime.registry.trust_guard import guard_for, keep_beside
     from nest_runtime.resolve import is_path, load_patch
@@ -146,6 +147,11 @@ def activate(
     )
     foreign = is_path(patch) or patch.startswith("hf://")
     loaded = load_patch(patch) if foreign else store.get(patch, model_hash=model_hash)
+    if model_hash is not None and loaded.base_hash != model_hash:  # before anything of it is kept
+        raise BaseMismatch(
+            f"{loaded.name}@{loaded.version} is for model {loaded.base_hash}, not for {model_hash}",
+            "activate a patch of this model; `nest-runtime list` shows them",
+        )
     verified = None if guard is None else guard.check(loaded, patch)
     if foreign:
         keep_beside(store, loaded, patch)

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nest_runtime.errors import GateRefused, NestError, Revoked, Stopped, StoreError
+from nest_runtime.errors import NestError, Revoked, Stopped, StoreError
 from nest_runtime.registry.follow import Follower, Outcome
 from nest_runtime.registry.hub import Fetched
 from nest_runtime.serve.api import Service
@@ -100,7 +100,8 @@ class Following:
 
     async def _run(self) -> None:
         while True:
-            await asyncio.sleep(self._config.every * random.uniform(0.9, 1.0))  # servers of a fleet do not poll at once
+            # Servers of a fleet do not poll at once; what is new is fetched, gated and on before the interval is over.
+            await asyncio.sleep(self._config.every * random.uniform(0.7, 0.85))
             try:
                 await self._report(await asyncio.to_thread(self._follower.poll))
             except Exception:
@@ -130,7 +131,7 @@ class Following:
         try:
             shares = await gate.check(engine, self._service.tokenizer, served)
             log.info("%s passes the gate: %s", served.label, shares)
-        except GateRefused:
+        except NestError:
             if digest not in before:
                 await self._unload(digest)
             raise
