@@ -1,14 +1,15 @@
 """Patches as safetensors files: written byte for byte the same every time, read strictly.
 
 docs/patch-format.md is the law of this file. Reading checks the frame, the header and every tensor's
-name, dtype, shape and place before any tensor is read, the digest before any value is believed, and
-gives a Patch or an error, nothing in between. Whether a patch fits a model is not asked here
+name, dtype, shape and place before any tensor is read, the digest, in pieces, before any tensor is kept
+or believed, and gives a Patch or an error, nothing in between. Whether a patch fits a model is not asked here
 (patch.check_sites), nor whether its publisher is trusted (registry/).
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -21,7 +22,7 @@ from nest_runtime.errors import DigestMismatch, NestError, PatchFormatError, Pat
 from nest_runtime.framing import Entry, Frame, FramingError, header_length, parse_frame, parse_object
 from nest_runtime.patch import FORMAT_VERSION, Patch
 from nest_runtime.site import PARTS, REQUIRED_PARTS, Site, check_parts
-from nest_runtime.values import DTYPE_NAMES, FrozenTensor, canonical_json, content_digest
+from nest_runtime.values import DTYPE_NAMES, FrozenTensor, canonical_json, digest_of
 
 METADATA_KEY = "nest_patch"
 MAX_FILE = 1 << 30  # bytes
@@ -49,7 +50,9 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 }
 _SITE_FIELDS: dict[str, tuple[type, ...]] = {"name": (str,), "d_out": (int,), "stats": (dict,)}
 
-Read = Callable[[Entry], bytes]
+_PIECE = 1 << 20  # bytes read at a time while nothing is known to be right
+
+Read = Callable[[int, int], bytes]  # the data area's bytes from start to stop; fewer where the file was cut meanwhile
 
 
 def save_patch(patch: Patch, path: str | os.PathLike[str]) -> Path:
@@ -84,9 +87,9 @@ def read_patch(path: str | os.PathLike[str]) -> Patch:
             size = os.fstat(file.fileno()).st_size
             header, data_start = _read_header(file.read(8), size, file.read, str(path))
 
-            def read(entry: Entry) -> bytes:
-                file.seek(data_start + entry.start)
-                return file.read(entry.nbytes)
+            def read(start: int, stop: int) -> bytes:
+                file.seek(data_start + start)
+                return file.read(stop - start)
 
             return _parse(header, size - data_start, read, str(path))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -137,8 +140,8 @@ def from_bytes(data: bytes | bytearray | memoryview, source: str = "") -> Patch:
     """
     view, where = memoryview(data).cast("B"), source or "patch"
     header, data_start = _read_header(bytes(view[:8]), len(view), lambda n: bytes(view[8 : 8 + n]), where)
-    start = data_start
-    return _parse(header, len(view) - start, lambda e: bytes(view[start + e.start : start + e.stop]), where)
+    area = view[data_start:]
+    return _parse(header, len(area), lambda start, stop: bytes(area[start:stop]), where)
 
 
 def _read_header(prefix: bytes, size: int, read: Callable[[int], bytes], where: str) -> tuple[bytes, int]:
@@ -162,13 +165,13 @@ def _parse(header: bytes, data_size: int, read: Read, where: str) -> Patch:
         raise PatchFormatError(f"{where}: {error}", _FETCH) from error
     except PatchFormatError as error:
         raise PatchFormatError(f"{where}: {error.message}", error.hint) from error
-    tensors = {entry.name: _frozen(entry, read, where) for entry in frame.entries}
-    found = _digest(fields, tensors, where)
+    found = _digest(fields, frame, read, where)
     if found != fields["digest"]:
         raise DigestMismatch(
             f"{where}: the content has digest {found}, its header says {fields['digest']:.80}",
             "the file was damaged or changed: fetch it again from its publisher",
         )
+    tensors = {entry.name: _frozen(entry, read, where) for entry in frame.entries}
     try:
         patch = _build(fields, parts, tensors)
     except PatchFormatError as error:
@@ -234,17 +237,25 @@ def _match_tensors(sites: list[dict[str, Any]], frame: Frame) -> list[dict[str, 
 
 
 def _frozen(entry: Entry, read: Read, where: str) -> FrozenTensor:
-    data = read(entry)
+    data = read(entry.start, entry.stop)
     if len(data) != entry.nbytes:
         raise PatchFormatError(f"{where}: truncated in tensor {entry.name!r:.200}", _FETCH)
     return FrozenTensor(data, _DTYPES[entry.dtype], entry.shape)
 
 
-def _digest(fields: Mapping[str, Any], tensors: Mapping[str, FrozenTensor], where: str) -> str:
+def _digest(fields: Mapping[str, Any], frame: Frame, read: Read, where: str) -> str:
+    rows = [(entry.name, entry.dtype, entry.shape, _sha256(entry, read)) for entry in frame.entries]
     try:
-        return content_digest(fields, tensors)
+        return digest_of(fields, rows)
     except (ValueError, RecursionError) as error:  # lone surrogates, infinite or bottomless values
         raise PatchFormatError(f"{where}: the header has no canonical form: {error!s:.120}", _FETCH) from error
+
+
+def _sha256(entry: Entry, read: Read) -> str:
+    found = hashlib.sha256()
+    for at in range(entry.start, entry.stop, _PIECE):
+        found.update(read(at, min(at + _PIECE, entry.stop)))
+    return found.hexdigest()
 
 
 def _build(fields: Mapping[str, Any], parts: list[dict[str, str]], tensors: Mapping[str, FrozenTensor]) -> Patch:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -110,12 +110,18 @@ def canonical_json(value: Any) -> bytes:
 
 def content_digest(header: Mapping[str, Any], tensors: Mapping[str, FrozenTensor]) -> str:
     """The patch digest of docs/patch-format.md: over content, whatever the layout of the file."""
+    rows = [
+        (name, DTYPE_NAMES[tensor.dtype], tensor.shape, hashlib.sha256(tensor.data).hexdigest())
+        for name, tensor in tensors.items()
+    ]
+    return digest_of(header, rows)
+
+
+def digest_of(header: Mapping[str, Any], tensors: Iterable[tuple[str, str, Sequence[int], str]]) -> str:
+    """The patch digest, from each tensor's name, dtype's name, shape, and SHA-256 in hex."""
     manifest = {
         "header": {key: value for key, value in header.items() if key != "digest"},
-        "tensors": [
-            [name, DTYPE_NAMES[tensor.dtype], list(tensor.shape), hashlib.sha256(tensor.data).hexdigest()]
-            for name, tensor in sorted(tensors.items())
-        ],
+        "tensors": [[name, dtype, list(shape), sha256] for name, dtype, shape, sha256 in sorted(tensors)],
     }
     return "sha256:" + hashlib.sha256(canonical_json(manifest)).hexdigest()
 

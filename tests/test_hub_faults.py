@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ import pytest
 from nest_runtime.errors import DigestMismatch, HubError, NestError
 from nest_runtime.registry.hub import fetch, pull
 from nest_runtime.registry.store import Store
+from nest_runtime.registry.trust_documents import MAX_DOCUMENT
 from tests.helpers_hub import guard_of, publish
 from tests.helpers_store import small_patch
-from tests.hub_server import HubServer
+from tests.hub_server import Blob, HubServer
 
 pytest_plugins = ["tests.helpers_hub"]
 
@@ -199,3 +201,31 @@ def test_a_hub_that_is_down(hub: HubServer, store: Store, monkeypatch: pytest.Mo
     error = fails(lambda: fetch(f"{REPO}@v1", store=store), seconds=8)
     assert isinstance(error, HubError)
     assert "network" in error.hint
+
+
+@pytest.mark.parametrize("mode", ["lfs", "xet"])
+def test_what_is_larger_than_its_manifest_is_not_fetched(
+    hub: HubServer, store: Store, keys: Keys, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", mode != "xet")
+    hub.state.mode = mode
+    publish(small_patch("v1"), store, keys)
+    tree = hub.repo(REPO).tree
+    blob = tree["patch.safetensors"]
+    tree["patch.safetensors"] = replace(blob, size=blob.size + 1)
+    other = Store(tmp_path / "other")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cold"))
+    hub.forget_requests()
+    error = fails(lambda: pull(f"{REPO}@v1", store=other, guard=guard_of(other, keys)))
+    assert error is not None
+    assert f"more than the {blob.size} bytes" in error.message
+    assert sum("/_files/" in line for line in hub.requests) <= 1  # asked for once, and not read to its end
+    tree["patch.safetensors"] = blob
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "colder"))
+    tree["manifest.json"] = Blob.inline(b" " * (MAX_DOCUMENT + 1))
+    error = fails(lambda: pull(f"{REPO}@v1", store=other, guard=guard_of(other, keys)))
+    assert error is not None
+    assert "manifest.json has more than" in error.message
+    assert [e for e in other.list() if not e.builtin] == []

@@ -16,7 +16,7 @@ from nest_runtime.errors import HubError, SignatureError, TrustError
 from nest_runtime.registry.channels import Channel
 from nest_runtime.registry.hub_news import check_not_listed, read_channel, read_revocations
 from nest_runtime.registry.hub_origins import LATEST, Origins
-from nest_runtime.registry.hub_types import Refs, Remote, RepoRef, connect, parse_repo
+from nest_runtime.registry.hub_types import Refs, Remote, RepoRef, connect, parse_repo, size_limit
 from nest_runtime.registry.trust_material import MANIFEST_FILE, PATCH_FILE, SIGNATURE_FILE, Material
 
 if TYPE_CHECKING:
@@ -146,10 +146,12 @@ def fetch_revision(
     allow_downgrade: bool = False,
 ) -> Fetched:
     """The patch at one revision, checked by itself: bytes, signature, format. Raises as ``fetch``."""
-    data = remote.read(PATCH_FILE, revision)
+    material = _material(remote, ref, revision)
+    # What the manifest announces bounds what is fetched: nobody's promise yet, but more bytes could not be right.
+    limit = None if material is None else min(material.announced, size_limit(PATCH_FILE))
+    data = remote.read(PATCH_FILE, revision, limit)
     if data is None:
         raise HubError(f"{ref} has no file {PATCH_FILE}", "is it a repository of a nest-runtime patch?")
-    material = _material(remote, ref, revision)
     verified = None
     if guard is None:
         from nest_runtime.patchfile import from_bytes

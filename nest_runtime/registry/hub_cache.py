@@ -13,12 +13,12 @@ from pathlib import Path
 
 from nest_runtime.errors import DigestMismatch, HubError
 from nest_runtime.registry.hub_errors import reason
+from nest_runtime.registry.hub_types import too_large
 
-MAX_BYTES = 1 << 30
 _SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 
 
-def checked(path: Path, what: str) -> bytes:
+def checked(path: Path, what: str, limit: int) -> bytes:
     """A cached file's bytes, against the hash that the Hub names for it: SHA-256 for large files, git's for others.
 
     That hash is what the client calls the file's blob in the repository's own cache. A blob that came over Xet is
@@ -26,9 +26,8 @@ def checked(path: Path, what: str) -> bytes:
     """
     places = _links(path)
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise HubError(f"{what} has {size} bytes; the limit is {MAX_BYTES}", "this is no patch")
+        if path.stat().st_size > limit:
+            raise too_large(what, limit)
         data = path.read_bytes()
     except OSError as error:
         raise HubError(

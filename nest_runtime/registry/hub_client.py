@@ -27,7 +27,7 @@ from nest_runtime.registry.hub_errors import (
     request_path,
     retry_after,
 )
-from nest_runtime.registry.hub_types import Refs
+from nest_runtime.registry.hub_types import Refs, size_limit, too_large
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -65,18 +65,21 @@ class HubRemote:
 
         return self._call("asking for its versions", ask)
 
-    def read(self, path: str, revision: str) -> bytes | None:
+    def read(self, path: str, revision: str, limit: int | None = None) -> bytes | None:
         """A file at a commit, from the cache where it is there; its content is checked either way.
 
         Raises:
-            HubError: it cannot be had.
+            HubError: it cannot be had, or is larger than it may be.
             DigestMismatch: the bytes are not those that the Hub names; they are removed from the cache.
         """
         from huggingface_hub import errors as hub
 
+        where, limit = f"{self.name}: {path}", size_limit(path) if limit is None else limit
+
         def fetch() -> Path | None:
+            bar = _bounded(where, limit)
             try:
-                return Path(self._api.hf_hub_download(self.name, path, revision=revision, tqdm_class=_silent()))
+                return Path(self._api.hf_hub_download(self.name, path, revision=revision, tqdm_class=bar))
             except hub.RemoteEntryNotFoundError:
                 return None
             except hub.LocalEntryNotFoundError:
@@ -85,7 +88,7 @@ class HubRemote:
                 raise
 
         found = self._call(f"reading {path}", fetch)
-        return None if found is None else checked(found, f"{self.name}: {path}")
+        return None if found is None else checked(found, where, limit)
 
     def publish(self, files: Mapping[str, bytes], message: str, *, parent: str, tag: str | None = None) -> str:
         """One commit on top of ``parent``, and one tag; gives the commit's sha. Without files ``parent`` is tagged.
@@ -257,12 +260,26 @@ def _no_bars() -> Iterator[None]:
         enable_progress_bars()
 
 
-def _silent() -> Any:
-    """A progress bar that shows nothing: libraries do not print."""
+def _bounded(where: str, limit: int) -> Any:
+    """A progress bar that shows nothing, for libraries do not print, and ends a download that is larger than it may be.
+
+    The client asks for a file's size before it fetches it, and tells it to its bar only.
+    """
     from huggingface_hub.utils import tqdm
 
-    class Silent(tqdm):
+    class Bounded(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
+            self.seen = kwargs.get("initial") or 0
+            self._check(kwargs.get("total") or 0)
 
-    return Silent
+        def update(self, n: float | None = 1) -> bool | None:
+            self.seen += n or 0
+            self._check(self.seen)
+            return super().update(n)
+
+        def _check(self, size: float) -> None:
+            if size > limit:
+                raise too_large(where, limit)
+
+    return Bounded

@@ -18,10 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from nest_runtime.errors import UsageError
+from nest_runtime.errors import HubError, UsageError
+from nest_runtime.registry.trust_documents import MAX_DOCUMENT
+from nest_runtime.registry.trust_material import PATCH_FILE
 
 CARD_FILE = "README.md"
 HUB = "hf://"
+MAX_PATCH = 1 << 30  # bytes; as in patchfile.py, which needs torch
 _ID = r"[\w.-]+/[\w.-]+"
 _REVISION = r"[A-Za-z0-9][\w./+-]*"
 _HUB_REF = re.compile(rf"(hf://)?(?P<repo>{_ID})(@(?P<revision>{_REVISION}))?")
@@ -76,8 +79,11 @@ class Remote(Protocol):
     def refs(self) -> Refs:
         """Where the repository stands; one request."""
 
-    def read(self, path: str, revision: str) -> bytes | None:
-        """A file's content, or None where there is no such file."""
+    def read(self, path: str, revision: str, limit: int | None = None) -> bytes | None:
+        """A file's content, or None where there is no such file.
+
+        Raises HubError for more bytes than ``limit`` (by default what a file of that name may have), before they come.
+        """
 
     def publish(self, files: Mapping[str, bytes], message: str, *, parent: str, tag: str | None = None) -> str:
         """Replace files on main in one step and tag the result; gives the revision. ``parent`` is the head expected."""
@@ -87,6 +93,16 @@ class Remote(Protocol):
 
     def url(self, revision: str) -> str:
         """Where people can look at a revision."""
+
+
+def size_limit(path: str) -> int:
+    """How many bytes a repository's file may have, where nothing more is known."""
+    return MAX_PATCH if path == PATCH_FILE else MAX_DOCUMENT
+
+
+def too_large(where: str, limit: int) -> HubError:
+    """The error for a file that goes beyond its limit."""
+    return HubError(f"{where} has more than the {limit} bytes it may have", "ask its publisher what this is")
 
 
 def parse_repo(text: str) -> RepoRef:

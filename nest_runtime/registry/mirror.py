@@ -22,12 +22,12 @@ from filelock import FileLock, Timeout
 
 from nest_runtime.errors import HubError, RepoMissing
 from nest_runtime.registry.files import atomic_write, sync_folder
-from nest_runtime.registry.hub_types import Refs
+from nest_runtime.registry.hub_types import Refs, size_limit, too_large
+from nest_runtime.registry.trust_documents import MAX_DOCUMENT
 from nest_runtime.registry.trust_material import MANIFEST_FILE, PATCH_FILE, SIGNATURE_FILE
 
 TAGS = "tags"
 ROOT = "main"
-MAX_BYTES = 1 << 30
 LOCK_SECONDS = 30.0
 _LOCK = ".nest-mirror.lock"
 
@@ -58,12 +58,12 @@ class MirrorRemote:
                 tags.setdefault(version, ROOT)
             return Refs(found.hexdigest(), tags)
 
-    def read(self, path: str, revision: str) -> bytes | None:
+    def read(self, path: str, revision: str, limit: int | None = None) -> bytes | None:
         """A file of a version, or of the root for any other revision; None where there is none. Raises HubError."""
         with self._errors(f"reading {path}"):
             fs, root = self._open()
             folder = f"{root}/{revision}" if revision.startswith(f"{TAGS}/") else root
-            return self._get(fs, f"{folder}/{path}")
+            return self._get(fs, f"{folder}/{path}", size_limit(path) if limit is None else limit)
 
     def publish(self, files: Mapping[str, bytes], message: str, *, parent: str, tag: str | None = None) -> str:
         """Write a version's folder and then the root. Raises HubError where another was faster, or nothing was written.
@@ -124,14 +124,14 @@ class MirrorRemote:
         return version if isinstance(version, str) else None
 
     @staticmethod
-    def _get(fs: Any, path: str) -> bytes | None:
+    def _get(fs: Any, path: str, limit: int = MAX_DOCUMENT) -> bytes | None:
         try:
             with fs.open(path, "rb") as file:
-                data = bytes(file.read(MAX_BYTES + 1))
+                data = bytes(file.read(limit + 1))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
-        if len(data) > MAX_BYTES:
-            raise HubError(f"{path} is over the limit of {MAX_BYTES} bytes", "this is no patch")
+        if len(data) > limit:
+            raise too_large(path, limit)
         return data
 
     def _put(self, fs: Any, path: str, data: bytes) -> None:

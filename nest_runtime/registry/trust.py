@@ -133,7 +133,15 @@ def verify_patch(path: str | Path, policy: Policy, state: TrustState | None = No
     Raises PatchNotFound, PatchFormatError, DigestMismatch, and what ``check_trust`` raises.
     """
     file = patch_path(Path(path).expanduser())
-    return open_patch(_read(file), read_material(file), policy, state, where=str(file))[1]
+    size, material = _size(file), read_material(file)
+    if material is None:  # both before a file of any size is read
+        _unsigned(policy, str(file))
+    elif size > material.announced:
+        raise SignatureError(
+            f"{file} has {size} bytes; its manifest says {material.announced}",
+            "fetch patch, manifest and signature again from one place",
+        )
+    return open_patch(_read(file), material, policy, state, where=str(file))[1]
 
 
 def open_patch(
@@ -304,13 +312,23 @@ def _name(material: Material, label: str) -> str:
 
 
 def _read(path: Path) -> bytes:
+    _size(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise PatchNotFound(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from error
+
+
+def _size(path: Path) -> int:
+    """A patch file's size. Raises PatchNotFound, or PatchFormatError for one that no patch has."""
     from nest_runtime.patchfile import MAX_FILE
 
     try:
-        if path.stat().st_size > MAX_FILE:
-            raise PatchFormatError(f"{path} has {path.stat().st_size} bytes; the limit is {MAX_FILE}", "name a patch")
-        return path.read_bytes()
+        size = path.stat().st_size
     except (FileNotFoundError, NotADirectoryError) as error:
         raise PatchNotFound(f"there is no patch file {path}", "check the path") from error
     except OSError as error:
         raise PatchNotFound(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from error
+    if size > MAX_FILE:
+        raise PatchFormatError(f"{path} has {size} bytes; the limit is {MAX_FILE}", "name a patch")
+    return size

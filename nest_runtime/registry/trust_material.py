@@ -64,6 +64,11 @@ class Material:
         """The key that the signature names. Raises SignatureError where it cannot be read; verifies nothing."""
         return read_bundle(self.signature, self.source or "the signature").key_id
 
+    @property
+    def announced(self) -> int:
+        """How many bytes the patch file has by its manifest. Raises SignatureError where that is none."""
+        return Manifest.parse(self.manifest, f"the manifest of {self.source or 'a patch'}").bytes
+
     def signed_files(self, patch_file: bytes) -> dict[str, bytes]:
         """What the signature must be over."""
         return {PATCH_FILE: patch_file, MANIFEST_FILE: self.manifest}
