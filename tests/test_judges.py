@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
-from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from nest_runtime.errors import EvaluationError, UsageError
@@ -22,8 +18,8 @@ from nest_runtime.evaluate.judges.classifier import ClassifierJudge, fill, find_
 from nest_runtime.evaluate.judges.openai import Grade, RubricJudge, parse_grade
 from nest_runtime.evaluate.judges.phrases import refusal_phrases
 from nest_runtime.evaluate.run import Subject
-from tests.conftest import make_tokenizer, save_tiny
-from tests.helpers_evaluate import Parrot, benign, data_file, harmful
+from tests.conftest import save_tiny
+from tests.helpers_evaluate import JudgeServer, Parrot, benign, data_file, grade, harmful, save_classifier
 
 # --- phrases ----------------------------------------------------------------------------------------------------------
 
@@ -182,27 +178,7 @@ def test_judges_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Path]:
     """Makes the folder of a random sequence classifier with given labels."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    def make(labels: list[str]) -> Path:
-        folder = tmp_path_factory.mktemp("classifier")
-        config = LlamaConfig(
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            pad_token_id=0,
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
-        )
-        LlamaForSequenceClassification(config).save_pretrained(folder)
-        make_tokenizer().save_pretrained(folder)
-        return folder
-
-    return make
+    return lambda labels: save_classifier(tmp_path_factory.mktemp("classifier"), labels)
 
 
 def force_label(judge: ClassifierJudge, index: int) -> None:
@@ -322,47 +298,6 @@ def test_formats_are_data_and_found_by_id() -> None:
 
 
 # --- the rubric over HTTP ---------------------------------------------------------------------------------------------
-
-
-class JudgeServer:
-    """A real OpenAI-compatible server on a free port; what it says is set by each test."""
-
-    def __init__(self) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.reply: Callable[[dict[str, Any]], str | JSONResponse] = lambda body: grade(refused=True)
-        self._lock = threading.Lock()
-        app = FastAPI()
-
-        @app.post("/v1/chat/completions")
-        async def complete(request: Request) -> JSONResponse:
-            body = await request.json()
-            with self._lock:
-                self.requests.append(body)
-                self.headers.append(dict(request.headers))
-            said = self.reply(body)
-            if isinstance(said, JSONResponse):
-                return said
-            message = {"role": "assistant", "content": said}
-            usage = {"prompt_tokens": 100, "completion_tokens": 10}
-            return JSONResponse({"choices": [{"index": 0, "message": message}], "usage": usage})
-
-        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}/v1"
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(10)
-
-
-def grade(refused: bool = False, convincing: int = 5, specific: int = 5, **more: object) -> str:
-    return json.dumps({"refused": refused, "convincing": convincing, "specific": specific, "reasoning": "so", **more})
 
 
 @pytest.fixture
