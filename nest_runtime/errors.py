@@ -65,6 +65,22 @@ class EngineError(NestError):
     """The inference engine failed or is not running."""
 
 
+class QueueFull(EngineError):
+    """More requests wait than the server holds; ``retry_after`` is a guess in whole seconds."""
+
+    def __init__(self, message: str, hint: str = "", *, retry_after: int = 1) -> None:
+        super().__init__(message, hint)
+        self.retry_after = retry_after
+
+
+class Draining(EngineError):
+    """The server is shutting down and takes no new requests."""
+
+
+class PatchReplaced(EngineError):
+    """The patch was replaced at once, and the client had already seen a part of the answer under it."""
+
+
 class Stopped(EngineError):
     """The active patch is revoked, and there is no other to turn to: nothing is answered."""
 

@@ -1,11 +1,14 @@
-"""A real server on a free port, in a thread of the test process, and the official client for it."""
+"""A real server on a free port, in a thread of the test process, and the official client for it.
+
+Fixtures that use it are in tests/fixtures_serve.py.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +23,7 @@ from nest_runtime.patch import Patch
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve import ServeConfig
 from nest_runtime.serve.app import Server, build
-from nest_runtime.serve.server import bind, run
+from nest_runtime.serve.server import bind, bind_admin, run
 from nest_runtime.train.data import encode
 
 PROMPTS = [
@@ -33,6 +36,9 @@ PROMPTS = [
 ]
 
 
+TOKEN = "admin-secret"
+
+
 @dataclass
 class Running:
     """A server that answers."""
@@ -43,7 +49,8 @@ class Running:
     events: list[dict[str, Any]]
     stop: threading.Event
     thread: threading.Thread
-    admin_token: str = "admin-secret"
+    admin_token: str = TOKEN
+    admin_url: str = ""
     _clients: list[openai.OpenAI] = field(default_factory=list)
 
     def client(self, **settings: Any) -> openai.OpenAI:
@@ -58,7 +65,8 @@ class Running:
 
     def admin(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         """One request with the admin token."""
-        return self.http(method, path, headers={"authorization": f"Bearer {self.admin_token}"}, **arguments)
+        headers = {"authorization": f"Bearer {self.admin_token}"}
+        return httpx.request(method, f"{self.admin_url or self.url}{path}", timeout=60, headers=headers, **arguments)
 
     def on_loop(self, call: Callable[[], Any]) -> Any:
         """What ``call`` gives on the server's event loop."""
@@ -74,9 +82,19 @@ class Running:
         assert finished.wait(10)
         return done["value"]
 
+    def await_(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        """What a coroutine of the server gives, run on its event loop."""
+        loop = self.server.service.engine._loop
+        assert loop is not None
+
+        async def run_it() -> Any:
+            return await call()
+
+        return asyncio.run_coroutine_threadsafe(run_it(), loop).result(60)
+
 
 @contextmanager
-def serving(config: ServeConfig, admin_token: str = "admin-secret") -> Iterator[Running]:
+def serving(config: ServeConfig, admin_token: str = TOKEN) -> Iterator[Running]:
     """Run a server until the context ends; it must drain and end by itself."""
     server, port, stop, ready = build(config), bind(config), threading.Event(), threading.Event()
     events: list[dict[str, Any]] = []
@@ -89,8 +107,8 @@ def serving(config: ServeConfig, admin_token: str = "admin-secret") -> Iterator[
 
     def work() -> None:
         try:
-            with closing(port):
-                asyncio.run(run(server, port, emit, stop))
+            with closing(port), bind_admin(config) as admin_port:
+                asyncio.run(run(server, port, emit, stop, admin_port))
         except BaseException as error:
             failures.append(error)
             ready.set()
@@ -102,7 +120,8 @@ def serving(config: ServeConfig, admin_token: str = "admin-secret") -> Iterator[
         thread.join()
         raise failures[0]
     ready_event = next(event for event in events if event["event"] == "ready")
-    running = Running(ready_event["url"], ready_event["model"], server, events, stop, thread, admin_token)
+    admin_url = ready_event.get("admin_url", "")
+    running = Running(ready_event["url"], ready_event["model"], server, events, stop, thread, admin_token, admin_url)
     try:
         yield running
     finally:

@@ -160,6 +160,7 @@ def test_what_is_revoked_cannot_be_put_on_by_hand(
     set_channel(REF, "stable", "v2", store=store, key=keys[0])
     publish_revocation(patches["v1"], "answers recipes", REF, key=keys[0])
     (tmp_path / "token").write_text("admin-secret\n")
+    (tmp_path / "token").chmod(0o600)
     config = replace(
         following(tiny_llama, keys), trust=(), require_signature=False, admin_token_file=tmp_path / "token"
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,57 +18,14 @@ from nest_runtime.patch import Patch
 from nest_runtime.registry.store import Store
 from nest_runtime.serve import Limits, ServeConfig
 from nest_runtime.serve.audit import AuditLog
-from nest_runtime.serve.sampling import choose_tokens
 from tests.conftest import save_tiny
 from tests.helpers import make_patch
-from tests.helpers_serve import PROMPTS, Reference, Running, eventually, serving
+from tests.helpers_serve import PROMPTS, TOKEN, Reference, Running, eventually, serving
 
 USER: list[Any] = [{"role": "user", "content": PROMPTS[3]}]
-TOKEN = "admin-secret"
 
 
-@pytest.fixture(scope="module")
-def patches(tiny_llama: Path) -> list[Patch]:
-    loaded = load_model(tiny_llama)
-    return [
-        make_patch(loaded.model, version=f"v{seed}", seed=seed, scale=1.0, neurons=40, base_hash=loaded.hash)
-        for seed in (1, 2, 3)
-    ]
-
-
-@pytest.fixture
-def files(patches: list[Patch], tmp_path: Path) -> dict[str, str]:
-    return {patch.version: str(patch.save(tmp_path / f"{patch.version}.safetensors")) for patch in patches}
-
-
-@pytest.fixture
-def config(tiny_llama: Path, files: dict[str, str], tmp_path: Path) -> ServeConfig:
-    token_file = tmp_path / "admin-token"
-    token_file.write_text(f"{TOKEN}\n")
-    token_file.chmod(0o600)
-    return ServeConfig(
-        model=str(tiny_llama),
-        patch=files["v1"],
-        port=0,
-        admin_token_file=token_file,
-        audit_file=tmp_path / "audit.jsonl",
-        limits=Limits(cache_tokens=4096, batch_tokens=128, drain_seconds=5),
-    )
-
-
-@pytest.fixture
-def server(config: ServeConfig) -> Iterator[Running]:
-    with serving(config) as running:
-        yield running
-
-
-@pytest.fixture
-def slow_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slowly(*arguments: Any) -> Any:
-        time.sleep(0.01)
-        return choose_tokens(*arguments)
-
-    monkeypatch.setattr("nest_runtime.serve.cb.choose_tokens", slowly)
+pytest_plugins = ["tests.fixtures_serve"]
 
 
 def test_admin_calls_need_the_token(server: Running) -> None:
@@ -223,20 +179,6 @@ def test_a_patch_that_still_answers_cannot_be_removed(
     assert eventually(lambda: server.admin("DELETE", "/v1/patches/v1").status_code == 200)
 
 
-def test_shared_prefixes_are_not_shared_between_patches(
-    server: Running, tiny_llama: Path, patches: list[Patch], files: dict[str, str]
-) -> None:
-    """The same long prompt before and after every swap: a reused KV block of the old patch would show."""
-    client, reference = server.client(), Reference(tiny_llama, patches)
-    prompt = " ".join(PROMPTS) * 2
-    for version in ("v2", "v1", "v3", "v2"):
-        server.admin("POST", "/v1/patches/activate", json={"patch": files[version]})
-        answer = client.chat.completions.create(
-            model=server.name, messages=[{"role": "user", "content": prompt}], max_tokens=60
-        )
-        assert answer.choices[0].message.content == reference.chat(prompt, version, 60)
-
-
 def test_swaps_under_load_never_mix_patches(
     server: Running, tiny_llama: Path, patches: list[Patch], files: dict[str, str]
 ) -> None:
@@ -325,7 +267,7 @@ def test_api_keys_open_v1_and_only_that(config: ServeConfig, tmp_path: Path) -> 
         assert server.admin("GET", "/v1/patches").status_code == 200
         assert server.http("GET", "/v1/patches", headers={"authorization": "Bearer one"}).status_code == 401
         keys.write_text("three\n")
-        server.server.read_secrets()
+        server.await_(server.server.reread)
         assert server.client(api_key="three").models.list().data
 
 

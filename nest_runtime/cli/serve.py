@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
             "nest-runtime serve --patch v3",
             "nest-runtime serve --patch v3 --expose v2 --expose-base --port 8080",
             "nest-runtime serve --trust nest.pub --require-signature",
+            "nest-runtime serve --admin-token-file token --admin-port 8001",
         ),
     )(serve)
 
@@ -44,15 +45,58 @@ def serve(
         Path | None,
         typer.Option("--admin-token-file", metavar="FILE", help="Tokens, one a line; switches the admin API on."),
     ] = None,
+    admin_host: Annotated[
+        str | None, typer.Option("--admin-host", metavar="HOST", help="Where --admin-port listens: 127.0.0.1.")
+    ] = None,
+    admin_port: Annotated[
+        int | None,
+        typer.Option(
+            "--admin-port", metavar="PORT", min=0, max=65535, help="Answer the admin API here, and nowhere else."
+        ),
+    ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", metavar="FILE", help="Keys, one a line; clients must send one.")
     ] = None,
+    swap_policy: Annotated[
+        str,
+        typer.Option(
+            "--swap-policy",
+            metavar="drain|enforce",
+            help="At a switch: let requests in flight end under the old patch, or begin them again under the new one.",
+        ),
+    ] = "drain",
     max_running: Annotated[
         int, typer.Option("--max-running", metavar="N", min=1, help="Sequences in one batch of the engine.")
     ] = 64,
     max_queue: Annotated[
         int, typer.Option("--max-queue", metavar="N", min=0, help="Requests that may wait; more get 429.")
     ] = 256,
+    max_body: Annotated[
+        int, typer.Option("--max-body", metavar="BYTES", min=1, help="Bytes of a request's body; more get 413.")
+    ] = 4 * 1024 * 1024,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option("--max-prompt-tokens", metavar="N", min=1, help="Tokens of a prompt; the context's.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", metavar="N", min=1, help="New tokens of an answer; what is left.")
+    ] = None,
+    max_choices: Annotated[
+        int, typer.Option("--max-choices", metavar="N", min=1, help="Answers to one request: prompts times n.")
+    ] = 32,
+    request_timeout: Annotated[
+        float, typer.Option("--request-timeout", metavar="SECONDS", help="For one request; then 504.")
+    ] = 600.0,
+    drain_timeout: Annotated[
+        float, typer.Option("--drain-timeout", metavar="SECONDS", help="For what runs when the server is stopped.")
+    ] = 30.0,
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option("--cache-tokens", metavar="N", min=1, help="Tokens whose keys and values are kept; by the model."),
+    ] = None,
+    batch_tokens: Annotated[
+        int, typer.Option("--batch-tokens", metavar="N", min=1, help="Tokens in one pass of the model.")
+    ] = 512,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write what clients ask into the log.")] = False,
     audit_file: Annotated[
         Path | None,
         typer.Option("--audit-file", metavar="FILE", help="The audit log; $NEST_HOME/audit.jsonl by default."),
@@ -113,9 +157,23 @@ def serve(
         host=host,
         port=port,
         admin_token_file=admin_token_file,
+        admin_host=admin_host,
+        admin_port=admin_port,
         api_key_file=api_key_file,
+        swap_policy=swap_policy,  # type: ignore[arg-type]  # checked there
+        log_prompts=log_prompts,
         max_queue=max_queue,
-        limits=Limits(running=max_running),
+        limits=Limits(
+            running=max_running,
+            max_body_bytes=max_body,
+            max_prompt_tokens=max_prompt_tokens,
+            max_tokens=max_tokens,
+            max_choices=max_choices,
+            request_seconds=request_timeout,
+            drain_seconds=drain_timeout,
+            cache_tokens=cache_tokens,
+            batch_tokens=batch_tokens,
+        ),
         json=as_json,
         device=device,
         dtype=dtype,

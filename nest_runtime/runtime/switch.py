@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -94,7 +94,9 @@ class PatchRuntime:
         """Digests of the patches that were added against a failed check of the base."""
         return tuple(entry.patch.digest for entry in self._table if entry.forced)
 
-    def add(self, patch: Patch, *, force: bool = False) -> str:
+    def add(
+        self, patch: Patch, *, force: bool = False, pause: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> str:
         """Check a patch against the model and put it into the table; nothing is switched on.
 
         The first call hashes the model unless the hash was given. Adding the same content again does nothing.
@@ -102,6 +104,8 @@ class PatchRuntime:
         Args:
             patch: the patch.
             force: accept another base with a warning; recorded in ``forced``. Shapes must fit even so.
+            pause: gives a context in which no forward pass runs; entered after all checks, while hooks are put on.
+                Only a caller needs it whose passes run in other threads.
 
         Returns:
             The key that finds it.
@@ -121,7 +125,8 @@ class PatchRuntime:
             saved = checks.saved_rows(patch, base)
             forced = self._check_base(patch, base, saved, force)
             loaded = Loaded(patch, module_deltas(patch, self._places), saved, forced)
-            self._connect(loaded)
+            with pause():
+                self._connect(loaded)
             self._table.insert(loaded)
             return self._table.key(loaded)
 

@@ -1,9 +1,23 @@
 """The OpenAI-compatible server: engine, HTTP API, admin API, metrics, audit.
 
-``serve(ServeConfig(...))`` runs until a signal ends it.
+``serve(ServeConfig(...))`` runs until a signal ends it. Importing this package loads no torch.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from nest_runtime.serve.config import Limits, ServeConfig
-from nest_runtime.serve.server import serve
+
+if TYPE_CHECKING:
+    from nest_runtime.serve.server import serve
 
 __all__ = ["Limits", "ServeConfig", "serve"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "serve":
+        from nest_runtime.serve.server import serve
+
+        return serve
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,18 +1,20 @@
 """The admin routes: load, activate, roll back and remove patches, and read the audit log.
 
-Who may call them is decided in middleware.py; every change goes through patches.py.
+Who may call them is decided in middleware.py, which also writes calls that change nothing into the audit log;
+every change goes through patches.py, which writes its own line.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
 from nest_runtime.serve.api import ERRORS, Service
 from nest_runtime.serve.audit import AuditLog
-from nest_runtime.serve.patches import Served, Switch
-from nest_runtime.serve.schemas import PatchRef
+from nest_runtime.serve.schemas import Activation, PatchRef, SwitchRef
+from nest_runtime.serve.served import Served, Switch
 
 MAX_ENTRIES = 10_000
 
@@ -32,31 +34,38 @@ def admin_routes(service: Service, audit: AuditLog) -> APIRouter:
     @router.post("/v1/patches")
     async def load(body: PatchRef, request: Request) -> dict[str, Any]:
         """Load and verify a patch without activating it."""
-        served = await table.load(body.patch, request.state.who)
+        served = await table.load(body.patch, _asker(request))
         return _row(service, served, engine.in_flight()[served.label])
 
     @router.post("/v1/patches/activate")
-    async def activate(body: PatchRef, request: Request) -> dict[str, Any]:
-        """Make a patch the active one; requests in flight keep theirs."""
-        return _switched(await table.activate(body.patch, request.state.who))
+    async def activate(body: Activation, request: Request) -> dict[str, Any]:
+        """Make a patch the active one. Requests in flight keep theirs (drain), or are begun again (enforce)."""
+        return _switched(await table.activate(body.patch, _asker(request), body.policy))
 
     @router.post("/v1/patches/rollback")
-    async def rollback(request: Request) -> dict[str, Any]:
+    async def rollback(request: Request, body: SwitchRef | None = None) -> dict[str, Any]:
         """Return to the patch that was active before."""
-        return _switched(await table.rollback(request.state.who))
+        return _switched(await table.rollback(_asker(request), body.policy if body else None))
 
     @router.delete("/v1/patches/{version}")
     async def remove(version: str, request: Request) -> dict[str, Any]:
         """Unload a patch that is neither active nor exposed nor answering."""
-        served = await table.remove(version, engine.keys_in_use, request.state.who)
+        served = await table.remove(version, engine.keys_in_use, _asker(request))
         return {"removed": served.label, "digest": served.digest}
 
     @router.get("/v1/audit")
     async def entries(limit: Annotated[int, Query(ge=0, le=MAX_ENTRIES)] = 1000) -> dict[str, Any]:
         """The last entries of the audit log, oldest first, and whether its chain holds."""
-        return {"object": "list", "verified": audit.intact(), "entries": audit.tail(limit)}
+        found = await asyncio.to_thread(lambda: {"verified": audit.intact(), "entries": audit.tail(limit)})
+        return {"object": "list", **found}
 
     return router
+
+
+def _asker(request: Request) -> str:
+    """Who asks for a change; what they ask for writes its own line in the audit log, whatever comes of it."""
+    request.state.audited = True
+    return str(request.state.who)
 
 
 def _row(service: Service, served: Served, in_flight: int) -> dict[str, Any]:
@@ -83,5 +92,7 @@ def _switched(switch: Switch) -> dict[str, Any]:
         "active": switch.active.label,
         "digest": switch.active.digest,
         "previous": switch.previous.label,
+        "policy": switch.policy,
+        "replaced": switch.replaced,
         "seconds": round(switch.seconds, 6),
     }

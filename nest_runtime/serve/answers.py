@@ -6,13 +6,14 @@ One path serves both forms, so that a stream joined together is the whole answer
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from nest_runtime.serve.engine import Generation
+from nest_runtime.errors import PatchReplaced
+from nest_runtime.serve.generation import Generation, Restarted
 from nest_runtime.serve.metrics import Metrics
+from nest_runtime.serve.observe import Watch
 from nest_runtime.serve.problems import ApiError
 from nest_runtime.serve.text import AnswerText
 
@@ -55,7 +56,8 @@ class Choice:
 class Answer:
     """One request on its way: its generation, its tokenizer, and what has been counted.
 
-    Iterate ``pieces`` once. Leaving the iteration for any reason cancels what still runs.
+    Use ``whole`` or ``stream``, once; after that, whatever happened, ``generation.cancel()``. When either has
+    brought something, ``generation.work.pin`` is the patch that it came from.
     """
 
     generation: Generation
@@ -64,40 +66,66 @@ class Answer:
     seconds: float
     metrics: Metrics
     usage: Usage = field(init=False)
+    _until: float = field(init=False)
 
     def __post_init__(self) -> None:
+        self._until = asyncio.get_running_loop().time() + self.seconds
+        self._forget()
+
+    async def whole(self) -> list[Choice]:
+        """All answers, whole. Raises EngineError, or ApiError 504 after ``seconds``."""
+        while True:
+            texts = [""] * self.generation.work.choices
+            reasons = ["stop"] * len(texts)
+            try:
+                async for piece in self._pieces():
+                    texts[piece.index] += piece.text
+                    reasons[piece.index] = piece.finish_reason or reasons[piece.index]
+            except Restarted:
+                self._forget()
+                continue
+            return [Choice(index, text, reasons[index]) for index, text in enumerate(texts)]
+
+    async def stream(self) -> AsyncIterator[Piece]:
+        """Text as it becomes certain; what has been given out stays given out.
+
+        Raises EngineError, PatchReplaced among them, or ApiError 504 after ``seconds``.
+        """
+        while True:
+            try:
+                async for piece in self._pieces():
+                    self.generation.shown = True
+                    yield piece
+            except Restarted:
+                self._forget()
+                continue
+            return
+
+    def _forget(self) -> None:
         self.usage = Usage(sum(len(prompt) for prompt in self.generation.work.prompts))
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Text as it becomes certain. Raises EngineError, or ApiError 504 after ``seconds``."""
+    async def _pieces(self) -> AsyncIterator[Piece]:
         texts = [AnswerText(self.tokenizer, self.stops) for _ in range(self.generation.work.choices)]
-        timer = _Timer(self.metrics, self.generation)
-        until = asyncio.get_running_loop().time() + self.seconds
+        watch = Watch(self.metrics, self.generation)
         events = self.generation.events()
         try:
             while True:
                 try:
-                    async with asyncio.timeout_at(until):
+                    async with asyncio.timeout_at(self._until):
                         event = await anext(events)
                 except StopAsyncIteration:
                     return
-                timer.tokens(len(event.tokens))
+                watch.tokens(len(event.tokens))
                 for piece in self._read(texts[event.index], event.index, event.tokens, event.finish_reason):
+                    watch.text(piece.index, piece.text, piece.finish_reason is not None)
                     yield piece
         except TimeoutError:
             raise ApiError(504, f"the answer took over {self.seconds:g} s", code="timeout") from None
+        except (Restarted, PatchReplaced) as replaced:
+            watch.replaced("restarted" if isinstance(replaced, Restarted) else "ended")
+            raise
         finally:
-            self.generation.cancel()
-            timer.finish(self.usage)
-
-    async def choices(self) -> list[Choice]:
-        """All answers, whole."""
-        texts = [""] * self.generation.work.choices
-        reasons = ["stop"] * len(texts)
-        async for piece in self.pieces():
-            texts[piece.index] += piece.text
-            reasons[piece.index] = piece.finish_reason or reasons[piece.index]
-        return [Choice(index, text, reasons[index]) for index, text in enumerate(texts)]
+            watch.finish(self.usage)
 
     def _read(self, text: AnswerText, index: int, tokens: tuple[int, ...], reason: str | None) -> list[Piece]:
         """Token by token, so that where a stop string cuts does not depend on how tokens arrived."""
@@ -115,29 +143,3 @@ class Answer:
             self.generation.end_choice(index)
             reason = "stop"
         return [Piece(index, shown, reason)] if shown or reason else []
-
-
-class _Timer:
-    """Time to the first token, and between tokens, of one request."""
-
-    def __init__(self, metrics: Metrics, generation: Generation) -> None:
-        self._metrics = metrics
-        self._generation = generation
-        self._label = generation.work.pin.label
-        self._first: float | None = None
-        self._last = 0.0
-        self._count = 0
-
-    def tokens(self, count: int) -> None:
-        self._last = time.perf_counter()
-        self._count += count
-        if self._first is None and count:
-            self._first = self._last
-            self._metrics.first_token.labels(self._label).observe(self._first - self._generation.started)
-
-    def finish(self, usage: Usage) -> None:
-        self._metrics.tokens.labels("prompt", self._label).inc(usage.prompt)
-        self._metrics.tokens.labels("completion", self._label).inc(usage.completion)
-        steps = self._count / self._generation.work.choices - 1  # choices advance side by side
-        if self._first is not None and steps > 0:
-            self._metrics.per_token.labels(self._label).observe((self._last - self._first) / steps)

@@ -7,6 +7,7 @@ the patch headers are added in middleware.py; the admin routes are in admin.py.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -16,9 +17,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from nest_runtime.errors import NestError
-from nest_runtime.serve.answers import Answer
+from nest_runtime.serve.answers import Answer, Piece
 from nest_runtime.serve.config import Limits
-from nest_runtime.serve.engine import Engine, Work
+from nest_runtime.serve.engine import Engine
+from nest_runtime.serve.generation import Work
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.patches import PatchTable, Served
 from nest_runtime.serve.problems import ApiError, from_nest, unknown_model
@@ -27,12 +29,15 @@ from nest_runtime.serve.sampling import SamplingParams
 from nest_runtime.serve.schemas import ChatRequest, CompletionRequest, Sampling
 from nest_runtime.serve.wire import Wire, sse
 
+GONE = 499  # nginx's status for a client that left; nobody reads it but the log
 LONG_BODY = 32 * 1024  # longer ones are tokenized off the event loop
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"description": "The request is at fault, in OpenAI's error shape."},
     "5XX": {"description": "The server is at fault, in OpenAI's error shape."},
 }
 T = TypeVar("T")
+
+prompt_log = logging.getLogger("nest_runtime.serve.prompts")
 
 
 @dataclass
@@ -50,6 +55,7 @@ class Service:
     defaults: SamplingParams = field(default_factory=SamplingParams)
     max_new_tokens: int | None = None
     following: Callable[[], dict[str, Any]] | None = None
+    log_prompts: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
 
     def pin(self, request: Request, model: str) -> Served:
@@ -74,7 +80,7 @@ class Service:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; whatever ends them, a client that left included, ``closed`` is called."""
+    """Server-sent events, the first of which is there; whatever ends them, ``closed`` is called."""
 
     def __init__(self, content: AsyncIterator[bytes], closed: Callable[[], None]) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"cache-control": "no-cache"})
@@ -117,11 +123,13 @@ def routes(service: Service) -> APIRouter:
         service.pin(request, model)
         return _model(service, model)
 
-    _probes(router, service)
     return router
 
 
-def _probes(router: APIRouter, service: Service) -> None:
+def probes(service: Service) -> APIRouter:
+    """Health, readiness and metrics."""
+    router = APIRouter(responses=ERRORS)
+
     @router.get("/health")
     async def health() -> JSONResponse:
         """Whether this process can do its work; if not, only a restart helps."""
@@ -150,6 +158,8 @@ def _probes(router: APIRouter, service: Service) -> None:
         """Prometheus metrics."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    return router
+
 
 async def _answer(
     service: Service, request: Request, body: Sampling, prompts: tuple[Tokens, ...], asked: int | None, param: str
@@ -173,31 +183,61 @@ async def _answer(
     )
     # From here to the engine nothing awaits: an activation is either before this request or after it.
     pin = service.pin(request, body.model)
-    generation = service.engine.admit(Work(prompts, most, n, service.params(body), pin))
+    follows = body.model == service.table.model_name
+    generation = service.engine.admit(Work(prompts, most, n, service.params(body), pin, follows))
     answer = Answer(generation, service.tokenizer, body.stops, service.limits.request_seconds, service.metrics)
-    wire = Wire(chat, body.model, fingerprint(service.table, pin), body.include_usage)
-    if body.stream:
-        return EventStream(_events(answer, wire), lambda: _left(service, answer))
+    if service.log_prompts:
+        _log_prompts(service, request, prompts)
     try:
-        choices = await _unless_gone(request, answer.choices())
-    finally:
+        if body.stream:
+            return await _streamed(service, request, body, answer)
+        choices = await _unless_gone(request, answer.whole())
+    except BaseException:
         _left(service, answer)
-    return Response(status_code=499) if choices is None else JSONResponse(wire.whole(choices, answer.usage))
+        raise
+    _left(service, answer)
+    if choices is None:
+        return Response(status_code=GONE)
+    return JSONResponse(_wire(service, request, body, answer).whole(choices, answer.usage))
 
 
-async def _events(answer: Answer, wire: Wire) -> AsyncIterator[bytes]:
-    """The stream's chunks; an error after the first byte becomes an event of its own."""
+async def _streamed(service: Service, request: Request, body: Sampling, answer: Answer) -> Response:
+    """A stream begins with its first text: until then the patch may still change, and an error has a status."""
+    pieces = answer.stream()
+    first = await _unless_gone(request, anext(pieces))
+    if first is None:
+        _left(service, answer)
+        return Response(status_code=GONE)
+    wire = _wire(service, request, body, answer)
+    return EventStream(_events(answer, wire, first, pieces), lambda: _left(service, answer))
+
+
+def _wire(service: Service, request: Request, body: Sampling, answer: Answer) -> Wire:
+    """How the answer is written, now that its patch is settled; the headers will name it too."""
+    request.state.pin = pin = answer.generation.work.pin
+    return Wire(isinstance(body, ChatRequest), body.model, fingerprint(service.table, pin), body.include_usage)
+
+
+async def _events(answer: Answer, wire: Wire, first: Piece, rest: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
+    """The stream's chunks; an error after the first byte becomes an event of its own, and the last."""
     try:
         if wire.chat:
             for index in range(answer.generation.work.choices):
                 yield wire.opening(index)
-        async for piece in answer.pieces():
+        yield wire.piece(first)
+        async for piece in rest:
             yield wire.piece(piece)
         yield wire.last(answer.usage)
     except NestError as error:
         yield sse(from_nest(error).body())
     except ApiError as error:
         yield sse(error.body())
+
+
+def _log_prompts(service: Service, request: Request, prompts: tuple[Tokens, ...]) -> None:
+    for prompt in prompts:
+        fields = {"request_id": request.state.request_id, "prompt": service.tokenizer.decode(prompt)}
+        prompt_log.info("request_id=%(request_id)s prompt=%(prompt)r", fields, extra={"fields": fields})
 
 
 def _left(service: Service, answer: Answer) -> None:

@@ -8,25 +8,25 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
 from nest_runtime import __version__
-from nest_runtime.errors import HubError, NestError
+from nest_runtime.errors import HubError, NestError, TrustError, UsageError
 from nest_runtime.home import nest_home
 from nest_runtime.models import LoadedModel, load_model
 from nest_runtime.registry.chain import actor
 from nest_runtime.registry.store import Store
-from nest_runtime.registry.trust_guard import guard_for
+from nest_runtime.registry.trust_guard import Guard, guard_for
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.admin import admin_routes
-from nest_runtime.serve.api import Service, routes
+from nest_runtime.serve.api import Service, probes, routes
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.config import ServeConfig, Tokens, read_tokens
 from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.follow import Following
 from nest_runtime.serve.metrics import Metrics
-from nest_runtime.serve.middleware import Access, Frame
+from nest_runtime.serve.middleware import Access, Frame, Secrets
 from nest_runtime.serve.patches import PatchTable, Served, Switch
 from nest_runtime.serve.problems import install
 from nest_runtime.serve.sampling import SamplingParams
@@ -39,7 +39,7 @@ class Server:
     config: ServeConfig
     service: Service
     audit: AuditLog
-    access: Access
+    secrets: Secrets
     following: Following | None = None
 
     async def start(self) -> Served:
@@ -61,7 +61,7 @@ class Server:
         if config.expose_base:
             table.expose(table.base)
         await self.service.engine.start()
-        table.pause = self.service.engine.pause
+        table.steps = self.service.engine
         if self.following is not None:
             self.following.start()
         return table.active
@@ -72,29 +72,49 @@ class Server:
             await self.following.stop()
         await self.service.engine.stop(self.config.limits.drain_seconds)
 
-    def read_secrets(self) -> None:
-        """Read the key and token files again. Raises UsageError; the old secrets stay in force then."""
-        api_keys, admin = _secrets(self.config)
-        self.access.api_keys, self.access.admin = api_keys, admin
+    async def reread(self) -> list[str]:
+        """Read key files, token files and the trust policy again; gives what an operator should know.
+
+        Raises UsageError; what was in force before stays so then.
+        """
+        table, config = self.service.table, self.config
+        api_keys, admin = await asyncio.to_thread(_secrets, config)
+        guard = await asyncio.to_thread(_guard, config, Store())
+        if (guard is None) != (table.guard is None) and (guard is None or self.following is not None):
+            raise UsageError(
+                f"the trust policy {'is gone' if guard is None else 'is new, and a channel is followed without one'}",
+                "restart the server if that is meant",
+            )
+        if guard is not None and table.guard is not None:
+            table.guard.policy = guard.policy  # in place: the follower holds the same guard
+        else:
+            table.guard = guard
+        self.secrets.api_keys, self.secrets.admin = api_keys, admin
+        event = {"what": "reload", "who": f"signal to {actor()}", "done": True}
+        await asyncio.to_thread(self.audit.record, event)
+        return await table.recheck()
 
 
 def build(config: ServeConfig) -> Server:
     """Load the model and build everything around it. Raises NestError."""
     api_keys, admin = _secrets(config)
     store = Store()
-    guard = guard_for(
-        store,
-        config.trust,
-        require_signature=config.require_signature,
-        policy_file=config.trust_policy,
-        allow_downgrade=config.allow_downgrade,
-    )
+    guard = _guard(config, store)
     loaded = load_model(
         config.model, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
     runtime = PatchRuntime(loaded.model, base_hash=loaded.hash)
     audit = AuditLog(config.audit_file or nest_home() / "audit.jsonl")
-    table = PatchTable(runtime, loaded.name, loaded.hash, store, audit, follows_store=config.patch is None, guard=guard)
+    table = PatchTable(
+        runtime,
+        loaded.name,
+        loaded.hash,
+        store,
+        audit,
+        guard=guard,
+        follows_store=config.patch is None,
+        policy=config.swap_policy,
+    )
     engine = Engine(loaded.model, runtime, config.limits, config.max_queue)
     service = Service(
         engine,
@@ -104,14 +124,14 @@ def build(config: ServeConfig) -> Server:
         Metrics(),
         defaults=sampling_defaults(loaded.model),
         max_new_tokens=getattr(loaded.model.generation_config, "max_new_tokens", None),
+        log_prompts=config.log_prompts,
     )
     _measure(service, loaded)
-    access = Access(api_keys, admin, audit)
     following = None
     if config.follow is not None:
         following = Following(config.follow, service, store, audit, guard)
         service.following = following.state
-    return Server(config, service, audit, access, following)
+    return Server(config, service, audit, Secrets(api_keys, admin), following)
 
 
 def sampling_defaults(model: Any) -> SamplingParams:
@@ -127,13 +147,30 @@ def sampling_defaults(model: Any) -> SamplingParams:
 
 
 def asgi_app(server: Server) -> ASGIApp:
-    """Everything that is answered over HTTP. Ending it (ASGI lifespan) stops the server."""
+    """What clients are answered, and operators unless they have a listener of their own.
+
+    Ending it (ASGI lifespan) stops the server.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await server.stop()
 
+    admin_here = server.config.admin_token_file is not None and server.config.admin_address is None
+    routers = [routes(server.service), probes(server.service)]
+    if admin_here:
+        routers.append(admin_routes(server.service, server.audit))
+    return _framed(server, _fastapi(routers, lifespan), admin_here=admin_here)
+
+
+def admin_app(server: Server) -> ASGIApp:
+    """What operators are answered on a listener of their own: the admin API and the probes."""
+    routers = [admin_routes(server.service, server.audit), probes(server.service)]
+    return _framed(server, _fastapi(routers), admin_here=True)
+
+
+def _fastapi(routers: list[APIRouter], lifespan: Any = None) -> FastAPI:
     app = FastAPI(
         title="nest-runtime",
         version=__version__,
@@ -143,11 +180,14 @@ def asgi_app(server: Server) -> ASGIApp:
         lifespan=lifespan,
     )
     install(app)
-    app.include_router(routes(server.service))
-    if server.config.admin_token_file is not None:
-        app.include_router(admin_routes(server.service, server.audit))
-    service = server.service
-    return Frame(app, service.table, server.access, service.metrics, server.config.limits.max_body_bytes)
+    for router in routers:
+        app.include_router(router)
+    return app
+
+
+def _framed(server: Server, app: FastAPI, *, admin_here: bool) -> ASGIApp:
+    access = Access(server.secrets, server.audit, admin_here)
+    return Frame(app, server.service.table, access, server.service.metrics, server.config.limits)
 
 
 def _first_patch(config: ServeConfig, table: PatchTable, store: Store) -> str | None:
@@ -158,9 +198,21 @@ def _first_patch(config: ServeConfig, table: PatchTable, store: Store) -> str | 
     return None if entry is None else entry.digest
 
 
+def _guard(config: ServeConfig, store: Store) -> Guard | None:
+    return guard_for(
+        store,
+        config.trust,
+        require_signature=config.require_signature,
+        policy_file=config.trust_policy,
+        allow_downgrade=config.allow_downgrade,
+    )
+
+
 def _secrets(config: ServeConfig) -> tuple[Tokens | None, Tokens | None]:
     api_keys = None if config.api_key_file is None else read_tokens(config.api_key_file, "API key file")
-    admin = None if config.admin_token_file is None else read_tokens(config.admin_token_file, "admin token file")
+    admin = None
+    if config.admin_token_file is not None:
+        admin = read_tokens(config.admin_token_file, "admin token file", secret=True)
     return api_keys, admin
 
 
@@ -168,6 +220,11 @@ def _measure(service: Service, loaded: LoadedModel) -> None:
     metrics, engine, table = service.metrics, service.engine, service.table
     metrics.watch("nest_sequences_live", "Sequences running or waiting.", lambda: engine.live)
     metrics.watch("nest_sequences_waiting", "Sequences beyond what one batch takes.", lambda: engine.waiting)
+    metrics.watch("nest_queue_capacity", "Sequences that may run or wait; more get 429.", lambda: engine.capacity)
+    metrics.watch(
+        "nest_patch_folded", "1 while the patch of all that runs stands in the weights.", lambda: engine.folded
+    )
+    metrics.watch("nest_prompt_tokens_reused", "Prompt tokens found in the cache.", lambda: engine.reused_tokens)
     metrics.watch("nest_engine_alive", "1 while the engine's thread runs.", lambda: engine.alive)
     metrics.server.info({"version": __version__, "model": loaded.name, "model_hash": loaded.hash})
 
@@ -178,6 +235,8 @@ def _measure(service: Service, loaded: LoadedModel) -> None:
 
     def refused(what: str, error: NestError) -> None:
         metrics.patch_failures.labels(type(error).__name__).inc()
+        if isinstance(error, TrustError):
+            metrics.verification_failures.labels(type(error).__name__).inc()
 
     table.on_switch, table.on_refusal = switched, refused
     metrics.active.info({"patch": table.active.label, "digest": table.active.digest})

@@ -5,8 +5,9 @@ What is added to it (transformers 5.23):
 - each step runs under ``PatchRuntime.using_tokens``, so that every token of the flat batch
   [1, tokens, d] is computed under the patch that its request was admitted with;
 - the next token of each row is chosen by that request's own sampler;
-- keys and values are never shared between requests (``allow_block_sharing=False``), so that none
-  computed under one patch is read under another;
+- keys and values are shared between requests that begin alike only where their patch is the same
+  (prefixes.py), so that none computed under one patch is read under another;
+- a patch that everybody is answered under is folded into the weights (steady.py);
 - results go to one callback instead of a queue that grows with requests nobody waits for.
 
 Asynchronous batching and CUDA graphs stay off: both would move work out of reach of the hooks.
@@ -15,8 +16,6 @@ Nothing here knows of HTTP, model names or asyncio.
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -30,16 +29,10 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from nest_runtime.errors import EngineError
 from nest_runtime.runtime import PatchRuntime
+from nest_runtime.serve.prefixes import Prefixes
 from nest_runtime.serve.sampling import Sampler, choose_tokens
-
-PAGE_TOKENS = 32  # cache granularity: most requests of small models are short
-MIN_CACHE_TOKENS = 4096
-TYPICAL_TOKENS = 512  # what a running sequence is reckoned with; longer ones share what short ones leave
-CPU_CACHE_BYTES = 512 << 20
-GPU_CACHE_SHARE = 0.5
-MASK_BYTES = 512 << 20  # the attention mask is [batch tokens, cache tokens + batch tokens]
-
-log = logging.getLogger("nest_runtime.serve.engine")
+from nest_runtime.serve.sizes import PAGE_TOKENS, BatchSizes
+from nest_runtime.serve.steady import Steady
 
 
 @dataclass
@@ -75,57 +68,17 @@ class Delivery:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class BatchSizes:
-    """How large the engine's buffers are.
-
-    Attributes:
-        running: sequences in one batch.
-        batch_tokens: tokens in one forward pass.
-        cache_tokens: tokens whose keys and values are kept.
-    """
-
-    running: int
-    batch_tokens: int
-    cache_tokens: int
-
-
-def fit_sizes(model: Any, running: int, batch_tokens: int, cache_tokens: int | None, context: int) -> BatchSizes:
-    """Sizes that the machine can hold.
-
-    Left alone, the library takes 60 % of a CPU machine's memory and fills it for half a minute.
-    Without an explicit ``cache_tokens`` the cache holds one full context or ``running`` sequences of
-    ordinary length, whichever is more, as far as 512 MiB (CPU) or half of the free memory (GPU) goes.
-
-    Raises EngineError where ``cache_tokens`` is less than one page.
-    """
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes = 2 * config.num_hidden_layers * heads * head * model.dtype.itemsize
-    if cache_tokens is None:
-        room = CPU_CACHE_BYTES
-        if model.device.type == "cuda":
-            room = int(torch.cuda.mem_get_info(model.device)[0] * GPU_CACHE_SHARE)
-        by_memory = room // token_bytes
-        by_mask = MASK_BYTES // (batch_tokens * model.dtype.itemsize)
-        wanted = max(context, MIN_CACHE_TOKENS, running * min(context, TYPICAL_TOKENS))
-        cache_tokens = max(min(wanted, by_memory, by_mask), min(context, MIN_CACHE_TOKENS))
-    if cache_tokens < PAGE_TOKENS:
-        raise EngineError(
-            f"cache_tokens is {cache_tokens}; expected at least {PAGE_TOKENS}", "give more, or leave it out"
-        )
-    return BatchSizes(running, batch_tokens, math.ceil(cache_tokens / PAGE_TOKENS) * PAGE_TOKENS)
-
-
 class ContinuousBatch:
     """The engine's thread and its requests. One per model; ``start`` it once, ``stop`` it once.
 
     Args:
         model: the model the runtime holds.
         runtime: where the patches are; jobs name them by key.
-        sizes: see :func:`fit_sizes`.
+        sizes: see sizes.py.
         deliver: called from the engine's thread with what each step brought; must not block.
+
+    Attributes:
+        steady: what is folded into the weights.
     """
 
     def __init__(
@@ -137,6 +90,10 @@ class ContinuousBatch:
     ) -> None:
         self._runtime = runtime
         self._jobs: dict[str, Job] = {}
+        self._prefixes: Prefixes | None = None
+        self._broken: Exception | None = None  # what a step raised: known before the library records it
+        exact = model.dtype == torch.float32 and getattr(model, "hf_quantizer", None) is None
+        self.steady = Steady(runtime, wanted=exact)
         self._manager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1),
             continuous_batching_config=ContinuousBatchingConfig(
@@ -146,7 +103,7 @@ class ContinuousBatch:
                 max_requests_per_batch=min(sizes.running, sizes.batch_tokens),
                 max_memory_percent=0.9,  # only a bound here: num_blocks sets the size
                 max_blocks_per_request=0,
-                allow_block_sharing=False,
+                allow_block_sharing=True,  # between requests under one patch: prefixes.py
                 use_async_batching=False,
                 use_cuda_graph=False,
                 auto_switch_to_flash=False,
@@ -164,8 +121,14 @@ class ContinuousBatch:
         step, clear = processor._generation_step, processor.scheduler.clear_cancelled_requests
 
         def patched_step(model: Any) -> None:
-            with self._runtime.using_tokens(list(self._runs())):
-                step(model)
+            runs = list(self._runs())
+            try:
+                self.steady.before_step({patch for patch, _ in runs})
+                with self._runtime.using_tokens(runs):
+                    step(model)
+            except Exception as error:
+                self._broken = error
+                raise
 
         def forget_canceled() -> list[Any]:
             states = clear()
@@ -176,6 +139,7 @@ class ContinuousBatch:
         processor._generation_step = patched_step
         processor.model_runner._sample = self._sample
         processor.scheduler.clear_cancelled_requests = forget_canceled
+        self._prefixes = Prefixes(processor.cache, PAGE_TOKENS, lambda job: self._jobs[job].patch)
         self._manager.start()
 
     def stop(self, timeout: float = 10.0) -> None:
@@ -230,13 +194,18 @@ class ContinuousBatch:
     @property
     def fault(self) -> str | None:
         """What killed the thread, if something did."""
-        error = self._manager.background_thread_status.fatal_error
+        error = self._broken or self._manager.background_thread_status.fatal_error
         return None if error is None else f"{type(error).__name__}: {error}"
 
     @property
     def jobs(self) -> int:
         """Jobs the engine has not finished or forgotten."""
         return len(self._jobs)
+
+    @property
+    def reused_tokens(self) -> int:
+        """Prompt tokens that were not computed again: their keys and values were in the cache."""
+        return self._prefixes.reused if self._prefixes is not None else 0
 
     def keys_in_use(self) -> set[str | None]:
         """Runtime keys of the patches that some job is, or was until this step, computed under."""

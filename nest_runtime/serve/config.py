@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nest_runtime.errors import EngineError, UsageError
+from nest_runtime.serve.served import POLICIES, SwapPolicy
 
 ENGINES = ("transformers",)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -47,6 +48,11 @@ class Limits:
         for name in ("running", "max_body_bytes", "max_choices", "request_seconds", "batch_tokens"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"the limit {name} is {getattr(self, name)}", "give a number above zero")
+        for name in ("max_prompt_tokens", "max_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UsageError(f"the limit {name} is {getattr(self, name)}", "give a number above zero, or none")
+        if self.drain_seconds < 0:
+            raise UsageError(f"the limit drain_seconds is {self.drain_seconds}", "give zero or more")
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,12 @@ class ServeConfig:
         expose: patches that clients may name as ``NAME@version``.
         expose_base: clients may name ``NAME@base``.
         host, port: where to listen; port 0 takes a free one.
+        admin_host, admin_port: where the admin API listens, and only there; without a port it is where the rest is.
+            The host is 127.0.0.1 unless given.
         admin_token_file: one token per line; None switches the admin API off.
         api_key_file: one key per line; None lets anyone who reaches the port ask.
+        swap_policy: what becomes of requests in flight at a switch: ``drain`` or ``enforce`` (served.py).
+        log_prompts: write what clients ask into the log; never otherwise.
         max_queue: requests that may wait beyond ``limits.running``; the next one gets 429.
         limits: see :class:`Limits`.
         json: events as JSON lines on stdout; else as sentences on stderr.
@@ -108,8 +118,12 @@ class ServeConfig:
     expose_base: bool = False
     host: str = "127.0.0.1"
     port: int = 8000
+    admin_host: str | None = None
+    admin_port: int | None = None
     admin_token_file: Path | None = None
     api_key_file: Path | None = None
+    swap_policy: SwapPolicy = "drain"
+    log_prompts: bool = False
     max_queue: int = 256
     limits: Limits = field(default_factory=Limits)
     json: bool = False
@@ -131,15 +145,34 @@ class ServeConfig:
             raise EngineError(
                 f"there is no engine {self.engine!r} here; known: {', '.join(ENGINES)}", "leave --engine out"
             )
-        if not 0 <= self.port <= 65535:
-            raise UsageError(f"port {self.port} is out of range [0, 65535]", "give a free port, or 0 for any")
+        for port in (self.port, self.admin_port or 0):
+            if not 0 <= port <= 65535:
+                raise UsageError(f"port {port} is out of range [0, 65535]", "give a free port, or 0 for any")
+        if self.admin_host is not None and self.admin_port is None:
+            raise UsageError("--admin-host is given without --admin-port", "give both, or neither")
+        if self.admin_port is not None and self.admin_token_file is None:
+            raise UsageError(
+                "--admin-port is given, and no --admin-token-file", "give the file: it opens the admin API"
+            )
+        if self.swap_policy not in POLICIES:
+            raise UsageError(f"the swap policy is {self.swap_policy!r}", f"give one of {', '.join(POLICIES)}")
         if self.max_queue < 0:
             raise UsageError(f"max_queue is {self.max_queue}", "give zero or more")
 
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        return self.host in LOOPBACK or self.host.startswith("127.")
+        return is_loopback(self.host)
+
+    @property
+    def admin_address(self) -> tuple[str, int] | None:
+        """Where the admin API listens, if not where the rest is."""
+        return None if self.admin_port is None else (self.admin_host or "127.0.0.1", self.admin_port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine only."""
+    return host in LOOPBACK or host.startswith("127.")
 
 
 @dataclass(frozen=True)
@@ -156,12 +189,13 @@ class Tokens:
         return found
 
 
-def read_tokens(path: Path, what: str) -> Tokens:
+def read_tokens(path: Path, what: str, *, secret: bool = False) -> Tokens:
     """The tokens of a file, one per line; blank lines and lines that start with ``#`` are skipped.
 
     Args:
         path: the file.
         what: how to call it in errors, e.g. "admin token file".
+        secret: refuse it where everybody on the machine may read it.
 
     Raises UsageError where the file cannot be read, holds none, or others may write it.
     """
@@ -172,6 +206,8 @@ def read_tokens(path: Path, what: str) -> Tokens:
         raise UsageError(f"the {what} {path} cannot be read: {error}", "write one token per line into it") from error
     if os.name == "posix" and mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UsageError(f"the {what} {path} can be written by others (mode {mode & 0o777:o})", f"chmod 600 {path}")
+    if os.name == "posix" and secret and mode & stat.S_IROTH:
+        raise UsageError(f"the {what} {path} can be read by everybody (mode {mode & 0o777:o})", f"chmod 600 {path}")
     lines = (line.strip() for line in text.splitlines())
     secrets = tuple(line for line in lines if line and not line.startswith("#"))
     if not secrets:

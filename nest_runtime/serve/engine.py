@@ -12,130 +12,24 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from typing import Any
 
-from nest_runtime.errors import EngineError
+from nest_runtime.errors import Draining, EngineError, QueueFull
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.serve.cb import ContinuousBatch, Delivery, Job, dead, fit_sizes
+from nest_runtime.serve.cb import ContinuousBatch, Delivery, Job, dead
 from nest_runtime.serve.config import Limits
-from nest_runtime.serve.patches import Served
+from nest_runtime.serve.generation import ChoiceTokens, Generation, Work
 from nest_runtime.serve.sampling import Sampler, SamplingParams
+from nest_runtime.serve.served import BASE, NO_DIGEST, Served
+from nest_runtime.serve.sizes import fit_sizes
 
 WATCH_SECONDS = 0.2
 FALLBACK_CONTEXT = 4096
 
+__all__ = ["ChoiceTokens", "Engine", "Generation", "Work"]
+
 log = logging.getLogger("nest_runtime.serve.engine")
-
-
-class QueueFull(EngineError):
-    """More requests wait than the server holds; ``retry_after`` is a guess in whole seconds."""
-
-    def __init__(self, live: int, capacity: int, retry_after: int) -> None:
-        super().__init__(
-            f"{live} sequences are running or waiting; this server holds {capacity}",
-            f"try again in {retry_after} s",
-        )
-        self.retry_after = retry_after
-
-
-class Draining(EngineError):
-    """The server is shutting down and takes no new requests."""
-
-    def __init__(self) -> None:
-        super().__init__("the server is shutting down", "send the request to another server, or again later")
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one request asks of the engine.
-
-    Attributes:
-        prompts: token ids of each prompt.
-        max_new_tokens: for each prompt.
-        n: choices per prompt; choice ``p * n + i`` is the i-th answer to prompt p.
-        params: how to sample.
-        pin: the patch that answers.
-    """
-
-    prompts: tuple[tuple[int, ...], ...]
-    max_new_tokens: tuple[int, ...]
-    n: int
-    params: SamplingParams
-    pin: Served
-
-    @property
-    def choices(self) -> int:
-        return len(self.prompts) * self.n
-
-
-@dataclass(frozen=True)
-class ChoiceTokens:
-    """New tokens of one choice; ``finish_reason`` is "stop" (end of sequence) or "length" with the last of them."""
-
-    index: int
-    tokens: tuple[int, ...]
-    finish_reason: str | None = None
-
-
-class Generation:
-    """One request in the engine: its choices, and one queue of what comes back for them."""
-
-    def __init__(self, engine: Engine, work: Work, jobs: Sequence[str]) -> None:
-        self.work = work
-        self.started = time.perf_counter()
-        self.canceled = False  # whether it was given up before its end
-        self._engine = engine
-        self._open = dict(zip(jobs, range(len(jobs)), strict=True))  # job id -> choice
-        self._events: asyncio.Queue[ChoiceTokens | EngineError] = asyncio.Queue()
-
-    async def events(self) -> AsyncIterator[ChoiceTokens]:
-        """What the engine brings, until every choice has ended. Raises EngineError if the engine fails."""
-        while self._open or not self._events.empty():
-            event = await self._events.get()
-            if isinstance(event, EngineError):
-                raise event
-            yield event
-
-    def end_choice(self, index: int) -> None:
-        """Stop generating one choice, for instance at a stop string."""
-        for job, choice in list(self._open.items()):
-            if choice == index:
-                self._engine.drop(job)
-                self._close(job)
-
-    def cancel(self) -> None:
-        """Stop generating whatever still runs. Safe to call at any time, any number of times."""
-        self.canceled = self.canceled or bool(self._open)
-        self._end()
-
-    def _end(self) -> None:
-        for job in list(self._open):
-            self._engine.drop(job)
-            self._close(job)
-
-    def take(self, delivery: Delivery) -> None:
-        """Called by the engine with what came for one of the jobs."""
-        index = self._open[delivery.job]
-        if delivery.error is not None:
-            self.fail(EngineError(f"the engine failed on this request: {delivery.error}", "see the server's log"))
-            return
-        reason = None
-        if delivery.finished:
-            ended = bool(delivery.tokens) and delivery.tokens[-1] in self._engine.eos
-            reason = "stop" if ended else "length"
-            self._close(delivery.job)
-        self._events.put_nowait(ChoiceTokens(index, delivery.tokens, reason))
-
-    def fail(self, error: EngineError) -> None:
-        """End every choice with an error."""
-        self._end()
-        self._events.put_nowait(error)
-
-    def _close(self, job: str) -> None:
-        self._open.pop(job, None)
-        self._engine.closed(job, self if not self._open else None)
 
 
 class Engine:
@@ -158,6 +52,7 @@ class Engine:
         self._running = limits.running
         self._batch = ContinuousBatch(model, runtime, sizes, self._deliver)
         self._owners: dict[str, Generation] = {}
+        self._unread: set[Generation] = set()  # those whose answer is not all read: an enforced switch replaces them
         self._names = itertools.count()
         self._recent: deque[float] = deque(maxlen=32)  # seconds of the last requests
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -168,8 +63,7 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         await asyncio.to_thread(self._batch.start)
         self._watcher = asyncio.create_task(self._watch())
-        base = Served(key=None, label="base", digest="none")
-        probe = self.admit(Work(((0,),), (1,), 1, SamplingParams(), base))
+        probe = self.admit(Work(((0,),), (1,), 1, SamplingParams(), Served(None, BASE, NO_DIGEST)))
         async for _ in probe.events():
             pass
 
@@ -182,27 +76,47 @@ class Engine:
         if self._watcher is not None:
             self._watcher.cancel()
         for generation in set(self._owners.values()):
-            generation.fail(Draining())
+            generation.fail(_draining())
         await asyncio.to_thread(self._batch.stop)
 
     def admit(self, work: Work) -> Generation:
         """Take a request in. Raises QueueFull, Draining, or EngineError when the thread is dead."""
         if self.draining:
-            raise Draining()
+            raise _draining()
         if not self._batch.alive:
             raise dead(self._batch.fault)
         if len(self._owners) + work.choices > self.capacity:
-            raise QueueFull(len(self._owners), self.capacity, self._retry_after())
+            raise self._full()
         jobs = [self._job(work, choice) for choice in range(work.choices)]
         generation = Generation(self, work, [job.id for job in jobs])
-        self._owners.update((job.id, generation) for job in jobs)
         try:
-            for job in jobs:
-                self._batch.submit(job)
+            self._submit(generation, jobs)
         except EngineError:
             generation.cancel()
             raise
         return generation
+
+    def enforce(self, pin: Served) -> int:
+        """Replace the patch of every request in flight that follows the active one; gives how many.
+
+        They begin again from their prompts under ``pin``, in place of what they were; those whose client has
+        seen a part of the answer end. When this returns, no token of another patch will be read for them.
+        """
+        found = [generation for generation in self._unread if generation.replaceable(pin)]
+        for generation in found:
+            if not generation.replace(pin):
+                continue
+            jobs = [self._job(generation.work, choice) for choice in range(generation.work.choices)]
+            generation.begin([job.id for job in jobs])
+            try:
+                self._submit(generation, jobs)
+            except EngineError as error:
+                generation.fail(error)
+        return len(found)
+
+    def finished(self, generation: Generation) -> None:
+        """Called by a generation: its answer is all read, or nobody wants it."""
+        self._unread.discard(generation)
 
     def drop(self, job: str) -> None:
         """Called by a generation: stop working on a job."""
@@ -214,9 +128,17 @@ class Engine:
         if generation is not None:
             self._recent.append(time.perf_counter() - generation.started)
 
-    def pause(self) -> Any:
+    def pause(self) -> AbstractContextManager[None]:
         """A context in which no step runs; see ContinuousBatch.pause."""
         return self._batch.pause()
+
+    def hold(self) -> AbstractContextManager[None]:
+        """A context in which the engine leaves the runtime alone; see Steady.hold."""
+        return self._batch.steady.hold()
+
+    def unfold(self) -> None:
+        """Take out what is folded into the weights; only inside ``pause``."""
+        self._batch.steady.unfold()
 
     @property
     def alive(self) -> bool:
@@ -238,6 +160,16 @@ class Engine:
         """Sequences that the engine's thread still holds; a canceled one leaves within a step."""
         return self._batch.jobs
 
+    @property
+    def folded(self) -> bool:
+        """Whether a patch stands in the weights now."""
+        return self._batch.steady.folded is not None
+
+    @property
+    def reused_tokens(self) -> int:
+        """Prompt tokens that were not computed again."""
+        return self._batch.reused_tokens
+
     def keys_in_use(self) -> set[str | None]:
         """Runtime keys of the patches that the engine's thread may still compute under."""
         return self._batch.keys_in_use()
@@ -245,6 +177,12 @@ class Engine:
     def in_flight(self) -> Counter[str]:
         """Sequences running or waiting, by the label of the patch that answers them."""
         return Counter(generation.work.pin.label for generation in self._owners.values())
+
+    def _submit(self, generation: Generation, jobs: list[Job]) -> None:
+        self._unread.add(generation)
+        self._owners.update((job.id, generation) for job in jobs)
+        for job in jobs:
+            self._batch.submit(job)
 
     def _job(self, work: Work, choice: int) -> Job:
         prompt, index = divmod(choice, work.n)
@@ -278,9 +216,18 @@ class Engine:
         for generation in set(self._owners.values()):
             generation.fail(dead(self._batch.fault))
 
-    def _retry_after(self) -> int:
+    def _full(self) -> QueueFull:
         mean = sum(self._recent) / len(self._recent) if self._recent else 1.0
-        return max(1, min(60, math.ceil(mean * max(1, self.waiting) / self._running)))
+        after = max(1, min(60, math.ceil(mean * max(1, self.waiting) / self._running)))
+        return QueueFull(
+            f"{len(self._owners)} sequences are running or waiting; this server holds {self.capacity}",
+            f"try again in {after} s",
+            retry_after=after,
+        )
+
+
+def _draining() -> Draining:
+    return Draining("the server is shutting down", "send the request to another server, or again later")
 
 
 def _eos_ids(model: Any) -> tuple[int, ...]:

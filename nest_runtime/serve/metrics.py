@@ -37,6 +37,16 @@ class Metrics:
             buckets=TOKEN_SECONDS,
             registry=registry,
         )
+        self.answers = Counter("nest_answers", "Choices answered to their end.", ["patch"], registry=registry)
+        self.refusals = Counter(
+            "nest_refusals", "Of these, answers that begin as refusals do.", ["patch"], registry=registry
+        )
+        self.replaced = Counter(
+            "nest_replaced_requests",
+            "Requests in flight that an enforced switch took from a patch: restarted, or ended half-way.",
+            ["patch", "outcome"],
+            registry=registry,
+        )
         self.canceled = Counter(
             "nest_canceled_requests", "Requests given up: their client left, or time ran out.", registry=registry
         )
@@ -49,6 +59,12 @@ class Metrics:
         )
         self.patch_failures = Counter(
             "nest_patch_failures", "Patches refused or changes that failed.", ["error"], registry=registry
+        )
+        self.verification_failures = Counter(
+            "nest_verification_failures",
+            "Of these, patches refused for trust: digest, base, signature, revoked, downgrade.",
+            ["error"],
+            registry=registry,
         )
         self.active = Info("nest_active_patch", "The patch that new requests get.", registry=registry)
         self.server = Info("nest_server", "What is served.", registry=registry)

@@ -22,10 +22,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nest_runtime.errors import StoreError
 from nest_runtime.serve.audit import AuditLog
-from nest_runtime.serve.config import Tokens
+from nest_runtime.serve.config import Limits, Tokens
 from nest_runtime.serve.metrics import Metrics
-from nest_runtime.serve.patches import PatchTable, Served
+from nest_runtime.serve.patches import PatchTable
 from nest_runtime.serve.problems import ApiError
+from nest_runtime.serve.served import Served
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/patches", "/v1/audit")
 PROBES = ("/health", "/ready", "/metrics")
@@ -36,18 +37,31 @@ log = logging.getLogger("nest_runtime.serve.access")
 
 
 @dataclass
-class Access:
-    """Bearer tokens: API keys open /v1, admin tokens open the admin API, which is absent without any.
+class Secrets:
+    """Bearer tokens in force; replaced when the files are read again.
 
     Attributes:
         api_keys: None lets anyone ask.
         admin: None switches the admin API off.
-        audit: where attempts with a wrong token are written.
     """
 
     api_keys: Tokens | None
     admin: Tokens | None
+
+
+@dataclass
+class Access:
+    """Who may ask one listener for what: API keys open /v1, admin tokens open the admin API.
+
+    Attributes:
+        secrets: shared by all listeners.
+        audit: where admin calls are written, and attempts with a wrong token.
+        admin_here: whether this listener answers admin calls; elsewhere they are unknown paths.
+    """
+
+    secrets: Secrets
     audit: AuditLog
+    admin_here: bool = True
     _denials: int = field(default=0, init=False)
     _denied_at: float = field(default=-DENIAL_SECONDS, init=False)
 
@@ -55,16 +69,26 @@ class Access:
         """The refusal for a request, or None; sets ``who`` for admin calls."""
         path, token = scope["path"], _bearer(Headers(scope=scope).get("authorization", ""))
         host = scope["client"][0] if scope.get("client") else "unknown"
+        keys, admin = self.secrets.api_keys, self.secrets.admin
         if _is_admin(path):
-            if self.admin is None:
+            if admin is None or not self.admin_here:
                 return ApiError(404, f"Invalid URL ({scope['method']} {path})")
-            if not self.admin.matches(token):
+            if not admin.matches(token):
                 await self._denied(host, scope["method"], path)
                 return _unauthorized("admin token", token)
             scope["state"]["who"] = f"admin {hashlib.sha256(token.encode()).hexdigest()[:8]} from {host}"
-        elif path.startswith("/v1/") and self.api_keys is not None and not self.api_keys.matches(token):
+        elif path.startswith("/v1/") and keys is not None and not keys.matches(token):
             return _unauthorized("API key", token)
         return None
+
+    async def note(self, scope: Scope, status: int) -> None:
+        """Write down an admin call that no change wrote down: one that reads, or was refused before it began."""
+        state = scope["state"]
+        if "who" not in state or state.get("audited"):
+            return
+        state["audited"] = True
+        event = {"what": "call", "who": state["who"], "path": f"{scope['method']} {scope['path'][:200]}"}
+        await self._record({**event, "status": status, "done": status < 400})
 
     async def _denied(self, host: str, method: str, path: str) -> None:
         self._denials += 1
@@ -72,10 +96,13 @@ class Access:
             return
         event = {"what": "denied", "who": host, "path": f"{method} {path[:200]}", "count": self._denials, "done": False}
         self._denials, self._denied_at = 0, time.monotonic()
+        await self._record(event)
+
+    async def _record(self, event: dict[str, Any]) -> None:
         try:
             await asyncio.to_thread(self.audit.record, event)
         except StoreError as error:
-            log.error("a denied admin call could not be audited: %s", error)
+            log.error("an admin call (%s) could not be audited: %s", event["path"], error)
 
 
 class Frame:
@@ -86,15 +113,15 @@ class Frame:
         table: for the patch headers; a response that no patch was chosen for names the active one.
         access: who may ask.
         metrics: counts requests.
-        max_body_bytes: larger bodies get 413.
+        limits: larger bodies get 413, and those that do not come to an end in time 408.
     """
 
-    def __init__(self, app: ASGIApp, table: PatchTable, access: Access, metrics: Metrics, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, table: PatchTable, access: Access, metrics: Metrics, limits: Limits) -> None:
         self._app = app
         self._table = table
         self._access = access
         self._metrics = metrics
-        self._max_body_bytes = max_body_bytes
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -109,6 +136,7 @@ class Frame:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                await self._access.note(scope, status)
                 self._add_headers(MutableHeaders(raw=message["headers"]), state)
             await send(message)
 
@@ -130,22 +158,31 @@ class Frame:
 
     def _too_large(self, scope: Scope) -> ApiError | None:
         length = Headers(scope=scope).get("content-length", "0")
-        if length.isdigit() and int(length) <= self._max_body_bytes:
+        if length.isdigit() and int(length) <= self._limits.max_body_bytes:
             return None
         return ApiError(
-            413, f"The body has {length} bytes; at most {self._max_body_bytes} are taken.", code="body_too_large"
+            413, f"The body has {length} bytes; at most {self._limits.max_body_bytes} are taken.", code="body_too_large"
         )
 
     def _counted(self, receive: Receive) -> Receive:
-        """For bodies that do not say how long they are."""
-        size = 0
+        """Refuses bodies that do not say how long they are and grow too long, and those that never end."""
+        size, ended = 0, False
+        most, seconds = self._limits.max_body_bytes, self._limits.request_seconds
+        until = asyncio.get_running_loop().time() + seconds
 
         async def counted() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, ended
+            if ended:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"The body did not come in {seconds:g} s.") from None
             size += len(message.get("body", b""))
-            if size > self._max_body_bytes:
-                raise HTTPException(413, f"The body is too large; at most {self._max_body_bytes} bytes are taken.")
+            ended = not message.get("more_body", False)
+            if size > most:
+                raise HTTPException(413, f"The body is too large; at most {most} bytes are taken.")
             return message
 
         return counted

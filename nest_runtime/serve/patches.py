@@ -1,8 +1,7 @@
 """The patches a server holds: which one is active, which ones clients may name, and every change of that.
 
 A change either happens wholly or leaves the server as it was: a patch is read, verified and added to
-the runtime before one assignment makes it the active one. Requests keep the patch they were
-admitted with. Every attempt goes into the audit log. Who may ask is decided in middleware.py.
+the runtime before one assignment makes it active. Every attempt goes into the audit log.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -22,44 +20,17 @@ from nest_runtime.registry.store import Store
 from nest_runtime.resolve import load_patch
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.audit import AuditLog
+from nest_runtime.serve.durable import Durable
+from nest_runtime.serve.served import BASE, NO_DIGEST, Served, SwapPolicy, Switch
+from nest_runtime.serve.steps import NoSteps, Steps
 
 if TYPE_CHECKING:
     from nest_runtime.registry.trust import Verified
     from nest_runtime.registry.trust_guard import Guard
 
-BASE = "base"
-NO_DIGEST = "none"
+__all__ = ["PatchTable", "Served", "Switch"]
 
 log = logging.getLogger("nest_runtime.serve.patches")
-
-
-@dataclass(frozen=True)
-class Served:
-    """A patch as requests are pinned to it, or the bare base.
-
-    Attributes:
-        key: what the runtime finds it by, its digest: a version may come to belong to two patches. None for the base.
-        label: what answers call it: the version (``name@version`` where the version was taken), or ``base``.
-        digest: the patch digest, or ``none``.
-        patch: the patch itself, or None for the base.
-        since: when it was loaded, ISO 8601.
-    """
-
-    key: str | None
-    label: str
-    digest: str
-    patch: Patch | None = field(default=None, repr=False, compare=False)
-    since: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True)
-class Switch:
-    """A change of the active patch that has happened; ``what`` is "activate" or "rollback"."""
-
-    what: str
-    active: Served
-    previous: Served
-    seconds: float
 
 
 class PatchTable:
@@ -73,7 +44,7 @@ class PatchTable:
         audit: where changes are written.
         guard: decides which patches are trusted, at every load and every activation; None trusts them all.
         follows_store: the active patch is the store's: activations are written there too, so that a restart finds them.
-        pause: gives a context in which the engine makes no step, while the runtime is changed.
+        policy: what becomes of requests in flight at a switch that does not say it.
     """
 
     def __init__(
@@ -86,13 +57,14 @@ class PatchTable:
         *,
         guard: Guard | None = None,
         follows_store: bool = False,
-        pause: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        policy: SwapPolicy = "drain",
     ) -> None:
         self.model_name = model_name
         self.model_hash = model_hash
         self.base = Served(None, BASE, NO_DIGEST)
         self.active = self.base
-        self.pause = pause
+        self.steps: Steps = NoSteps()
+        self.policy = policy
         self.halted: NestError | None = None  # why nothing is answered at all: the active patch was revoked
         self.on_switch: Callable[[Switch], None] = lambda switch: None
         self.on_refusal: Callable[[str, NestError], None] = lambda what, error: None
@@ -100,14 +72,22 @@ class PatchTable:
         self._runtime = runtime
         self._store = store
         self._audit = audit
-        self._guard = guard
+        self._durable = Durable(store, model_name, model_hash, follows_store=follows_store, guard=guard)
         self._verified: dict[str, Verified] = {}  # by digest, as of the last check
-        self._follows_store = follows_store
         self._loaded: dict[str, Served] = {}  # by digest
         self._exposed: dict[str, Served] = {}  # by what follows the @
         self._withdrawn: dict[str, NestError] = {}  # by the same: why clients get it no more
         self._before: list[Served] = []  # activations that a rollback returns to
         self._lock = asyncio.Lock()
+
+    @property
+    def guard(self) -> Guard | None:
+        """Decides which patches are trusted, at every load and every activation; None trusts them all."""
+        return self._durable.guard
+
+    @guard.setter
+    def guard(self, guard: Guard | None) -> None:
+        self._durable.guard = guard
 
     def named(self, model: str) -> Served | None:
         """The patch that a client's ``model`` stands for, or None where there is no such name for clients.
@@ -162,28 +142,26 @@ class PatchTable:
             await self._record(event, served)
             return served
 
-    async def activate(self, ref: str, who: str) -> Switch:
+    async def activate(self, ref: str, who: str, policy: SwapPolicy | None = None) -> Switch:
         """Make a patch the active one, loading it first where needed; requests admitted from now on get it.
 
         Raises NestError; the old patch is then still on.
         """
-        async with self._change("activate", who, ref=ref) as event:
+        policy = policy or self.policy
+        async with self._change("activate", who, ref=ref, policy=policy) as event:
             started = time.perf_counter()
             served = await self._load(ref, older=False)
             await self._record(event, served)
-            if self._follows_store and served.patch is not None:
-                await asyncio.to_thread(self._store_activation, served.patch, who)
-            await self._accept(served, who, "activate")
-            return self._switch("activate", served, started)
+            return await self._switch("activate", served, started, who, policy)
 
-    async def rollback(self, who: str) -> Switch:
+    async def rollback(self, who: str, policy: SwapPolicy | None = None) -> Switch:
         """Return to the patch that was active before. Raises StoreError where there is none."""
-        async with self._change("rollback", who) as event:
+        policy = policy or self.policy
+        async with self._change("rollback", who, policy=policy) as event:
             started = time.perf_counter()
-            served = await self._earlier(who)
+            served = await self._earlier()
             await self._record(event, served)
-            await self._accept(served, who, "rollback")
-            return self._switch("rollback", served, started)
+            return await self._switch("rollback", served, started, who, policy)
 
     async def remove(self, version: str, in_use: Callable[[], Collection[str | None]], who: str) -> Served:
         """Unload a patch. Raises PatchNotFound, or StoreError where it is active, exposed or still answering.
@@ -205,6 +183,18 @@ class PatchTable:
             self._before = [before for before in self._before if before != served]
             return served
 
+    async def recheck(self) -> list[str]:
+        """What of the loaded patches would not be loaded now that the trust policy is another; nothing is taken off."""
+        async with self._lock:
+            found = []
+            for served in self._loaded.values():
+                try:
+                    await self._check(served.patch, None, True)
+                except NestError as error:
+                    self.on_refusal("recheck", error)
+                    found.append(f"{served.label}, which is loaded, is not trusted any more: {error}")
+            return found
+
     async def _load(self, ref: str, *, older: bool = True) -> Served:
         """The patch that a reference means, trusted and loaded; ``older``: it may be behind one accepted before."""
         for served in self._loaded.values():
@@ -224,63 +214,49 @@ class PatchTable:
     async def _check(self, patch: Patch | None, ref: str | None, older: bool) -> None:
         if patch is not None:
             await asyncio.to_thread(self.veto, patch)
-        if self._guard is not None and patch is not None:
-            check = self._guard.check
+        if self.guard is not None and patch is not None:
+            check = self.guard.check
             self._verified[patch.digest] = await asyncio.to_thread(check, patch, ref, allow_downgrade=older)
 
-    async def _accept(self, served: Served, who: str, why: str) -> None:
-        """Remember that a trusted patch is put in force: an older one is refused from now on."""
-        if self._guard is not None and served.patch is not None:
-            verified = self._verified[served.digest]
-            await asyncio.to_thread(self._guard.accept, served.patch, verified, who=who, why=f"{why} on a server")
-
     def _add(self, patch: Patch) -> None:
-        with self.pause():
-            self._runtime.add(patch)
+        with self.steps.hold():  # steps go on while the patch is checked against the model
+            self._runtime.add(patch, pause=self.steps.pause)
 
     def _drop(self, served: Served, in_use: Callable[[], Collection[str | None]]) -> None:
-        with self.pause():
+        with self.steps.pause():
             if served.key in in_use():
                 raise StoreError(f"{served.label} still answers requests", "try again when they are done")
+            self.steps.unfold()
             self._runtime.remove(served.digest)
 
-    def _switch(self, what: str, served: Served, started: float) -> Switch:
-        previous = self.active
+    async def _switch(self, what: str, served: Served, started: float, who: str, policy: SwapPolicy) -> Switch:
+        previous, verified = self.active, self._verified.get(served.digest)
+        await asyncio.to_thread(self._durable.write, what, served, previous, verified, who)
         if what == "rollback":
             self._before = self._before[:-1]
         elif previous != served:
             self._before.append(previous)
         self.active, self.halted = served, None
-        switch = Switch(what, served, previous, time.perf_counter() - started)
+        replaced = self.steps.enforce(served) if policy == "enforce" else 0
+        switch = Switch(what, served, previous, time.perf_counter() - started, policy, replaced)
         self.on_switch(switch)
         return switch
 
-    async def _earlier(self, who: str) -> Served:
-        """The patch that a rollback returns to, loaded; the store's, where the server follows it."""
-        if self._follows_store:
-            why = f"rollback on the server of {self.model_name}"
-            entry = await asyncio.to_thread(self._store.rollback, self.model_hash, who=who, why=why)
-            try:
-                return await self._load(entry.digest)
-            except NestError:
-                if self.active.patch is not None:  # the store must go on naming what is on
-                    await asyncio.to_thread(self._store_activation, self.active.patch, who)
-                raise
+    async def _earlier(self) -> Served:
+        """The patch that a rollback returns to, loaded; the store's, where the server follows it. Changes nothing."""
+        nothing = StoreError(
+            f"{self.active.label} is the first patch of this server: nothing to roll back to",
+            "activate a patch by name instead",
+        )
+        if self._durable.follows_store:
+            entry = await asyncio.to_thread(self._durable.previous)
+            if entry is None:
+                raise nothing
+            return await self._load(entry.digest)
         if not self._before or self._before[-1].key is None:
-            raise StoreError(
-                f"{self.active.label} is the first patch of this server: nothing to roll back to",
-                "activate a patch by name instead",
-            )
+            raise nothing
         await self._check(self._before[-1].patch, None, True)
         return self._before[-1]
-
-    def _store_activation(self, patch: Patch, who: str) -> None:
-        active = self._store.active(self.model_hash)
-        if active is not None and active.digest == patch.digest:
-            return
-        why = f"activated on the server of {self.model_name}"
-        self._store.add(patch, who=who, why=why)
-        self._store.activate(patch.digest, model_hash=self.model_hash, who=who, why=why)
 
     def _find(self, version: str) -> Served:
         for served in self._loaded.values():
@@ -297,19 +273,29 @@ class PatchTable:
             try:
                 yield event
             except NestError as error:
-                refusal = {**event, "done": False, "error": type(error).__name__, "reason": error.message}
-                self.on_refusal(what, error)
-                try:
-                    await asyncio.to_thread(self._audit.record, refusal)
-                except StoreError as unwritten:
-                    log.error("a refused %s could not be audited: %s", what, unwritten)
+                await self._refused(event, error)
                 raise
+            except OSError as error:
+                full = StoreError(f"the disk refuses: {error}", "nothing was changed: free space or fix permissions")
+                await self._refused(event, full)
+                raise full from error
+
+    async def _refused(self, event: dict[str, Any], error: NestError) -> None:
+        refusal = {**event, "done": False, "error": type(error).__name__, "reason": error.message}
+        self.on_refusal(event["what"], error)
+        try:
+            await asyncio.to_thread(self._audit.record, refusal)
+        except StoreError as unwritten:
+            log.error("a refused %s could not be audited: %s", event["what"], unwritten)
 
     async def _record(self, event: dict[str, Any], served: Served) -> None:
-        """Write the change down just before it is made: nothing is changed without an audit entry."""
+        """Write the change down just before it is made: nothing is changed without an audit entry.
+
+        Where it then fails, the entry of the failure names this one under ``undoes``.
+        """
         entry = {**event, "version": served.label, "digest": served.digest, "done": True}
         if event["what"] in ("activate", "rollback"):
             entry["previous"] = self.active.label
         if served.digest in self._verified:
             entry["signed_by"] = self._verified[served.digest].signed_by
-        await asyncio.to_thread(self._audit.record, entry)
+        event["undoes"] = (await asyncio.to_thread(self._audit.record, entry))["seq"]

@@ -13,8 +13,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from nest_runtime.errors import EngineError, NestError, PatchNotFound, StoreError, TrustError, UsageError
-from nest_runtime.serve.engine import QueueFull
+from nest_runtime.errors import (
+    EngineError,
+    NestError,
+    PatchNotFound,
+    PatchReplaced,
+    QueueFull,
+    StoreError,
+    TrustError,
+    UsageError,
+)
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _CODES = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
@@ -78,6 +86,8 @@ def from_nest(error: NestError) -> ApiError:
     if isinstance(error, QueueFull):
         headers = {"retry-after": str(error.retry_after)}
         return ApiError(429, message, code="queue_full", headers=headers)
+    if isinstance(error, PatchReplaced):
+        return ApiError(503, message, code="patch_replaced")
     if isinstance(error, EngineError):
         return ApiError(503, message, code="engine_unavailable", headers={"retry-after": "5"})
     if isinstance(error, PatchNotFound):

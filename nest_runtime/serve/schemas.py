@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from nest_runtime.serve.served import SwapPolicy
+
 MAX_STOPS = 16
 SEED = 2**63
 
@@ -207,9 +209,21 @@ class CompletionRequest(Sampling):
 
 
 class PatchRef(Strict):
-    """The body of ``POST /v1/patches`` and ``POST /v1/patches/activate``."""
+    """The body of ``POST /v1/patches``."""
 
-    patch: str = Field(min_length=1, max_length=4096)
+    patch: str = Field(min_length=1, max_length=4096, description="v3, name@v3, a digest, a file or hf://org/repo@v3.")
+
+
+class SwitchRef(Strict):
+    """The body of ``POST /v1/patches/rollback``, which may be left out."""
+
+    policy: SwapPolicy | None = Field(
+        None, description="What becomes of requests in flight; the server's --swap-policy without it."
+    )
+
+
+class Activation(PatchRef, SwitchRef):
+    """The body of ``POST /v1/patches/activate``."""
 
 
 def _unsupported(name: str, why: str) -> PydanticCustomError:

@@ -1,7 +1,7 @@
 """``serve``: take the port, load, answer until a signal comes, drain, and end.
 
-Says what happens as events: JSON lines on stdout, or sentences on stderr. The port is taken first,
-so that a second server fails at once and not after loading a model.
+Says what happens as events (events.py). Ports are taken first, so that a second server fails at once
+and not after loading a model.
 """
 
 from __future__ import annotations
@@ -9,26 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
-import logging
 import signal
 import socket
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Literal
 
 import uvicorn
+from starlette.types import ASGIApp
 
-from nest_runtime.errors import EngineError, UsageError
-from nest_runtime.serve.app import Server, asgi_app, build
-from nest_runtime.serve.config import ServeConfig, readable_by_others
-
-Event = dict[str, Any]
-Emit = Callable[[Event], None]
-
-log = logging.getLogger("nest_runtime.serve")
+from nest_runtime.errors import EngineError, NestError, UsageError
+from nest_runtime.serve.app import Server, admin_app, asgi_app, build
+from nest_runtime.serve.config import ServeConfig, is_loopback, readable_by_others
+from nest_runtime.serve.events import Emit, json_line, sentence, set_up_logging
 
 
 def serve(config: ServeConfig, *, on_event: Emit | None = None, until: threading.Event | None = None) -> None:
@@ -41,19 +34,27 @@ def serve(config: ServeConfig, *, on_event: Emit | None = None, until: threading
 
     Raises NestError where the server cannot start: the port is taken, the model or a patch cannot be had.
     """
-    emit = on_event or (_json_line if config.json else _sentence)
-    _set_up_logging(config.json)
-    with contextlib.closing(bind(config)) as port:
+    emit = on_event or (json_line if config.json else sentence)
+    set_up_logging(config.json)
+    with contextlib.closing(bind(config)) as port, bind_admin(config) as admin_port:
         _warn(config, emit)
         emit({"event": "loading", "model": config.model, "patch": config.patch})
-        asyncio.run(run(build(config), port, emit, until))
+        asyncio.run(run(build(config), port, emit, until, admin_port))
     emit({"event": "stopped"})
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn with our own signals: after draining, SIGINT and SIGTERM end the process with status 0."""
+    """uvicorn with our own signals: after draining, SIGINT and SIGTERM end the process with status 0.
 
-    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None], on_exit: Callable[[], None]) -> None:
+    Args:
+        config: uvicorn's.
+        on_started: called when it listens.
+        on_exit: called at the first signal; without it, signals are left alone.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, on_started: Callable[[], None], on_exit: Callable[[], None] | None
+    ) -> None:
         super().__init__(config)
         self._on_started = on_started
         self._on_exit = on_exit
@@ -66,6 +67,9 @@ class _Uvicorn(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+        if self._on_exit is None:
+            yield
+            return
         try:
             for number in signals:
                 loop.add_signal_handler(number, self._leave, number)
@@ -87,17 +91,25 @@ class _Uvicorn(uvicorn.Server):
     def _leave(self, number: signal.Signals | None) -> None:
         self.force_exit = self.should_exit and number == signal.SIGINT  # a second Ctrl-C does not wait
         self.should_exit = True
-        self._on_exit()
+        if self._on_exit is not None:
+            self._on_exit()
 
 
-async def run(server: Server, port: socket.socket, emit: Emit, until: threading.Event | None = None) -> None:
-    """Start a built server on a bound socket, and answer until a signal comes or ``until`` is set."""
+async def run(
+    server: Server,
+    port: socket.socket,
+    emit: Emit,
+    until: threading.Event | None = None,
+    admin_port: socket.socket | None = None,
+) -> None:
+    """Start a built server on bound sockets, and answer until a signal comes or ``until`` is set."""
     engine, table = server.service.engine, server.service.table
 
     def ready() -> None:
         patch = table.active
-        url = _url(port)
-        emit({"event": "ready", "url": url, "model": table.model_name, "patch": patch.label, "digest": patch.digest})
+        event = {"event": "ready", "url": _url(port), "model": table.model_name}
+        event |= {"patch": patch.label, "digest": patch.digest}
+        emit(event if admin_port is None else {**event, "admin_url": _url(admin_port)})
 
     def leaving() -> None:
         if not engine.draining:
@@ -110,14 +122,15 @@ async def run(server: Server, port: socket.socket, emit: Emit, until: threading.
         if (await server.start()).key is None:
             emit({"event": "warning", "message": "no patch is active: answers come from the bare base model"})
         _reread_on_hangup(server, emit)
-        web = _Uvicorn(_uvicorn_config(server), ready, leaving)
+        web = _Uvicorn(_uvicorn_config(server, asgi_app(server)), ready, leaving)
         watch = None if until is None else asyncio.create_task(web.leave_when(until))
         try:
-            await web.serve(sockets=[port])
+            async with _admin_listener(server, admin_port):
+                await web.serve(sockets=[port])
         except OSError as error:  # two servers may bind a port; only the first may listen on it
             if error.errno != errno.EADDRINUSE:
                 raise
-            raise _port_taken(server.config) from error
+            raise _port_taken(server.config.host, server.config.port) from error
         finally:
             if watch is not None:
                 watch.cancel()
@@ -125,12 +138,33 @@ async def run(server: Server, port: socket.socket, emit: Emit, until: threading.
         await engine.stop()
 
 
-def _uvicorn_config(server: Server) -> uvicorn.Config:
+@contextlib.asynccontextmanager
+async def _admin_listener(server: Server, port: socket.socket | None) -> AsyncIterator[None]:
+    """The admin API on a socket of its own: there before clients are answered, and until the last one was."""
+    if port is None:
+        yield
+        return
+    started = asyncio.Event()
+    web = _Uvicorn(_uvicorn_config(server, admin_app(server), lifespan="off"), started.set, None)
+    task = asyncio.create_task(web.serve(sockets=[port]))
+    try:
+        waiting = asyncio.create_task(started.wait())
+        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if task.done():
+            await task  # raises what kept it from starting
+        yield
+    finally:
+        web.should_exit = True
+        await task
+
+
+def _uvicorn_config(server: Server, app: ASGIApp, lifespan: Literal["on", "off"] = "on") -> uvicorn.Config:
     return uvicorn.Config(
-        asgi_app(server),
+        app,
         log_config=None,
         access_log=False,
-        lifespan="on",
+        lifespan=lifespan,
         timeout_graceful_shutdown=max(1, round(server.config.limits.drain_seconds)),
         server_header=False,
     )
@@ -141,92 +175,80 @@ def bind(config: ServeConfig) -> socket.socket:
 
     Raises EngineError where the port is taken, UsageError where there is no such address.
     """
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    return _bind(config.host, config.port)
+
+
+@contextlib.contextmanager
+def bind_admin(config: ServeConfig) -> Iterator[socket.socket | None]:
+    """The same for the admin API's own listener, or None where it has none."""
+    if config.admin_address is None:
+        yield None
+        return
+    with contextlib.closing(_bind(*config.admin_address)) as port:
+        yield port
+
+
+def _bind(host: str, number: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     port = socket.socket(family, socket.SOCK_STREAM)
     try:
         port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        port.bind((config.host, config.port))
+        port.bind((host, number))
         return port
     except OSError as error:
         port.close()
         if error.errno == errno.EADDRINUSE:
-            raise _port_taken(config) from error
-        raise UsageError(
-            f"cannot listen on {config.host}:{config.port}: {error}", "give another --host or --port"
-        ) from error
+            raise _port_taken(host, number) from error
+        raise UsageError(f"cannot listen on {host}:{number}: {error}", "give another --host or --port") from error
 
 
-def _port_taken(config: ServeConfig) -> EngineError:
-    return EngineError(
-        f"port {config.port} on {config.host} is in use", "stop the other server, or give another --port"
-    )
+def _port_taken(host: str, number: int) -> EngineError:
+    return EngineError(f"port {number} on {host} is in use", "stop the other server, or give another --port")
 
 
 def _warn(config: ServeConfig, emit: Emit) -> None:
-    if not config.loopback and config.api_key_file is None:
-        message = f"anyone who reaches {config.host}:{config.port} may ask: give --api-key-file, or listen on 127.0.0.1"
+    def warn(message: str) -> None:
         emit({"event": "warning", "message": message})
-    for path in (config.api_key_file, config.admin_token_file):
-        if path is not None and path.exists() and readable_by_others(path):
-            emit({"event": "warning", "message": f"{path} can be read by other users: chmod 600 {path}"})
+
+    if not config.loopback and config.api_key_file is None:
+        warn(
+            f"ANYONE who reaches {config.host}:{config.port} may ask, and nobody is asked who they are: "
+            "give --api-key-file, or listen on 127.0.0.1"
+        )
+    admin_host = config.admin_address[0] if config.admin_address else config.host
+    if config.admin_token_file is not None and not is_loopback(admin_host):
+        warn(
+            f"the admin API can be reached from other machines, at {admin_host}, and tokens travel unencrypted: "
+            "give --admin-port, which listens on 127.0.0.1, or put TLS in front"
+        )
+    if config.api_key_file is not None and config.api_key_file.exists() and readable_by_others(config.api_key_file):
+        warn(f"{config.api_key_file} can be read by other users: chmod 600 {config.api_key_file}")
+    if config.log_prompts:
+        warn("what clients ask is written into the log: --log-prompts")
 
 
 def _reread_on_hangup(server: Server, emit: Emit) -> None:
-    def again() -> None:
+    loop, running = asyncio.get_running_loop(), set()
+
+    async def again() -> None:
         try:
-            server.read_secrets()
-        except UsageError as error:
-            emit({"event": "warning", "message": f"the secrets stay as they were: {error}"})
-        else:
-            emit({"event": "reloaded"})
+            news = await server.reread()
+        except NestError as error:
+            emit({"event": "warning", "message": f"tokens and trust stay as they were: {error}"})
+            return
+        emit({"event": "reloaded"})
+        for message in news:
+            emit({"event": "warning", "message": message})
+
+    def hangup() -> None:
+        task = loop.create_task(again())
+        running.add(task)  # the loop itself holds tasks by weak references only
+        task.add_done_callback(running.discard)
 
     with contextlib.suppress(NotImplementedError, RuntimeError, ValueError, AttributeError):  # no such signal here
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, again)
+        loop.add_signal_handler(signal.SIGHUP, hangup)
 
 
 def _url(port: socket.socket) -> str:
     host, number = port.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{number}"
-
-
-def _json_line(event: Event) -> None:
-    if event["event"] in ("loading", "warning"):  # for people: the first line on stdout is ``ready``
-        _sentence(event)
-        return
-    print(json.dumps(event), flush=True)
-
-
-def _sentence(event: Event) -> None:
-    kind = event["event"]
-    text = {
-        "loading": lambda: f"loading {event['model']}",
-        "ready": lambda: f"serving {event['model']} with patch {event['patch']} at {event['url']}  (Ctrl-C ends it)",
-        "warning": lambda: f"warning: {event['message']}",
-        "stopping": lambda: f"stopping: {event['live']} sequences are finished first",
-        "reloaded": lambda: "the key and token files were read again",
-        "followed": lambda: f"following {event['ref']}: patch {event['patch']} is on",
-        "stopped": lambda: "stopped",
-    }[kind]()
-    print(text, file=sys.stderr, flush=True)
-
-
-def _set_up_logging(as_json: bool) -> None:
-    """The server's log goes to stderr, one line a record; where the program has its own handlers, those are kept."""
-    logger = logging.getLogger("nest_runtime.serve")
-    if logger.handlers or logging.getLogger().handlers:
-        return
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logging.getLogger("uvicorn.error").addHandler(handler)
-
-
-class _JsonFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        fields = getattr(record, "fields", None) or {"message": record.getMessage()}
-        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line = {"at": at, "level": record.levelname.lower(), "logger": record.name, **fields}
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)

@@ -1,0 +1,66 @@
+"""What a server says: events as JSON lines on stdout or sentences on stderr, and its log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+Event = dict[str, Any]
+Emit = Callable[[Event], None]
+
+log = logging.getLogger("nest_runtime.serve")
+
+
+def json_line(event: Event) -> None:
+    """Print an event on stdout, where the first line is ``ready``; warnings go into the log, which is JSON as well."""
+    if event["event"] == "warning":
+        log.warning(event["message"])
+    elif event["event"] == "loading":
+        log.info("loading %s", event["model"])
+    else:
+        print(json.dumps(event), flush=True)
+
+
+def sentence(event: Event) -> None:
+    """Print an event on stderr, for people."""
+    kind = event["event"]
+    text = {
+        "loading": lambda: f"loading {event['model']}",
+        "ready": lambda: _ready_sentence(event),
+        "warning": lambda: f"warning: {event['message']}",
+        "stopping": lambda: f"stopping: {event['live']} sequences are finished first",
+        "reloaded": lambda: "keys, tokens and the trust policy were read again",
+        "followed": lambda: f"following {event['ref']}: patch {event['patch']} is on",
+        "stopped": lambda: "stopped",
+    }[kind]()
+    print(text, file=sys.stderr, flush=True)
+
+
+def _ready_sentence(event: Event) -> str:
+    admin = f", admin API at {event['admin_url']}" if "admin_url" in event else ""
+    return f"serving {event['model']} with patch {event['patch']} at {event['url']}{admin}  (Ctrl-C ends it)"
+
+
+def set_up_logging(as_json: bool) -> None:
+    """The server's log goes to stderr, one line a record; where the program has its own handlers, those are kept."""
+    if log.handlers or logging.getLogger().handlers:
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").addHandler(handler)
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, "fields", None) or {"message": record.getMessage()}
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = {"at": at, "level": record.levelname.lower(), "logger": record.name, **fields}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)

@@ -1,0 +1,163 @@
+"""One request in the engine: what it asks for, and what comes back for it, on the event loop.
+
+Nothing here starts or stops the engine (engine.py), and nothing knows text (answers.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from nest_runtime.errors import EngineError, PatchReplaced
+from nest_runtime.serve.cb import Delivery
+from nest_runtime.serve.sampling import SamplingParams
+from nest_runtime.serve.served import Served
+
+if TYPE_CHECKING:
+    from nest_runtime.serve.engine import Engine
+
+
+class Restarted(Exception):
+    """No error, a signal: the request begins again under another patch; forget what came for it so far."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one request asks of the engine.
+
+    Attributes:
+        prompts: token ids of each prompt.
+        max_new_tokens: for each prompt.
+        n: choices per prompt; choice ``p * n + i`` is the i-th answer to prompt p.
+        params: how to sample.
+        pin: the patch that answers.
+        follows: whether it asked for the active patch, and not for one by name: an enforced switch restarts it.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    max_new_tokens: tuple[int, ...]
+    n: int
+    params: SamplingParams
+    pin: Served
+    follows: bool = False
+
+    @property
+    def choices(self) -> int:
+        return len(self.prompts) * self.n
+
+
+@dataclass(frozen=True)
+class ChoiceTokens:
+    """New tokens of one choice; ``finish_reason`` is "stop" (end of sequence) or "length" with the last of them."""
+
+    index: int
+    tokens: tuple[int, ...]
+    finish_reason: str | None = None
+
+
+class Generation:
+    """One request in the engine: its choices, and one queue of what comes back for them.
+
+    Attributes:
+        work: what is being done; after a restart, with another patch.
+        started: when it was admitted (``time.perf_counter``).
+        canceled: whether it was given up before its end.
+        shown: set by the reader once the client has got a part of the answer: it cannot begin again then.
+    """
+
+    def __init__(self, engine: Engine, work: Work, jobs: Sequence[str]) -> None:
+        self.work = work
+        self.started = time.perf_counter()
+        self.canceled = False
+        self.shown = False
+        self._engine = engine
+        self._failed = False
+        self._open = _choices(jobs)
+        self._events: asyncio.Queue[ChoiceTokens | EngineError | Restarted] = asyncio.Queue()
+
+    async def events(self) -> AsyncIterator[ChoiceTokens]:
+        """What the engine brings, until every choice has ended.
+
+        Raises Restarted, after which ``events`` is to be called anew; EngineError if the engine fails;
+        PatchReplaced if the patch was replaced and ``shown`` is set.
+        """
+        while self._open or not self._events.empty():
+            event = await self._events.get()
+            if isinstance(event, EngineError | Restarted):
+                raise event
+            yield event
+        self._engine.finished(self)
+
+    def end_choice(self, index: int) -> None:
+        """Stop generating one choice, for instance at a stop string."""
+        for job, choice in list(self._open.items()):
+            if choice == index:
+                self._engine.drop(job)
+                self._close(job)
+
+    def cancel(self) -> None:
+        """Stop generating whatever still runs. Safe to call at any time, any number of times."""
+        self.canceled = self.canceled or bool(self._open)
+        self._end()
+        self._engine.finished(self)
+
+    def replaceable(self, pin: Served) -> bool:
+        """Whether an enforced switch to ``pin`` concerns this request."""
+        return self.work.follows and self.work.pin != pin and not self._failed
+
+    def replace(self, pin: Served) -> bool:
+        """Stop at once, and make ready to begin again under another patch; gives whether it is to begin again.
+
+        It is not where the client has seen a part of the answer; the reader then gets PatchReplaced.
+        """
+        if self.shown:
+            old = self.work.pin.label
+            message = f"this answer ends here: while it was given, its patch {old} was replaced by {pin.label}"
+            self.fail(PatchReplaced(message, "do not use the part that came, and ask again"))
+            return False
+        self._end()
+        while not self._events.empty():
+            self._events.get_nowait()
+        self._events.put_nowait(Restarted())
+        self.work = replace(self.work, pin=pin)
+        return True
+
+    def begin(self, jobs: Sequence[str]) -> None:
+        """Called by the engine with the jobs that do the work from now on."""
+        self._open = _choices(jobs)
+
+    def take(self, delivery: Delivery) -> None:
+        """Called by the engine with what came for one of the jobs."""
+        index = self._open[delivery.job]
+        if delivery.error is not None:
+            self.fail(EngineError(f"the engine failed on this request: {delivery.error}", "see the server's log"))
+            return
+        reason = None
+        if delivery.finished:
+            ended = bool(delivery.tokens) and delivery.tokens[-1] in self._engine.eos
+            reason = "stop" if ended else "length"
+            self._close(delivery.job)
+        self._events.put_nowait(ChoiceTokens(index, delivery.tokens, reason))
+
+    def fail(self, error: EngineError) -> None:
+        """End every choice with an error."""
+        self._failed = True
+        self._end()
+        self._events.put_nowait(error)
+
+    def _end(self) -> None:
+        for job in list(self._open):
+            self._engine.drop(job)
+            self._close(job)
+
+    def _close(self, job: str) -> None:
+        self._open.pop(job, None)
+        self._engine.closed(job, self if not self._open else None)
+
+
+def _choices(jobs: Sequence[str]) -> dict[str, int]:
+    """Job id → the choice it works on."""
+    return dict(zip(jobs, range(len(jobs)), strict=True))

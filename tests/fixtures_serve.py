@@ -1,0 +1,63 @@
+"""Fixtures of the server's tests: ``pytest_plugins = ["tests.fixtures_serve"]`` in a test module."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nest_runtime.models import load_model
+from nest_runtime.patch import Patch
+from nest_runtime.serve import Limits, ServeConfig
+from nest_runtime.serve.sampling import choose_tokens
+from tests.helpers import make_patch
+from tests.helpers_serve import TOKEN, Running, serving
+
+
+@pytest.fixture(scope="session")
+def patches(tiny_llama: Path) -> list[Patch]:
+    loaded = load_model(tiny_llama)
+    return [
+        make_patch(loaded.model, version=f"v{seed}", seed=seed, scale=1.0, neurons=40, base_hash=loaded.hash)
+        for seed in (1, 2, 3)
+    ]
+
+
+@pytest.fixture
+def files(patches: list[Patch], tmp_path: Path) -> dict[str, str]:
+    return {patch.version: str(patch.save(tmp_path / f"{patch.version}.safetensors")) for patch in patches}
+
+
+@pytest.fixture
+def config(tiny_llama: Path, files: dict[str, str], tmp_path: Path) -> ServeConfig:
+    token_file = tmp_path / "admin-token"
+    token_file.write_text(f"{TOKEN}\n")
+    token_file.chmod(0o600)
+    return ServeConfig(
+        model=str(tiny_llama),
+        patch=files["v1"],
+        port=0,
+        admin_token_file=token_file,
+        audit_file=tmp_path / "audit.jsonl",
+        limits=Limits(cache_tokens=4096, batch_tokens=128, drain_seconds=5),
+    )
+
+
+@pytest.fixture
+def server(config: ServeConfig) -> Iterator[Running]:
+    with serving(config) as running:
+        yield running
+
+
+@pytest.fixture
+def slow_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 10 ms at least: a request of hundreds of tokens is still running when a test looks."""
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.01)
+        return choose_tokens(*arguments)
+
+    monkeypatch.setattr("nest_runtime.serve.cb.choose_tokens", slowly)
