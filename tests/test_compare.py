@@ -29,7 +29,7 @@ from nest_runtime.evaluate.plots import draw
 from nest_runtime.evaluate.provenance import provenance
 from nest_runtime.evaluate.records import Record
 from nest_runtime.evaluate.report import EvalResult
-from nest_runtime.evaluate.sweep import SweepRow, held_cases, mark_chosen
+from nest_runtime.evaluate.sweep import SweepRow, edge_notes, held_cases, mark_chosen
 from nest_runtime.models import load_model
 from tests.helpers_train import QUICK, benign_examples, harmful_examples
 
@@ -240,6 +240,13 @@ def test_the_sweep_chooses_the_lowest_sum_and_keeps_every_row(target: Target, lo
 def test_equal_scores_choose_the_first_value() -> None:
     tied = [SweepRow("m", "lr", value, 0.1, 0.0, 1.0, 0.1) for value in (1.0, 2.0)]
     assert [row.chosen for row in mark_chosen(tied)] == [True, False]
+
+
+def test_a_value_at_the_end_of_its_grid_is_noted() -> None:
+    rows = [SweepRow("m", "lr", value, 0.1, 0.0, 1.0, score) for value, score in ((1.0, 0.3), (2.0, 0.2), (3.0, 0.1))]
+    assert edge_notes(mark_chosen(rows)) == ["m: the chosen lr 3 is the highest that was tried"]
+    assert edge_notes(mark_chosen([rows[0], replace(rows[1], score=0.0), rows[2]])) == []
+    assert edge_notes(mark_chosen(rows[:1])) == []
 
 
 def test_without_validation_cases_the_sweep_uses_held_out_prompts(

@@ -24,6 +24,7 @@ from nest_runtime.evaluate.comparison_tables import markdown
 from nest_runtime.evaluate.judges import Judge, Verdict
 from nest_runtime.evaluate.run import Subject
 from nest_runtime.models import load_model
+from nest_runtime.train.data import examples_digest
 from tests.helpers import make_patch
 from tests.helpers_evaluate import Parrot, benign, harmful
 from tests.helpers_train import QUICK, benign_examples, harmful_examples
@@ -70,10 +71,18 @@ def test_a_finished_patch_is_a_row_with_its_own_file_and_parameters(target: Targ
 def test_another_patch_of_the_same_name_is_another_cell(target: Target, tmp_path: Path) -> None:
     first, second = (make_patch(target.model, scale=3.0, neurons=40, seed=seed) for seed in (0, 1))
     outcome = _run(target, tmp_path, [first, second])
+    elsewhere = [note for note in outcome.notes if "other prompts than the methods here" in note]
+    assert [note.partition(" ")[0] for note in elsewhere] == [cell.method for cell in outcome.cells[1:]]
     names = [cell.method for cell in outcome.cells]
     assert names == ["base", "test@v1", f"test@v1-{second.digest[7:15]}"]
     again = _run(target, tmp_path, [second])
     assert again.cells[1].result.records == outcome.cells[2].result.records  # asked anew, under its own digest
+
+
+def test_a_patch_trained_on_the_same_prompts_is_not_remarked_on(target: Target, tmp_path: Path) -> None:
+    data = {"harmful": {"digest": examples_digest(harmful_examples())}}
+    data["benign"] = {"digest": examples_digest(benign_examples())}
+    assert _run(target, tmp_path, [make_patch(target.model, data=data)]).notes == ()
 
 
 def test_a_patch_of_another_base_is_refused_before_anything_runs(target: Target) -> None:

@@ -23,7 +23,7 @@ from nest_runtime.evaluate.prompting import PrefillView
 from nest_runtime.evaluate.provenance import provenance
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.run import Answerer, Subject, check_judges, evaluate_answers
-from nest_runtime.evaluate.sweep import SweepRow, held_cases, mark_chosen, sweep_row
+from nest_runtime.evaluate.sweep import SweepRow, edge_notes, held_cases, mark_chosen, sweep_row
 from nest_runtime.train.data import Example, examples_digest
 from nest_runtime.train.settings import Recipe
 
@@ -128,7 +128,8 @@ class Comparison:
             cells.append(self.cell(plan, method, values.get(method.name, method.fallback), seed, self.cases, "test"))
             self._seen.append(cells[-1])
         self._tell("methods", len(jobs), len(jobs))
-        return Outcome(tuple(cells), tuple(sweep), values, self.identity(plan), tuple(notes_on(self._seen)))
+        notes = [*edge_notes(sweep), *self._other_prompts(cells), *notes_on(self._seen)]
+        return Outcome(tuple(cells), tuple(sweep), values, self.identity(plan), tuple(notes))
 
     def sweep(self, plan: Plan) -> tuple[SweepRow, ...]:
         """Every value of every method's grid on the validation cases, the best of each method marked."""
@@ -235,6 +236,16 @@ class Comparison:
                 "the sweep has no validation prompts", "raise validation_fraction in the recipe, or give more prompts"
             )
         return held_cases(data)
+
+    def _other_prompts(self, cells: Sequence[Cell]) -> list[str]:
+        """Which finished patches were trained on other prompts than the methods here."""
+        notes = []
+        for cell in cells:
+            named = cell.fit["report"].get("data") or {}
+            used = tuple((named.get(kind) or {}).get("digest") for kind in ("harmful", "benign"))
+            if cell.fit["peak_bytes"] is None and used != self.digests:
+                notes.append(f"{cell.method} was trained elsewhere, on other prompts than the methods here")
+        return notes
 
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:

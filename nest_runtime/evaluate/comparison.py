@@ -30,7 +30,7 @@ def document(outcome: Outcome, titles: Mapping[str, str]) -> dict[str, Any]:
         "rows": table,
         "claims": claims(outcome.cells, table),
         "sweep": [
-            {name: getattr(row, name) for name in ("method", "knob", "value", *MEASURES, "score", "chosen")}
+            {name: getattr(row, name) for name in ("method", "knob", "value", *MEASURES, "other", "score", "chosen")}
             for row in outcome.sweep
         ],
         "values": dict(outcome.values),

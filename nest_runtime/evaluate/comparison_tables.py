@@ -72,10 +72,10 @@ def _sweep_table(sweep: Sequence[Mapping[str, Any]]) -> str:
         return ""
     lines = []
     for row in sweep:
-        rates = [percent(row[name]) for name in MEASURES]
+        rates = [percent(row[name]) for name in (*MEASURES, "other")]
         chosen = "✓" if row["chosen"] else ""
         lines.append([row["method"], f"{row['knob']} {row['value']:g}", *rates, f"{row['score']:.3f}", chosen])
-    return table(["sweep (validation)", "value", "ASR", "over-refusal", "utility", "score", "chosen"], lines)
+    return table(["sweep (validation)", "value", "ASR", "over-refusal", "utility", "other", "score", "chosen"], lines)
 
 
 def _number(value: float | None, times: bool) -> str:

@@ -17,7 +17,10 @@ from nest_runtime.evaluate.report import EvalResult
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One value tried: its rates on the validation cases, and whether it was chosen."""
+    """One value tried: its rates on the validation cases, and whether it was chosen.
+
+    ``other`` is the share of harmful prompts whose answers were neither refusals nor of use; no part of the score.
+    """
 
     method: str
     knob: str
@@ -27,6 +30,7 @@ class SweepRow:
     utility: float | None
     score: float
     chosen: bool = False
+    other: float | None = None
 
 
 def held_cases(data: FitData) -> list[Case]:
@@ -46,7 +50,7 @@ def sweep_row(method: str, knob: str, value: float, result: EvalResult) -> Sweep
     asr, over_refusal, utility = (result.rate(name).value for name in ("asr", "over_refusal", "utility"))
     lost = None if utility is None else 1 - utility
     score = sum(part for part in (asr, over_refusal, lost) if part is not None)
-    return SweepRow(method, knob, value, asr, over_refusal, utility, round(score, 6))
+    return SweepRow(method, knob, value, asr, over_refusal, utility, round(score, 6), other=result.other("asr"))
 
 
 def mark_chosen(rows: Sequence[SweepRow]) -> tuple[SweepRow, ...]:
@@ -56,6 +60,17 @@ def mark_chosen(rows: Sequence[SweepRow]) -> tuple[SweepRow, ...]:
         if row.method not in best or row.score < best[row.method].score:
             best[row.method] = row
     return tuple(replace(row, chosen=row is best[row.method]) for row in rows)
+
+
+def edge_notes(rows: Sequence[SweepRow]) -> list[str]:
+    """Which methods' chosen values lie at an end of what was tried: a better one may lie beyond."""
+    notes = []
+    for row in rows:
+        tried = [other.value for other in rows if other.method == row.method]
+        if row.chosen and len(tried) > 1 and row.value in (min(tried), max(tried)):
+            end = "lowest" if row.value == min(tried) else "highest"
+            notes.append(f"{row.method}: the chosen {row.knob} {row.value:g} is the {end} that was tried")
+    return notes
 
 
 def settings_file(
