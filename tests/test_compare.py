@@ -15,7 +15,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from nest_runtime.baselines import FitData, Fitted, Target, make_methods, prepare_data
+from nest_runtime.baselines import METHODS, FitData, Fitted, Target, make_methods, prepare_data
 from nest_runtime.cli import compare as command
 from nest_runtime.errors import DataError, UsageError
 from nest_runtime.evaluate.cases import Case, user
@@ -25,7 +25,7 @@ from nest_runtime.evaluate.compare import Comparison, Outcome, Plan
 from nest_runtime.evaluate.comparison import document, rows
 from nest_runtime.evaluate.comparison_tables import markdown
 from nest_runtime.evaluate.judges.base import Judge, Verdict
-from nest_runtime.evaluate.plots import draw
+from nest_runtime.evaluate.plots import draw, styles
 from nest_runtime.evaluate.provenance import provenance
 from nest_runtime.evaluate.records import Record
 from nest_runtime.evaluate.report import EvalResult
@@ -281,6 +281,11 @@ def test_real_methods_run_end_to_end_and_are_drawn(target: Target, tmp_path: Pat
     text = markdown(made)
     assert text.count("\n| ") > 10
     assert "LoRA r=8 (q, v)" in text
+
+
+def test_no_two_rows_of_a_picture_look_alike() -> None:
+    looks = styles([*METHODS, "a@v1", "a@v2", "a@v3", "b@v1"])
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(METHODS) + 4
 
 
 def _cell(method: str, hits: Sequence[bool], *, seed: int = 0, trainable: int = 0) -> Cell:

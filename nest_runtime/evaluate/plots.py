@@ -5,6 +5,7 @@ Colors are Okabe and Ito's, told apart with any color vision; every method has i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 from nest_runtime.errors import NestError
 
 OKABE_ITO = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-MARKERS = "os^DvP*Xh<>"
 _STYLES = {  # the same in every picture, relatives alike
     "base": ("#000000", "o"),
     "filter": ("#E69F00", "s"),
@@ -27,6 +27,7 @@ _STYLES = {  # the same in every picture, relatives alike
     "nest": ("#D55E00", "h"),
     "nest-loadings": ("#D55E00", "*"),
 }
+_OTHERS = (("#332288", "p"), ("#44AA99", "d"), ("#882255", "H"), ("#117733", "8"))  # finished patches, in turn
 DPI = 150
 Row = Mapping[str, Any]
 
@@ -41,12 +42,12 @@ def draw(data: Mapping[str, Any], folder: Path) -> list[Path]:
     from matplotlib.figure import Figure  # without pyplot: no display, no state
 
     rows = data["rows"]
-    styles = {row["method"]: _style(row["method"], number) for number, row in enumerate(rows)}
+    chosen = styles([row["method"] for row in rows])
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for name, paint in (("tradeoff", _tradeoff), ("parameters", _parameters), ("families", _families)):
         figure = Figure(figsize=(10, 4.6) if name != "parameters" else (7.5, 4.6), layout="constrained")
-        paint(figure, rows, styles)
+        paint(figure, rows, chosen)
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=DPI, metadata={"Software": None})
         made.append(path)
@@ -61,12 +62,14 @@ def require_matplotlib() -> None:
         )
 
 
-def _style(method: str, number: int) -> dict[str, str]:
-    color, marker = _STYLES.get(method, (OKABE_ITO[number % len(OKABE_ITO)], MARKERS[number % len(MARKERS)]))
-    return {"color": color, "marker": marker}
+def styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Color and marker of every row, the same in every picture."""
+    others = itertools.cycle(_OTHERS)
+    made = {name: _STYLES[name] if name in _STYLES else next(others) for name in names}
+    return {name: {"color": color, "marker": marker} for name, (color, marker) in made.items()}
 
 
-def _tradeoff(figure: Any, rows: Sequence[Row], styles: Mapping[str, Mapping[str, str]]) -> None:
+def _tradeoff(figure: Any, rows: Sequence[Row], look: Mapping[str, Mapping[str, str]]) -> None:
     """Attack success against over-refusal and against utility."""
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, measure, title in ((left, "over_refusal", "over-refusal (%)"), (right, "utility", "utility (%)")):
@@ -76,7 +79,7 @@ def _tradeoff(figure: Any, rows: Sequence[Row], styles: Mapping[str, Mapping[str
             low, high = row["rates"][measure]["ci95"]
             value = 100 * row[measure]
             across = [[max(value - 100 * low, 0)], [max(100 * high - value, 0)]]
-            _point(axes, value, row, styles[row["method"]], across)
+            _point(axes, value, row, look[row["method"]], across)
         axes.set_xlabel(title)
         _finish(axes)
     left.set_ylabel("jailbreak attack success (%)")
@@ -85,14 +88,14 @@ def _tradeoff(figure: Any, rows: Sequence[Row], styles: Mapping[str, Mapping[str
         figure.legend(handles, labels, loc="outside right center", frameon=False)
 
 
-def _parameters(figure: Any, rows: Sequence[Row], styles: Mapping[str, Mapping[str, str]]) -> None:
+def _parameters(figure: Any, rows: Sequence[Row], look: Mapping[str, Mapping[str, str]]) -> None:
     """Attack success against trainable parameters, log axis; methods without any stand at the left edge."""
     axes = figure.subplots()
     counts = [row["trainable"] for row in rows if row["trainable"]]
     edge = 10 ** (len(str(min(counts, default=100))) - 2)
     for row in rows:
         if row["asr"] is not None:
-            _point(axes, row["trainable"] or edge, row, styles[row["method"]])
+            _point(axes, row["trainable"] or edge, row, look[row["method"]])
     axes.set_xscale("log")
     axes.text(edge, 1.0, "none", transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
     axes.set_xlabel("trainable parameters")
@@ -102,7 +105,7 @@ def _parameters(figure: Any, rows: Sequence[Row], styles: Mapping[str, Mapping[s
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
 
 
-def _families(figure: Any, rows: Sequence[Row], styles: Mapping[str, Mapping[str, str]]) -> None:
+def _families(figure: Any, rows: Sequence[Row], look: Mapping[str, Mapping[str, str]]) -> None:
     """Attack success per attack family and method, as a table of shades with the figures in it."""
     families = list(rows[0]["asr_by_family"])
     values = [[100 * (row["asr_by_family"][family]["asr"] or 0.0) for family in families] for row in rows]
