@@ -21,7 +21,9 @@ from tests.helpers_serve import TOKEN, Running, serving
 def patches(tiny_llama: Path) -> list[Patch]:
     loaded = load_model(tiny_llama)
     return [
-        make_patch(loaded.model, version=f"v{seed}", seed=seed, scale=1.0, neurons=40, base_hash=loaded.hash)
+        make_patch(
+            loaded.model, version=f"v{seed}", serial=seed, seed=seed, scale=1.0, neurons=40, base_hash=loaded.hash
+        )
         for seed in (1, 2, 3)
     ]
 

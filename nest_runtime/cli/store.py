@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -199,14 +200,24 @@ def history(
     ctx: typer.Context,
     model: OnlyModel = None,
     last: Annotated[int, typer.Option("--last", metavar="N", min=1, help="Only the newest N entries.")] = 1_000_000,
-    verify: Annotated[bool, typer.Option("--verify", help="Check that no entry was changed or removed.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check that no entry was changed or removed, here and in the audit log.")
+    ] = False,
+    audit_file: Annotated[
+        Path | None,
+        typer.Option("--audit-file", metavar="FILE", help="A server's audit log; $NEST_HOME/audit.jsonl by default."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show who added, activated, rolled back or removed what, when and why."""
+    """Show who added, activated, rolled back or removed what, when and why.
+
+    With --verify the server's audit log is checked as well: an edited or missing line ends with status 1.
+    """
     from nest_runtime.registry.store import Store
 
     out, store = Output.of(ctx, as_json), Store()
     count = store.verify_history() if verify else None
+    audited = _verify_audit(audit_file) if verify else None
     entries = store.history(base_hash_of(model))[-last:]
 
     def render() -> None:
@@ -217,9 +228,11 @@ def history(
             out.note("nothing has happened in this store yet")
         if count is not None:
             out.line(f"the chain is whole: {count} entries")
+        if audited is not None:
+            out.line(f"the audit log is whole: {audited['entries']} entries in {audited['path']}")
 
     document: dict[str, Any] = {"entries": entries}
-    out.result(document if count is None else {**document, "verified": count}, render)
+    out.result(document if count is None else {**document, "verified": count, "audit": audited}, render)
 
 
 def gc(ctx: typer.Context, as_json: JsonOption = False) -> None:
@@ -229,6 +242,20 @@ def gc(ctx: typer.Context, as_json: JsonOption = False) -> None:
     out = Output.of(ctx, as_json)
     removed = Store().gc()
     out.result({"removed": removed}, lambda: out.line(f"{len(removed)} objects deleted"))
+
+
+def _verify_audit(file: Path | None) -> dict[str, Any] | None:
+    """The path and the number of entries of a server's audit log; None where none was ever kept at the usual place."""
+    from nest_runtime.errors import StoreError
+    from nest_runtime.home import nest_home
+    from nest_runtime.serve.audit import AuditLog
+
+    log = AuditLog(file or nest_home() / "audit.jsonl")
+    if not log.kept:
+        if file is None:
+            return None
+        raise StoreError(f"there is no audit log {file}", "give the file that the server was started with")
+    return {"path": str(log.path), "entries": log.verify()}
 
 
 def _origin(entry: Any) -> str:

@@ -104,8 +104,8 @@ class ChainLog:
 
     def last(self) -> dict[str, Any] | None:
         """The last complete entry that can be read, or None in an empty log."""
-        for lines in (self._tail(), self._lines()):  # the whole file only where its end holds no entry
-            for line in reversed(lines):
+        for read in (self._tail, self._lines):  # the whole file only where its end holds no entry
+            for line in reversed(read()):
                 entry = _parse(line)
                 if entry is not None:
                     return entry

@@ -34,6 +34,11 @@ class AuditLog:
         self._head = self.path.with_name(self.path.name + ".head")
         self._guard = threading.Lock()
 
+    @property
+    def kept(self) -> bool:
+        """Whether there is, or was, such a log: its file or the head beside it."""
+        return self.path.exists() or self._head.exists()
+
     def record(self, event: Mapping[str, Any]) -> dict[str, Any]:
         """Append an event; gives the sealed entry. Raises StoreError where the disk refuses."""
         try:

@@ -126,11 +126,8 @@ async def run(
         watch = None if until is None else asyncio.create_task(web.leave_when(until))
         try:
             async with _admin_listener(server, admin_port):
-                await web.serve(sockets=[port])
-        except OSError as error:  # two servers may bind a port; only the first may listen on it
-            if error.errno != errno.EADDRINUSE:
-                raise
-            raise _port_taken(server.config.host, server.config.port) from error
+                with _listening_on(server.config.host, server.config.port):
+                    await web.serve(sockets=[port])
         finally:
             if watch is not None:
                 watch.cancel()
@@ -141,7 +138,8 @@ async def run(
 @contextlib.asynccontextmanager
 async def _admin_listener(server: Server, port: socket.socket | None) -> AsyncIterator[None]:
     """The admin API on a socket of its own: there before clients are answered, and until the last one was."""
-    if port is None:
+    address = server.config.admin_address
+    if port is None or address is None:
         yield
         return
     started = asyncio.Event()
@@ -152,11 +150,12 @@ async def _admin_listener(server: Server, port: socket.socket | None) -> AsyncIt
         await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         if task.done():
-            await task  # raises what kept it from starting
+            with _listening_on(*address):
+                await task  # raises what kept it from starting
         yield
     finally:
         web.should_exit = True
-        await task
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _uvicorn_config(server: Server, app: ASGIApp, lifespan: Literal["on", "off"] = "on") -> uvicorn.Config:
@@ -200,6 +199,17 @@ def _bind(host: str, number: int) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise _port_taken(host, number) from error
         raise UsageError(f"cannot listen on {host}:{number}: {error}", "give another --host or --port") from error
+
+
+@contextlib.contextmanager
+def _listening_on(host: str, number: int) -> Iterator[None]:
+    """Two servers may bind a port; only the first may listen on it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise _port_taken(host, number) from error
 
 
 def _port_taken(host: str, number: int) -> EngineError:
