@@ -105,6 +105,8 @@ def push(
         unchanged = False
     else:
         unchanged = True
+        if not ref.on_hub:
+            _mend(remote, refs, ref, patch, done)
     Origins(store.root).record(ref.place, patch.version, done, patch.digest)
     signed_by = material.key_id if material else None
     return Pushed(ref.place, done, remote.url(done), patch.digest, patch.version, signed_by, unchanged)
@@ -221,6 +223,17 @@ def _already(remote: Remote, ref: RepoRef, refs: Refs, patch: Patch, store: Stor
     if newest is None or newest.digest != patch.digest:
         return None
     return remote.publish({}, "", parent=refs.head, tag=patch.version)
+
+
+def _mend(remote: Remote, refs: Refs, ref: RepoRef, patch: Patch, revision: str) -> None:
+    """Make a version the root of a mirror, where a push that was cut off left the root behind it, or half written."""
+    newest = _newest(remote, refs, ref)
+    if newest is not None and newest.serial > patch.serial:
+        return
+    names = (PATCH_FILE, CARD_FILE, MANIFEST_FILE, SIGNATURE_FILE)
+    whole = {name: data for name in names if (data := remote.read(name, revision)) is not None}
+    if any(remote.read(name, refs.head) != data for name, data in whole.items() if name != CARD_FILE):
+        remote.publish(whole, f"{patch.name} {patch.version}", parent=refs.head)
 
 
 def _check_follows(remote: Remote, refs: Refs, patch: Patch, ref: RepoRef, allow_downgrade: bool) -> None:

@@ -211,17 +211,16 @@ class Store:
         with self._writing() as index:
             stacked = [entry.digest for stack in index.active.values() for entry in stack]
             needed = {entry.digest for entry in index.patches} | set(stacked)
-            removed = []
-            for path in sorted((self.root / "objects").glob("*/*/*.safetensors")):
-                digest = f"{path.parent.parent.name}:{path.stem}"
-                if digest not in needed:
-                    path.unlink()
-                    removed.append(digest)
+            objects = sorted((self.root / "objects").glob("*/*/*.safetensors"))
+            found = {f"{path.parent.parent.name}:{path.stem}": path for path in objects}
+            removed = [digest for digest in found if digest not in needed]
+            if removed:  # written down before it is done: what a killed process leaves, the next one removes
+                self._commit(index, "gc", None, who, why, removed=removed)
+            drop_signatures(self.root, removed)
+            for digest in removed:
+                found[digest].unlink()
             for path in (self.root / "tmp").glob(".*.tmp"):  # only writers make these, and this is the only one now
                 path.unlink()
-            drop_signatures(self.root, removed)
-            if removed:
-                self._commit(index, "gc", None, who, why, removed=removed)
         return removed
 
     def _known(self, index: Index) -> builtins.list[Entry]:
