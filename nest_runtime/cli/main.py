@@ -15,7 +15,21 @@ from typing import Annotated
 import typer
 
 from nest_runtime import __version__
-from nest_runtime.cli import channel, chat, compare, evaluate, hub, patches, reference, serve, store, train, trust
+from nest_runtime.cli import (
+    bench,
+    channel,
+    chat,
+    compare,
+    doctor,
+    evaluate,
+    hub,
+    patches,
+    reference,
+    serve,
+    store,
+    train,
+    trust,
+)
 from nest_runtime.cli.output import Interrupted, Settings, print_error, print_nest_error, print_usage_error
 from nest_runtime.errors import NestError
 
@@ -30,7 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for family in (serve, chat, train, evaluate, compare, patches, store, trust, hub, channel):
+for family in (serve, chat, train, evaluate, compare, bench, patches, doctor, store, trust, hub, channel):
     family.register(app)
 app.add_typer(reference.app, name="reference", rich_help_panel="Look")
 

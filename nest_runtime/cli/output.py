@@ -90,8 +90,22 @@ class Output:
         if not self.quiet:
             stderr_console().print(clean(text), style="dim", markup=False, highlight=False, soft_wrap=True)
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[str] = ()) -> None:
-        """Print a table that fits the terminal, or 80 columns in a pipe. Columns named in ``right`` align right."""
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[object]],
+        *,
+        right: Sequence[str] = (),
+        styles: Mapping[str, str] | None = None,
+    ) -> None:
+        """Print a table that fits the terminal, or 80 columns in a pipe.
+
+        Args:
+            columns: their titles.
+            rows: their cells; numbers and nothing are written for people.
+            right: titles of the columns that align right.
+            styles: color of the cells that hold just this text.
+        """
         from rich import box
         from rich.table import Table
         from rich.text import Text
@@ -101,8 +115,14 @@ class Output:
         for column in columns:
             table.add_column(column, justify="right" if column in right else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(Text(clean(_cell(value))) for value in row))
-        console.print(table)
+            cells = [clean(_cell(value)) for value in row]
+            table.add_row(*(Text(cell, style=(styles or {}).get(cell, "")) for cell in cells))
+        if console.is_terminal:
+            console.print(table)
+            return
+        with console.capture() as captured:  # in a pipe: no padding behind the last column
+            console.print(table)
+        print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
     def pairs(self, rows: Mapping[str, object]) -> None:
         """Print ``name  value`` lines, aligned; values are not wrapped, so that they can be copied."""
