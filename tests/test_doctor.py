@@ -12,9 +12,10 @@ import pytest
 
 from nest_runtime.cli.main import main
 from nest_runtime.registry.store import Store
-from tests.helpers_hub import hub, server  # noqa: F401
 from tests.helpers_store import small_patch
 from tests.hub_server import HubServer
+
+pytest_plugins = ["tests.helpers_hub"]
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_a_requirement_that_is_not_met_is_a_problem(run: Any, monkeypatch: pytes
     assert found["advice"].startswith("pip install")
 
 
-def test_the_hub_answers(run: Any, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_hub_answers(run: Any, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     status, text, _ = run("doctor", "--json")
     found = {row["name"]: row for row in json.loads(text)["checks"]}
     assert status == 0
@@ -151,7 +152,7 @@ def test_the_hub_answers(run: Any, hub: HubServer, monkeypatch: pytest.MonkeyPat
 def test_a_hub_that_is_out_of_order_or_gone_is_a_note(
     run: Any,
     hub: HubServer,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hub.fault("status", "whoami", status=503)
     status, found = examined(run)
@@ -168,7 +169,7 @@ def test_a_hub_that_is_out_of_order_or_gone_is_a_note(
 def test_a_hub_that_never_answers_is_waited_for_in_bounds(
     run: Any,
     hub: HubServer,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
