@@ -1,9 +1,11 @@
-"""Fixtures of the server's tests: ``pytest_plugins = ["tests.fixtures_serve"]`` in a test module."""
+"""Fixtures of the server's tests: ``pytest_plugins = ["tests.fixtures_serve"]`` in a test module.
+
+Each module makes its own ``server``: another plugin has a fixture of that name.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from nest_runtime.patch import Patch
 from nest_runtime.serve import Limits, ServeConfig
 from nest_runtime.serve.sampling import choose_tokens
 from tests.helpers import make_patch
-from tests.helpers_serve import TOKEN, Running, serving
+from tests.helpers_serve import TOKEN
 
 
 @pytest.fixture(scope="session")
@@ -46,12 +48,6 @@ def config(tiny_llama: Path, files: dict[str, str], tmp_path: Path) -> ServeConf
         audit_file=tmp_path / "audit.jsonl",
         limits=Limits(cache_tokens=4096, batch_tokens=128, drain_seconds=5),
     )
-
-
-@pytest.fixture
-def server(config: ServeConfig) -> Iterator[Running]:
-    with serving(config) as running:
-        yield running
 
 
 @pytest.fixture

@@ -37,6 +37,12 @@ pytest_plugins = ["tests.fixtures_serve"]
 USER: list[Any] = [{"role": "user", "content": PROMPTS[3]}]
 
 
+@pytest.fixture
+def server(config: ServeConfig) -> Iterator[Running]:
+    with serving(config) as running:
+        yield running
+
+
 def audit(server: Running) -> list[dict[str, Any]]:
     return server.server.audit.tail(1000)
 

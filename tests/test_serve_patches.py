@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ USER: list[Any] = [{"role": "user", "content": PROMPTS[3]}]
 
 
 pytest_plugins = ["tests.fixtures_serve"]
+
+
+@pytest.fixture
+def server(config: ServeConfig) -> Iterator[Running]:
+    with serving(config) as running:
+        yield running
 
 
 def test_admin_calls_need_the_token(server: Running) -> None:

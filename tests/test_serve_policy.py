@@ -26,6 +26,12 @@ pytest_plugins = ["tests.fixtures_serve"]
 USER: list[Any] = [{"role": "user", "content": PROMPTS[3]}]
 
 
+@pytest.fixture
+def server(config: ServeConfig) -> Iterator[Running]:
+    with serving(config) as running:
+        yield running
+
+
 @pytest.fixture(scope="module")
 def reference(tiny_llama: Path, patches: list[Patch]) -> Reference:
     return Reference(tiny_llama, patches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,12 @@ from tests.helpers_serve import PROMPTS, Reference, Running, eventually, serving
 pytest_plugins = ["tests.fixtures_serve"]
 
 LONG = 2 * FOLD_AFTER
+
+
+@pytest.fixture
+def server(config: ServeConfig) -> Iterator[Running]:
+    with serving(config) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
