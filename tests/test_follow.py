@@ -224,6 +224,29 @@ def test_expiry_and_silence_make_it_stale(hub: HubServer, owner: Owner, store: S
     assert "has not answered" in owner.follower.status.stale
 
 
+def test_a_source_that_answers_with_no_good_channel_file_is_stale(
+    hub: HubServer, owner: Owner, store: Store, keys: Keys, tmp_path: Path
+) -> None:
+    stranger = generate_keys(tmp_path / "stranger")[:2]
+    set_channel(REF, "stable", "v2", store=store, key=stranger[0])
+    owner.polls("refused", SignatureError)
+    for minutes in (3, 6):
+        owner.clock = timedelta(minutes=minutes)
+        owner.polls("unchanged")
+    assert "no channel file that counts" in owner.follower.status.stale
+    point("v1", store, keys)
+    owner.clock = timedelta()
+    owner.polls("unchanged")
+    assert owner.follower.status.stale == ""
+    owner.refuse = GateRefused("it refuses everything", "train it again")
+    point("v2", store, keys)
+    owner.polls("refused", GateRefused)
+    owner.clock = timedelta(minutes=4)
+    owner.polls("unchanged")
+    owner.clock = timedelta(minutes=8)
+    assert owner.follower.status.stale == ""  # the file is good, whatever the patch is worth
+
+
 def test_an_old_channel_file_is_refused(hub: HubServer, owner: Owner, store: Store, keys: Keys) -> None:
     repo = hub.repo(REPO)
     old = {path: blob for path, blob in repo.tree.items() if path.startswith("channels/")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
@@ -170,6 +171,44 @@ def test_what_is_revoked_cannot_be_put_on_by_hand(
             response = server.admin("POST", path, json={"patch": str(file)})
             assert (response.status_code, response.json()["error"]["code"]) == (403, "revoked")
         assert answering(server) == "v2"
+
+
+def test_a_stale_channel_is_reported_everywhere(
+    hub: HubServer,
+    store: Store,
+    keys: Keys,
+    tiny_llama: Path,
+    patches: dict[str, Patch],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    publish(patches["v1"], store, keys)
+    set_channel(REF, "stable", "v1", store=store, key=keys[0], valid=timedelta(seconds=8))
+
+    def reports(server: Running, words: str) -> None:
+        assert eventually(lambda: words in (server.http("GET", "/ready").json()["follow"]["stale"] or ""), 30)
+        assert "nest_follow_stale 1.0" in server.http("GET", "/metrics").text
+        assert eventually(lambda: any(words in record.getMessage() for record in caplog.records), 10)
+        assert any(words in event.get("message", "") for event in server.events)
+        assert (server.http("GET", "/ready").status_code, answering(server)) == (200, "v1")
+
+    def is_fresh(server: Running) -> bool:
+        return (
+            server.http("GET", "/ready").json()["follow"]["stale"] is None
+            and "nest_follow_stale 0.0" in server.http("GET", "/metrics").text
+        )
+
+    with serving(following(tiny_llama, keys, stale_after=2)) as server:
+        assert is_fresh(server)
+        reports(server, "channel stable expired at")
+        set_channel(REF, "stable", "v1", store=store, key=keys[0])
+        assert eventually(lambda: is_fresh(server), 20)
+        hub.fault("status", "/refs$", status=503)
+        reports(server, "has not answered since")
+        hub.heal()
+        assert eventually(lambda: is_fresh(server), 20)
+        repo = hub.repo(REPO)
+        repo.commit({path: blob for path, blob in repo.tree.items() if not path.endswith("stable.sig")}, "unsigned")
+        reports(server, "had no channel file that counts since")
 
 
 def test_the_gate_keeps_a_useless_patch_out(

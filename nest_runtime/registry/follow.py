@@ -63,7 +63,8 @@ class Follower:
         heed: told that the revocations were read anew: what else is answered with has to pass ``check_revoked``.
         gate: tries a patch out; raises GateRefused. None lets every checked patch pass.
         guard: whom to trust; None checks no signatures.
-        stale_after: seconds without an answer from the source after which the status is stale; None for never.
+        stale_after: seconds without an answer from the source, or without a channel file there that is signed and
+            fresh, after which the status is stale; None for never.
         timeout: seconds for one step of a poll.
         now: the clock.
     """
@@ -96,6 +97,8 @@ class Follower:
         self._revision: str | None = None  # where its version was
         self._started = now()
         self._reached: datetime | None = None
+        self._fresh: datetime | None = None  # when a channel file that counts was last there
+        self._counts = False  # whether that head's channel file does
         self._standing: NestError | None = None  # what is wrong with that head; it stays until there is another
         self._passing: NestError | None = None  # what the last poll failed with
         self._failures = 0
@@ -140,6 +143,7 @@ class Follower:
         refs = self._remote.refs()
         self._reached = self._now()
         if refs.head == self._settled and self._where(refs) == self._revision:
+            self._fresh = self._reached if self._counts else self._fresh
             return Outcome("unchanged")
         if self._channel is not None and self._revision is not None and self._where(refs) != self._revision:
             raise TrustError(
@@ -160,6 +164,7 @@ class Follower:
         return refs.tags.get(self._channel.version) if self._channel is not None else None
 
     def _take_news(self, refs: Refs) -> Outcome:
+        self._counts = False
         revocations = read_revocations(self._remote, refs.head, self._guard)
         self._list = revocations or self._list
         self._heed()
@@ -231,6 +236,7 @@ class Follower:
                 "an old file was served: ask the publisher, or use another mirror",
             )
         channel.check_fresh(self._now(), revocations=revocations.serial if revocations else 0)
+        self._fresh, self._counts = self._reached, True
         gone = last is not None and revocations is not None and revocations.find(last.digest) is not None
         if self._guard is None and last is not None and channel.serial < last.serial and not gone:
             raise Downgrade(
@@ -260,9 +266,10 @@ class Follower:
         now = self._now()
         if self._channel is not None and self._channel.expired(now):
             return f"channel {self._channel.channel} expired at {self._channel.expires}"
-        since = self._reached or self._started
-        if self._stale_after is not None and now - since > timedelta(seconds=self._stale_after):
-            return f"{self.ref.place} has not answered since {since.isoformat(timespec='seconds')}"
+        for last, what in ((self._reached, "not answered"), (self._fresh, "had no channel file that counts")):
+            since = last or self._started
+            if self._stale_after is not None and now - since > timedelta(seconds=self._stale_after):
+                return f"{self.ref.place} has {what} since {since.isoformat(timespec='seconds')}"
         return ""
 
 
