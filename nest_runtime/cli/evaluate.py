@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
             "nest-runtime eval --patch v3 --with-base",
             "nest-runtime eval --patch v3 --suite plain --attacks all --limit 200 --json",
             "nest-runtime eval --model ./my-model --behaviors harmbench.csv --judge phrases",
-            "nest-runtime eval --model ./my-model --patch v1 --suite lm-eval:gsm8k,mmlu --with-base",
+            "nest-runtime eval --model ./my-model --suite lm-eval:gsm8k,mmlu",
         ),
     )(evaluate)
 
