@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Security
+from fastapi.security import HTTPBearer
 
 from nest_runtime.serve.api import ERRORS, Service
 from nest_runtime.serve.audit import AuditLog
@@ -21,7 +22,8 @@ MAX_ENTRIES = 10_000
 
 def admin_routes(service: Service, audit: AuditLog) -> APIRouter:
     """The routes of the admin API."""
-    router = APIRouter(responses=ERRORS)
+    shown = Security(HTTPBearer(auto_error=False, description="An admin token."))  # the check is in middleware.py
+    router = APIRouter(responses=ERRORS, dependencies=[shown])
     table, engine = service.table, service.engine
 
     @router.get("/v1/patches")

@@ -23,7 +23,7 @@ from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.generation import Work
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.patches import PatchTable, Served
-from nest_runtime.serve.problems import ApiError, from_nest, unknown_model
+from nest_runtime.serve.problems import ApiError, ErrorBody, from_nest, unknown_model
 from nest_runtime.serve.prompts import Tokens, chat_tokens, completion_tokens, new_token_limits
 from nest_runtime.serve.sampling import SamplingParams
 from nest_runtime.serve.schemas import ChatRequest, CompletionRequest, Sampling
@@ -32,9 +32,13 @@ from nest_runtime.serve.wire import Wire, sse
 GONE = 499  # nginx's status for a client that left; nobody reads it but the log
 LONG_BODY = 32 * 1024  # longer ones are tokenized off the event loop
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"description": "The request is at fault, in OpenAI's error shape."},
-    "5XX": {"description": "The server is at fault, in OpenAI's error shape."},
+    "4XX": {"model": ErrorBody, "description": "The request is at fault, in OpenAI's error shape."},
+    "5XX": {"model": ErrorBody, "description": "The server is at fault, in OpenAI's error shape."},
 }
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer; with stream, its chunks as events.", "content": {"text/event-stream": {}}}
+}
+PLAIN: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 T = TypeVar("T")
 
 prompt_log = logging.getLogger("nest_runtime.serve.prompts")
@@ -97,7 +101,7 @@ def routes(service: Service) -> APIRouter:
     """The public routes."""
     router = APIRouter(responses=ERRORS)
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         service.pin(request, body.model)
@@ -105,7 +109,7 @@ def routes(service: Service) -> APIRouter:
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         return await _answer(service, request, body, tokens, body.limit, param)
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one text, or several."""
         service.pin(request, body.model)
@@ -153,7 +157,7 @@ def probes(service: Service) -> APIRouter:
             body["follow"] = service.following()
         return JSONResponse(body, 200 if state == "ready" else 503)
 
-    @router.get("/metrics")
+    @router.get("/metrics", responses=PLAIN, response_class=Response)
     async def metrics() -> Response:
         """Prometheus metrics."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -11,7 +11,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from nest_runtime.errors import (
     EngineError,
@@ -26,6 +28,21 @@ from nest_runtime.errors import (
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _CODES = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong: for people, by kind, by field, for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is no success."""
+
+    error: ErrorDetail
 
 
 class ApiError(Exception):
@@ -131,7 +148,8 @@ def install(app: FastAPI) -> None:
     async def http_error(request: Request, error: Any) -> JSONResponse:
         found = {404: f"Invalid URL ({request.method} {request.url.path})", 405: f"Not allowed: {request.method}"}
         message = found.get(error.status_code, str(error.detail))
-        return ApiError(error.status_code, message, headers=error.headers).response()
+        headers = {"allow": _methods(request)} if error.status_code == 405 else error.headers
+        return ApiError(error.status_code, message, headers=headers).response()
 
     async def bug(request: Request, error: Exception) -> JSONResponse:
         return ApiError(500, "The server had an error while processing your request.").response()
@@ -141,6 +159,12 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, bug)
+
+
+def _methods(request: Request) -> str:
+    """What a path can be asked with; the framework's own list stops at the first route."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
+    return ", ".join(sorted({method for route in routes for method in getattr(route, "methods", None) or ()}))
 
 
 def _is_union_tag(part: str | int) -> bool:
