@@ -26,7 +26,7 @@ from torch import nn
 
 from nest_runtime.anatomy import Projection, canonical_name, find_sites, read_rows, unwrap
 from nest_runtime.errors import ModelError, SiteMismatch
-from nest_runtime.framing import FramingError, header_length, parse_frame
+from nest_runtime.framing import Frame, FramingError, header_length, parse_frame
 from nest_runtime.hashcache import HashCache
 
 Progress = Callable[[str, int, int], None]
@@ -102,6 +102,18 @@ def hash_report(folder: str | os.PathLike[str], *, progress: Progress | None = N
         result = {"hash": _digest(rows), "tensors": len(_identity(rows)), "bytes": size}
         cache.put(result)
     return {**result, "seconds": round(time.perf_counter() - began, 3), "cached": cached}
+
+
+def tensor_digests(
+    folder: str | os.PathLike[str], *, progress: Progress | None = None
+) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """Every tensor of a checkpoint folder: name → dtype, shape, SHA-256 of its bytes in hex.
+
+    Raises:
+        ModelError: as ``model_hash``.
+    """
+    rows, _ = _hash_files(weight_files(Path(folder)), progress)
+    return {name: (dtype, shape, digest) for name, dtype, shape, digest in rows}
 
 
 def rows_digest(model: nn.Module, neurons: Mapping[str, torch.Tensor], *, read: RowReader = read_rows) -> str:
@@ -219,14 +231,27 @@ def _hash_files(files: list[Path], progress: Progress | None) -> tuple[list[_Row
         return _hash_all(jobs, progress), sum(job[4] for job in jobs)
 
 
-def _open(path: Path, stack: ExitStack) -> tuple[memoryview, int, Any]:
+def read_frame(path: Path) -> Frame:
+    """The header of a safetensors file.
+
+    Raises:
+        ModelError: it cannot be read, or is damaged.
+    """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = header_length(file.read(8), size, _HEADER_LIMIT)
-            frame = parse_frame(file.read(length), size - 8 - length)
-            mapped = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            return parse_frame(file.read(length), size - 8 - length)
     except (FramingError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", "fetch the checkpoint again: it is damaged") from error
+
+
+def _open(path: Path, stack: ExitStack) -> tuple[memoryview, int, Any]:
+    frame = read_frame(path)
+    try:
+        with path.open("rb") as file:
+            mapped = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}", "fetch the checkpoint again: it is damaged") from error
     view = memoryview(mapped)
     stack.callback(view.release)

@@ -99,11 +99,11 @@ def load_model(
     name, folder = resolve_model(ref, trust_remote_code=trust_remote_code)
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from nest_runtime.fingerprint import weight_files
 
-    loader: Any = AutoModelForCausalLM
+    loader = _auto_class(folder)
     weight_files(folder)  # says what is missing better than the loader does
     try:
         with _quiet():
@@ -131,6 +131,37 @@ def load_model(
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return LoadedModel(model, tokenizer, name, folder, place)
+
+
+def skeleton(folder: str | Path) -> Any:
+    """The model of a folder's configuration on the meta device: its modules and shapes, none of its numbers.
+
+    Raises:
+        ModelError: the configuration is of no model that transformers knows.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    folder = Path(folder)
+    _check_folder(folder)
+    try:
+        with _quiet(), torch.device("meta"):
+            return _auto_class(folder).from_config(AutoConfig.from_pretrained(folder)).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(
+            f"no model can be made from {folder / 'config.json'}: {type(error).__name__}: {error}".splitlines()[0],
+            "name the folder of a causal LM that this release of transformers knows",
+        ) from error
+
+
+def _auto_class(folder: Path) -> Any:
+    """The class that loads a folder's model: for causal LMs, or for those that read images too."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    text, images = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if kind in images and kind not in text else AutoModelForCausalLM
 
 
 def prepare_tokenizer(tokenizer: Any) -> Any:

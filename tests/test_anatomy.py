@@ -102,12 +102,101 @@ def test_first_of_two_matrices(
     assert torch.allclose(x @ read_rows(model, sites[0], rows).T, expected, atol=1e-6)
 
 
+EXPERTS = [
+    ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 4}, 96),
+    ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {"num_experts": 4, "moe_intermediate_size": 32}, 32),
+    ("GptOssForCausalLM", "GptOssConfig", {"num_local_experts": 4, "head_dim": 16}, 96),
+]
+
+
+@pytest.mark.parametrize(("model_class", "config_class", "changes", "each"), EXPERTS)
+def test_experts_are_one_projection_a_layer_and_half(
+    model_class: str, config_class: str, changes: dict[str, Any], each: int
+) -> None:
+    model = build(model_class, config_class, num_experts_per_tok=2, **changes)
+    sites = find_sites(model)
+    assert [(s.name, s.kind, s.d_in, s.d_out, s.experts) for s in sites[2:]] == [
+        (f"model.layers.1.mlp.experts.gate_up_proj:{kind}", kind, 64, 4 * each, 4) for kind in ("gate", "up")
+    ]
+    module = module_of(model, sites[0])
+    for name, parameter in module.named_parameters():  # biases are zero at the start, and matrices small
+        torch.nn.init.normal_(parameter, std=0.5 if "bias" in name else 0.2)
+    neurons = torch.arange(4 * each)
+    rows = [read_rows(model, site, neurons).reshape(4, each, 64) for site in sites[:2]]
+    x, chosen, weights = torch.randn(7, 64), torch.randint(4, (7, 2)), torch.rand(7, 2)
+    expected = torch.stack(
+        [sum(weights[t, k] * by_hand(module, rows, int(chosen[t, k]), x[t]) for k in range(2)) for t in range(7)]
+    )
+    assert torch.allclose(module(x, chosen, weights), expected, atol=1e-4)
+
+
+def by_hand(module: Any, rows: list[torch.Tensor], expert: int, x: torch.Tensor) -> torch.Tensor:
+    """One expert's output for one token, from the rows that ``read_rows`` gave."""
+    gate, up = rows[0][expert] @ x, rows[1][expert] @ x
+    if type(module).__name__ != "GptOssExperts":
+        return module.down_proj[expert] @ (nn.functional.silu(gate) * up)
+    gate = (gate + module.gate_up_proj_bias[expert, ::2]).clamp(max=module.limit)
+    up = (up + module.gate_up_proj_bias[expert, 1::2]).clamp(-module.limit, module.limit)
+    hidden = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    return hidden @ module.down_proj[expert] + module.down_proj_bias[expert]
+
+
+def test_dense_layers_and_shared_experts_stand_beside_experts() -> None:
+    sizes = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8}
+    sizes |= {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+    model = build("DeepseekV3ForCausalLM", "DeepseekV3Config", **sizes, first_k_dense_replace=1)
+    assert [(site.name.removeprefix("model.layers."), site.d_out) for site in find_sites(model)] == [
+        ("0.mlp.gate_proj", 96),
+        ("0.mlp.up_proj", 96),
+        ("1.mlp.experts.gate_up_proj:gate", 64),
+        ("1.mlp.experts.gate_up_proj:up", 64),
+        ("1.mlp.shared_experts.gate_proj", 16),
+        ("1.mlp.shared_experts.up_proj", 16),
+    ]
+
+
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+MULTIMODAL = [
+    (
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        {"text_config": {**SIZES, "head_dim": 16}, "vision_config": {**VISION, "image_size": 16, "patch_size": 8}},
+    ),
+    (
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLConfig",
+        {
+            "text_config": {**SIZES, "head_dim": 16},
+            "vision_config": {**VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 64},
+        },
+    ),
+    (
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {
+            "text_config": {**SIZES, "model_type": "llama"},
+            "vision_config": {**VISION, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8},
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("model_class", "config_class", "configs"), MULTIMODAL)
+def test_of_a_multimodal_model_the_language_tower_counts(
+    model_class: str, config_class: str, configs: dict[str, Any]
+) -> None:
+    config = getattr(transformers, config_class)(**configs)
+    model = getattr(transformers, model_class)(config)
+    assert [site.name for site in find_sites(model)] == [
+        f"model.language_model.layers.{layer}.mlp.{kind}_proj" for layer in range(2) for kind in ("gate", "up")
+    ]
+    vision = [name for name, module in model.named_modules() if "vis" in name and isinstance(module, nn.Linear)]
+    assert vision  # there are others, which were left alone
+
+
 REFUSED = [
-    ("MixtralForCausalLM", "MixtralConfig", {}, "experts"),
-    ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {"num_experts": 4, "moe_intermediate_size": 32}, "experts"),
-    ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", {"num_experts": 4}, "experts"),
-    ("GptOssForCausalLM", "GptOssConfig", {"num_local_experts": 4}, "experts"),
-    ("GraniteMoeForCausalLM", "GraniteMoeConfig", {}, "experts"),
+    ("Llama4ForCausalLM", "Llama4TextConfig", {"num_local_experts": 2}, "experts in a way that is not understood"),
+    ("GraniteMoeSharedForCausalLM", "GraniteMoeSharedConfig", {"shared_intermediate_size": 32}, "experts in a form"),
     ("MambaForCausalLM", "MambaConfig", {}, "no FFN projections"),
     ("BartForConditionalGeneration", "BartConfig", {"d_model": 64}, "several stacks"),
 ]
@@ -125,18 +214,11 @@ def test_what_is_not_supported_is_refused(
     assert f"register_architecture('{model_class}'" in caught.value.hint
 
 
-def test_a_dense_first_layer_of_a_mixture_is_refused() -> None:
-    sizes = {"n_routed_experts": 8, "n_group": 1, "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8}
-    model = build("DeepseekV3ForCausalLM", "DeepseekV3Config", **sizes, first_k_dense_replace=1)
-    assert "model.layers.0.mlp.gate_proj" in dict(model.named_modules())
-    with pytest.raises(UnknownArchitecture, match="experts"):
-        find_sites(model)
-
-
-def test_a_vision_tower_is_refused(tiny_llama: Path) -> None:
+def test_a_multimodal_model_without_a_language_tower_is_refused(tiny_llama: Path) -> None:
     model = load_model(tiny_llama, device="cpu").model
     model.config.vision_config = {"layers": 2}
-    with pytest.raises(UnknownArchitecture, match="multimodal"):
+    model.get_decoder = lambda: model
+    with pytest.raises(UnknownArchitecture, match="its language model was not found"):
         find_sites(model)
 
 

@@ -5,6 +5,8 @@ cannot look patches up in Python. Each patched module carries non-persistent buf
 for every patch in the table (slot 0 is the base: all zeros), and the trunk one integer, the active
 slot. A pass reads that integer once (``snapshot``), so that it cannot mix two patches.
 
+Experts have no place here: a model with a patch on them runs eagerly.
+
 Floats are stored as the bits of float32 in int32 buffers: they follow the model to another device
 and are not rounded when it is converted to another dtype. Eager passes do not use any of this.
 """
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nest_runtime.errors import NestError
-from nest_runtime.runtime.delta import Loaded, ModuleDelta
+from nest_runtime.runtime.delta import LinearDelta, Loaded
 
 _FIRST_SLOTS = 8
 _DELTAS, _ROWS, _CLUSTERS, _LOADINGS = "_nest_deltas", "_nest_rows", "_nest_clusters", "_nest_loadings"
@@ -85,14 +87,14 @@ class Bank:
 
     def add(self, loaded: Loaded, modules: Mapping[str, nn.Module]) -> None:
         """Give a patch a slot and write it there; buffers grow (and graphs recompile) only where it does not fit."""
-        self._modules.update({key: modules[key] for key in loaded.deltas})
+        self._modules.update({key: modules[key] for key in loaded.deltas if _linear(loaded, key)})
         if not self._free:
             self._free.extend(range(self._size, 2 * self._size))
             self._size *= 2
         slot = self._free.popleft()  # the one free for longest: a running graph may still read the latest
         self._slots[loaded] = slot
         for key, module in self._modules.items():
-            delta = loaded.deltas.get(key)
+            delta = _linear(loaded, key)
             if self._fits(module, delta):
                 self._write(module, slot, delta)
             else:
@@ -118,14 +120,14 @@ class Bank:
         for module in self._modules.values():
             module._non_persistent_buffers_set -= {_DELTAS, _ROWS, _CLUSTERS, _LOADINGS}
 
-    def _fits(self, module: nn.Module, delta: ModuleDelta | None) -> bool:
+    def _fits(self, module: nn.Module, delta: LinearDelta | None) -> bool:
         deltas, rows = module._buffers.get(_DELTAS), module._buffers.get(_ROWS)
         if deltas is None or rows is None or deltas.shape[0] < self._size:
             return False
         return delta is None or (deltas.shape[1] >= delta.n_clusters and rows.shape[1] >= delta.n_neurons)
 
     def _rebuild(self, key: str, module: nn.Module) -> None:
-        present = [loaded.deltas[key] for loaded in self._slots if key in loaded.deltas]
+        present = [delta for loaded in self._slots if (delta := _linear(loaded, key))]
         clusters = _round_up(delta.n_clusters for delta in present)
         neurons = _round_up(delta.n_neurons for delta in present)
         device = module.weight.device if isinstance(module.weight, torch.Tensor) else torch.device("cpu")
@@ -134,10 +136,10 @@ class Bank:
         for name in (_ROWS, _CLUSTERS):
             _register(module, name, torch.zeros(self._size, neurons, dtype=torch.int64, device=device))
         for loaded, slot in self._slots.items():
-            self._write(module, slot, loaded.deltas.get(key))
+            self._write(module, slot, _linear(loaded, key))
 
     @staticmethod
-    def _write(module: nn.Module, slot: int, delta: ModuleDelta | None) -> None:
+    def _write(module: nn.Module, slot: int, delta: LinearDelta | None) -> None:
         names = (_DELTAS, _ROWS, _CLUSTERS, _LOADINGS)
         deltas, rows, clusters, loadings = (module._buffers[name][slot].zero_() for name in names)  # type: ignore[index]
         if delta is None:
@@ -148,6 +150,12 @@ class Bank:
         rows[: delta.n_neurons].copy_(tensors.rows)
         clusters[: delta.n_neurons].copy_(tensors.clusters)
         loadings[: delta.n_neurons].copy_(weights.view(torch.int32))
+
+
+def _linear(loaded: Loaded, key: str) -> LinearDelta | None:
+    """A patch's update of a linear module; None where it has none, or the module holds experts."""
+    delta = loaded.deltas.get(key)
+    return delta if isinstance(delta, LinearDelta) else None
 
 
 def _register(module: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
-from nest_runtime.anatomy import Projection, unwrap
+from nest_runtime.anatomy import unwrap
+from nest_runtime.checkpoint import Checkpoint
 from nest_runtime.errors import BaseMismatch, ModelError
-from nest_runtime.fingerprint import model_hash, rows_digest, weight_files
-from nest_runtime.patch import Patch, Site
+from nest_runtime.fingerprint import model_hash, rows_digest
+from nest_runtime.patch import Patch
 from nest_runtime.runtime.delta import Place
 
-_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _HINT = "use the patch's own base model, loaded from its checkpoint, unmerged; force=True overrides, and is recorded"
 
 Rows = Callable[[Place, torch.Tensor], torch.Tensor]
@@ -125,41 +124,18 @@ def _checkpoint_fits(patch: Patch, base: Base, saved: Mapping[str, torch.Tensor]
     try:
         if model_hash(folder) != patch.base_hash:
             return False
-        reader = _Checkpoint(folder)
+        reader = Checkpoint(folder, base.model)
     except ModelError:
         return False  # no safetensors there: it cannot speak for the model
     converted = len(saved) < sum(1 for site in patch.sites if site.n_neurons)
     for site in patch.sites:
         if site.name not in saved:
             continue
-        stored = reader.rows(base.places[site.name].projection, site)
-        if stored is None or not torch.equal(stored.to(saved[site.name].dtype), saved[site.name]):
+        try:
+            stored = reader.read(base.places[site.name].projection, site.neurons.tensor())
+        except ModelError:
+            return False  # it keeps no such rows, so it cannot speak for them
+        if not torch.equal(stored.to(saved[site.name].dtype), saved[site.name]):
             return False
         converted = converted or stored.dtype != saved[site.name].dtype
     return converted
-
-
-class _Checkpoint:
-    """Reads single rows of a safetensors checkpoint."""
-
-    def __init__(self, folder: Path) -> None:
-        self._files: dict[str, Path] = {}
-        for path in weight_files(folder):
-            with safe_open(path, framework="pt") as file:
-                self._files.update(dict.fromkeys(file.keys(), path))
-
-    def rows(self, projection: Projection, site: Site) -> torch.Tensor | None:
-        """A site's rows [n, d_in] as stored, or None where the checkpoint names its tensor otherwise."""
-        key = projection.name.partition(":")[0] + ".weight"
-        if key not in self._files:  # saved without the head: no leading "model." or "transformer."
-            key = key.partition(".")[2]
-        if key not in self._files:
-            return None
-        index = (site.neurons.tensor().long() + projection.offset).tolist()
-        with safe_open(self._files[key], framework="pt") as file:
-            stored = file.get_slice(key)
-            if stored.get_dtype() not in _STORED:
-                return None
-            if projection.layout == "conv1d":
-                return torch.cat([stored[:, i : i + 1] for i in index], dim=1).t()
-            return torch.cat([stored[i : i + 1] for i in index])

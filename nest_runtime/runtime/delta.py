@@ -1,15 +1,16 @@
 """What a patch does to one linear module, in the form a forward pass uses.
 
-A module's sites (two where gate and up are fused) are merged into one :class:`ModuleDelta`. It is
+A module's sites (two where gate and up are fused) are merged into one :class:`LinearDelta`. It is
 built from the patch's frozen tensors and cached for one device and dtype at a time; after a model
 has moved, the next pass builds it anew from the frozen tensors, so no rounding accumulates.
-Nothing here knows of tables, modes or weights.
+Nothing here knows of tables, modes or weights; updates of experts are in expert_delta.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,11 @@ from torch import nn
 
 from nest_runtime.anatomy import Projection, find_sites, module_of
 from nest_runtime.patch import Patch, Site
+
+if TYPE_CHECKING:
+    from nest_runtime.runtime.fold import FoldRecord
+
+Call = tuple[torch.Tensor, ...]  # a module's inputs, each with the tokens first: (x,), or those of experts
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,23 @@ class DeltaTensors:
     loadings: torch.Tensor | None  # (n,), None where all are one
 
 
-class ModuleDelta:
-    """The update of one module's outputs: y[..., rows] += loadings · (x Dᵀ)[..., clusters].
+class ModuleDelta(Protocol):
+    """The update of one module, linear or of experts."""
+
+    def apply(self, module: nn.Module, call: Call, y: torch.Tensor, fold: FoldRecord | None) -> torch.Tensor:
+        """The module's output with the update added; ``y`` itself is left alone.
+
+        Args:
+            module: the module.
+            call: its inputs.
+            y: its output as the pristine weights give it.
+            fold: what is folded into the weights besides.
+        """
+        ...
+
+
+class LinearDelta:
+    """The update of one linear module's outputs: y[..., rows] += loadings · (x Dᵀ)[..., clusters].
 
     Args:
         parts: the module's non-empty sites with their projections, all of one d_in.
@@ -72,7 +93,7 @@ class ModuleDelta:
             deltas, rows, clusters, loadings, first = [], [], [], [], 0
             for site, projection in self.parts:
                 deltas.append(site.deltas.tensor().to(dtype))
-                rows.append(site.neurons.tensor().long() + projection.offset)
+                rows.append(projection.rows(site.neurons.tensor()))
                 clusters.append(site.clusters.tensor().long() + first)
                 loadings.append(torch.ones(site.n_neurons) if site.loadings is None else site.loadings.tensor())
                 first += site.n_clusters
@@ -93,18 +114,15 @@ class ModuleDelta:
             self._cached = cached
         return cached[2]
 
-    def apply(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The module's output with the update added; ``y`` itself is left alone.
-
-        Args:
-            x: the module's input [..., d_in].
-            y: its output [..., outputs].
+    def apply(self, module: nn.Module, call: Call, y: torch.Tensor, fold: FoldRecord | None) -> torch.Tensor:
+        """As ``ModuleDelta.apply``; ``call`` is (x,) with x [..., d_in], ``y`` [..., outputs].
 
         Returns:
             A new tensor like ``y``. Products are taken in x's dtype (the weight's, autocast aside), with the
             accumulation of the backend's matmul, and rounded to y's dtype before they are added: in bfloat16
             the update is computed apart from W's and keeps bits that adding it to W would lose.
         """
+        x = call[0]
         delta = self.on(x.device, x.dtype)
         update = F.linear(x, delta.deltas).index_select(-1, delta.clusters)  # (..., n)
         if delta.loadings is not None:
@@ -132,16 +150,6 @@ class Loaded:
     @property
     def full_name(self) -> str:
         return f"{self.patch.name}@{self.patch.version}"
-
-
-def module_deltas(patch: Patch, places: Mapping[str, Place]) -> dict[str, ModuleDelta]:
-    """A patch's updates by canonical module name; its sites must be among ``places``."""
-    parts: dict[str, list[tuple[Site, Projection]]] = {}
-    for site in patch.sites:
-        if site.n_neurons:
-            place = places[site.name]
-            parts.setdefault(place.key, []).append((site, place.projection))
-    return {key: ModuleDelta(found) for key, found in parts.items()}
 
 
 def settle(devices: Iterable[torch.device]) -> None:

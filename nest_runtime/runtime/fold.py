@@ -16,7 +16,8 @@ from torch import nn
 
 from nest_runtime import anatomy
 from nest_runtime.errors import BaseMismatch
-from nest_runtime.runtime.delta import Loaded, Place
+from nest_runtime.experts import difference, units_of
+from nest_runtime.runtime.delta import Call, Loaded, Place
 
 _ROUNDINGS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -45,7 +46,7 @@ class FoldedSite:
 
     def undo(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """``y`` with this site's rows computed from the pristine weights."""
-        rows = (self.neurons + self.place.projection.offset).to(y.device)
+        rows = self.place.projection.rows(self.neurons).to(y.device)
         bias = module.bias[rows].to(x.dtype) if isinstance(module.bias, torch.Tensor) else None
         base = F.linear(x, self.pristine.to(x.device, x.dtype), bias)  # (..., n)
         return y.index_copy(-1, rows, base.to(y.dtype))
@@ -57,16 +58,28 @@ class FoldRecord:
 
     loaded: Loaded
     sites: Mapping[str, tuple[FoldedSite, ...]]
+    halves: Mapping[str, tuple[Place, Place]]  # gate and up of the experts modules among ``sites``
 
-    def undo(self, key: str, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def undo(self, key: str, module: nn.Module, call: Call, y: torch.Tensor) -> torch.Tensor:
         """A module's output as the pristine weights give it; ``y`` itself is left alone."""
+        if key in self.halves:
+            return self._undo_experts(key, module, call, y)
         for site in self.sites.get(key, ()):
-            y = site.undo(module, x, y)
+            y = site.undo(module, call[0], y)
         return y
+
+    def _undo_experts(self, key: str, module: nn.Module, call: Call, y: torch.Tensor) -> torch.Tensor:
+        x, chosen, weights = call
+        units = units_of([site.neurons for site in self.sites[key]])
+        gate, up = self.halves[key]
+        have = read_rows(gate, units), read_rows(up, units)
+        base = self.rows(gate, units), self.rows(up, units)
+        added = difference(module, (x, chosen, weights), units.to(x.device), have, base)
+        return y + added.reshape(y.shape).to(y.dtype)
 
     def rows(self, place: Place, neurons: torch.Tensor) -> torch.Tensor:
         """Rows [n, d_in] of the live weights, those that are folded replaced by their pristine values."""
-        current = read_rows(place, neurons)
+        current, neurons = read_rows(place, neurons), neurons.cpu()
         for site in self.sites.get(place.key, ()):
             if site.place.projection.name == place.projection.name:
                 where = torch.searchsorted(site.neurons, neurons).clamp(max=len(site.neurons) - 1)
@@ -106,8 +119,8 @@ def read_rows(place: Place, neurons: torch.Tensor) -> torch.Tensor:
 
 def write_rows(place: Place, neurons: torch.Tensor, rows: torch.Tensor) -> None:
     """Overwrite live rows in place, those of weights made in inference mode too."""
-    weight = place.module.weight
-    with torch.inference_mode(isinstance(weight, torch.Tensor) and weight.is_inference()):
+    weight = anatomy.weight_of(place.module, place.projection)
+    with torch.inference_mode(weight is not None and weight.is_inference()):
         anatomy.write_rows(place.module, place.projection, neurons, rows)
 
 
@@ -136,7 +149,12 @@ def fold(loaded: Loaded, places: Mapping[str, Place], journal: Journal) -> FoldR
     for sites in plan.values():
         for planned in sites:
             journal.write(planned.place, planned.neurons, planned.folded)
-    return FoldRecord(loaded, {key: tuple(sites) for key, sites in plan.items()})
+    halves = {
+        key: tuple(place for place in places.values() if place.key == key)
+        for key, sites in plan.items()
+        if sites[0].place.projection.experts
+    }
+    return FoldRecord(loaded, {key: tuple(sites) for key, sites in plan.items()}, halves)  # type: ignore[arg-type]
 
 
 def unfold(record: FoldRecord, journal: Journal) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from nest_runtime.errors import NestError
+from nest_runtime.experts import routed
 from nest_runtime.runtime.bank import active_slot, add_from_bank, snapshot
 from nest_runtime.runtime.delta import Loaded, Place
 from nest_runtime.runtime.passes import PassGate
@@ -29,6 +30,10 @@ from nest_runtime.runtime.selection import Active, Selection, View
 _COMPILED_USING = (
     "a using() context of nest-runtime is open: choices per context cannot be part of a compiled graph; "
     "compile without fullgraph=True (it is right then, and slower), or use activate()"
+)
+_COMPILED_EXPERTS = (
+    "a patch of nest-runtime changes experts of this model, which no compiled graph can do; "
+    "compile without fullgraph=True: the decoder layers run eagerly then"
 )
 
 
@@ -40,6 +45,7 @@ class Board:
         active: what is on for everybody; replaced whole, never changed.
         overridden: whether any context has a choice of its own. Compiled graphs guard on it: they read
             the bank while it is False, and leave the graph for an eager pass while it is True.
+        experts: whether a patch changes experts. Passes are then never part of a compiled graph.
         closed: whether everything was taken off again.
         traced_slot: during tracing only, the pass's copy of the active slot.
     """
@@ -49,6 +55,7 @@ class Board:
         self.gate = PassGate()
         self.active = Active()
         self.overridden = False
+        self.experts = False
         self.closed = False
         self.traced_slot: torch.Tensor | None = None
         self._lock = threading.Lock()
@@ -136,7 +143,7 @@ class SiteHook(_LiveOnly):
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         board = self._board
         if not torch.compiler.is_compiling():
-            return board.view().apply(self._key, module, args[0], output)
+            return board.view().apply(self._key, module, (args[0],), output)
         if board.overridden:
             return self._outside_graph(module, args[0], output)
         slot = active_slot(board.trunk) if board.traced_slot is None else board.traced_slot
@@ -144,7 +151,20 @@ class SiteHook(_LiveOnly):
 
     @torch.compiler.disable(reason=_COMPILED_USING)
     def _outside_graph(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self._board.view().apply(self._key, module, x, y)
+        return self._board.view().apply(self._key, module, (x,), y)
+
+
+class ExpertsHook(SiteHook):
+    """The forward hook of a module that holds experts; gets keyword arguments too."""
+
+    def __call__(  # type: ignore[override]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: torch.Tensor
+    ) -> torch.Tensor:
+        return self._eagerly(module, args, kwargs, output)
+
+    @torch.compiler.disable(reason=_COMPILED_EXPERTS)
+    def _eagerly(self, module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
+        return self._board.view().apply(self._key, module, routed(args, kwargs), output)
 
 
 class PassForward(_LiveOnly):
@@ -161,6 +181,8 @@ class PassForward(_LiveOnly):
             return self._forward(*args, **kwargs)
         if not torch.compiler.is_compiling():
             return board.run_pass(self._forward, args, kwargs)
+        if board.experts:
+            return self._experts_outside_graph(args, kwargs)
         if board.overridden:
             return self._outside_graph(args, kwargs)
         board.traced_slot = snapshot(active_slot(board.trunk))
@@ -170,6 +192,10 @@ class PassForward(_LiveOnly):
 
     @torch.compiler.disable(reason=_COMPILED_USING)
     def _outside_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._board.run_pass(self._forward, args, kwargs)
+
+    @torch.compiler.disable(reason=_COMPILED_EXPERTS)
+    def _experts_outside_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._board.run_pass(self._forward, args, kwargs)
 
 
@@ -184,14 +210,19 @@ class Wiring:
 
     def cover(self, places: Mapping[str, Place], keys: Mapping[str, Any]) -> None:
         """Hook the modules named by ``keys`` that have no hook yet."""
-        missing = {p.key: p.module for p in places.values() if p.key in keys and p.key not in self._handles}
+        missing = {p.key: p for p in places.values() if p.key in keys and p.key not in self._handles}
         if self._forward is None:
             trunk = self._board.trunk
             self._before = trunk.__dict__.get("forward")  # a wrapper of somebody else (accelerate)
             self._forward = PassForward(self._board)
             trunk.forward = self._forward
-        for key, module in missing.items():
-            self._handles[key] = module.register_forward_hook(SiteHook(self._board, key))
+        for key, place in missing.items():
+            if place.projection.experts:
+                self._board.experts = True
+                hook = ExpertsHook(self._board, key)
+                self._handles[key] = place.module.register_forward_hook(hook, with_kwargs=True)
+            else:
+                self._handles[key] = place.module.register_forward_hook(SiteHook(self._board, key))
         if missing:
             _forget_graphs()
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from nest_runtime.errors import UsageError
-from nest_runtime.runtime.delta import Loaded
+from nest_runtime.runtime.delta import Call, Loaded
 from nest_runtime.runtime.fold import FoldRecord
 
 Run = tuple[Loaded | None, int]
@@ -56,6 +56,9 @@ class Selection:
     def tokens_of(self, x: torch.Tensor) -> tuple[Run, ...]:
         """The runs in tokens of one input [..., d_in].
 
+        Where a model flattens rows and tokens into one dimension before its FFN (OPT, mixtures of experts), rows are
+        counted by dividing.
+
         Raises:
             UsageError: the input has another number of rows or tokens than the selection.
         """
@@ -64,6 +67,8 @@ class Selection:
             found, each = tokens, 1
         else:
             found = x.shape[0] if x.dim() > 1 else 1
+            if x.dim() == 2 and self.size and tokens % self.size == 0:
+                found = self.size
             each = tokens // max(found, 1)
         if found != self.size:
             raise UsageError(
@@ -90,30 +95,29 @@ class View:
         self._whole = self._selection.unit == "all"
         self._index: dict[tuple[int, torch.device], list[tuple[Loaded | None, torch.Tensor]]] = {}
 
-    def apply(self, key: str, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def apply(self, key: str, module: nn.Module, call: Call, y: torch.Tensor) -> torch.Tensor:
         """The output [..., outputs] that the chosen patches give; ``y`` where nothing changes, never written to."""
         if self._whole:
-            return self._one(self._selection.runs[0][0], key, module, x, y)
-        runs = self._selection.tokens_of(x)
+            return self._one(self._selection.runs[0][0], key, module, call, y)
+        runs = self._selection.tokens_of(call[0])
         if len({id(loaded) for loaded, _ in runs}) == 1:
-            return self._one(runs[0][0], key, module, x, y)
-        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        for loaded, index in self._tokens(runs, x.device):
+            return self._one(runs[0][0], key, module, call, y)
+        flat_call = tuple(value.reshape(-1, value.shape[-1]) for value in call)
+        flat_y = y.reshape(-1, y.shape[-1])
+        for loaded, index in self._tokens(runs, call[0].device):
             before = flat_y.index_select(0, index)
-            after = self._one(loaded, key, module, flat_x.index_select(0, index), before)
+            after = self._one(loaded, key, module, tuple(value.index_select(0, index) for value in flat_call), before)
             if after is not before:
                 flat_y = flat_y.index_copy(0, index, after)
         return flat_y.reshape(y.shape)
 
-    def _one(
-        self, loaded: Loaded | None, key: str, module: nn.Module, x: torch.Tensor, y: torch.Tensor
-    ) -> torch.Tensor:
+    def _one(self, loaded: Loaded | None, key: str, module: nn.Module, call: Call, y: torch.Tensor) -> torch.Tensor:
         if self._fold is not None:
             if self._fold.loaded is loaded:
                 return y  # the weights have it
-            y = self._fold.undo(key, module, x, y)
+            y = self._fold.undo(key, module, call, y)
         delta = None if loaded is None else loaded.deltas.get(key)
-        return y if delta is None else delta.apply(x, y)
+        return y if delta is None else delta.apply(module, call, y, self._fold)
 
     def _tokens(self, runs: tuple[Run, ...], device: torch.device) -> list[tuple[Loaded | None, torch.Tensor]]:
         """Token positions of each patch in the flat batch, worked out once for a pass."""

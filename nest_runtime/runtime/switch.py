@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from nest_runtime.anatomy import find_sites
+from nest_runtime.anatomy import find_sites, weight_of
 from nest_runtime.errors import BaseMismatch, NestError, UsageError
 from nest_runtime.patch import Patch, check_sites
 from nest_runtime.runtime import checks
 from nest_runtime.runtime.bank import Bank
-from nest_runtime.runtime.delta import Loaded, Place, find_places, module_deltas, settle
+from nest_runtime.runtime.delta import Loaded, Place, find_places, settle
+from nest_runtime.runtime.expert_delta import module_deltas
 from nest_runtime.runtime.fold import FoldRecord, Journal, fold, read_rows, unfold
 from nest_runtime.runtime.hooks import Board, Wiring, trunk_of
 from nest_runtime.runtime.selection import Active, Selection
@@ -265,7 +266,8 @@ class PatchRuntime:
                 self._refold(before, loaded, mode)
 
     def _refold(self, before: Active, loaded: Loaded | None, mode: str | None) -> None:
-        devices = {p.module.weight.device for p in self._places.values() if isinstance(p.module.weight, torch.Tensor)}
+        weights = [weight_of(place.module, place.projection) for place in self._places.values()]
+        devices = {weight.device for weight in weights if weight is not None}
         journal = Journal()
         settle(devices)  # passes that have returned may still be running on the device
         try:
@@ -297,9 +299,9 @@ class PatchRuntime:
         """Hooks and buffers for a new patch; neither changes what a pass computes."""
         modules = {place.key: place.module for place in self._places.values()}
         if self._bank is None:
-            weight = next(iter(modules.values())).weight
-            device = weight.device if isinstance(weight, torch.Tensor) else torch.device("cpu")
-            self._bank = Bank(self._board.trunk, device)
+            first = next(iter(self._places.values()))
+            weight = weight_of(first.module, first.projection)
+            self._bank = Bank(self._board.trunk, torch.device("cpu") if weight is None else weight.device)
         try:
             self._bank.add(loaded, modules)
             self._wiring.cover(self._places, loaded.deltas)

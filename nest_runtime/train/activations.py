@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from nest_runtime.anatomy import Projection, module_of
+from nest_runtime.anatomy import Projection, is_experts, module_of
 from nest_runtime.errors import TrainingError
+from nest_runtime.experts import Routed, first_outputs, routed
 from nest_runtime.generate import pad_token_id
 from nest_runtime.train.data import encode
 from nest_runtime.train.files import read_json, stage_folder, stage_key, write_json
@@ -147,13 +148,19 @@ def _pooling_hooks(
     for number, projection in enumerate(projections):
         by_module.setdefault(module_of(model, projection), []).append(number)
 
-    def hook(module: nn.Module, _: Any, output: torch.Tensor) -> None:
-        values = pool(output, mask, pooling).float().cpu()
+    def keep(module: nn.Module, values: torch.Tensor) -> None:  # (rows, outputs) or (rows, experts, outputs)
         for number in by_module[module]:
-            start = projections[number].offset
-            pooled[number] = values[:, start : start + projections[number].d_out]
+            projection = projections[number]
+            wanted = projection.rows(torch.arange(projection.each))
+            pooled[number] = values[..., wanted].reshape(len(values), projection.d_out)
 
-    handles = [module.register_forward_hook(hook) for module in by_module]
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+        if is_experts(module):
+            keep(module, pool_experts(module, routed(args, kwargs), mask, pooling).float().cpu())
+        else:  # some models flatten rows and tokens before their FFN
+            keep(module, pool(output.reshape(*mask.shape, -1), mask, pooling).float().cpu())
+
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in by_module]
     try:
         yield
     finally:
@@ -171,6 +178,27 @@ def pool(values: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
         return (values.float() * weights).sum(dim=1) / weights.sum(dim=1)
     last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1)  # (rows,)
     return values[torch.arange(len(values), device=values.device), last]
+
+
+def pool_experts(module: nn.Module, call: Routed, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Pool the raw outputs of a layer's experts over the tokens routed to each; gives (rows, experts, 2F).
+
+    A prompt that no token of goes to an expert has 0 there: its neurons did nothing. So has one whose last token
+    goes elsewhere, where ``pooling`` is ``last``.
+    """
+    x, mask = call[0], mask.to(call[0].device)
+    rows, width = mask.shape
+    ends = width - 1 - mask.flip(1).argmax(dim=1)  # (rows,)
+    counted = mask if pooling != "last" else torch.zeros_like(mask).scatter_(1, ends[:, None], 1)
+    weight: torch.Tensor = module.gate_up_proj  # type: ignore[assignment]
+    result = x.new_zeros(rows, len(weight), weight.shape[-1 if module.is_transposed else -2], dtype=torch.float32)
+    for expert, token, values in first_outputs(module, call):
+        kept = counted.reshape(-1)[token] != 0
+        row, counting = token[kept] // width, values[kept].float()  # (t,), (t, 2F)
+        index = row[:, None].expand_as(counting)
+        how = "amax" if pooling == "max" else "mean"
+        result[:, expert] = result[:, expert].scatter_reduce(0, index, counting, how, include_self=False)
+    return result
 
 
 def _append(folder: Path, number: int, offset: int, values: torch.Tensor, dtype: str) -> None:

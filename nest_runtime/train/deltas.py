@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from nest_runtime.anatomy import Projection, module_of, read_rows
+from nest_runtime.anatomy import Projection, is_experts, module_of, read_rows
+from nest_runtime.experts import Half, difference, routed, units_of
 from nest_runtime.train.sites import LocatedSite
 
 
@@ -35,7 +36,7 @@ class SiteDelta:
         """M [rows, K] over the module's output rows, differentiable in the loadings."""
         values = torch.ones(len(self.neurons), device=self.deltas.device) if self.loadings is None else self.loadings
         matrix = torch.zeros(rows, len(self.deltas), device=self.deltas.device)
-        return matrix.index_put((self.neurons + self.projection.offset, self.clusters), values)
+        return matrix.index_put((self.projection.rows(self.neurons), self.clusters), values)
 
 
 class Deltas:
@@ -59,6 +60,7 @@ class Deltas:
     ) -> None:
         by_name = {projection.name: projection for projection in projections}
         self.model, self.enabled, self.learned = model, True, loadings == "learned"
+        self.projections = tuple(projections)
         self.parts = [
             _site_delta(model, by_name[site.site], site, loadings, (warm or {}).get(site.site))
             for site in sites
@@ -103,7 +105,12 @@ class Deltas:
         by_module: dict[nn.Module, list[SiteDelta]] = {}
         for part in self.parts:
             by_module.setdefault(module_of(self.model, part.projection), []).append(part)
-        handles = [module.register_forward_hook(self._hook(parts)) for module, parts in by_module.items()]
+        handles = [
+            module.register_forward_hook(self._experts_hook(parts), with_kwargs=True)
+            if is_experts(module)
+            else module.register_forward_hook(self._hook(parts))
+            for module, parts in by_module.items()
+        ]
         try:
             yield
         finally:
@@ -120,6 +127,29 @@ class Deltas:
             return output + nn.functional.linear(nn.functional.linear(x, stacked), members)
 
         return add
+
+    def _experts_hook(self, parts: list[SiteDelta]) -> Any:
+        units = units_of([part.neurons for part in parts])
+        places = [_half_of(self.projections, parts[0].projection, kind) for kind in ("gate", "up")]
+
+        def add(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
+            if not self.enabled:
+                return output
+            gate, up = (read_rows(module, replace(place, module=""), units) for place in places)
+            halves = {
+                part.projection.kind: Half.of(units, part.neurons, part.clusters, part.deltas, part.loadings)
+                for part in parts
+            }
+            call, rows = routed(args, kwargs), (gate, up)
+            added = difference(module, call, units, rows, rows, halves.get("gate"), halves.get("up"))
+            return output + added.reshape(output.shape).to(output.dtype)
+
+        return add
+
+
+def _half_of(projections: Sequence[Projection], like: Projection, kind: str) -> Projection:
+    """The gate or the up projection of the experts that ``like`` belongs to."""
+    return next(p for p in projections if p.tensor == like.tensor and p.kind == kind)
 
 
 def _site_delta(
