@@ -44,9 +44,14 @@ _HOMES = {
     "load_model": "nest_runtime.models",
     "Projection": "nest_runtime.anatomy",
     "find_sites": "nest_runtime.anatomy",
+    "register_architecture": "nest_runtime.anatomy",
     "model_hash": "nest_runtime.fingerprint",
     "rows_digest": "nest_runtime.fingerprint",
     "PatchRuntime": "nest_runtime.runtime",
+    "export_gguf": "nest_runtime.export",
+    "export_merged": "nest_runtime.export",
+    "export_peft": "nest_runtime.export",
+    "import_peft": "nest_runtime.export",
     "Recipe": "nest_runtime.train.recipe",
     "train_patch": "nest_runtime.train.recipe",
     **dict.fromkeys(_ERRORS, "nest_runtime.errors"),
@@ -68,7 +73,12 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from nest_runtime.anatomy import Projection as Projection
     from nest_runtime.anatomy import find_sites as find_sites
+    from nest_runtime.anatomy import register_architecture as register_architecture
     from nest_runtime.errors import *  # noqa: F403
+    from nest_runtime.export import export_gguf as export_gguf
+    from nest_runtime.export import export_merged as export_merged
+    from nest_runtime.export import export_peft as export_peft
+    from nest_runtime.export import import_peft as import_peft
     from nest_runtime.fingerprint import model_hash as model_hash
     from nest_runtime.fingerprint import rows_digest as rows_digest
     from nest_runtime.models import load_model as load_model

@@ -1,0 +1,232 @@
+"""The command export: a patch for other tools. An adapter for PEFT, vLLM or llama.cpp, or a merged checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nest_runtime.cli.common import base_hash_of, examples
+from nest_runtime.cli.output import JsonOption, Output, size
+from nest_runtime.cli.patches import PatchArgument
+from nest_runtime.errors import BaseMismatch, UsageError
+
+if TYPE_CHECKING:
+    from nest_runtime.export.measure import Measured, Reference
+    from nest_runtime.patch import Patch
+
+
+class Form(StrEnum):
+    """What to write."""
+
+    peft = "peft"
+    merged = "merged"
+    vllm = "vllm"
+    gguf = "gguf"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(
+        "export",
+        rich_help_panel="Ship patches",
+        epilog=examples(
+            "nest-runtime export v3 --to peft --out v3-adapter",
+            "nest-runtime export my.safetensors --to merged --model ./my-model --out ./my-safe-model",
+        ),
+    )(export)
+
+
+def export(
+    ctx: typer.Context,
+    patch: Annotated[str, PatchArgument],
+    form: Annotated[Form, typer.Option("--to", help="An adapter for PEFT, vLLM or llama.cpp, or a whole checkpoint.")],
+    out_folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to make.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="The patch's base; the reference model where it is that one's."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Run the base with the export, and compare its logits.")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a patch in a form that other tools read.
+
+    An adapter computes exactly what the patch does; `merged` is the base's checkpoint with the patched rows changed.
+    What was written is loaded again and compared with the patch on the model itself.
+    """
+    out = Output.of(ctx, as_json)
+    from nest_runtime.export.folder import check_target
+    from nest_runtime.resolve import load_patch
+
+    loaded = load_patch(patch, model_hash=base_hash_of(model))
+    check_target(out_folder.expanduser().absolute(), overwrite)
+    job = _Job(out, loaded, _base_of(loaded, model), form, out_folder, overwrite, check)
+    document = job.run()
+    out.result(document, lambda: _render(out, document))
+
+
+@dataclass
+class _Job:
+    """One export and its check."""
+
+    out: Output
+    patch: Patch
+    base: Path | None
+    form: Form
+    folder: Path
+    overwrite: bool
+    check: bool
+    measured: Measured | None = None
+
+    def run(self) -> dict[str, Any]:
+        with self.out.bars() as bars:
+            made = self._merged(bars) if self.form is Form.merged else self._adapter()
+        files = list(made.files)
+        figures = asdict(self.measured) if self.measured else {"max_abs_error": None, "max_abs_change": None}
+        facts = {key: getattr(made, key) for key in ("rank", "modules", "hash") if hasattr(made, key)}
+        if facts.get("hash"):
+            facts["changed"] = len(made.tensors)
+        return {
+            "to": self.form.value,
+            "patch": f"{self.patch.name}@{self.patch.version}",
+            "digest": self.patch.digest,
+            "base_hash": self.patch.base_hash,
+            "out": str(self.folder),
+            "files": files,
+            "bytes": sum((self.folder / name).stat().st_size for name in files),
+            **facts,
+            **figures,
+        }
+
+    def _adapter(self) -> Any:
+        from nest_runtime.export.gguf import export_gguf
+        from nest_runtime.export.peft import export_peft
+        from nest_runtime.models import skeleton
+
+        model = None if self.base is None else skeleton(self.base)
+        common: dict[str, Any] = {"model": model, "overwrite": self.overwrite}
+        if self.form is Form.gguf:
+            return export_gguf(self.patch, self.folder, **common, check=self._checker(self._gguf_figures))
+        if self._can_check("peft"):
+            common["check"] = self._checker(lambda reference, work: reference.peft(work))
+        return export_peft(self.patch, self.folder, engine=self.form.value, **common)  # type: ignore[arg-type]
+
+    def _merged(self, bars: Callable[[str, int, int], None]) -> Any:
+        from nest_runtime.export.merged import export_merged
+
+        if self.base is None:
+            raise UsageError(
+                f"--to merged needs the base of {self.patch.name}@{self.patch.version} "
+                f"({self.patch.base_model or 'unnamed'}, {self.patch.base_hash})",
+                "name it with --model",
+            )
+        exact = self._exact_base()
+        check = self._checker(lambda reference, work: reference.merged(work), exact=exact)
+        return export_merged(self.patch, self.base, self.folder, overwrite=self.overwrite, check=check, progress=bars)
+
+    def _checker(
+        self, measure: Callable[[Reference, Path], Measured], *, exact: bool = True
+    ) -> Callable[[Path], None] | None:
+        if not self.check:
+            return None
+        if self.base is None:
+            self.out.note("not compared with the patch: the base is not known; name it with --model")
+            return None
+        base = self.base
+
+        def compare(work: Path) -> None:
+            from nest_runtime.export.measure import Reference
+            from nest_runtime.models import load_model
+
+            reference = Reference(self.patch, load_model(base, device="cpu", dtype="float32"))
+            self.measured = measure(reference, work)
+            if exact:
+                self.measured.check()
+
+        return compare
+
+    def _gguf_figures(self, reference: Reference, work: Path) -> Measured:
+        from nest_runtime.export.gguf import ADAPTER, read_pairs, tensor_names
+        from nest_runtime.export.lora import layout_of, pairs_of
+
+        names = tensor_names(self.patch, pairs_of(self.patch, layout_of(self.patch, reference.model)))
+        return reference.pairs(read_pairs(work / ADAPTER, names))
+
+    def _can_check(self, package: str) -> bool:
+        from importlib.util import find_spec
+
+        if self.check and find_spec(package) is None:
+            self.out.note(f"not compared with the patch: {package} is not installed (nest-runtime[{package}])")
+            return False
+        return True
+
+    def _exact_base(self) -> bool:
+        """Whether the base is stored in float32: half-precision sums are rounded, by the nature of the form."""
+        from nest_runtime.fingerprint import read_frame, weight_files
+
+        assert self.base is not None
+        dtypes = {entry.dtype for path in weight_files(self.base) for entry in read_frame(path).entries}
+        return not dtypes & {"BF16", "F16"}
+
+
+def _base_of(patch: Patch, model: str | None) -> Path | None:
+    """The folder of the patch's base: the one named, or the reference model's where the patch is for it.
+
+    Raises:
+        BaseMismatch: the model named is another.
+    """
+    from nest_runtime.models import REFERENCE, REFERENCE_FOLDER, resolve_model
+
+    if model is None:
+        known = (REFERENCE_FOLDER / "config.json").is_file() and base_hash_of(REFERENCE) == patch.base_hash
+        return REFERENCE_FOLDER if known else None
+    found = base_hash_of(model)
+    if found != patch.base_hash:
+        raise BaseMismatch(
+            f"{patch.name}@{patch.version} is for base {patch.base_hash}; {model} is {found}",
+            "name the patch's own base, unpatched and unmerged",
+        )
+    return resolve_model(model)[1]
+
+
+def _render(out: Output, document: dict[str, Any]) -> None:
+    error, change = document["max_abs_error"], document["max_abs_change"]
+    compared = (
+        "not compared" if error is None else f"{error:.2g} off at most, where the patch moves logits by {change:.2g}"
+    )
+    out.pairs(
+        {
+            "patch": f"{document['patch']}  {document['digest']}",
+            "folder": f"{document['out']} ({len(document['files'])} files, {size(document['bytes'])})",
+            "logits": compared,
+        }
+    )
+    out.note(f"next: {_next(document)}")
+
+
+def _next(document: dict[str, Any]) -> str:
+    """What to do with the folder."""
+    folder = document["out"]
+    if document["to"] == "peft":
+        return f'PeftModel.from_pretrained(model, "{folder}")'
+    if document["to"] == "gguf":
+        return f"llama-server -m BASE.gguf --lora {folder}/adapter.gguf"
+    if document["to"] == "merged":
+        return f"load {folder} as any other model"
+    name = f"{document['patch'].replace('@', '-')}-{document['digest'][7:19]}"  # vLLM keys its cache by name
+    sizes = f"--max-loras 2 --max-lora-rank {_vllm_rank(document)}"  # the last slot stays empty: docs/exports.md
+    return f"vllm serve BASE --enable-lora {sizes} --lora-modules {name}={folder}"
+
+
+def _vllm_rank(document: dict[str, Any]) -> int:
+    """The smallest --max-lora-rank that vLLM takes for the adapter."""
+    from nest_runtime.export.peft import VLLM_RANKS
+
+    return next(rank for rank in VLLM_RANKS if rank >= document["rank"])
