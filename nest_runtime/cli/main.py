@@ -22,6 +22,7 @@ from nest_runtime.cli import (
     compare,
     doctor,
     evaluate,
+    export,
     hub,
     patches,
     reference,
@@ -44,7 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for family in (serve, chat, train, evaluate, compare, bench, patches, doctor, store, trust, hub, channel):
+for family in (serve, chat, train, evaluate, compare, bench, patches, doctor, export, store, trust, hub, channel):
     family.register(app)
 app.add_typer(reference.app, name="reference", rich_help_panel="Look")
 
