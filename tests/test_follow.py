@@ -43,7 +43,9 @@ Keys = tuple[Path, Path]
 class Owner:
     """What a server is to a follower: it holds one patch, and may refuse."""
 
-    def __init__(self, home: Path, keys: Keys | None, ref: str = f"{REPO}@stable", base: str = BASE_A) -> None:
+    def __init__(
+        self, home: Path, keys: Keys | None, ref: str = f"{REPO}@stable", base: str = BASE_A, timeout: float = 5
+    ) -> None:
         self.store = Store(home)
         self.guard: Guard | None = guard_of(self.store, keys) if keys else None
         self.on: str | None = None
@@ -61,7 +63,7 @@ class Owner:
             gate=self.gate,
             guard=self.guard,
             stale_after=300,
-            timeout=5,
+            timeout=timeout,
             now=lambda: datetime.now(UTC) + self.clock,
         )
 

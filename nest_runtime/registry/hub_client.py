@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,17 +20,23 @@ from nest_runtime.errors import DigestMismatch, HubError
 from nest_runtime.registry.hub_cache import checked, known_missing
 from nest_runtime.registry.hub_errors import (
     as_nest_error,
+    causes,
     is_conflict,
     is_transient,
     only_reads,
+    reason,
     request_path,
     retry_after,
+    status_of,
 )
 from nest_runtime.registry.hub_types import Refs, size_limit, too_large
+from nest_runtime.registry.hub_wait import Patience, within
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from tenacity import RetryCallState
+
+__all__ = ["DEFAULT_TIMEOUT", "HubRemote", "is_offline", "make_api", "within"]
 
 DEFAULT_TIMEOUT = 120.0  # seconds for one step
 ATTEMPTS = 4
@@ -54,6 +59,7 @@ class HubRemote:
         self.name = repo_id
         self.timeout = timeout
         self._api = api or make_api()
+        self._patience = Patience()
 
     def refs(self) -> Refs:
         """The commit of main, and of every tag; one request. Raises HubError."""
@@ -77,7 +83,7 @@ class HubRemote:
         where, limit = f"{self.name}: {path}", size_limit(path) if limit is None else limit
 
         def fetch() -> Path | None:
-            bar = _bounded(where, limit)
+            bar = _bounded(where, limit, time.monotonic() + self.timeout)
             try:
                 return Path(self._api.hf_hub_download(self.name, path, revision=revision, tqdm_class=bar))
             except hub.RemoteEntryNotFoundError:
@@ -87,7 +93,7 @@ class HubRemote:
                     return None
                 raise
 
-        found = self._call(f"reading {path}", fetch)
+        found = self._call(f"reading {path}", fetch, _read_again)
         return None if found is None else checked(found, where, limit)
 
     def publish(self, files: Mapping[str, bytes], message: str, *, parent: str, tag: str | None = None) -> str:
@@ -165,16 +171,23 @@ class HubRemote:
         """Do one step, and again after errors that ``again`` lets pass, within the time allowed. Raises NestError."""
         from tenacity import Retrying, retry_if_exception, stop_after_attempt
 
-        until = time.monotonic() + self.timeout
+        until, last = time.monotonic() + self.timeout, ""
+
+        def passes(error: BaseException) -> bool:
+            nonlocal last
+            last = f"; the last try: {reason(list(causes(error))[-1])}"
+            return again(error) and _wait_of(error, 0.0) < until - time.monotonic()
+
         retrying = Retrying(
-            retry=retry_if_exception(lambda error: again(error) and _wait_of(error, 0.0) < until - time.monotonic()),
+            retry=retry_if_exception(passes),
             stop=stop_after_attempt(ATTEMPTS),
             wait=_wait,
             reraise=True,
         )
+        hint = "" if only_reads(doing) else _SENT
         try:
-            return within(
-                self.timeout, lambda: retrying(call), f"{self.name}: {doing}", "" if only_reads(doing) else _SENT
+            return self._patience.call(
+                self.timeout, lambda: retrying(call), f"{self.name}: {doing}", hint, last=lambda: last
             )
         except Exception as error:
             raised = as_nest_error(error, self.name, doing)
@@ -199,38 +212,17 @@ def is_offline() -> bool:
     return bool(is_offline_mode())
 
 
-def within(seconds: float, call: Callable[[], _T], what: str, hint: str = "") -> _T:
-    """The result of a call that may not return, or HubError after some seconds.
-
-    The call goes on in a thread that does not keep the process alive: what it fetches ends up in the cache, whole;
-    what it sends may still arrive, which ``hint`` may say.
-    """
-    results: list[_T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:  # handed to the caller's thread, whatever it is
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True, name="nest-hub")
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise HubError(
-            f"{what} took longer than {seconds:.0f} s",
-            hint or "the Hub is slow or asks to wait; try again later, or allow more time with --timeout",
-        )
-    return results[0]
-
-
 def _not_retried_yet(error: BaseException) -> bool:
     """Whether an error comes from one of the two requests of a commit that the client does not repeat itself."""
     path = request_path(error)
     return "/commit/" in path or path.endswith("/validate-yaml")
+
+
+def _read_again(error: BaseException) -> bool:
+    """Whether reading a file failed in a way that the client does not repeat itself: not by a limit, nor by Xet."""
+    if not is_transient(error) or "/xet-" in request_path(error):
+        return False
+    return all(status_of(cause) not in (408, 429) for cause in causes(error))
 
 
 def _wait_of(error: BaseException, otherwise: float) -> float:
@@ -260,8 +252,8 @@ def _no_bars() -> Iterator[None]:
         enable_progress_bars()
 
 
-def _bounded(where: str, limit: int) -> Any:
-    """A progress bar that shows nothing, for libraries do not print, and ends a download that is larger than it may be.
+def _bounded(where: str, limit: int, until: float) -> Any:
+    """A progress bar that shows nothing, for libraries do not print, and ends a download that is too large or too slow.
 
     The client asks for a file's size before it fetches it, and tells it to its bar only.
     """
@@ -281,5 +273,7 @@ def _bounded(where: str, limit: int) -> Any:
         def _check(self, size: float) -> None:
             if size > limit:
                 raise too_large(where, limit)
+            if time.monotonic() > until:  # nobody waits for it any more
+                raise HubError(f"{where} came too slowly", "try again later")
 
     return Bounded

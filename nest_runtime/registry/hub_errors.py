@@ -29,7 +29,7 @@ def as_nest_error(error: Exception, repo: str, doing: str) -> NestError:
 
     if isinstance(error, NestError):
         return error
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, hub.GatedRepoError):
             return HubError(f"{repo} is gated", "ask for access on its page, then `hf auth login`")
         if isinstance(cause, hub.RepositoryNotFoundError):
@@ -47,7 +47,7 @@ def as_nest_error(error: Exception, repo: str, doing: str) -> NestError:
     if isinstance(error, hub.LocalEntryNotFoundError):
         if error.__cause__ is None:
             return _offline(repo)
-        error = next(reversed(list(_causes(error))), error)  # type: ignore[assignment]
+        error = next(reversed(list(causes(error))), error)  # type: ignore[assignment]
     if isinstance(error, KeyError | TypeError | ValueError) and not isinstance(error, OSError):
         return HubError(f"{repo}: the Hub's answer while {doing} cannot be read: {reason(error)}", NETWORK_HINT)
     hint = XET_HINT if any(word in str(error).lower() for word in _XET_WORDS) else NETWORK_HINT
@@ -62,7 +62,7 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, LocalEntryNotFoundError):  # five HEAD requests have failed by then
         return False
     passing = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
-    for cause in _causes(error):
+    for cause in causes(error):
         if (status := status_of(cause)) is not None:
             return status in _TRANSIENT
         if isinstance(cause, passing):
@@ -72,12 +72,12 @@ def is_transient(error: BaseException) -> bool:
 
 def is_conflict(error: BaseException) -> bool:
     """Whether somebody else changed the repository meanwhile (409, 412)."""
-    return any(status_of(cause) in (409, 412) for cause in _causes(error))
+    return any(status_of(cause) in (409, 412) for cause in causes(error))
 
 
 def retry_after(error: BaseException) -> float | None:
     """Seconds that the Hub asks to wait, where it does."""
-    for cause in _causes(error):
+    for cause in causes(error):
         value = getattr(getattr(cause, "response", None), "headers", {}).get("Retry-After", "")
         if value.strip().isdigit():
             return float(value)
@@ -103,7 +103,7 @@ def only_reads(doing: str) -> bool:
 
 def request_path(error: BaseException) -> str:
     """The path of the request that failed, or nothing."""
-    for cause in _causes(error):
+    for cause in causes(error):
         try:
             return str(cause.request.url.path)  # type: ignore[attr-defined]
         except (AttributeError, RuntimeError):  # it has none, or none was set
@@ -156,7 +156,7 @@ def _offline(repo: str) -> HubError:
     )
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error and what it was raised from, outermost first."""
     seen = 0
     while error is not None and seen < 10:
