@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +17,14 @@ from nest_runtime.registry.entries import builtin_patches_dir
 from nest_runtime.registry.hub_push import publish_revocation, set_channel
 from nest_runtime.registry.hub_types import parse_repo
 from nest_runtime.registry.keys import generate_keys
+from nest_runtime.registry.policy import policy_for
 from nest_runtime.registry.store import Store
+from nest_runtime.registry.trust import sign_patch, verify_patch
 from nest_runtime.serve import Limits, ServeConfig
-from tests.helpers import make_patch
+from tests.helpers import make_patch, random_site
 from tests.helpers_hub import publish
 from tests.helpers_serve import serving
+from tests.helpers_store import small_patch
 from tests.hub_server import HubServer
 
 pytest_plugins = ["tests.helpers_hub"]
@@ -99,3 +104,19 @@ def test_a_server_verifies_a_reference_to_the_hub(
     publish_revocation(patches[3], "answers recipes", parse_repo(REPO), key=keys[0])
     with pytest.raises(Revoked), serving(replace(config, patch=f"hf://{REPO}@v3")):
         pass
+
+
+def test_verifying_is_quick(keys: Keys, tmp_path: Path) -> None:
+    """Under 100 ms beside import, for a megabyte; processor time, so that a busy machine does not fail it."""
+    sites = tuple(random_site(f"layers.{i}.mlp.gate_proj", 2048, 1024, neurons=64, clusters=16) for i in range(16))
+    path = small_patch("v1").evolve(sites=sites).save(tmp_path / "patch.safetensors")
+    assert path.stat().st_size > 1_000_000
+    sign_patch(path, keys[0])
+    policy = policy_for([keys[1]], require_signature=True)
+    assert policy is not None
+    seconds = []
+    for _ in range(5):
+        began = time.process_time()
+        assert verify_patch(path, policy).signed_by
+        seconds.append(time.process_time() - began)
+    assert statistics.median(seconds) < 0.1
