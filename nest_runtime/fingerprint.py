@@ -261,12 +261,6 @@ def _open(path: Path, stack: ExitStack) -> tuple[memoryview, int, Any]:
 def _hash_model(model: nn.Module, progress: Progress | None) -> list[_Row]:
     jobs = []
     for name, tensor in _saved_state(unwrap(model)).items():
-        if tensor.is_meta or type(tensor.data) not in (torch.Tensor, nn.Parameter) or tensor.dtype not in _DTYPES:
-            state = "not in memory" if tensor.is_meta else f"{type(tensor.data).__name__} of {tensor.dtype}"
-            raise ModelError(
-                f"tensor {name} is {state}: this model cannot be hashed",
-                "hash the folder of the unquantized checkpoint, and give that hash",
-            )
         jobs.append((name, _DTYPES[tensor.dtype], tuple(tensor.shape), lambda t=tensor: _bytes(t), tensor.nbytes))
     return _hash_all(jobs, progress)
 
@@ -284,6 +278,7 @@ def _saved_state(model: nn.Module) -> dict[str, torch.Tensor]:
     }
     for key in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(key, None)
+    _check_plain(state)
     if hasattr(model, "config") and hasattr(model, "save_pretrained"):
         from transformers.core_model_loading import revert_weight_conversion
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -291,6 +286,17 @@ def _saved_state(model: nn.Module) -> dict[str, torch.Tensor]:
         state = remove_tied_weights_from_state_dict(state, model)  # type: ignore[arg-type]
         state = revert_weight_conversion(model, state)  # type: ignore[arg-type]
     return state
+
+
+def _check_plain(state: Mapping[str, torch.Tensor]) -> None:
+    """Quantized tensors, and those that are elsewhere, have no bytes of their own to hash."""
+    for name, tensor in state.items():
+        if tensor.is_meta or type(tensor.data) not in (torch.Tensor, nn.Parameter) or tensor.dtype not in _DTYPES:
+            state_of = "not in memory" if tensor.is_meta else f"{type(tensor.data).__name__} of {tensor.dtype}"
+            raise ModelError(
+                f"tensor {name} is {state_of}: this model cannot be hashed",
+                "hash the folder of the unquantized checkpoint, and give that hash",
+            )
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

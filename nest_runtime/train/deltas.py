@@ -17,6 +17,7 @@ from torch import nn
 
 from nest_runtime.anatomy import Projection, is_experts, module_of, read_rows
 from nest_runtime.experts import Half, difference, routed, units_of
+from nest_runtime.train.forward import checkpointed
 from nest_runtime.train.sites import LocatedSite
 
 
@@ -101,7 +102,10 @@ class Deltas:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The model with the deltas added, while ``enabled`` is true; hooks are gone afterwards."""
+        """The model with the deltas added, while ``enabled`` is true; hooks are gone afterwards.
+
+        Layers that checkpoint their activations do so inside (forward.checkpointed).
+        """
         by_module: dict[nn.Module, list[SiteDelta]] = {}
         for part in self.parts:
             by_module.setdefault(module_of(self.model, part.projection), []).append(part)
@@ -112,7 +116,8 @@ class Deltas:
             for module, parts in by_module.items()
         ]
         try:
-            yield
+            with checkpointed(self.model):
+                yield
         finally:
             for handle in handles:
                 handle.remove()

@@ -6,13 +6,15 @@ answer tokens only, locating needs none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from nest_runtime.anatomy import unwrap
+from nest_runtime.errors import TrainingError
 
 
 def device_of(model: Any) -> torch.device:
@@ -56,6 +58,39 @@ def decoder_of(model: Any) -> nn.Module:
 def hidden_states(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The decoder's last hidden states, (rows, width, d)."""
     return decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+@contextmanager
+def checkpointed(model: Any) -> Iterator[None]:
+    """Let decoder layers that were told to (``model.activation_checkpointing_enable()``) checkpoint in eval mode.
+
+    transformers does so in training mode alone. Only the layers themselves are set to it, not what is in them, and
+    dropout of their own is off: the pass computes what it computes without.
+
+    Raises:
+        TrainingError: the reentrant kind, which gives no gradient where a layer's input needs none.
+    """
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for layer in layers:
+        if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise TrainingError(
+                "the model checkpoints activations with use_reentrant=True, which loses gradients of a frozen base",
+                "call model.activation_checkpointing_enable() without arguments",
+            )
+    kept = [(layer, layer.training, _dropouts(layer)) for layer in layers]
+    try:
+        for layer, _, dropouts in kept:
+            layer.training = True
+            vars(layer).update(dict.fromkeys(dropouts, 0.0))
+        yield
+    finally:
+        for layer, training, dropouts in kept:
+            layer.training = training
+            vars(layer).update(dropouts)
+
+
+def _dropouts(layer: nn.Module) -> dict[str, float]:
+    return {key: value for key, value in vars(layer).items() if "dropout" in key and isinstance(value, float)}
 
 
 class Readout:
