@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from nest_runtime.registry.hub_types import RepoRef
     from nest_runtime.registry.store import Store
 
-channel_app = typer.Typer(help="Channels such as stable: which version of a repository servers follow.")
+channel_app = typer.Typer(
+    help="Channels such as stable: which version of a repository servers follow.",
+    epilog=examples("nest-runtime channel set my-org/my-safety stable v3 --key ~/keys/nest.key"),
+)
 
 
 def register(app: typer.Typer) -> None:

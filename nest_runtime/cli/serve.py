@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
             "nest-runtime serve --patch v3",
             "nest-runtime serve --patch v3 --expose v2 --expose-base --port 8080",
             "nest-runtime serve --trust nest.pub --require-signature",
+            "nest-runtime serve --follow hf://my-org/my-safety@stable --every 60s",
             "nest-runtime serve --admin-token-file token --admin-port 8001",
         ),
     )(serve)

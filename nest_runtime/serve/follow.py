@@ -77,7 +77,8 @@ class Following:
         """Poll once before the engine runs, so that a server starts with what the channel names; ungated."""
         self._loop = asyncio.get_running_loop()
         outcome = await asyncio.to_thread(self._follower.poll)
-        await self._report(outcome)
+        fatal = outcome.error is not None and self._service.table.active.key is None
+        await self._report(outcome, tell=not fatal)  # the server ends with this error, and says it
         return outcome
 
     def start(self) -> None:
@@ -196,7 +197,7 @@ class Following:
         older = [e for e in rows if e.serial < active.patch.serial]  # without a policy nothing newer can be judged
         return max(older, key=lambda e: e.serial).digest if older else None
 
-    async def _report(self, outcome: Outcome) -> None:
+    async def _report(self, outcome: Outcome, *, tell: bool = True) -> None:
         """Log, audit and tell what is new; the same trouble is told once."""
         status = self._follower.status
         if outcome.kind == "switched":
@@ -206,7 +207,7 @@ class Following:
         if said == self._said:
             return
         self._said = said
-        for text in filter(None, said):
+        for text in filter(None, said if tell else ()):
             log.warning("following %s: %s", status.ref, text)
             self.on_event({"event": "warning", "message": f"following {status.ref}: {text}"})
         if outcome.error is not None:
