@@ -396,3 +396,18 @@ def test_settings_that_a_method_does_not_read_change_nothing(name: str, target: 
             found.append(target.model(input_ids=torch.arange(12)[None]).logits)
     assert found[0] == found[2]
     assert torch.equal(found[1], found[3])
+
+
+def test_the_shipped_sweep_is_of_the_shipped_base_and_chose_every_default_method() -> None:
+    from nest_runtime.baselines.registry import make_methods, read_settings
+    from nest_runtime.cli.compare import DEFAULT_METHODS
+    from nest_runtime.fingerprint import model_hash
+    from nest_runtime.models import REFERENCE_FOLDER
+
+    found = read_settings()
+    assert found["base_hash"] == model_hash(REFERENCE_FOLDER)
+    knobs = {method.name for method in make_methods(DEFAULT_METHODS.split(",")) if method.knob}
+    assert set(found["values"]) == knobs
+    for name in knobs:  # each value is the best of its sweep
+        rows = [row for row in found["sweep"] if row["method"] == name]
+        assert min(rows, key=lambda row: row["score"])["value"] == found["values"][name]

@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from nest_runtime.train.data import Example
     from nest_runtime.train.settings import Recipe
 
-DEFAULT_METHODS = (
-    "base,filter,in-context,full,lora,lora-ffn,circuit-breaker,random-neurons,random-loadings,nest,nest-loadings"
-)
+DEFAULT_METHODS = "base,filter,in-context,full,lora,lora-ffn,circuit-breaker,random-neurons,nest,nest-loadings"
 VALIDATION_SUITES = ("jailbreak-seen", "over-refusal", "utility")
 VALIDATION_CASES = 150  # of each suite: the sweep answers them some forty times
 
@@ -46,7 +44,7 @@ def register(app: typer.Typer) -> None:
             "nest-runtime compare",
             "nest-runtime compare --methods base,lora,nest --limit 200 --json",
             "nest-runtime compare --methods base,filter,lora --patch v3",
-            "nest-runtime compare --seeds 3 --sweep --out docs/results/compare",
+            "nest-runtime compare --seeds 3 --sweep --out runs/seeds",
         ),
     )(compare)
 
