@@ -117,6 +117,26 @@ def test_a_revoked_patch_gives_way_to_the_newest_good_one(
         assert server.http("GET", "/ready").status_code == 200
 
 
+def test_by_policy_a_revoked_patch_ends_all_answers(
+    hub: HubServer, store: Store, keys: Keys, tiny_llama: Path, patches: dict[str, Patch], tmp_path: Path
+) -> None:
+    policy = tmp_path / "trust.toml"
+    policy.write_text(f'format = 1\non_revoked = "stop"\n[[keys]]\nname = "k"\nfile = "{keys[1]}"\nnames = ["*"]\n')
+    for version in ("v1", "v2"):
+        publish(patches[version], store, keys)
+    set_channel(REF, "stable", "v2", store=store, key=keys[0])
+    config = replace(following(tiny_llama, keys, expose=(f"hf://{REPO}@v1",)), trust=(), trust_policy=policy)
+    with serving(config) as server:
+        assert [answering(server, suffix) for suffix in ("", "@v1")] == ["v2", "v1"]
+        publish_revocation(patches["v2"], "answers recipes", REF, key=keys[0])
+        assert eventually(lambda: answering(server) == "503", 20)  # though v1 is at hand
+        assert answering(server, "@v1") == "503"
+        assert server.http("GET", "/ready").json()["status"] == "stopped: the active patch is revoked"
+        publish(patches["v3"], store, keys)
+        set_channel(REF, "stable", "v3", store=store, key=keys[0])
+        assert eventually(lambda: answering(server) == "v3", 20)
+
+
 @pytest.mark.parametrize("trusting", [True, False])
 def test_an_exposed_version_that_is_revoked_is_withdrawn(
     hub: HubServer, store: Store, keys: Keys, tiny_llama: Path, patches: dict[str, Patch], trusting: bool

@@ -63,7 +63,7 @@ def list_patches(ctx: typer.Context, model: OnlyModel = None, as_json: JsonOptio
                 "*" if e.active else " ",
                 e.key,
                 e.base_model or short(e.base_hash),
-                short(e.digest),
+                e.digest[:15],  # as few digits as commands accept: the line has to fit
                 size(e.bytes),
                 _origin(e),
             )
