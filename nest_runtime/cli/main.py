@@ -25,6 +25,7 @@ from nest_runtime.cli import (
     export,
     hub,
     patches,
+    plot,
     reference,
     serve,
     store,
@@ -45,7 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for family in (serve, chat, train, evaluate, compare, bench, patches, doctor, export, store, trust, hub, channel):
+for family in (serve, chat, train, evaluate, compare, bench, patches, plot, doctor, export, store, trust, hub, channel):
     family.register(app)
 app.add_typer(reference.app, name="reference", rich_help_panel="Look")
 

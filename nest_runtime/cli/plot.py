@@ -1,0 +1,124 @@
+"""The command plot: pictures of what was located, trained and measured (pictures/)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nest_runtime.cli.common import base_hash_of, examples
+from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output
+from nest_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from nest_runtime.pictures.scan import Scan
+    from nest_runtime.pictures.view import View
+    from nest_runtime.train.data import Example
+
+FORMATS = ("png", "svg")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(
+        "plot",
+        rich_help_panel="Look",
+        epilog=examples(
+            "nest-runtime plot v3 --out pictures",
+            "nest-runtime plot sites.json --harmful bad.jsonl --benign good.jsonl",
+            "nest-runtime plot base.json v3.json --kind families --format png",
+        ),
+    )(plot)
+
+
+def plot(
+    ctx: typer.Context,
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE…", help="Patches, sites files, results of eval --out, comparison.json."),
+    ],
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kind",
+            metavar="NAME",
+            help="neurons, z, silhouette, norms, silhouette-by-k, clusters, families, tradeoff, parameters; repeat "
+            "it. All by default.",
+        ),
+    ] = None,
+    out_folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the pictures go.")] = Path("pictures"),
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", metavar="NAME", help="png or svg; both by default.")
+    ] = None,
+    harmful: Annotated[
+        str | None,
+        typer.Option("--harmful", metavar="FILE", help="With --benign: run prompts, for the pictures that need them."),
+    ] = None,
+    benign: Annotated[str | None, typer.Option("--benign", metavar="FILE", help="See --harmful.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="Whose v3 is meant, and what prompts are run on.")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Draw neurons, z-scores, clusterings, updates, attack success and trade-offs.
+
+    Silhouette by k and cluster profiles need the model's activations: give the prompts with --harmful and --benign;
+    for the reference model, `reference` stands for its own training prompts.
+    """
+    from nest_runtime.pictures import draw, read_sources
+    from nest_runtime.pictures.style import require_matplotlib
+
+    out = Output.of(ctx, as_json)
+    chosen = list(dict.fromkeys(formats or FORMATS))
+    if set(chosen) - set(FORMATS):
+        raise UsageError(f"--format {' '.join(chosen)}: expected png or svg", "leave it out for both")
+    if (harmful is None) != (benign is None):
+        raise UsageError("--harmful and --benign go together", "give both, or neither")
+    require_matplotlib()
+    found = read_sources(sources, model_hash=base_hash_of(model))
+    scans: list[Scan] = []
+    if harmful is not None and benign is not None:
+        scans = _scans(out, found.views, _prompts(harmful, "harmful"), _prompts(benign, "benign"), model, device, dtype)
+    drawn = draw(found, out_folder, kinds=kind or (), formats=chosen, scans=scans)
+    document = {"files": [{"kind": item.kind, "path": str(item.path)} for item in drawn]}
+    out.result(document, lambda: out.table(("PICTURE", "FILE"), [(item.kind, item.path) for item in drawn]))
+
+
+def _prompts(ref: str, which: str) -> list[Example]:
+    if ref != "reference":
+        from nest_runtime.train.data import load_examples
+
+        return load_examples(ref)
+    from nest_runtime.baselines.data import reference_prompts
+
+    return reference_prompts()[("harmful", "benign").index(which)]
+
+
+def _scans(
+    out: Output,
+    views: tuple[View, ...],
+    harmful: list[Example],
+    benign: list[Example],
+    model: str | None,
+    device: str,
+    dtype: str,
+) -> list[Scan]:
+    """The prompts run on the model that the views are of. Raises BaseMismatch for another model."""
+    from nest_runtime.errors import BaseMismatch
+    from nest_runtime.models import load_model
+    from nest_runtime.pictures.scan import scan
+
+    if not views:
+        raise UsageError("prompts were given, but no patch or sites file to look at", "name one")
+    loaded = load_model(model or views[0].base_model or "reference", device=device, dtype=dtype)
+    for view in views:
+        if view.base_hash != loaded.hash:
+            raise BaseMismatch(
+                f"{view.title} is of model {view.base_hash}, {loaded.name} is {loaded.hash}",
+                "name its model with --model",
+            )
+    with out.bars() as bars:
+        return [scan(view, loaded.model, loaded.tokenizer, harmful, benign, progress=bars) for view in views]
