@@ -6,6 +6,10 @@ Fixtures that use it are in tests/fixtures_serve.py.
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -164,3 +168,63 @@ def eventually(check: Callable[[], bool], seconds: float = 10.0) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+@dataclass
+class Process:
+    """A server as a process of its own, started by the command; its log goes to ``log``."""
+
+    popen: subprocess.Popen[str]
+    url: str
+    name: str
+    log: Path
+
+    def http(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        """One plain HTTP request."""
+        return httpx.request(method, f"{self.url}{path}", timeout=60, **arguments)
+
+    def admin(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        """One request with the admin token."""
+        return self.http(method, path, headers={"authorization": f"Bearer {TOKEN}"}, **arguments)
+
+
+def spawn(home: Path, *options: str) -> subprocess.Popen[str]:
+    """Start ``nest-runtime serve`` with an admin token on a free port; it may not be ready yet."""
+    home.mkdir(parents=True, exist_ok=True)
+    token = home / "admin-token"
+    token.write_text(f"{TOKEN}\n")
+    token.chmod(0o600)
+    command = [sys.executable, "-m", "nest_runtime.cli.main", "serve", "--json", "--port", "0"]
+    with (home / "serve.log").open("a") as log:
+        return subprocess.Popen(
+            [*command, "--admin-token-file", str(token), *options],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, "NEST_HOME": str(home), "OMP_NUM_THREADS": "1"},
+        )
+
+
+def when_ready(popen: subprocess.Popen[str], home: Path) -> Process:
+    """Wait for a spawned server to say that it is ready."""
+    assert popen.stdout is not None
+    for line in popen.stdout:
+        event = json.loads(line)
+        if event["event"] == "ready":
+            return Process(popen, event["url"], event["model"], home / "serve.log")
+    raise AssertionError((home / "serve.log").read_text()[-3000:])
+
+
+@contextmanager
+def process(home: Path, *options: str) -> Iterator[Process]:
+    """A server process until the context ends; then it must end with status 0."""
+    popen = spawn(home, *options)
+    try:
+        yield when_ready(popen, home)
+        popen.terminate()
+        popen.communicate(timeout=60)
+        assert popen.returncode == 0
+    finally:
+        popen.kill()
+        popen.communicate()

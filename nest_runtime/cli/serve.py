@@ -138,6 +138,7 @@ def serve(
     out = Output.of(ctx, as_json)
     from nest_runtime.cli.channel import seconds_of
     from nest_runtime.serve.config import FollowConfig, Limits, ServeConfig
+    from nest_runtime.serve.events import json_events
     from nest_runtime.serve.server import serve as run_server
 
     following = None
@@ -187,4 +188,4 @@ def serve(
         follow=following,
     )
     silent = out.quiet and not as_json
-    run_server(config, on_event=out.event if as_json else (lambda event: None) if silent else None)
+    run_server(config, on_event=json_events(out.event) if as_json else (lambda event: None) if silent else None)

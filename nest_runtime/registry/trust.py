@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.errors import Downgrade, NestError, PatchFormatError, PatchNotFound, Revoked, SignatureError
+from nest_runtime.errors import Downgrade, NestError, PatchFormatError, Revoked, SignatureError
 from nest_runtime.registry.entries import builtin_entries
 from nest_runtime.registry.keys import PublicKey
 from nest_runtime.registry.policy import KeyRule, Policy
@@ -25,7 +25,9 @@ from nest_runtime.registry.trust_material import (
     manifest_of,
     material_paths,
     patch_path,
+    patch_size,
     read_material,
+    read_patch_file,
     write_material,
 )
 from nest_runtime.registry.trust_state import Accepted, TrustState, downgrade, is_lower
@@ -113,7 +115,7 @@ def sign_patch(path: str | Path, key: str | Path, passphrase: str = "") -> tuple
     Raises PatchNotFound, what ``sign_bytes`` raises, and NestError where the files cannot be written.
     """
     file = patch_path(Path(path).expanduser())
-    signed = sign_bytes(_read(file), Path(key).expanduser(), passphrase, str(file))
+    signed = sign_bytes(read_patch_file(file), Path(key).expanduser(), passphrase, str(file))
     try:
         return signed, *write_material(file, signed.material)
     except OSError as error:
@@ -133,7 +135,7 @@ def verify_patch(path: str | Path, policy: Policy, state: TrustState | None = No
     Raises PatchNotFound, PatchFormatError, DigestMismatch, and what ``check_trust`` raises.
     """
     file = patch_path(Path(path).expanduser())
-    size, material = _size(file), read_material(file)
+    size, material = patch_size(file), read_material(file)
     if material is None:  # both before a file of any size is read
         _unsigned(policy, str(file))
     elif size > material.announced:
@@ -141,7 +143,7 @@ def verify_patch(path: str | Path, policy: Policy, state: TrustState | None = No
             f"{file} has {size} bytes; its manifest says {material.announced}",
             "fetch patch, manifest and signature again from one place",
         )
-    return open_patch(_read(file), material, policy, state, where=str(file))[1]
+    return open_patch(read_patch_file(file), material, policy, state, where=str(file))[1]
 
 
 def open_patch(
@@ -309,26 +311,3 @@ def _check_serial(
 
 def _name(material: Material, label: str) -> str:
     return material.source or f"the signature of {label}"
-
-
-def _read(path: Path) -> bytes:
-    _size(path)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise PatchNotFound(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from error
-
-
-def _size(path: Path) -> int:
-    """A patch file's size. Raises PatchNotFound, or PatchFormatError for one that no patch has."""
-    from nest_runtime.patchfile import MAX_FILE
-
-    try:
-        size = path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise PatchNotFound(f"there is no patch file {path}", "check the path") from error
-    except OSError as error:
-        raise PatchNotFound(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from error
-    if size > MAX_FILE:
-        raise PatchFormatError(f"{path} has {size} bytes; the limit is {MAX_FILE}", "name a patch")
-    return size

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from nest_runtime.errors import SignatureError
+from nest_runtime.errors import PatchFormatError, PatchNotFound, SignatureError
 from nest_runtime.registry.files import atomic_write
 from nest_runtime.registry.signing import read_bundle
 from nest_runtime.registry.trust_documents import Digest, Document, Label, Serial, read_file
@@ -90,6 +90,30 @@ def manifest_of(patch: Patch, patch_file: bytes) -> Manifest:
 def patch_path(path: Path) -> Path:
     """The patch file that a path means: itself, or of a folder the one that repositories have."""
     return path / PATCH_FILE if path.is_dir() else path
+
+
+def read_patch_file(path: Path) -> bytes:
+    """A patch file's bytes. Raises as ``patch_size``."""
+    patch_size(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise PatchNotFound(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from error
+
+
+def patch_size(path: Path) -> int:
+    """A patch file's size. Raises PatchNotFound, or PatchFormatError for one that no patch has."""
+    from nest_runtime.patchfile import MAX_FILE
+
+    try:
+        size = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise PatchNotFound(f"there is no patch file {path}", "check the path") from error
+    except OSError as error:
+        raise PatchNotFound(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from error
+    if size > MAX_FILE:
+        raise PatchFormatError(f"{path} has {size} bytes; the limit is {MAX_FILE}", "name a patch")
+    return size
 
 
 def material_paths(path: Path) -> tuple[Path, Path]:

@@ -15,14 +15,27 @@ Emit = Callable[[Event], None]
 log = logging.getLogger("nest_runtime.serve")
 
 
+def json_events(write: Emit) -> Emit:
+    """Events as JSON lines, the first of which is ``ready``; loading and warnings go into the log, which is JSON too.
+
+    Args:
+        write: prints one event on stdout.
+    """
+
+    def emit(event: Event) -> None:
+        if event["event"] == "warning":
+            log.warning(event["message"])
+        elif event["event"] == "loading":
+            log.info("loading %s", event["model"])
+        else:
+            write(event)
+
+    return emit
+
+
 def json_line(event: Event) -> None:
-    """Print an event on stdout, where the first line is ``ready``; warnings go into the log, which is JSON as well."""
-    if event["event"] == "warning":
-        log.warning(event["message"])
-    elif event["event"] == "loading":
-        log.info("loading %s", event["model"])
-    else:
-        print(json.dumps(event), flush=True)
+    """Print an event on stdout."""
+    print(json.dumps(event), flush=True)
 
 
 def sentence(event: Event) -> None:
@@ -46,13 +59,14 @@ def _ready_sentence(event: Event) -> str:
 
 
 def set_up_logging(as_json: bool) -> None:
-    """The server's log goes to stderr, one line a record; where the program has its own handlers, those are kept."""
-    if log.handlers or logging.getLogger().handlers:
+    """The log goes to stderr, one line a record; where the program has its own handlers, those are kept."""
+    ours = logging.getLogger("nest_runtime")
+    if ours.handlers or logging.getLogger().handlers:
         return
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
     logging.getLogger("uvicorn.error").addHandler(handler)
 
 

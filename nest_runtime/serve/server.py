@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 from nest_runtime.errors import EngineError, NestError, UsageError
 from nest_runtime.serve.app import Server, admin_app, asgi_app, build
 from nest_runtime.serve.config import ServeConfig, is_loopback, readable_by_others
-from nest_runtime.serve.events import Emit, json_line, sentence, set_up_logging
+from nest_runtime.serve.events import Emit, json_events, json_line, sentence, set_up_logging
 
 
 def serve(config: ServeConfig, *, on_event: Emit | None = None, until: threading.Event | None = None) -> None:
@@ -34,7 +34,7 @@ def serve(config: ServeConfig, *, on_event: Emit | None = None, until: threading
 
     Raises NestError where the server cannot start: the port is taken, the model or a patch cannot be had.
     """
-    emit = on_event or (json_line if config.json else sentence)
+    emit = on_event or (json_events(json_line) if config.json else sentence)
     set_up_logging(config.json)
     with contextlib.closing(bind(config)) as port, bind_admin(config) as admin_port:
         _warn(config, emit)
