@@ -1,0 +1,81 @@
+"""What answers in the demo, wherever it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+Message = dict[str, str]
+OnText = Callable[[str], None]
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One thing that can answer.
+
+    Attributes:
+        label: ``base``, ``v3``, or ``name@v3`` where versions collide.
+        digest: of the patch; None for the base.
+    """
+
+    label: str
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Who has answered, as the one who did says it, and how many tokens that took."""
+
+    label: str
+    digest: str | None
+    tokens: int
+
+
+class Backend(Protocol):
+    """A model with patches.
+
+    Attributes:
+        name: the model's.
+        place: where it runs, for people.
+        model_hash: the model's hash, where it is known.
+    """
+
+    name: str
+    place: str
+    model_hash: str | None
+
+    def choices(self) -> list[Choice]:
+        """What can answer, the base first where it may be asked."""
+
+    def preferred(self) -> Choice | None:
+        """The patch to show first, or None where there is none."""
+
+    def answer(
+        self,
+        messages: Sequence[Message],
+        choice: Choice,
+        *,
+        max_tokens: int,
+        on_text: OnText,
+        stopped: Callable[[], bool],
+    ) -> Answered:
+        """Answer a conversation; blocks until the answer is whole. Called from several threads.
+
+        Args:
+            messages: the conversation, ending with the user's turn.
+            choice: who is to answer.
+            max_tokens: the longest answer.
+            on_text: called with pieces of the answer as they come.
+            stopped: asked between pieces whether to leave off.
+
+        Raises:
+            NestError: it cannot answer.
+        """
+
+
+def find(choices: Sequence[Choice], label: str | None) -> Choice | None:
+    """The choice of a label, or None."""
+    return next((choice for choice in choices if choice.label == label), None)

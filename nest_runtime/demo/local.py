@@ -1,0 +1,172 @@
+"""A model in this process: patches are loaded when first asked for, and every answer is pinned to one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from nest_runtime.demo.backend import BASE, Answered, Choice, Message, OnText
+from nest_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from nest_runtime.models import LoadedModel
+    from nest_runtime.patch import Patch
+    from nest_runtime.registry.store import Store
+
+
+class LocalBackend:
+    """A loaded model and the store's patches for it.
+
+    Args:
+        loaded: the model and its tokenizer; nothing is patched yet.
+        store: where its patches are.
+        first: the patch to show first; the active one, else the newest, by default.
+    """
+
+    def __init__(self, loaded: LoadedModel, store: Store, first: Patch | None = None) -> None:
+        from nest_runtime.registry.trust_guard import guard_for
+        from nest_runtime.runtime import PatchRuntime
+
+        self.loaded, self.store = loaded, store
+        self.name, self.model_hash = loaded.name, loaded.hash
+        self.place = f"in this process, on {loaded.device}"
+        self.runtime = PatchRuntime(loaded.model, base_hash=loaded.hash)
+        self._guard = guard_for(store)
+        self._gate = Gate()
+        self._keys: dict[str, str] = {}  # digest → key in the runtime
+        self._lock = threading.Lock()
+        self._own = {first.digest: first} if first is not None else {}
+
+    def choices(self) -> list[Choice]:
+        """The base, the store's patches for the model, and the one that was named, by serial."""
+        entries: list[Any] = self.store.list(self.loaded.hash)
+        entries += [patch for digest, patch in self._own.items() if digest not in {e.digest for e in entries}]
+        entries.sort(key=lambda entry: (entry.name, entry.serial, entry.version))
+        versions = [entry.version for entry in entries]
+        named = [
+            Choice(e.version if versions.count(e.version) == 1 else f"{e.name}@{e.version}", e.digest) for e in entries
+        ]
+        return [Choice(BASE), *named]
+
+    def preferred(self) -> Choice | None:
+        """The named patch, else the active one, else the newest."""
+        choices = self.choices()[1:]
+        entries = self.store.list(self.loaded.hash)
+        active = next((e.digest for e in entries if e.active), None)
+        newest = max(entries, key=lambda e: e.serial, default=None)
+        wanted = next(iter(self._own), None) or active or (newest.digest if newest else None)
+        return next((choice for choice in choices if choice.digest == wanted), None)
+
+    def patch(self, digest: str) -> Patch:
+        """A patch by its digest. Raises what ``Store.get`` raises."""
+        return self._own.get(digest) or self.store.get(digest)
+
+    def answer(
+        self,
+        messages: Sequence[Message],
+        choice: Choice,
+        *,
+        max_tokens: int,
+        on_text: OnText,
+        stopped: Callable[[], bool],
+    ) -> Answered:
+        """Greedy decoding under one patch from the first token to the last. See Backend."""
+        import torch
+        from transformers import GenerationConfig, StoppingCriteriaList
+
+        from nest_runtime.generate import end_token_ids, pad_token_id
+        from nest_runtime.train.data import encode
+
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        rows = encode(tokenizer, messages)
+        ids = torch.tensor([rows], device=self.loaded.device)  # (1, tokens)
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=min(max_tokens, self._room(len(rows))),
+            eos_token_id=end_token_ids(model, tokenizer) or None,
+            pad_token_id=pad_token_id(tokenizer),
+        )
+        with self.using(choice.digest), torch.inference_mode():
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=config,
+                streamer=_streamer(tokenizer, on_text),
+                stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped()]),
+            )
+        return Answered(choice.label, choice.digest, int(output.shape[1]) - len(rows))
+
+    @contextmanager
+    def using(self, digest: str | None) -> Iterator[None]:
+        """Passes of this thread go under a patch, or under the base for None."""
+        key = None if digest is None else self._key(digest)
+        with self._gate.passing(), self.runtime.using(key):
+            yield
+
+    def _key(self, digest: str) -> str:
+        """The patch's key in the runtime; checked, and put there first where it is new."""
+        with self._lock:
+            if digest not in self._keys:
+                patch = self.patch(digest)
+                if self._guard is not None:
+                    self._guard.check(patch, allow_downgrade=True)  # to look at an older version is meant
+                self._keys[digest] = self.runtime.add(patch, pause=self._gate.closed)
+            return self._keys[digest]
+
+    def _room(self, tokens: int) -> int:
+        limit = getattr(self.loaded.model.config, "max_position_embeddings", None)
+        room = limit - tokens if isinstance(limit, int) else 1 << 30
+        if room < 1:
+            raise UsageError(
+                f"the conversation has {tokens} tokens; {self.name} takes {limit}", "clear the conversation"
+            )
+        return room
+
+
+class Gate:
+    """Lets any number of passes through, or one change of the model while none runs."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._passes = 0
+        self._closed = False
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """A pass, or several in a row. Waits while the gate is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._closed)
+            self._passes += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._passes -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """No pass begins, and none runs."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._closed)
+            self._closed = True
+            self._changed.wait_for(lambda: self._passes == 0)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._closed = False
+                self._changed.notify_all()
+
+
+def _streamer(tokenizer: Any, on_text: OnText) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                on_text(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,139 @@
+"""A running ``nest-runtime serve``, by its URL: the answers say which patch gave them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from nest_runtime.demo.backend import BASE, Answered, Choice, Message, OnText
+from nest_runtime.errors import EngineError, NestError
+
+TIMEOUT = 60.0  # seconds without a byte
+ACTIVE = "the server's own"
+
+
+class RemoteBackend:
+    """A server that speaks OpenAI's API and names its patches.
+
+    Args:
+        url: where it listens, without ``/v1``.
+        api_key: for servers that ask for one.
+
+    Raises:
+        EngineError: it cannot be reached, or is no such server.
+    """
+
+    def __init__(self, url: str, api_key: str = "") -> None:
+        import httpx2
+
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.place = f"at {self.url}"
+        self.model_hash: str | None = None
+        self._client = httpx2.Client(base_url=self.url, headers=headers, timeout=TIMEOUT)
+        names = self._names()
+        self.name = next((name for name in names if "@" not in name), names[0] if names else "")
+        if not self.name:
+            raise EngineError(f"{self.url} offers no models", "is it a nest-runtime server?")
+
+    def choices(self) -> list[Choice]:
+        """The base where it is exposed, the active patch, and the other exposed ones."""
+        labels = [name.partition("@")[2] for name in self._names() if "@" in name]
+        base = [Choice(BASE)] if BASE in labels else []
+        return [*base, Choice(ACTIVE), *(Choice(label) for label in labels if label != BASE)]
+
+    def preferred(self) -> Choice | None:
+        """Whatever the server has active."""
+        return Choice(ACTIVE)
+
+    def answer(
+        self,
+        messages: Sequence[Message],
+        choice: Choice,
+        *,
+        max_tokens: int,
+        on_text: OnText,
+        stopped: Callable[[], bool],
+    ) -> Answered:
+        """One streamed chat completion. See Backend."""
+        if choice.label == BASE and BASE not in {c.label for c in self.choices()}:
+            raise EngineError("the server does not expose its base", "start it with --expose-base")
+        model = self.name if choice.label == ACTIVE else f"{self.name}@{choice.label}"
+        body = {
+            "model": model,
+            "messages": list(messages),
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        tokens = 0
+        with self._errors(), self._client.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.status_code != 200:
+                response.read()
+                raise _refused(response)
+            for event in _events(response.iter_lines()):
+                tokens = int((event.get("usage") or {}).get("completion_tokens", tokens))
+                for part in event.get("choices") or []:
+                    if text := (part.get("delta") or {}).get("content"):
+                        on_text(text)
+                if stopped():
+                    break
+            label = response.headers.get("x-nest-patch", choice.label)
+            digest = response.headers.get("x-nest-patch-digest")
+        return Answered(label, digest or None, tokens)
+
+    def _names(self) -> list[str]:
+        with self._errors():
+            response = self._client.get("/v1/models")
+            if response.status_code != 200:
+                raise _refused(response)
+            try:
+                return [str(row["id"]) for row in response.json()["data"]]
+            except (ValueError, KeyError, TypeError) as error:
+                raise EngineError(f"{self.url} does not answer as a model server", "check the URL") from error
+
+    def _errors(self) -> Any:
+        return _Errors(self.url)
+
+
+class _Errors:
+    """Turns what the HTTP client raises into our own error."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        import httpx2
+
+        if isinstance(error, httpx2.HTTPError | httpx2.InvalidURL):
+            raise EngineError(
+                f"{self.url} cannot be reached: {error or type(error).__name__}",
+                "is the server running? start it with `nest-runtime serve`",
+            ) from error
+
+
+def _refused(response: Any) -> NestError:
+    """The server's own words."""
+    try:
+        said = response.json()["error"]
+        message = str(said["message"])
+    except (ValueError, KeyError, TypeError):
+        message = response.text[:200]
+    return EngineError(f"the server answered {response.status_code}: {message}", "see the server's log")
+
+
+def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The JSON values of a stream of server-sent events. Raises EngineError for an error among them."""
+    for line in lines:
+        if not line.startswith("data: ") or line == "data: [DONE]":
+            continue
+        event = json.loads(line.removeprefix("data: "))
+        if "error" in event:
+            said = event["error"]
+            raise EngineError(str(said.get("message", said)), "ask again")
+        yield event
