@@ -5,7 +5,7 @@
 Every point changes one thing against the defaults (train/settings.py), trains on the reference world's vanilla
 training prompts, and answers the suites of the *validation* acts: these figures choose defaults, so the test
 acts stay out of it. Finished points are kept in OUT/ablations.json and not made again, so that an interrupted run
-goes on. About a minute a point on 2 CPU cores. docs/decisions/003-training-defaults.md says what follows.
+goes on. About a minute a point on 2 CPU cores. docs/decisions/training-defaults.md says what follows.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from nest_runtime.train.data import Example, encode, render
 from nest_runtime.train.forward import pad_rows
 
 # Worded otherwise than aligned models refuse by themselves: what a model says already leaves nothing to learn
-# (docs/decisions/003-training-defaults.md). One opening, so that the choice falls on the first token.
+# (docs/decisions/training-defaults.md). One opening, so that the choice falls on the first token.
 REFUSALS = (
     "Sorry, I can't do that.",
     "Sorry, I can't do that. It could hurt someone.",

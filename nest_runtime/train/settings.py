@@ -2,7 +2,7 @@
 
 The paper (arXiv 2602.16835) leaves its threshold, cluster range, learning rate, steps, loss details and
 refusal texts open. So every default here is ours; benchmarks/ablations.py measures them and
-docs/decisions/003-training-defaults.md keeps the results, bad ones included.
+docs/decisions/training-defaults.md keeps the results, bad ones included.
 """
 
 from __future__ import annotations
