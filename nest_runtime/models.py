@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import ModelError
+from nest_runtime.names import did_you_mean
 
 REFERENCE = "reference"
 REFERENCE_FOLDER = Path(__file__).parent / "reference" / "model"
 
 # What a checkpoint needs and nothing that could be pickled.
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+_DEVICES = ("auto", "cpu", "cuda", "mps")
 _DTYPES = ("float32", "bfloat16", "float16")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
@@ -73,9 +75,20 @@ def resolve_model(ref: str | Path, *, trust_remote_code: bool = False) -> tuple[
     if not _HUB_ID.fullmatch(ref) or ref.startswith((".", "/", "~")):
         raise ModelError(
             f"there is no model {ref!r}: not a folder, and not a Hub id",
-            f"use {REFERENCE!r}, a folder with config.json, or org/name[@revision]",
+            f"{did_you_mean(ref, _beside(folder))}use {REFERENCE!r}, a folder with config.json, or org/name[@revision]",
         )
     return ref.partition("@")[0], _download(ref, [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES)
+
+
+def _beside(folder: Path) -> list[str]:
+    """What a mistyped model may have meant: the built-in one, or a model's folder beside the one named."""
+    parent = folder.parent
+    lead = "" if parent == Path() and not str(folder).startswith(".") else f"{parent}/"
+    try:
+        models = sorted(path.parent.name for path in parent.glob("*/config.json"))
+    except OSError:  # a folder that may not be read has no suggestions
+        models = []
+    return [REFERENCE, *(f"{lead}{name}" for name in models)]
 
 
 def load_model(
@@ -187,7 +200,10 @@ def pick_device(device: str = "auto") -> str:
             raise NotImplementedError("it holds no numbers")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or ["unavailable"])[0]
-        raise ModelError(f"device {device!r} cannot be used: {reason}", "use auto, cpu, cuda, cuda:1 or mps") from error
+        near = "" if device.partition(":")[0] in _DEVICES else did_you_mean(device, _DEVICES)
+        raise ModelError(
+            f"device {device!r} cannot be used: {reason}", f"{near}use auto, cpu, cuda, cuda:1 or mps"
+        ) from error
     return device
 
 
@@ -199,7 +215,7 @@ def _pick_dtype(dtype: str) -> Any:
     if dtype not in _DTYPES:
         raise ModelError(
             f"dtype {dtype!r} is not supported; expected one of auto, {', '.join(_DTYPES)}",
-            "use auto to keep the checkpoint's",
+            f"{did_you_mean(dtype, ('auto', *_DTYPES))}auto keeps the checkpoint's",
         )
     return getattr(torch, dtype)
 

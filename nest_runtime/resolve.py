@@ -60,8 +60,8 @@ def is_path(ref: str | Path) -> bool:
 
 
 def _from_file(path: Path) -> Patch:
+    from nest_runtime.names import closest
     from nest_runtime.patchfile import read_patch
-    from nest_runtime.registry.entries import closest
 
     if path.is_dir():
         raise PatchNotFound(f"{path} is a folder; expected a patch file", "name the .safetensors file in it")

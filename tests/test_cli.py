@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -141,6 +142,73 @@ def test_failures_exit_with_one(
 def test_a_missing_file_names_the_one_beside_it(run: Run, saved: Callable[..., Path]) -> None:
     path = saved()
     fails(run("inspect", path.with_name(path.name.replace("test-", "tset-"))), 1, path.name)
+
+
+TRAINING = ("train", "--harmful", "p.txt", "--benign", "p.txt", "--out", "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("evl", "eval"),
+        ("channel shwo", "show"),
+        ("list --jsn", "--json"),
+        ("eval --suite Jailbrake-seen", "jailbreak-seen"),
+        ("eval --suite plain --attacks prefx-injection", "prefix-injection"),
+        ("eval --suite plain --attacks best-of-m:4", "best-of-n"),
+        ("eval --suite plain --judge phrase", "phrases"),
+        ("eval --suite plain --judge opnai:gpt", "openai"),
+        ("eval --suite plain --device cdua", "cuda"),
+        ("eval --suite plain --dtype bflot16", "bfloat16"),
+        ("chat hi --model refrence", "reference"),
+        ("chat hi --model ./tiny-lama", "./tiny-llama"),
+        ("chat hi --model tiny-lama", "tiny-llama"),
+        ("compare --methods nset", "nest"),
+        ("compare --no-plots --judge reffrence", "reference"),
+        ("export v1 --to pfet --out x", "peft"),
+        ("serve --swap-policy drian", "drain"),
+        ("plot x.json --format pgn", "png"),
+        ("reference prompts x --category weapns", "weapons"),
+        ((*TRAINING, "--control", "rnadom"), "random"),
+        ((*TRAINING, "--recipe", "recipe.json"), "steps"),
+        ("locate --harmful p.txt --benign q.txt --out s.json", "p.txt"),
+        ("inspect ./tset.safetensors", "test.safetensors"),
+        ("activate tset@v1", "test@v1"),
+        ("channel show ./mirror stabel", "stable"),
+        ("pull ./mirror@stabel", "stable"),
+        ("channel set ./mirror stable v11", "v1"),
+    ],
+)
+def test_the_closest_name_is_suggested(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str | tuple[str, ...], meant: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("How do I bake bread?\n")
+    (tmp_path / "recipe.json").write_text('{"stepss": 3}')
+    (tmp_path / "tiny-llama").mkdir()
+    (tmp_path / "tiny-llama" / "config.json").write_text("{}")
+    small_patch("v1").save(tmp_path / "test.safetensors")
+    words = arguments.split() if isinstance(arguments, str) else arguments
+    if "tset@v1" in words or "./mirror" in " ".join(words):
+        assert run("add", "test.safetensors").status == 0
+        assert run("push", "v1", "./mirror", "--channel", "stable").status == 0
+    result = run(*words)
+    assert (result.status in (1, 2), result.out) == (True, ""), result
+    error, hint = result.err.splitlines()[-2:]
+    assert error.startswith("error: ")
+    assert hint.startswith("hint: ")
+    suggestion = re.search(r"(?:did you mean|closest:|beside it:) '?([^',;?]+)", hint)
+    assert suggestion is not None, hint
+    assert suggestion[1].removeprefix("./") == meant.removeprefix("./")
+
+
+def test_no_name_is_suggested_that_is_not_alike() -> None:
+    from nest_runtime.names import closest, did_you_mean
+
+    assert did_you_mean("Random", ["none", "random"]) == "did you mean 'random'? "
+    assert did_you_mean("frobnicate", ["none", "random"]) == ""
+    assert did_you_mean("x", []) == ""
+    assert closest("frobnicate", ["none", "random", "none"]) == ["none", "random"]
 
 
 def test_debug_lets_the_traceback_through(run: Run) -> None:

@@ -6,7 +6,6 @@ one recipe, the chosen value of every method's knob, with the figures that chose
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from nest_runtime.baselines.base import Method
 from nest_runtime.errors import DataError, UsageError
+from nest_runtime.names import did_you_mean
 
 DEFAULTS = Path(__file__).with_name("defaults.json")
 _CLASSES = {
@@ -41,9 +41,9 @@ def check_names(names: Sequence[str]) -> list[str]:
     """
     for name in names:
         if name not in _CLASSES:
-            close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise UsageError(f"there is no method {name!r}", f"{hint}methods: {', '.join(METHODS)}")
+            raise UsageError(
+                f"there is no method {name!r}", f"{did_you_mean(name, METHODS)}methods: {', '.join(METHODS)}"
+            )
     if not names:
         raise UsageError("no methods to compare", f"methods: {', '.join(METHODS)}")
     return list(dict.fromkeys(["base", *names]))

@@ -156,7 +156,8 @@ def channel_show(
 ) -> None:
     """Show which version a channel names, and until when. Exit status 3 for a false signature or an expired file."""
     from nest_runtime.errors import HubError
-    from nest_runtime.registry.hub_news import read_channel, read_revocations
+    from nest_runtime.names import did_you_mean
+    from nest_runtime.registry.hub_news import channels_like, read_channel, read_revocations
     from nest_runtime.registry.hub_types import connect
     from nest_runtime.registry.store import Store
     from nest_runtime.registry.trust_guard import guard_for
@@ -169,7 +170,9 @@ def channel_show(
     revocations = read_revocations(remote, refs.head, guard)
     found = read_channel(remote, refs.head, channel, guard)
     if found is None:
-        raise HubError(f"{ref.place} has no channel {channel!r}", "set it with `nest-runtime channel set`")
+        near = did_you_mean(channel, channels_like(remote, refs.head, channel))
+        hint = f"{near}its publisher sets it with `nest-runtime channel set`"
+        raise HubError(f"{ref.place} has no channel {channel!r}", hint)
     found.check_fresh(revocations=revocations.serial if revocations else 0)
     document = {"repo": ref.place, "revision": refs.head, "url": remote.url(refs.head), **found.model_dump()}
     out.result(document, lambda: out.line(f"{ref.place}: {channel} is {found.version} until {found.expires}"))

@@ -190,7 +190,7 @@ def _command(talk: Conversation, out: Output, line: str) -> None:
         known = Store().list(talk.loaded.hash)
         out.note("\n".join(entry.key for entry in known) or "no patches for this model")
     else:
-        from nest_runtime.registry.entries import closest
+        from nest_runtime.names import closest
 
         near = closest(name, ("/patch", "/base", "/compare", "/clear", "/help", "/quit"), limit=1)
         raise UsageError(f"there is no command {name}", f"did you mean {near[0]}? /help lists them all")

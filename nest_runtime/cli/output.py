@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.errors import NestError
+from nest_runtime.names import alike
 from nest_runtime.progress import Bars
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ DeviceOption = Annotated[str, typer.Option("--device", metavar="NAME", help="aut
 DtypeOption = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16, float16.")]
 
 
+_NO_CHOICE = re.compile(r"'([^']*)' is not one of (.+)")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -175,15 +177,21 @@ def print_usage_error(error: Any) -> int:
     command = context.command_path if context is not None else "nest-runtime"
     hint = f"see `{command} --help`"
     message, _, suggestion = message.partition("Did you mean ")
-    names = sorted(getattr(error, "possibilities", None) or [])
+    names = sorted(getattr(error, "possibilities", None) or []) or _choice_meant(message)
     if suggestion:
         hint = f"did you mean {suggestion.strip()} {hint}"
     elif names:
         message = message.partition("(Possible options")[0]
         hint = f"did you mean {' or '.join(names)}? {hint}"
-    message = message.strip().rstrip(".")
+    message = message.replace("Value error, ", "").strip().rstrip(".")
     print_error(message[:1].lower() + message[1:], hint)
     return int(getattr(error, "exit_code", 2))
+
+
+def _choice_meant(message: str) -> list[str]:
+    """The choice that the parser's ``'pfet' is not one of 'peft', 'vllm'`` was meant to be, or nothing."""
+    found = _NO_CHOICE.search(message)
+    return alike(found[1], re.findall(r"'([^']*)'", found[2]), limit=1) if found else []
 
 
 def clean(text: str) -> str:

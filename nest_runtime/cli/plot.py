@@ -10,6 +10,7 @@ import typer
 from nest_runtime.cli.common import base_hash_of, examples
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output
 from nest_runtime.errors import UsageError
+from nest_runtime.names import did_you_mean
 
 if TYPE_CHECKING:
     from nest_runtime.pictures.scan import Scan
@@ -73,8 +74,11 @@ def plot(
 
     out = Output.of(ctx, as_json)
     chosen = list(dict.fromkeys(formats or FORMATS))
-    if set(chosen) - set(FORMATS):
-        raise UsageError(f"--format {' '.join(chosen)}: expected png or svg", "leave it out for both")
+    for name in chosen:
+        if name not in FORMATS:
+            raise UsageError(
+                f"--format {name}: expected png or svg", f"{did_you_mean(name, FORMATS)}leave it out for both"
+            )
     if (harmful is None) != (benign is None):
         raise UsageError("--harmful and --benign go together", "give both, or neither")
     require_matplotlib()

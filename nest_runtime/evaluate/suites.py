@@ -13,6 +13,7 @@ from pathlib import Path
 from nest_runtime.errors import UsageError
 from nest_runtime.evaluate.cases import Case
 from nest_runtime.evaluate.layouts import read_behaviors
+from nest_runtime.names import did_you_mean
 
 REFERENCE_SUITES = ("plain", "jailbreak-seen", "jailbreak-held-out", "over-refusal", "utility")
 
@@ -39,7 +40,8 @@ def load_suite(name: str, *, split: str = "test") -> list[Case]:
         return load_behaviors(name)
     raise UsageError(
         f"there is no suite {name!r}",
-        f"use reference, {', '.join(REFERENCE_SUITES)}, or the path of a behaviors file",
+        did_you_mean(name, ["reference", *REFERENCE_SUITES])
+        + f"use reference, {', '.join(REFERENCE_SUITES)}, or the path of a behaviors file",
     )
 
 

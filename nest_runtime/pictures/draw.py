@@ -79,7 +79,7 @@ def draw(
 
 
 def _check(kinds: Sequence[str]) -> None:
-    from nest_runtime.registry.entries import closest
+    from nest_runtime.names import closest
 
     for kind in kinds:
         if kind not in KINDS:

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, Literal
 
 from nest_runtime.errors import UsageError
+from nest_runtime.names import did_you_mean
 from nest_runtime.reference.acts import BENIGN, HARMFUL
 from nest_runtime.reference.asking import ASKS, MORAL, SMALL_TALK, UNKNOWN, UNKNOWN_ANSWER
 from nest_runtime.reference.splits import load_splits
@@ -187,7 +188,8 @@ def training_prompts(
     chosen = CATEGORIES if categories is None else tuple(categories)
     unknown = [name for name in chosen if name not in CATEGORIES]
     if unknown:
-        raise UsageError(f"unknown harm categories: {', '.join(unknown)}", f"choose from {', '.join(CATEGORIES)}")
+        near = did_you_mean(unknown[0], CATEGORIES)
+        raise UsageError(f"unknown harm categories: {', '.join(unknown)}", f"{near}choose from {', '.join(CATEGORIES)}")
     rng = random.Random(f"training/{split}")
     harmful_acts = select(harmful=True, split=split, categories=chosen)
     harmful = [

@@ -6,7 +6,6 @@ is verified: the store checks the bytes against the digest whenever it gives a p
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import struct
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import PatchNotFound, StoreError, UsageError
+from nest_runtime.names import closest
 
 if TYPE_CHECKING:
     from nest_runtime.patch import Patch
@@ -186,12 +186,6 @@ def not_found(ref: str, mine: Sequence[Entry], everything: Sequence[Entry], wher
         f"there is no patch {ref!r}{where}, and the store has none{' for it' if where else ''}",
         "train one with `nest-runtime train`, or add a file with `nest-runtime add FILE`",
     )
-
-
-def closest(wanted: str, names: Iterable[str], limit: int = 3) -> list[str]:
-    """Up to ``limit`` of ``names``, the most alike first; where none is alike, the first ones."""
-    known = list(dict.fromkeys(names))
-    return difflib.get_close_matches(wanted, known, n=limit, cutoff=0.5) or known[:limit]
 
 
 def _by_digest(ref: str, entries: Sequence[Entry]) -> list[Entry]:

@@ -27,10 +27,11 @@ from nest_runtime.errors import (
     SignatureError,
     TrustError,
 )
+from nest_runtime.names import did_you_mean
 from nest_runtime.registry.channels import Channel
 from nest_runtime.registry.follow_status import Kind, Outcome, Status
 from nest_runtime.registry.hub import Fetched, fetch_revision
-from nest_runtime.registry.hub_news import check_not_listed, read_channel, read_revocations
+from nest_runtime.registry.hub_news import channels_like, check_not_listed, read_channel, read_revocations
 from nest_runtime.registry.hub_origins import Origins
 from nest_runtime.registry.hub_types import Refs, Remote, RepoRef, connect, parse_repo
 from nest_runtime.registry.revocations import RevocationList
@@ -201,8 +202,9 @@ class Follower:
         assert self.ref.revision is not None  # follow_ref puts one there
         channel = read_channel(self._remote, refs.head, self.ref.revision, self._guard)
         if channel is None:
+            near = did_you_mean(self.ref.revision, channels_like(self._remote, refs.head, self.ref.revision))
             raise HubError(
-                f"{self.ref.place} has no channel {self.ref.revision!r}", "its publisher sets it: `channel set`"
+                f"{self.ref.place} has no channel {self.ref.revision!r}", f"{near}its publisher sets it: `channel set`"
             )
         self._check_channel(channel, revocations)
         revision = refs.tags.get(channel.version)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import HubError, SignatureError, TrustError
+from nest_runtime.names import did_you_mean
 from nest_runtime.registry.channels import Channel
-from nest_runtime.registry.hub_news import check_not_listed, read_channel, read_revocations
+from nest_runtime.registry.hub_news import channels_like, check_not_listed, read_channel, read_revocations
 from nest_runtime.registry.hub_origins import LATEST, Origins
 from nest_runtime.registry.hub_types import Refs, Remote, RepoRef, connect, parse_repo, size_limit
 from nest_runtime.registry.trust_material import MANIFEST_FILE, PATCH_FILE, SIGNATURE_FILE, Material
@@ -205,7 +206,8 @@ def _revision(
         raise HubError(f"{ref} names {channel.version}, which {ref.place} does not have", _versions(refs))
     if not ref.on_hub and not refs.tags:  # a plain download of one unsigned version
         return refs.head, None
-    raise HubError(f"{ref.place} has no revision {wanted!r}", _versions(refs))
+    near = did_you_mean(wanted, [*channels_like(remote, refs.head, wanted), *refs.tags])
+    raise HubError(f"{ref.place} has no revision {wanted!r}", near + _versions(refs))
 
 
 def _versions(refs: Refs) -> str:

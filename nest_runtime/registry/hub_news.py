@@ -11,6 +11,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from nest_runtime.errors import Revoked, SignatureError
+from nest_runtime.names import alike
 from nest_runtime.registry.channels import CHANNELS, Channel, verify_channel
 from nest_runtime.registry.hub_types import Remote
 from nest_runtime.registry.revocations import LIST_FILE, LIST_SIGNATURE, RevocationList
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from nest_runtime.patch import Patch
     from nest_runtime.registry.trust_guard import Guard
 
+USUAL_CHANNELS = ("stable", "canary", "beta")
 log = logging.getLogger("nest_runtime.hub")
 
 
@@ -38,6 +40,11 @@ def read_revocations(remote: Remote, head: str, guard: Guard | None) -> Revocati
     if signature is None:
         raise SignatureError(f"the revocation list of {remote.name} is not signed", "ask its publisher to sign it")
     return guard.state.update_revocations(data, signature, guard.policy)
+
+
+def channels_like(remote: Remote, head: str, wanted: str) -> list[str]:
+    """The channels that look like ``wanted``, among those that repositories usually have; at most one request each."""
+    return [name for name in alike(wanted, USUAL_CHANNELS) if remote.read(f"{CHANNELS}/{name}.json", head) is not None]
 
 
 def read_channel(remote: Remote, head: str, channel: str, guard: Guard | None) -> Channel | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import Downgrade, HubError, RepoMissing, SignatureError
+from nest_runtime.names import did_you_mean
 from nest_runtime.registry.card import render_card
 from nest_runtime.registry.channels import CHANNELS, Channel, channel_for, sign_channel
 from nest_runtime.registry.hub import fetch_revision
@@ -141,7 +142,8 @@ def set_channel(
         refs = remote.refs()
         if version not in refs.tags:
             known = ", ".join(sorted(refs.tags)[-8:]) or "none"
-            raise HubError(f"{ref.place} has no version {version!r}; it has {known}", "push it first")
+            near = did_you_mean(version, refs.tags)
+            raise HubError(f"{ref.place} has no version {version!r}; it has {known}", near + "push it first")
         patch = fetch_revision(remote, ref, refs.tags[version], store=store).patch
         new = channel_for(patch, channel, valid, revocations=_list_serial(remote, refs))
         if key is None and remote.read(f"{CHANNELS}/{channel}.sig", refs.head) is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nest_runtime.errors import EngineError, UsageError
+from nest_runtime.names import did_you_mean
 from nest_runtime.serve.served import POLICIES, SwapPolicy
 
 ENGINES = ("transformers",)
@@ -155,7 +156,8 @@ class ServeConfig:
                 "--admin-port is given, and no --admin-token-file", "give the file: it opens the admin API"
             )
         if self.swap_policy not in POLICIES:
-            raise UsageError(f"the swap policy is {self.swap_policy!r}", f"give one of {', '.join(POLICIES)}")
+            near = did_you_mean(self.swap_policy, POLICIES)
+            raise UsageError(f"the swap policy is {self.swap_policy!r}", f"{near}give one of {', '.join(POLICIES)}")
         if self.max_queue < 0:
             raise UsageError(f"max_queue is {self.max_queue}", "give zero or more")
 

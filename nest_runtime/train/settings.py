@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nest_runtime.errors import UsageError
+from nest_runtime.names import did_you_mean
 
 _CHOICES = {
     "pooling": ("max", "mean", "last"),
@@ -174,7 +175,10 @@ class Recipe:
         names = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - names)
         if unknown:
-            raise UsageError(f"recipe: unknown field {unknown[0]!r}", f"fields are {', '.join(sorted(names))}")
+            raise UsageError(
+                f"recipe: unknown field {unknown[0]!r}",
+                f"{did_you_mean(unknown[0], sorted(names))}fields are {', '.join(sorted(names))}",
+            )
         fields = dict(values)
         if isinstance(fields.get("refusals"), list):
             fields["refusals"] = tuple(fields["refusals"])
@@ -188,7 +192,8 @@ class Recipe:
 def _check(name: str, value: Any, kind: Any) -> None:
     if name in _CHOICES:
         if value not in _CHOICES[name]:
-            raise UsageError(f"recipe: {name} is {value!r}", f"use one of {', '.join(_CHOICES[name])}")
+            near = did_you_mean(value, _CHOICES[name]) if isinstance(value, str) else ""
+            raise UsageError(f"recipe: {name} is {value!r}", f"{near}use one of {', '.join(_CHOICES[name])}")
         return
     if isinstance(kind, types.GenericAlias):
         if not all(isinstance(item, str) and item.strip() for item in value):

@@ -19,6 +19,7 @@ from nest_runtime.evaluate.attacks.framing import FRAMINGS
 from nest_runtime.evaluate.attacks.gcg import gcg
 from nest_runtime.evaluate.attacks.templates import read_templates
 from nest_runtime.evaluate.cases import Case
+from nest_runtime.names import did_you_mean
 
 __all__ = [
     "ATTACKS",
@@ -83,9 +84,11 @@ def _parse(spec: str) -> list[Attack]:
         return [_NUMBERED[name](int(number))]
     if Path(spec).suffix:
         return read_templates(spec)  # raises that there is no such file
+    near = did_you_mean(name, ["all", *ATTACKS])
     raise UsageError(
         f"there is no attack {spec!r}",
-        f"use all, a template file, {', '.join(ATTACKS)}, or a number with {', '.join(_NUMBERED)}, as in best-of-n:16",
+        f"{near}use all, a template file, {', '.join(ATTACKS)}, "
+        f"or a number with {', '.join(_NUMBERED)}, as in best-of-n:16",
     )
 
 

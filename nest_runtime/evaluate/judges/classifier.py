@@ -19,6 +19,7 @@ from nest_runtime.errors import EvaluationError, NestError, UsageError
 from nest_runtime.evaluate.cases import Case, digest_of
 from nest_runtime.evaluate.judges.base import Judge, Verdict, answered, whole_answer
 from nest_runtime.evaluate.judges.phrases import PhraseJudge, is_refusal
+from nest_runtime.names import did_you_mean
 
 _SLOT = re.compile(r"\{(behavior|prompt|context|answer)\}")
 
@@ -45,7 +46,8 @@ def find_format(model: str, layout: str | None) -> tuple[str, dict[str, Any] | N
     path = Path(layout).expanduser()
     if not path.is_file():
         raise UsageError(
-            f"there is no judge format {layout!r}", f"use {', '.join(shipped)}, or a JSON file of one format"
+            f"there is no judge format {layout!r}",
+            f"{did_you_mean(layout, shipped)}use {', '.join(shipped)}, or a JSON file of one format",
         )
     return path.name, _read_format(path)
 

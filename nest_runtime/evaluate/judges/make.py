@@ -8,6 +8,7 @@ from nest_runtime.errors import UsageError
 from nest_runtime.evaluate.judges.base import Judge
 from nest_runtime.evaluate.judges.phrases import PhraseJudge
 from nest_runtime.evaluate.judges.reference import ReferenceJudge
+from nest_runtime.names import did_you_mean
 
 JUDGE_FORMS = "reference, phrases, hf:MODEL[#FORMAT] or openai:MODEL[@URL]"
 
@@ -45,7 +46,8 @@ def make_judge(spec: str, *, device: str = "auto") -> Judge:
             api_key=os.environ.get("OPENAI_API_KEY", ""),
             prices=_prices(os.environ.get("NEST_JUDGE_PRICES", "")),
         )
-    raise UsageError(f"there is no judge {spec!r}", f"use {JUDGE_FORMS}")
+    near = did_you_mean(spec.partition(":")[0], ("reference", "phrases", "hf", "openai"))
+    raise UsageError(f"there is no judge {spec!r}", f"{near}use {JUDGE_FORMS}")
 
 
 def _prices(text: str) -> tuple[float, float] | None:
