@@ -27,6 +27,7 @@ from nest_runtime.cli import (
     patches,
     plot,
     reference,
+    retarget,
     serve,
     store,
     train,
@@ -46,7 +47,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for family in (serve, chat, train, evaluate, compare, bench, patches, plot, doctor, export, store, trust, hub, channel):
+for family in (
+    serve,
+    chat,
+    train,
+    retarget,
+    evaluate,
+    compare,
+    bench,
+    patches,
+    plot,
+    doctor,
+    export,
+    store,
+    trust,
+    hub,
+    channel,
+):
     family.register(app)
 app.add_typer(reference.app, name="reference", rich_help_panel="Look")
 

@@ -72,15 +72,15 @@ def locate(
 ) -> None:
     """Find the safety neurons of a model, and their clusters, without training anything."""
     out = Output.of(ctx, as_json)
-    recipe = _recipe(recipe_file, z=z, k_max=k_max, seed=seed)
-    workdir = _check_out(out_file, ".json")
+    recipe = recipe_of(recipe_file, z=z, k_max=k_max, seed=seed)
+    workdir = check_out(out_file, ".json")
     from nest_runtime.models import load_model
     from nest_runtime.train.data import load_examples
     from nest_runtime.train.recipe import locate_sites
 
     bad, good = load_examples(harmful), load_examples(benign)
     loaded = load_model(model, device=device, dtype=dtype)
-    with _keeping(workdir), out.bars() as bars:
+    with keeping(workdir), out.bars() as bars:
         found = locate_sites(
             loaded.model,
             loaded.tokenizer,
@@ -146,8 +146,8 @@ def train(
     """
     out = Output.of(ctx, as_json)
     kind = None if loadings is None else ("learned" if loadings else "tied")
-    recipe = _recipe(recipe_file, z=z, k_max=k_max, steps=steps, lr=lr, control=control, seed=seed, loadings=kind)
-    workdir = _check_out(out_file, ".safetensors")
+    recipe = recipe_of(recipe_file, z=z, k_max=k_max, steps=steps, lr=lr, control=control, seed=seed, loadings=kind)
+    workdir = check_out(out_file, ".safetensors")
     if rehearsal and not parent:
         raise UsageError(
             "--rehearsal without --from", "name the patch to re-tune with --from, or leave --rehearsal out"
@@ -160,9 +160,9 @@ def train(
     bad, good, again = load_examples(harmful), load_examples(benign), load_examples(rehearsal) if rehearsal else []
     loaded = load_model(model, device=device, dtype=dtype)
     before = load_patch(parent, model_hash=loaded.hash) if parent else None
-    named, numbered = _name_and_version(name, version, loaded, before)
+    named, numbered = name_and_version(name, version, loaded, before)
     out.note(f"training {named}@{numbered} for {loaded.name} on {len(bad)} harmful and {len(good)} benign prompts")
-    with _keeping(workdir), out.bars() as bars:
+    with keeping(workdir), out.bars() as bars:
         result = train_patch(
             loaded.model,
             loaded.tokenizer,
@@ -184,7 +184,7 @@ def train(
     out.result(document, lambda: _render_training(out, document, path))
 
 
-def _recipe(path: Path | None, **given: Any) -> Recipe:
+def recipe_of(path: Path | None, **given: Any) -> Recipe:
     """The recipe of a file, or the default one, with the command line's settings on top."""
     from nest_runtime.train.settings import Recipe
 
@@ -203,7 +203,7 @@ def _recipe(path: Path | None, **given: Any) -> Recipe:
     return recipe.evolve(**changes)
 
 
-def _check_out(path: Path, suffix: str) -> Path:
+def check_out(path: Path, suffix: str) -> Path:
     """Refuse what could not be written in the end, before the work; gives the folder for interrupted work."""
     if path.suffix != suffix:
         raise UsageError(
@@ -216,7 +216,7 @@ def _check_out(path: Path, suffix: str) -> Path:
 
 
 @contextmanager
-def _keeping(workdir: Path) -> Iterator[None]:
+def keeping(workdir: Path) -> Iterator[None]:
     """Say on Ctrl-C what is kept; remove the work folder where nothing is."""
     try:
         yield
@@ -229,7 +229,7 @@ def _keeping(workdir: Path) -> Iterator[None]:
         raise Interrupted(f"interrupted{kept}") from error
 
 
-def _name_and_version(
+def name_and_version(
     name: str | None, version: str | None, loaded: LoadedModel, parent: Patch | None
 ) -> tuple[str, str]:
     """What is given, else the parent's name or MODEL-safety, and the next version that nothing has yet."""

@@ -22,7 +22,7 @@ from nest_runtime.train.files import remove_stages
 from nest_runtime.train.run import Run, TrainResult
 from nest_runtime.train.settings import Recipe
 from nest_runtime.train.sites import SitesFile
-from nest_runtime.train.warm import check_parent
+from nest_runtime.train.warm import check_parent, check_sibling
 
 __all__ = ["LocateResult", "Recipe", "TrainResult", "locate_sites", "train_patch"]
 
@@ -49,6 +49,7 @@ def train_patch(
     base_hash: str,
     base_model: str = "",
     parent: Patch | None = None,
+    sibling: bool = False,
     rehearsal: Sequence[Example] = (),
     serial: int | None = None,
     workdir: str | Path | None = None,
@@ -67,7 +68,8 @@ def train_patch(
         name, version: of the patch.
         base_hash: the base's model hash.
         base_model: the base's name for people.
-        parent: re-tune this patch, for the same base: its rows are the start.
+        parent: re-tune this patch: its rows are the start.
+        sibling: the parent was made for another base, of which the model is a fine-tuned sibling (retarget.py).
         rehearsal: with a parent, earlier harmful prompts to tune on besides, so that their effect stays.
         serial: of the patch; None counts up from the parent's, or starts at 1.
         workdir: keep stage results here and take up an interrupted run; None uses a temporary folder.
@@ -85,7 +87,7 @@ def train_patch(
     _check_prompts(harmful, benign, rehearsal, parent)
     projections = find_sites(model)
     if parent is not None:
-        check_parent(parent, projections, base_hash)
+        (check_sibling if sibling else check_parent)(parent, projections, base_hash)
     with _work_folder(workdir, resume) as folder:
         run = Run(model, tokenizer, projections, settings, base_hash, base_model, folder, progress)
         result = run.train(harmful, benign, rehearsal, parent, name, version, serial)

@@ -33,7 +33,7 @@ from nest_runtime.train.locate import locate
 from nest_runtime.train.settings import Recipe
 from nest_runtime.train.sites import LocatedSite, SitesFile
 from nest_runtime.train.tune import TuneResult, tune
-from nest_runtime.train.warm import Warm, carried_values, parent_sites, parent_values
+from nest_runtime.train.warm import Moved, Warm, carried_values, moved_to, parent_sites, parent_values
 
 Progress = Callable[[str, int, int], None]
 LITTLE_TO_LEARN = 0.05  # nats per token of the refusals, before tuning
@@ -85,6 +85,7 @@ class Run:
         self.model, self.tokenizer, self.projections, self.settings = model, tokenizer, projections, settings
         self.base_hash, self.base_model, self.folder, self.progress = base_hash, base_model, folder, progress
         self.seconds: dict[str, float] = {}
+        self.moved: Moved | None = None  # of a parent made for another base
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:
@@ -211,6 +212,10 @@ class Run:
         self, harmful: Sequence[Example], benign: Sequence[Example], parent: Patch | None
     ) -> tuple[tuple[LocatedSite, ...], Warm | None, float | None]:
         """The sites to tune, their starting values, and how much of a parent those carry."""
+        if parent is not None and parent.base_hash != self.base_hash:
+            found = self.locate(harmful, benign).sites
+            self.moved = moved_to(parent, found, self.projections, self.settings.loadings)
+            return self.moved.sites, self.moved.warm, round(self.moved.carried, 6)
         if parent is not None and not self.settings.relocate:
             self.seconds.update(locate=0.0, cluster=0.0)
             return parent_sites(parent, self.projections), parent_values(parent), 1.0
@@ -255,15 +260,23 @@ class Run:
             architecture=type(unwrap(self.model)).__name__,
             parent=parent.digest if parent else None,
             sites=values,
-            method={"name": "NeST", "paper": "arXiv 2602.16835", "recipe": self.settings.to_json()},
+            method=self.method(parent),
             data=data,
             metrics={"validation": {"before": tuned.before, "after": tuned.after}},
             created=created_now(),
         )
 
+    def method(self, parent: Patch | None) -> dict[str, Any]:
+        """How the patch was made, for its header."""
+        facts = {"name": "NeST", "paper": "arXiv 2602.16835", "recipe": self.settings.to_json()}
+        if parent is not None and self.moved is not None:
+            facts["retargeted_from"] = {"base_hash": parent.base_hash, "base_model": parent.base_model}
+        return facts
+
     def report(
         self, patch: Patch, deltas: Deltas, tuned: TuneResult, carried: float | None, counts: list[int]
     ) -> dict[str, Any]:
+        moved = None if self.moved is None else {key: getattr(self.moved, key) for key in ("kept", "added", "dropped")}
         return {
             "digest": patch.digest,
             "parameters": patch.parameters,
@@ -272,6 +285,7 @@ class Run:
             "clusters": patch.clusters,
             "parent": patch.parent,
             "parent_kept": carried,
+            **({"parent_neurons": moved} if moved else {}),
             "rows": {"train": counts[0], "validation": counts[1]},
             "validation": {"before": tuned.before, "after": tuned.after},
             "steps": tuned.steps,

@@ -1,0 +1,144 @@
+"""The command retarget: a patch for a fine-tuned sibling of its base (train/retarget.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nest_runtime.cli.common import examples
+from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output, short, size
+from nest_runtime.cli.patches import PatchArgument
+from nest_runtime.cli.train import PROMPTS, RecipeFile, Resume, Seed, check_out, keeping, name_and_version, recipe_of
+from nest_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from nest_runtime.patch import Patch
+    from nest_runtime.train.data import Example
+    from nest_runtime.train.settings import Recipe
+
+_OWN = "the reference world's where the patch was trained on those"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(
+        "retarget",
+        rich_help_panel="Make patches",
+        epilog=examples(
+            "nest-runtime retarget v3 --model ./my-fine-tune --out mine.safetensors",
+            "nest-runtime retarget p.safetensors --model M --harmful bad.jsonl --benign good.jsonl",
+        ),
+    )(retarget)
+
+
+def retarget(
+    ctx: typer.Context,
+    patch: Annotated[str, PatchArgument],
+    model: Annotated[str, typer.Option("--model", metavar="MODEL", help="The fine-tuned sibling of the patch's base.")],
+    harmful: Annotated[
+        str | None, typer.Option("--harmful", metavar="FILE", help=f"Prompts to refuse: {PROMPTS} By default {_OWN}.")
+    ] = None,
+    benign: Annotated[
+        str | None, typer.Option("--benign", metavar="FILE", help="Prompts to answer as before, in the same forms.")
+    ] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The patch to write; NAME-vK.safetensors by default.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Its name; MODEL-safety.")] = None,
+    version: Annotated[
+        str | None, typer.Option("--version", metavar="vK", help="Its version; the next free one.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", min=0, help="Training steps; 3 in 10 of training anew.")
+    ] = None,
+    seed: Seed = None,
+    recipe_file: RecipeFile = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    resume: Resume = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a patch to a fine-tuned sibling of its base: locate there anew, start from its rows, tune shortly.
+
+    Measure the result with eval: how much of the patch's effect comes over depends on how far the models are apart.
+    """
+    out = Output.of(ctx, as_json)
+    if (harmful is None) != (benign is None):
+        raise UsageError("one of --harmful and --benign without the other", "give both, or neither")
+    from nest_runtime.models import load_model
+    from nest_runtime.resolve import load_patch
+    from nest_runtime.train.retarget import retarget_patch
+
+    before = load_patch(patch)
+    bad, good = _prompts(before, harmful, benign)
+    recipe = _settings(before, recipe_file, steps, seed)
+    loaded = load_model(model, device=device, dtype=dtype)
+    named, numbered = name_and_version(name, version, loaded, None)
+    target = out_file or Path(f"{named}-{numbered}.safetensors")
+    if out_file is None and target.exists():
+        raise UsageError(f"{target} is there already", "name the new patch's file with --out")
+    workdir = check_out(target, ".safetensors")
+    out.note(f"bringing {before.name}@{before.version} to {loaded.name}, as {named}@{numbered}")
+    with keeping(workdir), out.bars() as bars:
+        result = retarget_patch(
+            loaded.model,
+            loaded.tokenizer,
+            before,
+            bad,
+            good,
+            recipe=recipe,
+            name=named,
+            version=numbered,
+            base_hash=loaded.hash,
+            base_model=loaded.name,
+            workdir=workdir,
+            resume=resume,
+            progress=bars,
+        )
+    path = result.patch.save(target)
+    document = {
+        "name": named,
+        "version": numbered,
+        **result.report,
+        "base_hash": loaded.hash,
+        "from": {"patch": f"{before.name}@{before.version}", "digest": before.digest, "base_hash": before.base_hash},
+        "out": str(path),
+    }
+    out.result(document, lambda: _render(out, document, path, model))
+
+
+def _prompts(patch: Patch, harmful: str | None, benign: str | None) -> tuple[list[Example], list[Example]]:
+    from nest_runtime.train.data import load_examples
+    from nest_runtime.train.retarget import prompts_of
+
+    if harmful is None or benign is None:
+        return prompts_of(patch)
+    return load_examples(harmful), load_examples(benign)
+
+
+def _settings(patch: Patch, path: Path | None, steps: int | None, seed: int | None) -> Recipe:
+    """The recipe of a file, else the patch's own, shortened; the command line's settings on top."""
+    from nest_runtime.train.retarget import retarget_recipe
+
+    if path is not None:
+        return recipe_of(path, steps=steps, seed=seed)
+    given = {key: value for key, value in {"steps": steps, "seed": seed}.items() if value is not None}
+    return retarget_recipe(patch).evolve(**given)
+
+
+def _render(out: Output, document: dict[str, Any], path: Path, model: str) -> None:
+    neurons = document["parent_neurons"]
+    seconds = "  ".join(f"{stage} {value:.1f} s" for stage, value in document["seconds"].items())
+    out.pairs(
+        {
+            "patch": f"{document['name']}@{document['version']}",
+            "digest": document["digest"],
+            "from": f"{document['from']['patch']}  {short(document['from']['digest'])}",
+            "neurons": f"{neurons['kept']:,} kept, {neurons['added']:,} added, {neurons['dropped']:,} dropped",
+            "took": seconds,
+            "file": f"{path} ({size(path.stat().st_size)})",
+        }
+    )
+    out.note(f"next: nest-runtime eval --model {model} --patch {path} --with-base")
