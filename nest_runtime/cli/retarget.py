@@ -10,7 +10,17 @@ import typer
 from nest_runtime.cli.common import examples
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output, short, size
 from nest_runtime.cli.patches import PatchArgument
-from nest_runtime.cli.train import PROMPTS, RecipeFile, Resume, Seed, check_out, keeping, name_and_version, recipe_of
+from nest_runtime.cli.train import (
+    PROMPTS,
+    RecipeFile,
+    Resume,
+    Seed,
+    check_out,
+    join,
+    keeping,
+    name_and_version,
+    recipe_of,
+)
 from nest_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,7 +38,7 @@ def register(app: typer.Typer) -> None:
         rich_help_panel="Make patches",
         epilog=examples(
             "nest-runtime retarget v3 --model ./my-fine-tune --out mine.safetensors",
-            "nest-runtime retarget p.safetensors --model M --harmful bad.jsonl --benign good.jsonl",
+            "nest-runtime retarget p.safetensors --model M --harmful x.txt --benign y.txt",
         ),
     )(retarget)
 
@@ -74,6 +84,7 @@ def retarget(
     before = load_patch(patch)
     bad, good = _prompts(before, harmful, benign)
     recipe = _settings(before, recipe_file, steps, seed)
+    team = join(out)
     loaded = load_model(model, device=device, dtype=dtype)
     named, numbered = name_and_version(name, version, loaded, None)
     target = out_file or Path(f"{named}-{numbered}.safetensors")
@@ -97,6 +108,8 @@ def retarget(
             resume=resume,
             progress=bars,
         )
+    if not team.main:
+        return
     path = result.patch.save(target)
     document = {
         "name": named,

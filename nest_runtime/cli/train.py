@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nest_runtime.cli import complete
 from nest_runtime.cli.common import examples
 from nest_runtime.cli.output import DeviceOption, DtypeOption, Interrupted, JsonOption, ModelOption, Output, short, size
 from nest_runtime.errors import UsageError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from nest_runtime.models import LoadedModel
     from nest_runtime.patch import Patch
     from nest_runtime.train.settings import Recipe
+    from nest_runtime.train.workers import Workers
 
 PROMPTS = "JSONL, CSV, TXT, or hf://datasets/org/name\\[:split]."
 Harmful = Annotated[str, typer.Option("--harmful", metavar="FILE", help=f"Prompts to refuse: {PROMPTS}")]
@@ -49,8 +51,9 @@ def register(app: typer.Typer) -> None:
         "train",
         rich_help_panel=panel,
         epilog=examples(
-            "nest-runtime train --harmful bad.jsonl --benign good.jsonl --out p.safetensors",
-            "nest-runtime train --from v2 --harmful new.jsonl --benign good.jsonl --out v3.safetensors",
+            "nest-runtime train --harmful bad.txt --benign good.txt --out v1.safetensors",
+            "nest-runtime train --from v2 --harmful new.txt --benign good.txt \\",
+            "    --rehearsal bad.txt --out v3.safetensors",
         ),
     )(train)
 
@@ -79,6 +82,7 @@ def locate(
     from nest_runtime.train.recipe import locate_sites
 
     bad, good = load_examples(harmful), load_examples(benign)
+    team = join(out)
     loaded = load_model(model, device=device, dtype=dtype)
     with keeping(workdir), out.bars() as bars:
         found = locate_sites(
@@ -93,6 +97,8 @@ def locate(
             resume=resume,
             progress=bars,
         )
+    if not team.main:
+        return
     found.file.save(out_file)
     sites = [site.summary() for site in found.file.sites]
     document = {"sites": sites, "seconds": found.seconds, "out": str(out_file), "base_hash": loaded.hash}
@@ -112,7 +118,9 @@ def train(
     benign: Benign,
     out_file: Annotated[Path, typer.Option("--out", metavar="FILE", help="The patch to write, a .safetensors file.")],
     model: ModelOption = "reference",
-    parent: Annotated[str | None, typer.Option("--from", metavar="PATCH", help="Re-tune this patch.")] = None,
+    parent: Annotated[
+        str | None, typer.Option("--from", metavar="PATCH", autocompletion=complete.patches, help="Re-tune this patch.")
+    ] = None,
     rehearsal: Annotated[
         str | None,
         typer.Option("--rehearsal", metavar="FILE", help="With --from: earlier harmful prompts, tuned on again."),
@@ -131,7 +139,13 @@ def train(
     steps: Annotated[int | None, typer.Option("--steps", metavar="N", min=0, help="Training steps.")] = None,
     lr: Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Learning rate of the cluster rows.")] = None,
     control: Annotated[
-        str | None, typer.Option("--control", metavar="random", help="As a control: as many random neurons instead.")
+        str | None,
+        typer.Option(
+            "--control",
+            metavar="random",
+            autocompletion=complete.controls,
+            help="As a control: as many random neurons instead.",
+        ),
     ] = None,
     seed: Seed = None,
     recipe_file: RecipeFile = None,
@@ -143,6 +157,7 @@ def train(
     """Train a safety patch: locate, cluster, tune, and write one file.
 
     An interrupted run goes on where it stopped when the same command is given again.
+    For several GPUs: accelerate launch -m nest_runtime train …
     """
     out = Output.of(ctx, as_json)
     kind = None if loadings is None else ("learned" if loadings else "tied")
@@ -158,6 +173,7 @@ def train(
     from nest_runtime.train.recipe import train_patch
 
     bad, good, again = load_examples(harmful), load_examples(benign), load_examples(rehearsal) if rehearsal else []
+    team = join(out)
     loaded = load_model(model, device=device, dtype=dtype)
     before = load_patch(parent, model_hash=loaded.hash) if parent else None
     named, numbered = name_and_version(name, version, loaded, before)
@@ -179,9 +195,20 @@ def train(
             resume=resume,
             progress=bars,
         )
+    if not team.main:
+        return
     path = result.patch.save(out_file)
     document = {"name": named, "version": numbered, **result.report, "base_hash": loaded.hash, "out": str(path)}
     out.result(document, lambda: _render_training(out, document, path))
+
+
+def join(out: Output) -> Workers:
+    """The processes that a launcher started with this one; only the main one speaks."""
+    from nest_runtime.train.workers import Workers
+
+    team = Workers.current()
+    out.quiet = out.quiet or not team.main
+    return team
 
 
 def recipe_of(path: Path | None, **given: Any) -> Recipe:

@@ -17,6 +17,7 @@ The prompts must run without any patch: a folded or active one would be located 
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ from nest_runtime.generate import pad_token_id
 from nest_runtime.train.data import encode
 from nest_runtime.train.files import read_json, stage_folder, stage_key, write_json
 from nest_runtime.train.forward import device_of, hidden_states, length_batches, pad_rows
+from nest_runtime.train.workers import Workers
 
 Progress = Callable[[str, int, int], None]
 FLOAT16_MAX = 65504.0
@@ -77,6 +79,7 @@ def pooled_activations(
     batch_tokens: int = 8192,
     workdir: Path | None = None,
     key: str = "",
+    workers: Workers | None = None,
     progress: Progress | None = None,
 ) -> PooledActivations:
     """Run the prompts once and pool every projection's raw output over each prompt's tokens.
@@ -90,25 +93,26 @@ def pooled_activations(
         batch_size, batch_tokens: rows, and padded tokens, of one forward pass.
         workdir: keep the files here and take up an interrupted pass; None uses a temporary folder.
         key: what else the result depends on (the model's hash).
+        workers: the processes that share the batches, with one ``workdir``; None is this one alone.
         progress: called as ``("activations", done, total)``.
 
     Raises:
         TrainingError: no room on the disk, or the model's outputs are not finite.
     """
+    team = workers or Workers()
     rows = [encode(tokenizer, messages) for messages in conversations]
     batches = length_batches([len(row) for row in rows], batch_size, batch_tokens)
     dtype = "float32" if next(model.parameters()).dtype == torch.float32 else "float16"
     owned = tempfile.TemporaryDirectory(prefix="nest-activations-") if workdir is None else None
     names = [projection.name for projection in projections]
-    folder = stage_folder(
-        Path(owned.name) if owned else Path(workdir or "."),
-        "activations",
-        stage_key(rows=rows, names=names, pooling=pooling, batches=[batch_size, batch_tokens], dtype=dtype, key=key),
-    )
-    done = int((read_json(folder / "state.json") or {}).get("batches", 0))
-    if not done:
+    sizes = [batch_size, batch_tokens]
+    digest = stage_key(rows=rows, names=names, pooling=pooling, batches=sizes, dtype=dtype, key=key)
+    with team.main_first():
+        folder = stage_folder(Path(owned.name) if owned else Path(workdir or "."), "activations", digest)
+    if not any(folder.iterdir()):
         _check_room(folder, len(rows) * sum(p.d_out for p in projections) * np.dtype(dtype).itemsize)
-    _run(model, tokenizer, rows, batches, projections, pooling, folder, dtype, done, progress)
+    _run(model, tokenizer, rows, batches, projections, pooling, folder, dtype, team, progress)
+    team.wait()
     return PooledActivations(folder, projections, [index for batch in batches for index in batch], dtype, owned)
 
 
@@ -121,22 +125,25 @@ def _run(
     pooling: str,
     folder: Path,
     dtype: str,
-    done: int,
+    team: Workers,
     progress: Progress | None,
 ) -> None:
-    """Run the batches that are not on disk yet; ``state.json`` counts the ones that are."""
-    offset = sum(len(batch) for batch in batches[:done])
-    for number, batch in enumerate(batches[done:], done):
+    """Run this process's batches that are not on disk yet; ``state.json`` counts the ones that are."""
+    state = team.file(folder, "state.json")
+    done = int((read_json(state) or {}).get("batches", 0))
+    starts = np.cumsum([0, *(len(batch) for batch in batches)])
+    for number in team.share(range(len(batches)))[done:]:
+        batch, offset = batches[number], int(starts[number])
         ids, mask = pad_rows([rows[index] for index in batch], pad_token_id(tokenizer), device_of(model))
         pooled: dict[int, torch.Tensor] = {}
         with _pooling_hooks(model, projections, mask, pooling, pooled), torch.no_grad():
             hidden_states(model, ids, mask)
         for index, values in sorted(pooled.items()):  # values (rows of the batch, d_out)
             _append(folder, index, offset, values, dtype)
-        offset += len(batch)
-        write_json(folder / "state.json", {"batches": number + 1})
+        done += 1
+        write_json(state, {"batches": done})
         if progress is not None:
-            progress("activations", offset, len(rows))
+            progress("activations", offset + len(batch), len(rows))
 
 
 @contextmanager
@@ -210,7 +217,7 @@ def _append(folder: Path, number: int, offset: int, values: torch.Tensor, dtype:
         )
     array = values.clamp(-FLOAT16_MAX, FLOAT16_MAX).numpy() if dtype == "float16" else values.numpy()
     path = _file(folder, number)
-    with path.open("r+b" if path.exists() else "w+b") as file:
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:  # others may be writing it too
         file.seek(offset * values.shape[1] * np.dtype(dtype).itemsize)
         file.write(np.ascontiguousarray(array, dtype=dtype).tobytes())
 

@@ -2,7 +2,8 @@
 
 Every stage's result is kept in a work folder under a digest of all that it depends on, so that the same call
 after an interrupt takes up where it stopped and ends with the same bits, and a changed setting or prompt
-starts the stages it touches anew. Evaluation on held-out attacks is evaluate/'s business.
+starts the stages it touches anew. Processes that a launcher started together share the work (workers.py) and all
+get the result. Evaluation on held-out attacks is evaluate/'s business.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nest_runtime.train.run import Run, TrainResult
 from nest_runtime.train.settings import Recipe
 from nest_runtime.train.sites import SitesFile
 from nest_runtime.train.warm import check_parent, check_sibling
+from nest_runtime.train.workers import Workers
 
 __all__ = ["LocateResult", "Recipe", "TrainResult", "locate_sites", "train_patch"]
 
@@ -88,12 +90,10 @@ def train_patch(
     projections = find_sites(model)
     if parent is not None:
         (check_sibling if sibling else check_parent)(parent, projections, base_hash)
-    with _work_folder(workdir, resume) as folder:
-        run = Run(model, tokenizer, projections, settings, base_hash, base_model, folder, progress)
-        result = run.train(harmful, benign, rehearsal, parent, name, version, serial)
-        if workdir is not None and not keep_workdir:
-            remove_stages(folder)
-    return result
+    team = Workers.current()
+    with _work_folder(workdir, resume, keep_workdir, team) as folder:
+        run = Run(model, tokenizer, projections, settings, base_hash, base_model, folder, progress, team)
+        return run.train(harmful, benign, rehearsal, parent, name, version, serial)
 
 
 def locate_sites(
@@ -113,11 +113,10 @@ def locate_sites(
     """Locate and cluster only: what ``nest-runtime locate`` does. Arguments as for :func:`train_patch`."""
     settings = recipe or Recipe()
     _check_prompts(harmful, benign, (), None)
-    with _work_folder(workdir, resume) as folder:
-        run = Run(model, tokenizer, find_sites(model), settings, base_hash, base_model, folder, progress)
+    team = Workers.current()
+    with _work_folder(workdir, resume, keep_workdir, team) as folder:
+        run = Run(model, tokenizer, find_sites(model), settings, base_hash, base_model, folder, progress, team)
         found = run.locate(harmful, benign)
-        if workdir is not None and not keep_workdir:
-            remove_stages(folder)
     return LocateResult(found, run.rounded_seconds())
 
 
@@ -139,14 +138,32 @@ def _check_prompts(
 
 
 @contextmanager
-def _work_folder(workdir: str | Path | None, resume: bool) -> Iterator[Path]:
-    """The run's folder: the caller's, made where missing, or a temporary one that goes away."""
+def _work_folder(workdir: str | Path | None, resume: bool, keep: bool, team: Workers) -> Iterator[Path]:
+    """The run's folder: the caller's, made where missing, or a temporary one that goes away.
+
+    The caller's is emptied of a finished run's stages unless they are to be kept; after an error they stay.
+    """
     if workdir is None:
-        with tempfile.TemporaryDirectory(prefix="nest-train-") as name:
+        made: list[tempfile.TemporaryDirectory[str]] = []
+        name = team.from_main(lambda: _temporary(made))
+        try:
             yield Path(name)
+            team.wait()  # the main process takes it away, when nobody reads it any more
+        finally:
+            for temporary in made:
+                temporary.cleanup()
         return
     folder = Path(workdir)
-    if not resume and folder.is_dir():
-        remove_stages(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with team.main_first():
+        if not resume and folder.is_dir() and team.main:
+            remove_stages(folder)
+        folder.mkdir(parents=True, exist_ok=True)
     yield folder
+    team.wait()
+    if not keep and team.main:
+        remove_stages(folder)
+
+
+def _temporary(made: list[tempfile.TemporaryDirectory[str]]) -> str:
+    made.append(tempfile.TemporaryDirectory(prefix="nest-train-"))
+    return made[-1].name

@@ -22,7 +22,7 @@ from nest_runtime.errors import DataError, UsageError
 from nest_runtime.fingerprint import rows_digest
 from nest_runtime.generate import end_token_ids, generate_answers
 from nest_runtime.patch import Patch, Site
-from nest_runtime.train.activations import pooled_activations
+from nest_runtime.train.activations import PooledActivations, pooled_activations
 from nest_runtime.train.batches import Row, make_row, recovery_row, refusal_for
 from nest_runtime.train.cluster import cluster
 from nest_runtime.train.data import Example, examples_digest
@@ -34,6 +34,7 @@ from nest_runtime.train.settings import Recipe
 from nest_runtime.train.sites import LocatedSite, SitesFile
 from nest_runtime.train.tune import TuneResult, tune
 from nest_runtime.train.warm import Moved, Warm, carried_values, moved_to, parent_sites, parent_values
+from nest_runtime.train.workers import Workers
 
 Progress = Callable[[str, int, int], None]
 LITTLE_TO_LEARN = 0.05  # nats per token of the refusals, before tuning
@@ -81,9 +82,11 @@ class Run:
         base_model: str,
         folder: Path,
         progress: Progress | None,
+        workers: Workers | None = None,
     ) -> None:
         self.model, self.tokenizer, self.projections, self.settings = model, tokenizer, projections, settings
         self.base_hash, self.base_model, self.folder, self.progress = base_hash, base_model, folder, progress
+        self.workers = workers or Workers()
         self.seconds: dict[str, float] = {}
         self.moved: Moved | None = None  # of a parent made for another base
 
@@ -122,15 +125,20 @@ class Run:
                 batch_tokens=settings.batch_tokens,
                 workdir=self.folder,
                 key=self.base_hash,
+                workers=self.workers,
                 progress=self.progress,
             )
-            probes = stage_folder(self.folder, "probes", key)
-            device = device_of(self.model)
-            found = locate(activations, labels, settings, workdir=probes, device=device, progress=self.progress)
+            found = self.workers.from_main(lambda: self.probe(activations, labels, key))
         with self.clock("cluster"):
-            found = cluster(activations, found, settings, progress=self.progress)
+            found = self.workers.from_main(lambda: cluster(activations, found, settings, progress=self.progress))
         data = {"harmful": _data_note(harmful), "benign": _data_note(benign)}
         return SitesFile(tuple(found), settings.to_json(), data, self.base_hash, self.base_model)
+
+    def probe(self, activations: PooledActivations, labels: Sequence[int], key: str) -> list[LocatedSite]:
+        """Probes of pooled activations, finished ones taken up again."""
+        folder = stage_folder(self.folder, "probes", key)
+        device = device_of(self.model)
+        return locate(activations, labels, self.settings, workdir=folder, device=device, progress=self.progress)
 
     def train(
         self,
@@ -164,9 +172,18 @@ class Run:
                 rows=[[list(row.prompt), list(row.answer), row.harmful] for row in [*rows, *held]],
                 split=len(rows),
             )
-            folder = stage_folder(self.folder, "tune", key)
+            with self.workers.main_first():
+                folder = stage_folder(self.folder, "tune", key)
             tuned = tune(
-                self.model, self.tokenizer, deltas, rows, held, self.settings, workdir=folder, progress=self.progress
+                self.model,
+                self.tokenizer,
+                deltas,
+                rows,
+                held,
+                self.settings,
+                workdir=folder,
+                workers=self.workers,
+                progress=self.progress,
             )
         data = {"harmful": _data_note(harmful), "benign": _data_note(benign)}
         if rehearsal:
@@ -182,9 +199,10 @@ class Run:
             prompts = [list(benign[index].messages) for index in missing]
             tokens, size = self.settings.answer_tokens, self.settings.prompt_batch
             key = stage_key(base=self.base_hash, prompts=prompts, tokens=tokens, size=size)
-            path = stage_folder(self.folder, "answers", key) / "answers.json"
+            with self.workers.main_first():
+                path = self.workers.file(stage_folder(self.folder, "answers", key), "answers.json")
             known: dict[str, str] = read_json(path) or {}
-            left = [place for place in range(len(prompts)) if str(place) not in known]
+            left = [place for place in self.workers.share(range(len(prompts))) if str(place) not in known]
 
             def keep(positions: list[int], texts: list[str]) -> None:
                 known.update({str(left[position]): text for position, text in zip(positions, texts, strict=True)})
@@ -199,7 +217,8 @@ class Run:
                 on_batch=keep,
                 progress=self.progress,
             )
-            answers.update({index: known[str(place)] for place, index in enumerate(missing)})
+            everything = {place: text for part in self.workers.gather(known) for place, text in part.items()}
+            answers.update({index: everything[str(place)] for place, index in enumerate(missing)})
         empty = [benign[index].id for index in range(len(benign)) if not answers[index].strip()]
         if empty:
             raise DataError(

@@ -3,7 +3,8 @@
 NeST step 3: refusals to harmful prompts, the base's own answers to benign ones, cross-entropy on answer
 tokens only. Gradients start at the lowest patched layer (nothing below needs any) and logits are
 computed at answer tokens only. The trained numbers are float32 on a base of any dtype.
-Checkpoints hold everything a rerun needs to give the same bits.
+Checkpoints hold everything a rerun needs to give the same bits. Several processes (workers.py) share each
+step's rows: every one adds up its part of the same loss, so that the sum of their gradients is one process's.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from nest_runtime.train.deltas import Deltas
 from nest_runtime.train.files import read_tensors, write_tensors
 from nest_runtime.train.forward import Readout, device_of, length_batches
 from nest_runtime.train.settings import Recipe
+from nest_runtime.train.workers import Workers
 
 Progress = Callable[[str, int, int], None]
 CHECKPOINT = "checkpoint.safetensors"
@@ -72,6 +74,7 @@ def tune(
     settings: Recipe,
     *,
     workdir: Path | None = None,
+    workers: Workers | None = None,
     progress: Progress | None = None,
 ) -> TuneResult:
     """Train ``deltas`` in place and leave the best state in them, rounded to ``delta_dtype``.
@@ -84,6 +87,7 @@ def tune(
         validation: held-out rows; without any, the last state is kept.
         settings: the recipe; its tune fields count.
         workdir: keep a checkpoint here at every validation, and go on from one found.
+        workers: the processes that share the rows; None is this one alone. All end with the same numbers.
         progress: called as ``("tune", done, total)``.
 
     Raises:
@@ -93,38 +97,41 @@ def tune(
         raise TrainingError("no neurons were located in any projection", "lower z, or give more prompts")
     if not train:
         raise TrainingError("no rows to train on", "give harmful and benign prompts")
-    optimizer, state = _optimizer(deltas, settings), _State()
+    optimizer, state, team = _optimizer(deltas, settings), _State(), workers or Workers()
     best = deltas.copy()
     path = workdir / CHECKPOINT if workdir else None
     with _frozen(model), deltas.attached():
         readout, pad = Readout(model), pad_token_id(tokenizer)
         loaded = _load(path, deltas, optimizer)
+        team.wait()  # nobody writes a checkpoint while another still reads one
         if loaded is not None:
             state, best = loaded
         else:
-            state.before = measure(readout, pad, validation, settings)
+            state.before = measure(readout, pad, validation, settings, team)
         while state.step < settings.steps and not state.stopped:
             rows = step_rows(train, state.step, settings.batch_size, settings.harmful_share, settings.seed)
-            batch = make_batch(rows, pad, device_of(model))
-            state.losses.append(_step(readout, deltas, optimizer, batch, settings, state.step))
+            state.losses.append(_step(readout, deltas, optimizer, rows, pad, settings, state.step, team))
             state.step += 1
             if state.step % settings.validate_every == 0 or state.step == settings.steps:
-                best = _validate(readout, pad, deltas, validation, settings, state, best)
-                if path is not None:
+                best = _validate(readout, pad, deltas, validation, settings, state, best, team)
+                if path is not None and team.main:
                     _save(path, deltas, optimizer, state, best)
             if progress is not None:
                 progress("tune", state.step, settings.steps)
         deltas.load(best)
         deltas.round_to(getattr(torch, settings.delta_dtype))
-        after = measure(readout, pad, validation, settings)
+        after = measure(readout, pad, validation, settings, team)
     return TuneResult(state.before, after, state.history, state.best_step, state.step)
 
 
-def measure(readout: Readout, pad: int, rows: Sequence[Row], settings: Recipe) -> dict[str, float]:
+def measure(
+    readout: Readout, pad: int, rows: Sequence[Row], settings: Recipe, workers: Workers | None = None
+) -> dict[str, float]:
     """Loss per answer token and share of rows answered token for token, by class; empty without rows."""
+    team = workers or Workers()
     totals: dict[str, list[float]] = {"harmful": [0.0, 0.0, 0.0, 0.0], "benign": [0.0, 0.0, 0.0, 0.0]}
     lengths = [len(row.prompt) + len(row.answer) for row in rows]
-    for positions in length_batches(lengths, settings.prompt_batch, settings.batch_tokens):
+    for positions in team.share(length_batches(lengths, settings.prompt_batch, settings.batch_tokens)):
         batch = make_batch([rows[index] for index in positions], pad, device_of(readout.model))
         with torch.no_grad():
             logits = readout.logits(batch.ids, batch.mask, batch.where)
@@ -136,39 +143,69 @@ def measure(readout: Readout, pad: int, rows: Sequence[Row], settings: Recipe) -
             for place, value in enumerate((float(losses[chosen].sum()), int(chosen.sum()), sum(exact), len(exact))):
                 totals[kind][place] += value
     figures = {}
-    for kind, (loss, tokens, right, count) in totals.items():
+    for kind, sums in totals.items():
+        loss, tokens, right, count = team.sum(sums)
         if count:
             figures[f"{kind}_loss"], figures[f"{kind}_exact"] = loss / tokens, right / count
     return figures
 
 
 def _step(
-    readout: Readout, deltas: Deltas, optimizer: torch.optim.Optimizer, batch: Batch, settings: Recipe, step: int
+    readout: Readout,
+    deltas: Deltas,
+    optimizer: torch.optim.Optimizer,
+    rows: Sequence[Row],
+    pad: int,
+    settings: Recipe,
+    step: int,
+    team: Workers,
 ) -> float:
+    """One step on some rows, of which this process takes its share; gives the loss over all of them."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * lr_factor(step, settings)
     optimizer.zero_grad()
-    with torch.enable_grad():
-        loss = loss_of(readout, deltas, batch, settings)
-    if not bool(torch.isfinite(loss)):
-        raise TrainingError(
-            f"the loss is {float(loss.detach())} at step {step}", "lower lr, or train in bfloat16 or float32"
-        )
-    loss.backward()
+    share, loss = team.share(rows), None
+    if share:
+        batch = make_batch(share, pad, device_of(readout.model))
+        with torch.enable_grad():
+            loss = loss_of(readout, deltas, batch, settings, answer_counts(rows))
+    value = team.sum([0.0 if loss is None else float(loss.detach())])[0]
+    if not math.isfinite(value):
+        raise TrainingError(f"the loss is {value} at step {step}", "lower lr, or train in bfloat16 or float32")
+    if loss is not None:
+        loss.backward()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    team.sum_gradients(parameters)
     if settings.grad_clip:
-        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], settings.grad_clip)
+        torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
     optimizer.step()
-    return float(loss.detach())
+    return value
 
 
-def loss_of(readout: Readout, deltas: Deltas, batch: Batch, settings: Recipe) -> torch.Tensor:
-    """Mean cross-entropy of each class's answer tokens, added up, and kl_weight · KL(base ‖ patched) on benign ones."""
+def answer_counts(rows: Sequence[Row]) -> tuple[int, int]:
+    """Answer tokens of the harmful and of the benign rows."""
+    harmful, benign = (sum(len(row.answer) for row in rows if row.harmful is kind) for kind in (True, False))
+    return harmful, benign
+
+
+def loss_of(
+    readout: Readout, deltas: Deltas, batch: Batch, settings: Recipe, counts: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Mean cross-entropy of each class's answer tokens, added up, and kl_weight · KL(base ‖ patched) on benign ones.
+
+    Args:
+        readout, deltas, settings: as in ``tune``.
+        batch: rows.
+        counts: harmful and benign answer tokens of the whole step, where the batch is one process's share of it: the
+            shares' losses then add up to the step's. None: the batch is the step.
+    """
+    whole = counts or (int(batch.harmful.sum()), int((~batch.harmful).sum()))
     logits = readout.logits(batch.ids, batch.mask, batch.where)  # (answer tokens, vocabulary)
     losses = cross_entropy(logits, batch.targets, reduction="none")
     loss = logits.new_zeros(())
-    for chosen in (batch.harmful, ~batch.harmful):
+    for chosen, count in zip((batch.harmful, ~batch.harmful), whole, strict=True):
         if bool(chosen.any()):
-            loss = loss + losses[chosen].mean()
+            loss = loss + losses[chosen].sum() / count
     benign = ~batch.harmful
     if settings.kl_weight and bool(benign.any()):
         deltas.enabled = False
@@ -178,7 +215,7 @@ def loss_of(readout: Readout, deltas: Deltas, batch: Batch, settings: Recipe) ->
         finally:
             deltas.enabled = True
         patched = log_softmax(logits[benign], dim=-1)
-        loss = loss + settings.kl_weight * kl_div(patched, base, log_target=True, reduction="batchmean")
+        loss = loss + settings.kl_weight * kl_div(patched, base, log_target=True, reduction="sum") / whole[1]
     return loss
 
 
@@ -202,9 +239,10 @@ def _validate(
     settings: Recipe,
     state: _State,
     best: dict[str, torch.Tensor],
+    team: Workers,
 ) -> dict[str, torch.Tensor]:
     """Measure, note, and give the best state so far; without validation rows that is the present one."""
-    figures = measure(readout, pad, validation, settings)
+    figures = measure(readout, pad, validation, settings, team)
     loss = sum(state.losses) / max(len(state.losses), 1)
     state.history.append({"step": state.step, "loss": loss, **figures})
     state.losses = []
