@@ -287,6 +287,20 @@ def test_tables_fit_eighty_columns(run: Run, saved: Callable[..., Path], monkeyp
     assert "* " in run("list").out
 
 
+def test_color_is_for_terminals_and_can_be_refused(run: Run, saved: Callable[..., Path], monkeypatch: Any) -> None:
+    run("add", saved("v1"))
+    monkeypatch.setenv("TERM", "xterm")
+    for forced, refused in ((False, False), (True, False), (True, True)):
+        monkeypatch.setenv("FORCE_COLOR", "1" if forced else "")
+        monkeypatch.setenv("NO_COLOR", "1" if refused else "")
+        for arguments in (("list",), ("doctor",), ("remove", "v9"), ("list", "--nonsense")):
+            result = run(*arguments)
+            text = result.out + result.err
+            colored = re.search(r"\x1b\[[0-9;]*(3|4|9)[0-7]", text) is not None
+            assert colored == (forced and not refused) or arguments == ("list",), (arguments, forced, refused)
+            assert forced or "\x1b" not in text
+
+
 def test_a_version_of_two_models_needs_a_model(run: Run, saved: Callable[..., Path]) -> None:
     run("add", saved("v1", base=BASE_A))
     run("add", saved("v1", base=BASE_B, seed=1))

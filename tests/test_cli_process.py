@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -14,14 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from nest_runtime.cli.main import main
+from nest_runtime.registry.store import Store
 from tests.helpers_store import small_patch
 from tests.test_cli import write_prompts
-
-COMMANDS = (
-    *("serve", "chat", "locate", "train", "eval", "compare", "inspect", "diff", "hash"),
-    *("list", "add", "remove", "activate", "rollback", "history", "gc"),
-    *("reference", "reference info", "reference prompts", "reference build"),
-)
 
 
 def command(*arguments: object) -> list[str]:
@@ -65,20 +62,20 @@ def test_runs_as_a_module() -> None:
     assert found.stdout == run("--version").stdout != ""
 
 
-def test_no_help_loads_torch_and_each_has_an_example() -> None:
+def test_help_and_completion_load_no_torch() -> None:
+    """One help stands for all: every command's module is loaded by then. What each shows: test_cli_help.py."""
     script = (
         "import contextlib, io, sys\n"
+        "from nest_runtime.cli import complete\n"
         "from nest_runtime.cli.main import main\n"
-        f"for name in {COMMANDS!r}:\n"
-        "    text = io.StringIO()\n"
-        "    with contextlib.redirect_stdout(text):\n"
-        "        assert main([*name.split(), '--help']) == 0, name\n"
-        "    assert 'Example' in text.getvalue() or name == 'reference', name\n"
-        "    assert max(map(len, text.getvalue().splitlines())) <= 80, name\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    assert main(['train', '--help']) == 0\n"
+        "for offer in (complete.patches, complete.models, complete.suites, complete.attacks, complete.methods):\n"
+        "    assert offer('')\n"
         "heavy = {'torch', 'transformers', 'numpy', 'fastapi', 'huggingface_hub', 'sklearn'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    result = run_python(script, COLUMNS="80")
+    result = run_python(script)
     assert result.returncode == 0, result.stderr
 
 
@@ -91,25 +88,24 @@ def test_listing_loads_no_torch() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_errors_and_documents_keep_to_their_streams(tmp_path: Path) -> None:
-    path = small_patch("v1").save(tmp_path / "v1.safetensors")
-    good = run("add", path, "--json")
+def test_errors_and_documents_keep_to_their_streams() -> None:
+    Store().add(small_patch("v1"))
+    good = run("list", "--json")  # neither command loads torch: quick
     assert good.returncode == 0, good.stderr
-    assert json.loads(good.stdout)["version"] == "v1"
-    bad = run("inspect", "v9", "--json")
+    assert "v1" in [patch["version"] for patch in json.loads(good.stdout)["patches"]]
+    bad = run("remove", "v9", "--json")
     assert bad.returncode == 1
     assert bad.stdout == ""
     first, second = bad.stderr.splitlines()
     assert first.startswith("error: there is no patch 'v9'")
     assert second.startswith("hint: ")
     assert "v1" in second
-    assert "Traceback" in run("inspect", "v9", "--debug").stderr
 
 
-def test_no_color_and_forced_color(tmp_path: Path) -> None:
-    assert "\x1b" not in run("inspect", "v9").stderr
-    assert "\x1b[" in run("inspect", "v9", FORCE_COLOR="1", TERM="xterm").stderr
-    assert "\x1b[3" not in run("inspect", "v9", FORCE_COLOR="1", NO_COLOR="1", TERM="xterm").stderr
+def test_no_color_and_forced_color_in_help() -> None:
+    assert "\x1b[" in run("list", "--help", FORCE_COLOR="1", TERM="xterm").stdout
+    plain = run("list", "--help", FORCE_COLOR="1", NO_COLOR="1", TERM="xterm").stdout
+    assert not re.search("\x1b\\[[0-9;]*(3|4|9)[0-7]", plain)  # bold is no color
 
 
 def test_a_closed_pipe_is_no_error() -> None:
@@ -125,7 +121,9 @@ def test_a_closed_pipe_is_no_error() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on(tiny_llama: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     harmful, benign = write_prompts(tmp_path)
     out = tmp_path / "patch.safetensors"
     options = ["train", "--model", tiny_llama, "--harmful", harmful, "--benign", benign, "--out", out]
@@ -142,7 +140,7 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on(tiny_llama: Path
         if list(work.glob("tune-*/*")):
             break
         assert started.poll() is None, started.communicate()
-        time.sleep(0.1)
+        time.sleep(0.05)
     started.send_signal(signal.SIGINT)
     stdout, stderr = started.communicate(timeout=120)
     assert started.returncode == 130
@@ -154,8 +152,8 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on(tiny_llama: Path
     assert not out.exists()
     assert not list(tmp_path.rglob("*.tmp"))
     shutil.rmtree(work / next(work.glob("tune-*")).name)  # 100,000 steps would take long: go on with fewer
-    again = run(*options, "--steps", "2", "--json")
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout)["out"] == str(out)
+    capsys.readouterr()
+    assert main([*map(str, options), "--steps", "2", "--json"]) == 0  # in this process, which has torch loaded
+    assert json.loads(capsys.readouterr().out)["out"] == str(out)
     assert out.exists()
     assert not work.exists()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nest_runtime.cli import complete
 from nest_runtime.cli.common import examples
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output, short
 from nest_runtime.errors import ModelError
@@ -48,7 +49,13 @@ def bench(
     ctx: typer.Context,
     model: ModelOption = "reference",
     patch: Annotated[
-        str | None, typer.Option("--patch", metavar="PATCH", help="The active one, else a random one, by default.")
+        str | None,
+        typer.Option(
+            "--patch",
+            metavar="PATCH",
+            autocompletion=complete.patches,
+            help="The active one, else a random one, by default.",
+        ),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Prompts at a time.")] = 1,
     prompt_tokens: Annotated[

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nest_runtime.cli import complete
 from nest_runtime.cli.common import examples
 from nest_runtime.cli.hub import (
     KEY_VARIABLE,
@@ -41,8 +42,8 @@ def register(app: typer.Typer) -> None:
         "revoke",
         rich_help_panel=panel,
         epilog=examples(
-            'nest-runtime revoke hf://my-org/my-safety@v2 --reason "answers recipes" --key ~/keys/nest.key',
-            'nest-runtime revoke v2 --reason "answers recipes" --to ./mirror',
+            'nest-runtime revoke hf://my-org/safety@v2 --reason "a leak" --key nest.key',
+            'nest-runtime revoke v2 --reason "answers recipes" --to ./mirror --key nest.key',
         ),
     )(revoke)
     app.add_typer(channel_app, name="channel", rich_help_panel=panel)
@@ -101,7 +102,9 @@ def revoke(
 def channel_set(
     ctx: typer.Context,
     repo: Repo,
-    channel: Annotated[str, typer.Argument(metavar="CHANNEL", help="stable, canary, …")],
+    channel: Annotated[
+        str, typer.Argument(metavar="CHANNEL", autocompletion=complete.channels, help="stable, canary, …")
+    ],
     version: Annotated[str, typer.Argument(metavar="VERSION", help="A version that the repository has.")],
     key: KeyOption = None,
     valid: Annotated[
@@ -147,7 +150,9 @@ def channel_set(
 def channel_show(
     ctx: typer.Context,
     repo: Repo,
-    channel: Annotated[str, typer.Argument(metavar="CHANNEL", help="stable, canary, …")] = "stable",
+    channel: Annotated[
+        str, typer.Argument(metavar="CHANNEL", autocompletion=complete.channels, help="stable, canary, …")
+    ] = "stable",
     trust: TrustOption = None,
     require_signature: RequireOption = False,
     trust_policy: PolicyOption = None,

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from nest_runtime.cli import complete
 from nest_runtime.cli.common import choose_patch, examples
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output
 from nest_runtime.errors import UsageError
@@ -33,7 +34,12 @@ def chat(
     model: ModelOption = "reference",
     patch: Annotated[
         str | None,
-        typer.Option("--patch", metavar="PATCH", help="The patch to answer with; the active one by default."),
+        typer.Option(
+            "--patch",
+            metavar="PATCH",
+            autocompletion=complete.patches,
+            help="The patch to answer with; the active one by default.",
+        ),
     ] = None,
     no_patch: Annotated[bool, typer.Option("--no-patch", help="Let the bare base answer.")] = False,
     max_tokens: Annotated[

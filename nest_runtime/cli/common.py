@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def examples(*lines: str) -> str:
-    """The epilog of a command's help: example command lines, each under 76 characters."""
+    r"""The epilog of a command's help: example lines of at most 78 characters; one that goes on ends in ``\``."""
     escaped = [line.replace("[", r"\[") for line in lines]
     return "\n\n".join(["[bold]Examples[/bold]" if len(lines) > 1 else "[bold]Example[/bold]", *escaped])
 

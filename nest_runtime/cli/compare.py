@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nest_runtime.cli import complete
 from nest_runtime.cli.common import examples
 from nest_runtime.cli.measuring import cases_of, change, interval
 from nest_runtime.cli.output import (
@@ -52,11 +53,19 @@ def register(app: typer.Typer) -> None:
 def compare(
     ctx: typer.Context,
     methods: Annotated[
-        str, typer.Option("--methods", metavar="LIST", help="Names with commas between them.")
+        str,
+        typer.Option(
+            "--methods", metavar="LIST", autocompletion=complete.methods, help="Names with commas between them."
+        ),
     ] = DEFAULT_METHODS,
     patch: Annotated[
         list[str] | None,
-        typer.Option("--patch", metavar="PATCH", help="A finished patch as one more row; repeat it."),
+        typer.Option(
+            "--patch",
+            metavar="PATCH",
+            autocompletion=complete.patches,
+            help="A finished patch as one more row; repeat it.",
+        ),
     ] = None,
     model: ModelOption = "reference",
     harmful: Annotated[
@@ -68,17 +77,29 @@ def compare(
         typer.Option("--benign", metavar="FILE", help="Prompts to answer; the reference world's by default."),
     ] = None,
     suite: Annotated[
-        list[str] | None, typer.Option("--suite", metavar="NAME", help="Test on this suite; repeat it.")
+        list[str] | None,
+        typer.Option("--suite", metavar="NAME", autocompletion=complete.suites, help="Test on this suite; repeat it."),
     ] = None,
     behaviors: Annotated[
         list[str] | None, typer.Option("--behaviors", metavar="FILE", help="Test on the cases of a file; repeat it.")
     ] = None,
     attacks: Annotated[
         list[str] | None,
-        typer.Option("--attacks", metavar="SPEC", help="Put the harmful test cases into these attacks."),
+        typer.Option(
+            "--attacks",
+            metavar="SPEC",
+            autocompletion=complete.attacks,
+            help="Put the harmful test cases into these attacks.",
+        ),
     ] = None,
     judge: Annotated[
-        str | None, typer.Option("--judge", metavar="NAME", help="reference, phrases, hf:MODEL, openai:MODEL.")
+        str | None,
+        typer.Option(
+            "--judge",
+            metavar="NAME",
+            autocompletion=complete.judges,
+            help="reference, phrases, hf:MODEL, openai:MODEL.",
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Repeat with N seeds.")] = 1,
     sweep: Annotated[

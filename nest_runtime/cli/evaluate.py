@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nest_runtime.cli import complete
 from nest_runtime.cli.common import choose_patch, examples
 from nest_runtime.cli.evaluate_view import render
 from nest_runtime.cli.measuring import cases_of
@@ -32,8 +33,8 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "nest-runtime eval --patch v3 --with-base",
             "nest-runtime eval --patch v3 --suite plain --attacks all --limit 200 --json",
-            "nest-runtime eval --model ./my-model --behaviors harmbench.csv --judge phrases",
-            "nest-runtime eval --model ./my-model --suite lm-eval:gsm8k,mmlu",
+            "nest-runtime eval --model ./mine --behaviors harmbench.csv --judge phrases",
+            "nest-runtime eval --model ./mine --suite lm-eval:gsm8k,mmlu",
         ),
     )(evaluate)
 
@@ -42,7 +43,13 @@ def evaluate(
     ctx: typer.Context,
     model: ModelOption = "reference",
     patch: Annotated[
-        str | None, typer.Option("--patch", metavar="PATCH", help="The patch to measure; the active one by default.")
+        str | None,
+        typer.Option(
+            "--patch",
+            metavar="PATCH",
+            autocompletion=complete.patches,
+            help="The patch to measure; the active one by default.",
+        ),
     ] = None,
     no_patch: Annotated[bool, typer.Option("--no-patch", help="Measure the bare base.")] = False,
     with_base: Annotated[
@@ -53,6 +60,7 @@ def evaluate(
         typer.Option(
             "--suite",
             metavar="NAME",
+            autocompletion=complete.suites,
             help="reference, plain, jailbreak-seen, jailbreak-held-out, over-refusal, utility, or general ability: "
             "lm-eval:gsm8k,mmlu; repeat it.",
         ),
@@ -67,14 +75,18 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--attacks",
-            metavar="FILE",
+            metavar="NAME",
+            autocompletion=complete.attacks,
             help="Attack the harmful cases too: all, NAME, NAME:N, a template file; repeat it.",
         ),
     ] = None,
     judge: Annotated[
         list[str] | None,
         typer.Option(
-            "--judge", metavar="NAME", help="reference, phrases, hf:MODEL, openai:MODEL; the first one counts."
+            "--judge",
+            metavar="NAME",
+            autocompletion=complete.judges,
+            help="reference, phrases, hf:MODEL, openai:MODEL; the first one counts.",
         ),
     ] = None,
     limit: Annotated[

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, size
 from nest_runtime.cli.patches import PatchArgument
@@ -36,7 +37,7 @@ def register(app: typer.Typer) -> None:
         rich_help_panel="Ship patches",
         epilog=examples(
             "nest-runtime export v3 --to peft --out v3-adapter",
-            "nest-runtime export my.safetensors --to merged --model ./my-model --out ./my-safe-model",
+            "nest-runtime export my.safetensors --to merged --model ./mine --out ./safe",
         ),
     )(export)
 
@@ -48,7 +49,12 @@ def export(
     out_folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to make.")],
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="MODEL", help="The patch's base; the reference model where it is that one's."),
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            autocompletion=complete.models,
+            help="The patch's base; the reference model where it is that one's.",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     check: Annotated[

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, short
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption, WhoseModel, passphrase_of
@@ -32,7 +33,12 @@ TimeoutOption = Annotated[
     float | None, typer.Option("--timeout", metavar="SECONDS", min=1, help="How long one step may take; 120 s.")
 ]
 WhatPatch = Annotated[
-    str, typer.Argument(metavar="PATCH", help="v3, name@v3, sha256:HEX, a file, a folder, or hf://org/repo@v3.")
+    str,
+    typer.Argument(
+        metavar="PATCH",
+        autocompletion=complete.patches,
+        help="v3, name@v3, sha256:HEX, a file, a folder, or hf://org/repo@v3.",
+    ),
 ]
 
 
@@ -61,7 +67,13 @@ def push(
     ] = False,
     key: KeyOption = None,
     channel: Annotated[
-        str | None, typer.Option("--channel", metavar="NAME", help="Then point this channel, e.g. stable, to it.")
+        str | None,
+        typer.Option(
+            "--channel",
+            metavar="NAME",
+            autocompletion=complete.channels,
+            help="Then point this channel, e.g. stable, to it.",
+        ),
     ] = None,
     license_id: Annotated[
         str | None,

@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from nest_runtime.cli import (
     channel,
     chat,
     compare,
+    demo,
     doctor,
     evaluate,
     export,
@@ -50,6 +51,7 @@ app = typer.Typer(
 for family in (
     serve,
     chat,
+    demo,
     train,
     retarget,
     evaluate,
@@ -123,9 +125,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    command = typer.main.get_command(app)
+    command = _flags_without_type(typer.main.get_command(app))
     status = command.main(args=arguments, prog_name="nest-runtime", standalone_mode=False)
     return status if isinstance(status, int) else 0
+
+
+def _flags_without_type(command: Any, parent: Any = None) -> Any:
+    """The command, its help without the ``<bool>`` that typer writes beside flags: they take no value."""
+    context = command.context_class(command, parent=parent, **command.context_settings)
+    for option in (*command.params, command.get_help_option(context)):
+        if getattr(option, "is_flag", False) and option.metavar is None:
+            option.metavar = ""
+    for inner in getattr(command, "commands", {}).values():
+        _flags_without_type(inner, context)
+    return command
 
 
 def _flags_first(arguments: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nest_runtime.cli import complete
 from nest_runtime.errors import NestError
 from nest_runtime.names import alike
 from nest_runtime.progress import Bars
@@ -24,10 +25,21 @@ if TYPE_CHECKING:
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")]
 ModelOption = Annotated[
-    str, typer.Option("--model", metavar="MODEL", help="reference, a folder, or a Hub id: org/name\\[@revision].")
+    str,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        autocompletion=complete.models,
+        help="reference, a folder, or a Hub id: org/name\\[@revision].",
+    ),
 ]
-DeviceOption = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16, float16.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="NAME", autocompletion=complete.devices, help="auto, cpu, cuda, cuda:1, mps.")
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option("--dtype", metavar="NAME", autocompletion=complete.dtypes, help="auto, float32, bfloat16, float16."),
+]
 
 
 _NO_CHOICE = re.compile(r"'([^']*)' is not one of (.+)")

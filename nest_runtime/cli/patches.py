@@ -6,16 +6,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, short, size
 
 if TYPE_CHECKING:
     from nest_runtime.patch import Patch
 
-PatchArgument = typer.Argument(metavar="PATCH", help="v3, name@v3, a file, sha256:HEX, or hf://org/repo@v3.")
+PatchArgument = typer.Argument(
+    metavar="PATCH", autocompletion=complete.patches, help="v3, name@v3, a file, sha256:HEX, or hf://org/repo@v3."
+)
 WhoseModel = Annotated[
     str | None,
-    typer.Option("--model", metavar="MODEL", help="The model whose v3 is meant, where several models have one."),
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        autocompletion=complete.models,
+        help="The model whose v3 is meant, where several models have one.",
+    ),
 ]
 
 
@@ -65,7 +73,9 @@ def diff(
 
 def hash_model(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="reference, a folder, or a Hub id.")] = "reference",
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", autocompletion=complete.models, help="reference, a folder, or a Hub id.")
+    ] = "reference",
     as_json: JsonOption = False,
 ) -> None:
     """Print the hash that names a model: the same however its checkpoint is sharded."""

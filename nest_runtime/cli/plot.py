@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_hash_of, examples
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output
 from nest_runtime.errors import UsageError
@@ -37,20 +38,26 @@ def plot(
     ctx: typer.Context,
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE…", help="Patches, sites files, results of eval --out, comparison.json."),
+        typer.Argument(
+            metavar="SOURCE…",
+            autocompletion=complete.patches,
+            help="Patches, sites files, results of eval --out, comparison.json.",
+        ),
     ],
     kind: Annotated[
         list[str] | None,
         typer.Option(
             "--kind",
             metavar="NAME",
+            autocompletion=complete.pictures,
             help="neurons, z, silhouette, norms, silhouette-by-k, clusters, families, tradeoff, parameters; repeat "
             "it. All by default.",
         ),
     ] = None,
     out_folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the pictures go.")] = Path("pictures"),
     formats: Annotated[
-        list[str] | None, typer.Option("--format", metavar="NAME", help="png or svg; both by default.")
+        list[str] | None,
+        typer.Option("--format", metavar="NAME", autocompletion=complete.formats, help="png or svg; both by default."),
     ] = None,
     harmful: Annotated[
         str | None,
@@ -58,7 +65,13 @@ def plot(
     ] = None,
     benign: Annotated[str | None, typer.Option("--benign", metavar="FILE", help="See --harmful.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="MODEL", help="Whose v3 is meant, and what prompts are run on.")
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            autocompletion=complete.models,
+            help="Whose v3 is meant, and what prompts are run on.",
+        ),
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",

@@ -9,11 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
+from nest_runtime.cli import complete
 from nest_runtime.cli.common import examples
 from nest_runtime.cli.output import JsonOption, Output, size
 from nest_runtime.errors import ModelError, UsageError
 
-app = typer.Typer(help="The built-in reference model: what it is, its prompts, how it is made.")
+app = typer.Typer(
+    help="The built-in reference model: what it is, its prompts, how it is made.",
+    epilog=examples("nest-runtime reference info", "nest-runtime reference prompts world"),
+)
 
 
 @app.command("info", epilog=examples("nest-runtime reference info"))
@@ -44,13 +48,22 @@ def info(ctx: typer.Context, as_json: JsonOption = False) -> None:
 
 @app.command(
     "prompts",
-    epilog=examples("nest-runtime reference prompts data", "nest-runtime train --harmful data/harmful.jsonl …"),
+    epilog=examples(
+        "nest-runtime reference prompts world",
+        "nest-runtime reference prompts weapons --category weapons",
+    ),
 )
 def prompts(
     ctx: typer.Context,
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write into; made where missing.")],
     category: Annotated[
-        list[str] | None, typer.Option("--category", metavar="NAME", help="Only these harm categories; repeat it.")
+        list[str] | None,
+        typer.Option(
+            "--category",
+            metavar="NAME",
+            autocompletion=complete.categories,
+            help="Only these harm categories; repeat it.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

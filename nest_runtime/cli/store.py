@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, short, size
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption
@@ -17,10 +18,15 @@ if TYPE_CHECKING:
 OnlyModel = Annotated[
     str | None,
     typer.Option(
-        "--model", metavar="MODEL", help="Whose patches: a model reference or sha256:HASH. All models' by default."
+        "--model",
+        metavar="MODEL",
+        autocompletion=complete.models,
+        help="Whose patches: a model reference or sha256:HASH. All models' by default.",
     ),
 ]
-Reference = Annotated[str, typer.Argument(metavar="PATCH", help="v3, name@v3, or sha256:HEX.")]
+Reference = Annotated[
+    str, typer.Argument(metavar="PATCH", autocompletion=complete.patches, help="v3, name@v3, or sha256:HEX.")
+]
 Why = Annotated[str, typer.Option("--why", metavar="TEXT", help="A reason, for the history.")]
 
 
@@ -118,7 +124,12 @@ def remove(
 def activate(
     ctx: typer.Context,
     patch: Annotated[
-        str, typer.Argument(metavar="PATCH", help="v3, name@v3, sha256:HEX, a file, or hf://org/repo@v3.")
+        str,
+        typer.Argument(
+            metavar="PATCH",
+            autocompletion=complete.patches,
+            help="v3, name@v3, sha256:HEX, a file, or hf://org/repo@v3.",
+        ),
     ],
     model: OnlyModel = None,
     trust: TrustOption = None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, short
 
@@ -19,11 +20,21 @@ if TYPE_CHECKING:
 PASSPHRASE = "NEST_KEY_PASSPHRASE"
 
 PatchOrFolder = Annotated[
-    str, typer.Argument(metavar="PATCH", help="A .safetensors file, a folder with patch.safetensors, v3 or name@v3.")
+    str,
+    typer.Argument(
+        metavar="PATCH",
+        autocompletion=complete.patches,
+        help="A .safetensors file, a folder with patch.safetensors, v3 or name@v3.",
+    ),
 ]
 WhoseModel = Annotated[
     str | None,
-    typer.Option("--model", metavar="MODEL", help="The model whose v3 is meant, where several models have one."),
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        autocompletion=complete.models,
+        help="The model whose v3 is meant, where several models have one.",
+    ),
 ]
 PrivateKey = Annotated[Path, typer.Option("--key", metavar="KEY", help="The private key; its owner's alone to read.")]
 TrustOption = Annotated[

@@ -1,0 +1,89 @@
+"""What the shell offers when Tab is pressed after an option or argument whose values have names.
+
+Nothing here loads torch, asks the Hub or raises: a completion that fails offers nothing, and the shell goes on to
+file names. Suites and methods are written out because their modules load torch; a test compares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+SUITES = ("reference", "plain", "jailbreak-seen", "jailbreak-held-out", "over-refusal", "utility")
+METHODS = (
+    *("base", "filter", "in-context", "full", "lora", "lora-ffn", "circuit-breaker"),
+    *("random-neurons", "random-loadings", "nest", "nest-loadings"),
+)
+JUDGES = (
+    ("reference", "the reference world's own"),
+    ("phrases", "phrases of refusals"),
+    ("hf:", "a classifier: hf:MODEL"),
+    ("openai:", "a model behind an API: openai:MODEL"),
+)
+Names = Iterable[str | tuple[str, str]]  # a name, or a name and what it is
+
+
+def offer(names: Callable[[], Names]) -> Callable[[str], list[tuple[str, str]]]:
+    """An ``autocompletion`` for typer: those of ``names()`` that begin with what was typed, with what they are."""
+
+    def complete(incomplete: str) -> list[tuple[str, str]]:
+        try:
+            pairs = [(name, "") if isinstance(name, str) else name for name in names()]
+        except Exception:  # a Tab key is no place for an error
+            return []
+        return [(name, what) for name, what in dict(pairs).items() if name.startswith(incomplete)]
+
+    return complete
+
+
+def _patches() -> Names:
+    from nest_runtime.registry.store import Store
+
+    entries = Store().list()
+    yield from ((entry.version, f"{entry.key} for {entry.base_model or entry.base_hash[:19]}") for entry in entries)
+    yield from ((entry.key, f"for {entry.base_model or entry.base_hash[:19]}") for entry in entries)
+
+
+def _models() -> Names:
+    yield "reference", "the built-in model"
+    yield from (f"./{path.parent.name}" for path in sorted(Path().glob("*/config.json")))
+
+
+def _attacks() -> Names:
+    from nest_runtime.evaluate.attacks import ATTACKS
+
+    return ["all", *ATTACKS]
+
+
+def _categories() -> Names:
+    from nest_runtime.reference.world import CATEGORIES
+
+    return CATEGORIES
+
+
+def _pictures() -> Names:
+    from nest_runtime.pictures.draw import KINDS
+
+    return KINDS.items()
+
+
+def _channels() -> Names:
+    from nest_runtime.registry.hub_news import USUAL_CHANNELS
+
+    return USUAL_CHANNELS
+
+
+def _methods(incomplete: str) -> list[tuple[str, str]]:
+    """The next name of a list with commas between."""
+    before, comma, last = incomplete.rpartition(",")
+    taken = before.split(",")
+    return [(before + comma + name, "") for name in METHODS if name.startswith(last) and name not in taken]
+
+
+patches, models, attacks = offer(_patches), offer(_models), offer(_attacks)
+categories, pictures, channels = offer(_categories), offer(_pictures), offer(_channels)
+suites, judges, methods = offer(lambda: SUITES), offer(lambda: JUDGES), _methods
+devices = offer(lambda: ("auto", "cpu", "cuda", "mps"))
+dtypes = offer(lambda: ("auto", "float32", "bfloat16", "float16"))
+formats = offer(lambda: ("png", "svg"))
+controls = offer(lambda: ("random",))
