@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from nest_runtime.registry.entries import Entry
 
 Message = dict[str, str]
 OnText = Callable[[str], None]
+OnAnswers = Callable[[list[int], list[str]], None]
 
 BASE = "base"
 
@@ -41,11 +45,13 @@ class Backend(Protocol):
         name: the model's.
         place: where it runs, for people.
         model_hash: the model's hash, where it is known.
+        can_switch: ``activate`` and ``rollback`` can be asked for.
     """
 
     name: str
     place: str
     model_hash: str | None
+    can_switch: bool
 
     def choices(self) -> list[Choice]:
         """What can answer, the base first where it may be asked."""
@@ -74,6 +80,35 @@ class Backend(Protocol):
         Raises:
             NestError: it cannot answer.
         """
+
+    def answer_all(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        choice: Choice,
+        *,
+        max_tokens: int,
+        on_answers: OnAnswers,
+    ) -> None:
+        """Answer many conversations under one patch; blocks until all are answered.
+
+        Args:
+            conversations: each ending with the user's turn.
+            choice: who is to answer.
+            max_tokens: of each answer.
+            on_answers: called with positions and answers as they come; what it raises ends the work.
+
+        Raises:
+            NestError: it cannot answer.
+        """
+
+    def active(self) -> str | None:
+        """Digest of the patch that is active for everybody, where there is one and it may be known."""
+
+    def activate(self, entry: Entry) -> str:
+        """Make a stored patch the active one; gives a sentence about it. Raises NestError."""
+
+    def rollback(self) -> str:
+        """Go back to the patch that was active before; gives a sentence about it. Raises NestError."""
 
 
 def find(choices: Sequence[Choice], label: str | None) -> Choice | None:

@@ -7,13 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.demo.backend import BASE, Answered, Choice, Message, OnText
+from nest_runtime.demo.backend import BASE, Answered, Choice, Message, OnAnswers, OnText
 from nest_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from nest_runtime.models import LoadedModel
     from nest_runtime.patch import Patch
+    from nest_runtime.registry.entries import Entry
     from nest_runtime.registry.store import Store
+
+
+WHY = "from the demo"
+BATCH = 16  # answers between two looks at how far it is
 
 
 class LocalBackend:
@@ -30,8 +35,10 @@ class LocalBackend:
         from nest_runtime.runtime import PatchRuntime
 
         self.loaded, self.store = loaded, store
-        self.name, self.model_hash = loaded.name, loaded.hash
+        self.name = loaded.name
+        self.model_hash: str | None = loaded.hash
         self.place = f"in this process, on {loaded.device}"
+        self.can_switch = True
         self.runtime = PatchRuntime(loaded.model, base_hash=loaded.hash)
         self._guard = guard_for(store)
         self._gate = Gate()
@@ -39,11 +46,19 @@ class LocalBackend:
         self._lock = threading.Lock()
         self._own = {first.digest: first} if first is not None else {}
 
+    def entries(self) -> list[Entry]:
+        """The store's patches for the model, and the one that was named, by name and serial."""
+        from nest_runtime.patchfile import to_bytes
+        from nest_runtime.registry.entries import entry_of
+
+        entries = self.store.list(self.loaded.hash)
+        known = {entry.digest for entry in entries}
+        entries += [entry_of(patch, len(to_bytes(patch))) for digest, patch in self._own.items() if digest not in known]
+        return sorted(entries, key=lambda entry: (entry.name, entry.serial, entry.version))
+
     def choices(self) -> list[Choice]:
         """The base, the store's patches for the model, and the one that was named, by serial."""
-        entries: list[Any] = self.store.list(self.loaded.hash)
-        entries += [patch for digest, patch in self._own.items() if digest not in {e.digest for e in entries}]
-        entries.sort(key=lambda entry: (entry.name, entry.serial, entry.version))
+        entries = self.entries()
         versions = [entry.version for entry in entries]
         named = [
             Choice(e.version if versions.count(e.version) == 1 else f"{e.name}@{e.version}", e.digest) for e in entries
@@ -97,6 +112,52 @@ class LocalBackend:
                 stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped()]),
             )
         return Answered(choice.label, choice.digest, int(output.shape[1]) - len(rows))
+
+    def answer_all(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        choice: Choice,
+        *,
+        max_tokens: int,
+        on_answers: OnAnswers,
+    ) -> None:
+        """Greedy answers in padded batches. See Backend."""
+        from nest_runtime.generate import generate_answers
+
+        with self.using(choice.digest):
+            generate_answers(
+                self.loaded.model,
+                self.loaded.tokenizer,
+                conversations,
+                max_new_tokens=max_tokens,
+                batch_size=BATCH,
+                on_batch=on_answers,
+            )
+
+    def active(self) -> str | None:
+        """The store's active patch of the model."""
+        return next((entry.digest for entry in self.store.list(self.model_hash) if entry.active), None)
+
+    def activate(self, entry: Entry) -> str:
+        """Make a patch the store's active one, after the trust policy's checks. Raises what they raise."""
+        patch = self.store.get(entry.digest)
+        verified = None if self._guard is None else self._guard.check(patch)
+        done = self.store.activate(entry.digest, model_hash=self.model_hash, why=WHY)
+        if self._guard is not None and verified is not None:
+            self._guard.accept(patch, verified, why=WHY)
+        return f"active: {done.key} ({done.digest[:19]})"
+
+    def rollback(self) -> str:
+        """Go back in the store, after the trust policy's checks; a lower serial is what is asked for."""
+        target = self.store.previous(self.model_hash)
+        if self._guard is not None and target is not None:
+            patch = self.store.get(target.digest)
+            verified = self._guard.check(patch, allow_downgrade=True)
+            done = self.store.rollback(self.model_hash, why=WHY)
+            self._guard.accept(patch, verified, why=WHY)
+        else:
+            done = self.store.rollback(self.model_hash, why=WHY)
+        return f"active: {done.key} ({done.digest[:19]})"
 
     @contextmanager
     def using(self, digest: str | None) -> Iterator[None]:

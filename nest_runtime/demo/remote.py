@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import TYPE_CHECKING, Any
 
-from nest_runtime.demo.backend import BASE, Answered, Choice, Message, OnText
+from nest_runtime.demo.backend import BASE, Answered, Choice, Message, OnAnswers, OnText
 from nest_runtime.errors import EngineError, NestError
+
+if TYPE_CHECKING:
+    from nest_runtime.registry.entries import Entry
 
 TIMEOUT = 60.0  # seconds without a byte
 ACTIVE = "the server's own"
+AT_ONCE = 8  # requests in flight, of many that are to be answered
 
 
 class RemoteBackend:
@@ -19,18 +24,21 @@ class RemoteBackend:
     Args:
         url: where it listens, without ``/v1``.
         api_key: for servers that ask for one.
+        admin_token: for switching patches on servers whose admin API is on.
 
     Raises:
         EngineError: it cannot be reached, or is no such server.
     """
 
-    def __init__(self, url: str, api_key: str = "") -> None:
+    def __init__(self, url: str, api_key: str = "", admin_token: str = "") -> None:
         import httpx2
 
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.url = url.rstrip("/").removesuffix("/v1")
         self.place = f"at {self.url}"
         self.model_hash: str | None = None
+        self.can_switch = bool(admin_token)
+        self._admin = {"Authorization": f"Bearer {admin_token}"}
         self._client = httpx2.Client(base_url=self.url, headers=headers, timeout=TIMEOUT)
         names = self._names()
         self.name = next((name for name in names if "@" not in name), names[0] if names else "")
@@ -84,6 +92,52 @@ class RemoteBackend:
             digest = response.headers.get("x-nest-patch-digest")
         return Answered(label, digest or None, tokens)
 
+    def answer_all(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        choice: Choice,
+        *,
+        max_tokens: int,
+        on_answers: OnAnswers,
+    ) -> None:
+        """Several requests at a time. See Backend."""
+
+        def one(messages: Sequence[Message]) -> str:
+            parts: list[str] = []
+            self.answer(messages, choice, max_tokens=max_tokens, on_text=parts.append, stopped=lambda: False)
+            return "".join(parts).strip()
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            futures: dict[Future[str], int] = {pool.submit(one, item): n for n, item in enumerate(conversations)}
+            try:
+                for future in as_completed(futures):
+                    on_answers([futures[future]], [future.result()])
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def active(self) -> str | None:
+        """What the server says is active, where the admin token opens its admin API; else unknown."""
+        if not self.can_switch:
+            return None
+        return str(self._ask_admin("GET", "/v1/patches").get("digest") or "") or None
+
+    def activate(self, entry: Entry) -> str:
+        """Have the server load and activate a patch of its store."""
+        return _switched(self._ask_admin("POST", "/v1/patches/activate", {"patch": entry.digest}))
+
+    def rollback(self) -> str:
+        """Have the server return to the patch before."""
+        return _switched(self._ask_admin("POST", "/v1/patches/rollback", {}))
+
+    def _ask_admin(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        with self._errors():
+            response = self._client.request(method, path, json=body, headers=self._admin)
+        if response.status_code != 200:
+            raise _refused(response)
+        answer: dict[str, Any] = response.json()
+        return answer
+
     def _names(self) -> list[str]:
         with self._errors():
             response = self._client.get("/v1/models")
@@ -115,6 +169,10 @@ class _Errors:
                 f"{self.url} cannot be reached: {error or type(error).__name__}",
                 "is the server running? start it with `nest-runtime serve`",
             ) from error
+
+
+def _switched(answer: dict[str, Any]) -> str:
+    return f"active on the server: {answer.get('active')} ({str(answer.get('digest'))[:19]})"
 
 
 def _refused(response: Any) -> NestError:

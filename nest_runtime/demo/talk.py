@@ -118,20 +118,52 @@ def ask(
     alike = sides[0] == sides[1] and histories[0] == histories[1]
     if alike:
         turn.replies[1] = turn.replies[0]
+    todo = [0] if alike else [0, 1]
+    yield from _run(talk, turn, {side: sides[side] for side in todo}, histories, backend, is_refusal, max_tokens)
+
+
+def redo(
+    talk: Talk,
+    choice: Choice,
+    backend: Backend,
+    is_refusal: Callable[[str], bool],
+    *,
+    max_tokens: int,
+) -> Iterator[None]:
+    """Answer the last question again on the right, under another patch; the left answer stays. Yields as ``ask``."""
+    if not talk.turns or talk.turns[-1].scripted:
+        return
+    turn = talk.turns[-1]
+    turn.replies = [turn.replies[0], Reply(choice.label, choice.digest)]
+    histories = [talk.messages(side, len(talk.turns) - 1) for side in (0, 1)]
+    yield from _run(talk, turn, {1: choice}, histories, backend, is_refusal, max_tokens)
+
+
+def _run(
+    talk: Talk,
+    turn: Turn,
+    sides: dict[int, Choice],
+    histories: Sequence[list[Message]],
+    backend: Backend,
+    is_refusal: Callable[[str], bool],
+    max_tokens: int,
+) -> Iterator[None]:
+    """Write the answers of some sides of a turn, each in its own thread."""
     talk.busy, talk.stopping = True, False
     news = threading.Event()
     threads = [
         threading.Thread(
             target=_answer,
-            args=(talk, turn.replies[side], [*histories[side], {"role": "user", "content": prompt}]),
-            kwargs={"choice": sides[side], "backend": backend, "max_tokens": max_tokens, "news": news},
+            args=(talk, turn.replies[side], [*histories[side], {"role": "user", "content": turn.prompt}]),
+            kwargs={"choice": choice, "backend": backend, "max_tokens": max_tokens, "news": news},
             daemon=True,
         )
-        for side in ((0,) if alike else (0, 1))
+        for side, choice in sides.items()
     ]
     try:
         for thread in threads:
             thread.start()
+        yield  # the question stands there at once
         while any(thread.is_alive() for thread in threads):
             news.wait(TICK)
             if news.is_set():

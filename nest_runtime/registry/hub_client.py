@@ -12,6 +12,8 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,9 +43,22 @@ __all__ = ["DEFAULT_TIMEOUT", "HubRemote", "is_offline", "make_api", "within"]
 DEFAULT_TIMEOUT = 120.0  # seconds for one step
 ATTEMPTS = 4
 MAIN = "main"
+
 _SENT = "it may have arrived all the same: the same command again finds out; --timeout allows more time"
 _SHA = re.compile(r"[0-9a-f]{40}")
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Session:
+    """Who asks, and who is told of each step, where that is not this process's user; see ``hub_session``."""
+
+    token: str | None = None
+    on_step: Callable[[str], None] = lambda step: None
+
+
+_ALONE = Session()
+_session: ContextVar[Session] = ContextVar("nest_runtime_hub_session", default=_ALONE)
 
 
 class HubRemote:
@@ -60,6 +75,7 @@ class HubRemote:
         self.timeout = timeout
         self._api = api or make_api()
         self._patience = Patience()
+        self._on_step = _session.get().on_step
 
     def refs(self) -> Refs:
         """The commit of main, and of every tag; one request. Raises HubError."""
@@ -171,6 +187,7 @@ class HubRemote:
         """Do one step, and again after errors that ``again`` lets pass, within the time allowed. Raises NestError."""
         from tenacity import Retrying, retry_if_exception, stop_after_attempt
 
+        self._on_step(doing)
         until, last = time.monotonic() + self.timeout, ""
 
         def passes(error: BaseException) -> bool:
@@ -201,8 +218,26 @@ def make_api() -> HfApi:
     from huggingface_hub import HfApi
 
     return HfApi(
-        endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="nest-runtime", library_version=__version__
+        endpoint=os.environ.get("HF_ENDPOINT") or None,
+        token=_session.get().token,
+        library_name="nest-runtime",
+        library_version=__version__,
     )
+
+
+@contextlib.contextmanager
+def hub_session(token: str | None = None, on_step: Callable[[str], None] = lambda step: None) -> Iterator[None]:
+    """Connections made in this context use a token of their own, and say what they are doing.
+
+    Args:
+        token: instead of the one of this process's user; None leaves that.
+        on_step: called with each step's name, before it.
+    """
+    reset = _session.set(Session(token or None, on_step))
+    try:
+        yield
+    finally:
+        _session.reset(reset)
 
 
 def is_offline() -> bool:

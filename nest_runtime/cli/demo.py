@@ -1,0 +1,111 @@
+"""The command demo: a page in the browser that shows what a patch does and where it acts (demo/)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nest_runtime.cli.common import examples
+from nest_runtime.cli.output import DeviceOption, DtypeOption, ModelOption, Output
+from nest_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from nest_runtime.demo.desk import Desk
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(
+        "demo",
+        rich_help_panel="Run",
+        epilog=examples(
+            "nest-runtime demo",
+            "nest-runtime demo --model ./my-model --patch my.safetensors",
+            "nest-runtime demo --url http://127.0.0.1:8000",
+            "nest-runtime demo --admin",
+        ),
+    )(demo)
+
+
+def demo(
+    ctx: typer.Context,
+    model: ModelOption = "reference",
+    patch: Annotated[
+        str | None,
+        typer.Option("--patch", metavar="PATCH", help="The patch to show first; the active one, else the newest."),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option("--url", metavar="URL", help="Ask a running `nest-runtime serve`; load no model.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", metavar="FILE", help="With --url: the server's API key.")
+    ] = None,
+    admin: Annotated[
+        bool, typer.Option("--admin", help="With buttons that activate, roll back, push and pull.")
+    ] = False,
+    admin_token_file: Annotated[
+        Path | None,
+        typer.Option("--admin-token-file", metavar="FILE", help="With --url and --admin: the server's admin token."),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", metavar="HOST", help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0 takes a free one.")] = 7860,
+    login_file: Annotated[
+        Path | None, typer.Option("--login-file", metavar="FILE", help="Logins, user:password, one a line.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", min=1, help="Longest answer, in tokens.")
+    ] = 128,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print events on stdout, one JSON line each.")] = False,
+) -> None:
+    """Show in the browser what a patch does and where it acts: chat, patches, neurons, evidence.
+
+    It listens on this machine only unless --host says otherwise, and loads nothing from elsewhere. Ctrl-C ends it.
+    """
+    out = Output.of(ctx, as_json)
+    _check(url, patch, admin, api_key_file, admin_token_file)
+    from nest_runtime.demo.server import Listen, bind, read_logins, serve
+    from nest_runtime.demo.start import Source, open_desk, require_gradio
+
+    require_gradio()
+    listen = Listen(host, port, read_logins(login_file) if login_file is not None else {})
+    if not listen.loopback and not listen.logins:
+        if admin:
+            raise UsageError(
+                f"--admin on {host} without a login would let anybody switch patches", "give --login-file as well"
+            )
+        out.note(f"warning: anybody who reaches {host} may use the demo (see --login-file)")
+    source = Source(model, patch, url, api_key_file, admin_token_file, device, dtype, trust_remote_code)
+    from nest_runtime.cli.hub import quiet_client
+
+    quiet_client(ctx)
+    with bind(listen) as taken:
+        desk = open_desk(source, admin=admin, max_tokens=max_tokens)
+        serve(desk, listen, taken, lambda place: _ready(out, desk, place))
+
+
+def _check(url: str | None, patch: str | None, admin: bool, key: Path | None, token: Path | None) -> None:
+    """Refuse options that do not go together. Raises UsageError."""
+    if url is not None and patch is not None:
+        raise UsageError("--url and --patch exclude each other", "the server knows its patches; choose one in the page")
+    for name, value in (("--api-key-file", key), ("--admin-token-file", token)):
+        if value is not None and url is None:
+            raise UsageError(f"{name} is for servers, and no --url is given", "give --url, or leave it out")
+    if token is not None and not admin:
+        raise UsageError("--admin-token-file is given without --admin", "give both, or neither")
+
+
+def _ready(out: Output, desk: Desk, url: str) -> None:
+    first = desk.backend.preferred()
+    event: dict[str, Any] = {"event": "ready", "url": url, "model": desk.backend.name, "admin": desk.admin}
+    event |= {"patch": first.label if first else "base", "digest": first.digest if first else None}
+    if out.json:
+        out.event(event)
+    else:
+        out.line(f"{url}  shows {desk.backend.name} {desk.backend.place}  (Ctrl-C ends it)")

@@ -1,0 +1,110 @@
+"""The page: four tabs, put together, and the lists of patches that they share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from nest_runtime.demo import chat, evidence, markup, neurons, patches
+from nest_runtime.demo.backend import BASE
+from nest_runtime.demo.desk import Desk
+
+CSS = Path(__file__).with_name("style.css")
+_FONT = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
+_MONO = ("ui-monospace", "Cascadia Mono", "Menlo", "DejaVu Sans Mono", "monospace")
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's plain theme with the system's fonts and a blue that is legible on light and dark."""
+    made = gr.themes.Default(primary_hue="blue", secondary_hue="blue", neutral_hue="slate", font=_FONT, font_mono=_MONO)
+    return made.set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+        button_cancel_background_fill="#b3261e",
+        button_cancel_background_fill_hover="#8c1d18",
+        button_cancel_background_fill_dark="#b3261e",
+        button_cancel_background_fill_hover_dark="#8c1d18",
+        button_cancel_text_color="white",
+        button_cancel_text_color_dark="white",
+        block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_700",
+        block_info_text_color="*neutral_600",
+        block_label_text_color_dark="*neutral_200",
+        block_title_text_color_dark="*neutral_200",
+        block_info_text_color_dark="*neutral_300",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+    )
+
+
+def build(desk: Desk) -> gr.Blocks:
+    """The whole page over a backend. Starts nothing."""
+    with gr.Blocks(title=f"nest-runtime: {desk.backend.name}", analytics_enabled=False) as page:
+        gr.HTML(markup.title(desk.backend.name, desk.backend.place), padding=False)
+        with gr.Tabs():
+            with gr.Tab("Chat", id="chat"):
+                talking = chat.build(desk)
+            with gr.Tab("Patches", id="patches", render_children=True) as second:
+                shipped = patches.build(desk)
+            with gr.Tab("Neurons", id="neurons", render_children=True):
+                where, _ = neurons.build(desk, talking.talk)
+            with gr.Tab("Evidence", id="evidence", render_children=True):
+                measured = evidence.build(desk)
+        admin = [shipped.admin.which] if shipped.admin is not None else []
+        by_digest = [where, shipped.old, shipped.new, *admin]
+        lists = [shipped.listing, talking.picker, measured, *by_digest]
+        _Lists(desk, len(by_digest)).connect(page, second, shipped, lists)
+    page.queue(api_open=False, default_concurrency_limit=4)
+    return page
+
+
+class _Lists:
+    """The contents of every list of patches, in the order of the page's ``lists``."""
+
+    def __init__(self, desk: Desk, by_digest: int) -> None:
+        self.desk, self.by_digest = desk, by_digest
+
+    def connect(self, page: gr.Blocks, tab: gr.Tab, parts: patches.PatchesParts, lists: list[Any]) -> None:
+        """Fill the lists when the page is loaded, and again when patches may have changed."""
+        page.load(self.first, None, lists, show_progress="hidden")
+        tab.select(self.again, None, lists, show_progress="hidden")
+        if parts.admin is not None:
+            patches.connect(self.desk, parts.admin, self.again, lists)
+
+    def again(self) -> list[Any]:
+        """The contents; what is chosen stays chosen."""
+        answering = [(_title(choice.label, choice.digest), choice.label) for choice in self.desk.backend.choices()]
+        named = self.desk.names()
+        patched = [item for item in answering if item[1] != BASE]
+        return [
+            patches.listing_html(self.desk),
+            gr.update(choices=answering),
+            gr.update(choices=patched),
+            *[gr.update(choices=named) for _ in range(self.by_digest)],
+        ]
+
+    def first(self) -> list[Any]:
+        """The contents, and what is chosen at first: the preferred patch, and the one that it was made from."""
+        found, preferred = self.again(), self.desk.backend.preferred()
+        newest = self.desk.newest()
+        entries = self.desk.entries()
+        parent = next((e.parent for e in entries if e.digest == newest), None)
+        older = parent if parent in {e.digest for e in entries} else next((e.digest for e in entries), None)
+        chosen = [newest, older, newest, newest][: self.by_digest]
+        for update in found[1:3]:
+            update["value"] = preferred.label if preferred is not None else None
+        if preferred is None:
+            found[1]["value"] = BASE
+        for update, digest in zip(found[3:], chosen, strict=True):
+            update["value"] = digest
+        return found
+
+
+def _title(label: str, digest: str | None) -> str:
+    if label == BASE:
+        return "base (no patch)"
+    return f"{label}  ({digest[:15]}…)" if digest else label

@@ -1,0 +1,124 @@
+"""The tab Evidence: a quick evaluation whose bars move, and the comparison with other methods that was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from nest_runtime.demo import figures, markup
+from nest_runtime.demo.backend import BASE, Choice
+from nest_runtime.demo.desk import Desk
+from nest_runtime.demo.measure import MEASURES, SEED, Standing, is_reference, judge_for, measure, quick_cases
+from nest_runtime.demo.work import Job
+from nest_runtime.errors import NestError
+
+PLOTS = (
+    ("tradeoff", "Attack success against over-refusal and utility, by method"),
+    ("parameters", "Attack success by number of trainable parameters"),
+    ("families", "Attack success by jailbreak family and method"),
+)
+
+
+def build(desk: Desk) -> gr.Dropdown:
+    """Lay the tab out and connect it; gives the list of patches, which the page fills."""
+    gr.HTML(markup.wrap("<h2>Quick evaluation</h2>", markup.note(_about(desk))), padding=False)
+    with gr.Row(equal_height=True):
+        picker = gr.Dropdown(label="Patch", interactive=True, filterable=False, elem_id="eval-patch", scale=2)
+        count = gr.Slider(5, 100, value=20, step=5, label="Prompts of each suite", elem_id="eval-count", scale=2)
+        run = gr.Button("Run", variant="primary", elem_id="eval-run", elem_classes="nr-go", size="md", min_width=80)
+        halt = gr.Button("Stop", elem_id="eval-stop", elem_classes="nr-go", size="md", min_width=80)
+    shown = gr.HTML(elem_id="eval", padding=False)
+
+    def clicked(label: str | None, number: float) -> Iterator[str]:
+        yield from evaluation(desk, label, int(number))
+
+    running = run.click(clicked, [picker, count], shown, show_progress="hidden", concurrency_limit=2)
+    halt.click(None, cancels=[running])
+    gr.HTML(comparison_html(), elem_id="comparison", padding=False)
+    return picker
+
+
+def _about(desk: Desk) -> str:
+    judge = "by the reference world's own rules" if is_reference(desk.backend) else "by refusal phrases"
+    rest = "" if is_reference(desk.backend) else " The prompts are the reference world's; utility is not measured."
+    return (
+        f"Test prompts drawn with seed {SEED}, answered by the base and by the patch, judged {judge}. "
+        f"Few prompts mean wide intervals: `nest-runtime eval` runs all of them.{rest}"
+    )
+
+
+def evaluation(desk: Desk, label: str | None, count: int) -> Iterator[str]:
+    """Run a quick evaluation; yields the bars as they stand."""
+    try:
+        sides = desk.sides(label, True)
+        cases = quick_cases(desk.backend, count)
+        job: Job[Standing] = Job()
+        yield markup.wrap(markup.progress("answers", 0, 2 * len(cases)))
+        for standing in job.run(lambda job: measure(job, desk.backend, sides, cases)):
+            if standing is not None:
+                yield standing_html(standing, sides, judge_for(desk.backend).name)
+    except NestError as error:
+        yield markup.wrap(markup.alert(error))
+
+
+def standing_html(standing: Standing, sides: tuple[Choice, Choice], judge: str) -> str:
+    """Progress, and a bar for each measure and side."""
+    names = [BASE if side.label == BASE else side.label for side in sides]
+    there = {(row.suite, row.measure) for rows in standing.records for row in rows}
+    groups = [
+        (title, [(name, standing.rate(side, suite, measured)) for side, name in enumerate(names)])
+        for suite, measured, title in MEASURES
+        if (suite, measured) in there
+    ]
+    done = standing.done == standing.total
+    label = f"finished, judge {judge}; answers" if done else "answers"
+    return markup.wrap(markup.progress(label, standing.done, standing.total), markup.bars(groups))
+
+
+def comparison_folder() -> Path | None:
+    """Where the measured comparison lies: in an installed wheel, or in a checkout; None where it is missing."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "_results" / "compare", package.parent / "docs" / "results" / "compare"):
+        if (folder / "comparison.json").is_file():
+            return folder
+    return None
+
+
+def comparison_html(folder: Path | None = None) -> str:
+    """The comparison's table and plots."""
+    folder = folder or comparison_folder()
+    head = "<h2>Beside what else one would try</h2>"
+    if folder is None:
+        words = "The measured comparison is not part of this installation; `nest-runtime compare` makes one."
+        return markup.wrap(head, markup.note(words))
+    data = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    made = f"Reference model, {len(data['seeds'])} seeds, judge {data['judge']}, {data['created'][:10]}; not run now."
+    columns = ("method", "trained numbers", "jailbreak ASR", "95 % interval", "garbled", "over-refusal", "utility")
+    rows = [_row(row) for row in data["rows"]]
+    marked = [n for n, row in enumerate(data["rows"]) if row["method"].startswith("nest") or "@" in row["method"]]
+    table = markup.table(columns, rows, caption="Every method on the same prompts", numbers=columns[1:], marked=marked)
+    there = [(folder / f"{name}.png", words) for name, words in PLOTS if (folder / f"{name}.png").is_file()]
+    plots = "".join(_plot(path, words) for path, words in there)
+    return markup.wrap(head, markup.note(made), table, plots)
+
+
+def _plot(path: Path, words: str) -> str:
+    image = figures.picture(path.read_bytes(), words)
+    return f"<figure><figcaption>{markup.text(words)}</figcaption>{image}</figure>"
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    low, high = row["ci95"]
+    return [
+        markup.text(row["title"]),
+        f"{row['trainable']:,}",
+        markup.percent(row["asr"]),
+        f"{100 * low:.1f} to {100 * high:.1f} %",
+        markup.percent(row["other"]),
+        markup.percent(row["over_refusal"]),
+        markup.percent(row["utility"]),
+    ]

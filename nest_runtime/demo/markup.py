@@ -1,0 +1,211 @@
+"""The demo's HTML. Everything that comes from models, patches and users is escaped; nothing is loaded from elsewhere.
+
+Meaning never hangs on color alone: badges have words, bars have figures, tables have headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from nest_runtime.demo.backend import BASE
+
+if TYPE_CHECKING:
+    from nest_runtime.demo.talk import Reply, Talk, Turn
+    from nest_runtime.errors import NestError
+    from nest_runtime.evaluate.stats import Rate
+
+SHORT = 19  # characters of a digest: commands accept as many
+
+
+def text(value: object) -> str:
+    """Text as HTML. Braces and dollars are written as entities, so that no template engine reads them."""
+    return escape(str(value)).replace("$", "&#36;").replace("{", "&#123;").replace("}", "&#125;")
+
+
+def wrap(*parts: str) -> str:
+    """Parts within the element that the style sheet's rules begin with."""
+    return f'<div class="nr">{"".join(parts)}</div>'
+
+
+def note(words: str) -> str:
+    """A remark."""
+    return f'<p class="nr-note">{text(words)}</p>'
+
+
+def alert(error: NestError | Exception) -> str:
+    """An error, in the words of the command line."""
+    message = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
+    hint = getattr(error, "hint", "") or "look at the terminal that the demo runs in"
+    return (
+        f'<div class="nr-alert" role="alert"><p><b>error:</b> {text(message)}</p><p><b>hint:</b> {text(hint)}</p></div>'
+    )
+
+
+def good(words: str) -> str:
+    """Something that was done."""
+    return f'<div class="nr-good" role="status">{text(words)}</div>'
+
+
+def code(digest: str | None, length: int = SHORT) -> str:
+    """A digest, shortened; the whole of it as its title."""
+    return f'<code title="{text(digest)}">{text(digest[:length])}</code>' if digest else ""
+
+
+def badge(refused: bool | None) -> str:
+    """What an answer was, in a word."""
+    if refused is None:
+        return ""
+    return (
+        '<span class="nr-badge nr-refused">⊘ refused</span>'
+        if refused
+        else '<span class="nr-badge nr-answered">answered</span>'
+    )
+
+
+def title(model: str, place: str) -> str:
+    """The head of the page."""
+    return wrap(
+        f'<div class="nr-title"><h1>nest-runtime</h1><span>what a safety patch does to <b>{text(model)}</b>, '
+        f"{text(place)}</span></div>"
+    )
+
+
+def conversation(talk: Talk) -> str:
+    """A conversation with both sides."""
+    turns = "".join(_turn(turn) for turn in talk.turns)
+    empty = note("No messages yet. Send a prompt: the bare model answers on the left, the patched one on the right.")
+    busy = "true" if talk.busy else "false"
+    return wrap(
+        f'<div role="log" aria-label="Conversation" aria-live="polite" aria-busy="{busy}">{turns or empty}</div>'
+    )
+
+
+def _turn(turn: Turn) -> str:
+    prompt = f'<div class="nr-prompt">{text(turn.prompt)}</div>'
+    if turn.scripted:
+        head = '<header>Written before <span class="nr-badge nr-plain">part of the example</span></header>'
+        said = f'<div class="nr-text">{text(turn.replies[0].text)}</div>'
+        return f'<div class="nr-turn">{prompt}<article class="nr-reply">{head}{said}</article></div>'
+    sides = "".join(_reply(reply) for reply in turn.replies)
+    return f'<div class="nr-turn">{prompt}<div class="nr-sides">{sides}</div></div>'
+
+
+def _reply(reply: Reply) -> str:
+    bare = reply.label == BASE
+    name = "Base, no patch" if bare else f"Patch {reply.label}"
+    body = alert_of(reply) if reply.state == "failed" else ""
+    cursor = " nr-cursor" if reply.state == "running" else ""
+    words = (
+        ""
+        if reply.state == "failed" and not reply.text
+        else f'<div class="nr-text{cursor}">{text(reply.text.strip())}</div>'
+    )
+    facts = []
+    if reply.digest:
+        facts.append(f"<span>patch digest {code(reply.digest)}</span>")
+    if reply.state == "done":
+        facts.append(f"<span>{reply.tokens} tokens</span>")
+    if reply.speed is not None:
+        facts.append(f"<span>{reply.speed:.1f} tokens/s</span>")
+    if reply.state == "stopped":
+        facts.append("<span>stopped</span>")
+    kind = "" if bare else " nr-patched"
+    return (
+        f'<article class="nr-reply{kind}" data-label="{text(reply.label)}" data-state="{reply.state}" '
+        f'aria-label="Answer of {text(name)}"><header>{text(name)} {badge(reply.refused)}</header>{words}{body}'
+        f"<footer>{''.join(facts)}</footer></article>"
+    )
+
+
+def alert_of(reply: Reply) -> str:
+    """The error of a failed answer."""
+    from nest_runtime.errors import NestError
+
+    return alert(NestError(reply.error, reply.hint))
+
+
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    caption: str = "",
+    numbers: Sequence[str] = (),
+    marked: Sequence[int] = (),
+    css: str = "",
+) -> str:
+    """A table that scrolls by itself where the screen is narrow.
+
+    Args:
+        columns: titles, plain text.
+        rows: cells, which are HTML already; the first of a row is its header.
+        caption: plain text.
+        numbers: titles of columns that align right.
+        marked: rows that stand out.
+        css: a class of the table.
+    """
+    kinds = [' class="nr-n"' if name in numbers else "" for name in columns]
+    head = "".join(f'<th scope="col"{kind}>{text(name)}</th>' for name, kind in zip(columns, kinds, strict=True))
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [f'<th scope="row"{kinds[0]}>{row[0]}</th>']
+        cells += [f"<td{kind}>{cell}</td>" for cell, kind in zip(row[1:], kinds[1:], strict=True)]
+        lines.append(
+            f"<tr{' class=' + chr(34) + 'nr-mark' + chr(34) if number in marked else ''}>{''.join(cells)}</tr>"
+        )
+    about = f"<caption>{text(caption)}</caption>" if caption else ""
+    return (
+        f'<div class="nr-scroll" tabindex="0" role="region" aria-label="{text(caption or columns[0])}">'
+        f'<table class="{css}">{about}<thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
+
+
+def progress(label: str, done: int, total: int) -> str:
+    """A progress bar with its figures; without a total it only says that something goes on."""
+    if total <= 0:
+        return f'<label class="nr-note" role="status">{text(label)}<progress></progress></label>'
+    return (
+        f'<label class="nr-note">{text(label)}: {done} of {total}'
+        f'<progress max="{total}" value="{done}"></progress></label>'
+    )
+
+
+def bars(groups: Sequence[tuple[str, Sequence[tuple[str, Rate]]]]) -> str:
+    """Rates as bars with 95 % intervals.
+
+    Args:
+        groups: a title, and the rate of each subject by its label; the base is gray.
+    """
+    parts = []
+    for heading, rows in groups:
+        parts.append(f"<h3>{text(heading)}</h3>")
+        parts += [_bar(label, rate) for label, rate in rows]
+    return f'<div class="nr-bars">{"".join(parts)}</div>'
+
+
+def _bar(label: str, rate: Rate) -> str:
+    value, (low, high) = rate.value, rate.ci95
+    shown = (
+        "no answers yet" if value is None else f"{100 * value:.1f} % [{100 * low:.0f}, {100 * high:.0f}], n = {rate.n}"
+    )
+    whisker = "" if value is None else f'<u style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></u>'
+    kind = "" if label == BASE else " nr-patched"
+    return (
+        f'<div class="nr-row"><div>{text(label)}</div><div><div class="nr-bar{kind}" role="img" '
+        f'aria-label="{text(label)}: {shown}"><i style="width:{100 * (value or 0.0):.2f}%"></i>{whisker}</div>'
+        f'<span class="nr-value">{shown}</span></div></div>'
+    )
+
+
+def percent(value: float | None) -> str:
+    """A share for people."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested JSON as one level with dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found

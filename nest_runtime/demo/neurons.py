@@ -1,0 +1,118 @@
+"""The tab Neurons: where a patch acts, and what its neurons do on a prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from nest_runtime.demo import figures, markup
+from nest_runtime.demo.backend import Message
+from nest_runtime.demo.desk import Desk
+from nest_runtime.demo.talk import Talk
+from nest_runtime.errors import NestError, UsageError
+
+ALL = "all, by cluster"
+
+
+def build(desk: Desk, talk: gr.State) -> tuple[gr.Dropdown, gr.HTML]:
+    """Lay the tab out and connect it; gives the list of patches, and the map, which the page fills.
+
+    Args:
+        desk: the demo.
+        talk: the chat's conversation.
+    """
+    which = gr.Dropdown(label="Patch", interactive=True, filterable=False, elem_id="neurons-patch")
+    shown = gr.HTML(elem_id="neuron-map", padding=False)
+    gr.HTML(markup.wrap("<h2>Activation on the last prompt, token by token</h2>"), padding=False)
+    if desk.local is None:
+        words = "Activations need the model in this process: start the demo without --url to see them."
+        gr.HTML(markup.wrap(markup.note(words)), padding=False)
+    else:
+        with gr.Row(equal_height=True):
+            site = gr.Dropdown([ALL], value=ALL, label="Rows", interactive=True, filterable=False, elem_id="site")
+            own = gr.Textbox(
+                label="Prompt", placeholder="empty: the last one of the chat", elem_id="probe-prompt", scale=2
+            )
+            look = gr.Button(
+                "Show activations", variant="primary", elem_id="probe", elem_classes="nr-go", size="md", min_width=120
+            )
+        heat = gr.HTML(elem_id="activations", padding=False)
+        tab = Neurons(desk)
+        look.click(tab.activations, [which, site, own, talk], heat, show_progress="minimal", concurrency_limit=2)
+        site.input(tab.activations, [which, site, own, talk], heat, show_progress="minimal", concurrency_limit=2)
+        which.change(tab.sites, which, site, show_progress="hidden")
+    gr.HTML(markup.wrap("<h2>Statistics</h2>"), padding=False)
+    statistics = gr.HTML(elem_id="statistics", padding=False)
+    which.change(lambda digest: map_html(desk, digest), which, shown, show_progress="hidden")
+    which.change(lambda digest: statistics_html(desk, digest), which, statistics, show_progress="hidden")
+    return which, shown
+
+
+class Neurons:
+    """The tab's answers to what is clicked, where the model is in this process."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def sites(self, digest: str | None) -> Any:
+        """Offer the projections of a patch."""
+        from nest_runtime.demo.probe import sites_of
+
+        try:
+            names = sites_of(self.desk.patch(self.desk.entry(digest).digest))
+        except NestError:
+            names = []
+        return gr.Dropdown(choices=[ALL, *names], value=ALL)
+
+    def activations(self, digest: str | None, site: str | None, own: str, talk: Talk) -> str:
+        """The heat maps of a prompt: the one written, else the chat's last, with what was said before it."""
+        from nest_runtime.demo.probe import activations
+
+        try:
+            entry = self.desk.entry(digest)
+            messages = _messages(own, talk)
+            place = None if site in (None, ALL) else site
+            backend = self.desk.local
+            assert backend is not None  # the button exists only where it is not
+            found = activations(backend, entry.digest, entry.version, messages, place)
+        except NestError as error:
+            return markup.wrap(markup.alert(error))
+        prompt = markup.note(f"Prompt: {messages[-1]['content']}")
+        return markup.wrap(prompt, figures.activations(found))
+
+
+def _messages(own: str, talk: Talk) -> list[Message]:
+    if own.strip():
+        return [{"role": "user", "content": own.strip()}]
+    if talk.asked is None:
+        raise UsageError("nothing has been asked in the chat yet", "send a prompt there, or write one here")
+    before = talk.messages(1, len(talk.turns) - 1)
+    return [*before, {"role": "user", "content": talk.turns[-1].prompt}]
+
+
+def map_html(desk: Desk, digest: str | None) -> str:
+    """The map of a patch's neurons, and the same as tables."""
+    from nest_runtime.pictures.view import view_of_patch
+
+    try:
+        patch = desk.patch(desk.entry(digest).digest)
+    except NestError as error:
+        return markup.wrap(markup.alert(error))
+    view = view_of_patch(patch)
+    words = (
+        f"{patch.name}@{patch.version} changes {patch.neurons:,} neurons in {patch.clusters} clusters with "
+        f"{patch.parameters:,} trained numbers. Hover a mark for its z-score, cluster, loading and row-update norm; "
+        "larger marks have larger updates. The tables below say the same."
+    )
+    return markup.wrap(markup.note(words), figures.neuron_maps(view), "<h3>As tables</h3>", figures.neuron_tables(view))
+
+
+def statistics_html(desk: Desk, digest: str | None) -> str:
+    """Silhouettes and z-scores of a patch."""
+    from nest_runtime.pictures.view import view_of_patch
+
+    try:
+        return markup.wrap(figures.statistics(view_of_patch(desk.patch(desk.entry(digest).digest))))
+    except NestError as error:
+        return markup.wrap(markup.alert(error))

@@ -1,0 +1,207 @@
+"""Listens: the page behind uvicorn on a socket of its own, with headers that keep it to itself.
+
+A content security policy lets the browser load nothing from elsewhere, even if a dependency asked for it. Requests
+that other sites send through the visitor's browser are refused by their Origin, and on loopback by their Host.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from nest_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from nest_runtime.demo.desk import Desk
+
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
+    "base-uri 'self'; form-action 'self'; object-src 'none'"
+)
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where and for whom.
+
+    Attributes:
+        host, port: where; port 0 takes a free one.
+        logins: passwords by user; empty lets everybody in.
+        framed: other sites may show the page in a frame, as Spaces do.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    logins: dict[str, str] = field(default_factory=dict)
+    framed: bool = False
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        from nest_runtime.serve.config import is_loopback
+
+        return is_loopback(self.host)
+
+
+def read_logins(path: Path) -> dict[str, str]:
+    """Passwords by user, from lines ``user:password``; empty lines and ``#`` comments do not count.
+
+    Raises UsageError for a file that cannot be read, that others may write, or that has other lines.
+    """
+    try:
+        mode, lines = path.stat().st_mode, path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the login file {path} cannot be read: {error}", "give a text file") from error
+    if mode & 0o022:
+        raise UsageError(f"others may write the login file {path}", f"chmod 600 {path}")
+    found = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        user, colon, password = line.partition(":")
+        if not (user.strip() and colon and password):
+            raise UsageError(f"{path}:{number}: expected user:password", "write one login a line")
+        found[user.strip()] = password
+    if not found:
+        raise UsageError(f"the login file {path} has no logins", "write user:password, one a line")
+    return found
+
+
+def bind(listen: Listen) -> socket.socket:
+    """A bound socket. Raises EngineError where the port is taken, UsageError where there is no such address."""
+    from nest_runtime.serve.config import ServeConfig
+    from nest_runtime.serve.server import bind as bound
+
+    return bound(ServeConfig(host=listen.host, port=listen.port))
+
+
+def serve(desk: Desk, listen: Listen, port: socket.socket, on_ready: Callable[[str], None]) -> None:
+    """Serve the page until Ctrl-C.
+
+    Args:
+        desk: what it shows.
+        listen: for whom.
+        port: from ``bind``; closed at the end.
+        on_ready: called with the URL once it answers.
+    """
+    import uvicorn
+
+    host, number = port.getsockname()[:2]
+    url = f"http://{'[' + host + ']' if ':' in host else host}:{number}"
+    config = uvicorn.Config(application(desk, listen), log_level="warning", timeout_graceful_shutdown=2)
+    server = _server(config, lambda: on_ready(url))
+    try:
+        server.run(sockets=[port])
+    finally:
+        port.close()
+
+
+def application(desk: Desk, listen: Listen) -> FastAPI:
+    """The page as an ASGI application."""
+    _stay_home()
+    import gradio as gr
+    from fastapi import FastAPI
+
+    from nest_runtime.demo.app import CSS, build, theme
+
+    outer = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    outer.add_middleware(_Fence, listen=listen)
+    return gr.mount_gradio_app(
+        outer,
+        build(desk),
+        path="/",
+        auth=_door(listen.logins) if listen.logins else None,
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        theme=theme(),
+        css_paths=[CSS],
+        max_file_size=1,  # nothing is uploaded here
+    )
+
+
+def _stay_home() -> None:
+    """Switch off what Gradio would tell its makers. Read when it is imported, so before that."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.setdefault("GRADIO_CHECK_VERSION", "False")
+
+
+def _door(logins: dict[str, str]) -> Callable[[str, str], bool]:
+    """Whether a user has given the right password; an unknown user takes as long to refuse."""
+
+    def opens(user: str, password: str) -> bool:
+        expected = logins.get(user)
+        same = hmac.compare_digest((expected or "").encode(), password.encode())
+        return expected is not None and same
+
+    return opens
+
+
+class _Fence:
+    """Refuses what other sites send, and tells the browser to load nothing from elsewhere. Pure ASGI: streams pass."""
+
+    def __init__(self, app: Any, listen: Listen) -> None:
+        self.app, self.listen = app, listen
+        framing = "" if listen.framed else "; frame-ancestors 'self'"
+        self.headers = [
+            (b"content-security-policy", (_POLICY + framing).encode()),
+            (b"x-content-type-options", b"nosniff"),
+            (b"referrer-policy", b"no-referrer"),
+        ]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
+        if not self._welcome(scope["method"], given):
+            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": b"this request comes from another site\n"})
+            return
+
+        async def more(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *self.headers]
+            await send(message)
+
+        await self.app(scope, receive, more)
+
+    def _welcome(self, method: str, given: dict[str, str]) -> bool:
+        host, origin = given.get("host", ""), given.get("origin")
+        if self.listen.loopback and not _is_local(host):
+            return False  # a name of somebody else's that was made to point here
+        if method in ("GET", "HEAD", "OPTIONS") or origin is None or self.listen.framed:
+            return True
+        return urlsplit(origin).netloc == host
+
+
+def _is_local(host: str) -> bool:
+    from nest_runtime.serve.config import is_loopback
+
+    return is_loopback(urlsplit(f"//{host}").hostname or "")
+
+
+def _server(config: Any, ready: Callable[[], None]) -> Any:
+    """Uvicorn's server, which says when it answers."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            if not self.should_exit:
+                ready()
+
+    return Server(config)

@@ -1,0 +1,78 @@
+"""Long work for a page that is drawn by generators: it runs in a thread of its own and reports; the page yields."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+TICK = 0.1  # seconds between looks
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """The page has gone, or its user wants no more of it. Raised in the work, never out of it."""
+
+
+class Job(Generic[T]):
+    """Work that reports values of one type.
+
+    Attributes:
+        stopping: set when nobody wants the rest; the work looks at it between its steps.
+    """
+
+    def __init__(self) -> None:
+        self.stopping = threading.Event()
+        self._news: queue.SimpleQueue[T] = queue.SimpleQueue()
+
+    def report(self, value: T) -> None:
+        """Tell the page how far it is. Raises Stopped where the page has gone."""
+        if self.stopping.is_set():
+            raise Stopped
+        self._news.put(value)
+
+    def run(self, work: Callable[[Job[T]], None], *, beat: float | None = None) -> Iterator[T | None]:
+        """Run ``work(job)`` in a thread and yield what it reports, the newest only where several came at once.
+
+        Args:
+            work: gets this job.
+            beat: yield None where nothing was reported for so many seconds.
+
+        Raises whatever the work raises. A generator that is closed stops the work at its next report.
+        """
+        failed: list[BaseException] = []
+
+        def body() -> None:
+            try:
+                with suppress(Stopped):
+                    work(self)
+            except BaseException as error:  # raised again where the page can show it
+                failed.append(error)
+
+        thread = threading.Thread(target=body, daemon=True)
+        thread.start()
+        quiet = 0.0
+        try:
+            while thread.is_alive() or not self._news.empty():
+                latest = self._latest()
+                quiet = quiet + TICK if latest is None else 0.0
+                if latest is not None:
+                    yield latest
+                elif beat is not None and quiet >= beat:
+                    quiet = 0.0
+                    yield None
+        finally:
+            self.stopping.set()
+        if failed:
+            raise failed[0]
+
+    def _latest(self) -> T | None:
+        """The newest report, after waiting a little for one."""
+        value: T | None = None
+        with suppress(queue.Empty):
+            value = self._news.get(timeout=TICK)
+            while True:
+                value = self._news.get_nowait()
+        return value
