@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
             "nest-runtime serve --trust nest.pub --require-signature",
             "nest-runtime serve --follow hf://my-org/my-safety@stable --every 60s",
             "nest-runtime serve --admin-token-file token --admin-port 8001",
+            "nest-runtime serve --engine vllm --model org/name --patch v3",
         ),
     )(serve)
 
@@ -40,6 +41,12 @@ def serve(
     expose_base: Annotated[
         bool, typer.Option("--expose-base", help="Let clients name the bare base, as NAME@base.")
     ] = False,
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="transformers|vllm", help="What computes the answers.")
+    ] = "transformers",
+    engine_args: Annotated[
+        str, typer.Option("--engine-args", metavar="'ARGS'", help="More of vLLM's own arguments, in one string.")
+    ] = "",
     host: Annotated[str, typer.Option("--host", metavar="HOST", help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0 takes a free one.")] = 8000,
     admin_token_file: Annotated[
@@ -186,6 +193,14 @@ def serve(
         trust_policy=trust_policy,
         allow_downgrade=allow_downgrade,
         follow=following,
+        engine=engine,
+        engine_args=engine_args,
     )
     silent = out.quiet and not as_json
-    run_server(config, on_event=json_events(out.event) if as_json else (lambda event: None) if silent else None)
+    on_event = json_events(out.event) if as_json else (lambda event: None) if silent else None
+    if config.engine == "vllm":
+        from nest_runtime.serve.vllm.server import serve as run_vllm
+
+        run_vllm(config, on_event=on_event)
+    else:
+        run_server(config, on_event=on_event)

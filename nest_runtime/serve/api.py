@@ -119,19 +119,19 @@ def routes(service: Service) -> APIRouter:
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The names that clients may use."""
-        return {"object": "list", "data": [_model(service, name) for name in service.table.names()]}
+        return {"object": "list", "data": [model_row(service, name) for name in service.table.names()]}
 
     @router.get("/v1/models/{model:path}")
     async def model(model: str, request: Request) -> dict[str, Any]:
         """One of the names."""
         service.pin(request, model)
-        return _model(service, model)
+        return model_row(service, model)
 
     return router
 
 
-def probes(service: Service) -> APIRouter:
-    """Health, readiness and metrics."""
+def probes(service: Service, *, metrics: bool = True) -> APIRouter:
+    """Health, readiness and, if wanted here, metrics."""
     router = APIRouter(responses=ERRORS)
 
     @router.get("/health")
@@ -157,10 +157,12 @@ def probes(service: Service) -> APIRouter:
             body["follow"] = service.following()
         return JSONResponse(body, 200 if state == "ready" else 503)
 
-    @router.get("/metrics", responses=PLAIN, response_class=Response)
-    async def metrics() -> Response:
-        """Prometheus metrics."""
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    if metrics:
+
+        @router.get("/metrics", responses=PLAIN, response_class=Response)
+        async def metrics_text() -> Response:
+            """Prometheus metrics."""
+            return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
 
@@ -274,7 +276,8 @@ async def _prepare(request: Request, tokenize: Callable[[], T]) -> T:
     return await asyncio.to_thread(tokenize)
 
 
-def _model(service: Service, name: str) -> dict[str, Any]:
+def model_row(service: Service, name: str) -> dict[str, Any]:
+    """What ``/v1/models`` says of one name."""
     served = service.table.named(name) or service.table.active
     return {
         "id": name,

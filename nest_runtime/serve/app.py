@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from nest_runtime import __version__
 from nest_runtime.errors import HubError, NestError, TrustError, UsageError
 from nest_runtime.home import nest_home
-from nest_runtime.models import LoadedModel, load_model
+from nest_runtime.models import load_model
 from nest_runtime.registry.chain import actor
 from nest_runtime.registry.store import Store
 from nest_runtime.registry.trust_guard import Guard, guard_for
@@ -78,8 +78,8 @@ class Server:
         Raises UsageError; what was in force before stays so then.
         """
         table, config = self.service.table, self.config
-        api_keys, admin = await asyncio.to_thread(_secrets, config)
-        guard = await asyncio.to_thread(_guard, config, Store())
+        api_keys, admin = await asyncio.to_thread(secrets_of, config)
+        guard = await asyncio.to_thread(guard_of, config, Store())
         if (guard is None) != (table.guard is None) and (guard is None or self.following is not None):
             raise UsageError(
                 f"the trust policy {'is gone' if guard is None else 'is new, and a channel is followed without one'}",
@@ -97,9 +97,9 @@ class Server:
 
 def build(config: ServeConfig) -> Server:
     """Load the model and build everything around it. Raises NestError."""
-    api_keys, admin = _secrets(config)
+    api_keys, admin = secrets_of(config)
     store = Store()
-    guard = _guard(config, store)
+    guard = guard_of(config, store)
     loaded = load_model(
         config.model, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
@@ -126,7 +126,7 @@ def build(config: ServeConfig) -> Server:
         max_new_tokens=getattr(loaded.model.generation_config, "max_new_tokens", None),
         log_prompts=config.log_prompts,
     )
-    _measure(service, loaded)
+    measure(service, loaded.name, loaded.hash)
     following = None
     if config.follow is not None:
         following = Following(config.follow, service, store, audit, guard)
@@ -161,16 +161,17 @@ def asgi_app(server: Server) -> ASGIApp:
     routers = [routes(server.service), probes(server.service)]
     if admin_here:
         routers.append(admin_routes(server.service, server.audit))
-    return _framed(server, _fastapi(routers, lifespan), admin_here=admin_here)
+    return framed(server, fastapi_app(routers, lifespan), admin_here=admin_here)
 
 
 def admin_app(server: Server) -> ASGIApp:
     """What operators are answered on a listener of their own: the admin API and the probes."""
     routers = [admin_routes(server.service, server.audit), probes(server.service)]
-    return _framed(server, _fastapi(routers), admin_here=True)
+    return framed(server, fastapi_app(routers), admin_here=True)
 
 
-def _fastapi(routers: list[APIRouter], lifespan: Any = None) -> FastAPI:
+def fastapi_app(routers: list[APIRouter], lifespan: Any = None) -> FastAPI:
+    """An app of some routes, whose errors have OpenAI's shape."""
     app = FastAPI(
         title="nest-runtime",
         version=__version__,
@@ -185,7 +186,8 @@ def _fastapi(routers: list[APIRouter], lifespan: Any = None) -> FastAPI:
     return app
 
 
-def _framed(server: Server, app: FastAPI, *, admin_here: bool) -> ASGIApp:
+def framed(server: Server, app: ASGIApp, *, admin_here: bool) -> ASGIApp:
+    """An app behind the server's access checks, with the patch headers, metrics and log around it."""
     access = Access(server.secrets, server.audit, admin_here)
     return Frame(app, server.service.table, access, server.service.metrics, server.config.limits)
 
@@ -198,7 +200,8 @@ def _first_patch(config: ServeConfig, table: PatchTable, store: Store) -> str | 
     return None if entry is None else entry.digest
 
 
-def _guard(config: ServeConfig, store: Store) -> Guard | None:
+def guard_of(config: ServeConfig, store: Store) -> Guard | None:
+    """Who decides which patches are trusted, as the configuration says."""
     return guard_for(
         store,
         config.trust,
@@ -208,7 +211,8 @@ def _guard(config: ServeConfig, store: Store) -> Guard | None:
     )
 
 
-def _secrets(config: ServeConfig) -> tuple[Tokens | None, Tokens | None]:
+def secrets_of(config: ServeConfig) -> tuple[Tokens | None, Tokens | None]:
+    """API keys and admin tokens, read from their files. Raises UsageError."""
     api_keys = None if config.api_key_file is None else read_tokens(config.api_key_file, "API key file")
     admin = None
     if config.admin_token_file is not None:
@@ -216,7 +220,8 @@ def _secrets(config: ServeConfig) -> tuple[Tokens | None, Tokens | None]:
     return api_keys, admin
 
 
-def _measure(service: Service, loaded: LoadedModel) -> None:
+def measure(service: Service, model_name: str, model_hash: str) -> None:
+    """Let the metrics read the engine and hear of every switch."""
     metrics, engine, table = service.metrics, service.engine, service.table
     metrics.watch("nest_sequences_live", "Sequences running or waiting.", lambda: engine.live)
     metrics.watch("nest_sequences_waiting", "Sequences beyond what one batch takes.", lambda: engine.waiting)
@@ -226,7 +231,7 @@ def _measure(service: Service, loaded: LoadedModel) -> None:
     )
     metrics.watch("nest_prompt_tokens_reused", "Prompt tokens found in the cache.", lambda: engine.reused_tokens)
     metrics.watch("nest_engine_alive", "1 while the engine's thread runs.", lambda: engine.alive)
-    metrics.server.info({"version": __version__, "model": loaded.name, "model_hash": loaded.hash})
+    metrics.server.info({"version": __version__, "model": model_name, "model_hash": model_hash})
 
     def switched(switch: Switch) -> None:
         metrics.swaps.labels(switch.what).inc()

@@ -15,7 +15,7 @@ from nest_runtime.errors import EngineError, UsageError
 from nest_runtime.names import did_you_mean
 from nest_runtime.serve.served import POLICIES, SwapPolicy
 
-ENGINES = ("transformers",)
+ENGINES = ("transformers", "vllm")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -102,7 +102,8 @@ class ServeConfig:
         max_queue: requests that may wait beyond ``limits.running``; the next one gets 429.
         limits: see :class:`Limits`.
         json: events as JSON lines on stdout; else as sentences on stderr.
-        engine: ``transformers``.
+        engine: ``transformers``, or ``vllm``, which must be installed (docs/engines.md).
+        engine_args: more of vLLM's own arguments, as one would type them.
         device, dtype: as in models.load_model.
         trust_remote_code: run code that comes with the model; only when the user asked for it by this name.
         audit_file: the audit log; None means ``audit.jsonl`` in the store's home.
@@ -129,6 +130,7 @@ class ServeConfig:
     limits: Limits = field(default_factory=Limits)
     json: bool = False
     engine: str = "transformers"
+    engine_args: str = ""
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
@@ -145,6 +147,10 @@ class ServeConfig:
         if self.engine not in ENGINES:
             raise EngineError(
                 f"there is no engine {self.engine!r} here; known: {', '.join(ENGINES)}", "leave --engine out"
+            )
+        if self.engine_args and self.engine != "vllm":
+            raise UsageError(
+                f"--engine-args are given, and the engine is {self.engine}", "give --engine vllm, or leave them out"
             )
         for port in (self.port, self.admin_port or 0):
             if not 0 <= port <= 65535:

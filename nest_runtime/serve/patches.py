@@ -18,11 +18,10 @@ from nest_runtime.errors import NestError, PatchNotFound, StoreError
 from nest_runtime.patch import Patch
 from nest_runtime.registry.store import Store
 from nest_runtime.resolve import load_patch
-from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.durable import Durable
 from nest_runtime.serve.served import BASE, NO_DIGEST, Served, SwapPolicy, Switch
-from nest_runtime.serve.steps import NoSteps, Steps
+from nest_runtime.serve.steps import Holder, NoSteps, Steps
 
 if TYPE_CHECKING:
     from nest_runtime.registry.trust import Verified
@@ -49,7 +48,7 @@ class PatchTable:
 
     def __init__(
         self,
-        runtime: PatchRuntime,
+        runtime: Holder,
         model_name: str,
         model_hash: str,
         store: Store,

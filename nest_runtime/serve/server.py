@@ -37,7 +37,7 @@ def serve(config: ServeConfig, *, on_event: Emit | None = None, until: threading
     emit = on_event or (json_events(json_line) if config.json else sentence)
     set_up_logging(config.json)
     with contextlib.closing(bind(config)) as port, bind_admin(config) as admin_port:
-        _warn(config, emit)
+        warn(config, emit)
         emit({"event": "loading", "model": config.model, "patch": config.patch})
         asyncio.run(run(build(config), port, emit, until, admin_port))
     emit({"event": "stopped"})
@@ -125,7 +125,7 @@ async def run(
         web = _Uvicorn(_uvicorn_config(server, asgi_app(server)), ready, leaving)
         watch = None if until is None else asyncio.create_task(web.leave_when(until))
         try:
-            async with _admin_listener(server, admin_port):
+            async with admin_listener(server, admin_port):
                 with _listening_on(server.config.host, server.config.port):
                     await web.serve(sockets=[port])
         finally:
@@ -136,7 +136,7 @@ async def run(
 
 
 @contextlib.asynccontextmanager
-async def _admin_listener(server: Server, port: socket.socket | None) -> AsyncIterator[None]:
+async def admin_listener(server: Server, port: socket.socket | None) -> AsyncIterator[None]:
     """The admin API on a socket of its own: there before clients are answered, and until the last one was."""
     address = server.config.admin_address
     if port is None or address is None:
@@ -216,25 +216,27 @@ def _port_taken(host: str, number: int) -> EngineError:
     return EngineError(f"port {number} on {host} is in use", "stop the other server, or give another --port")
 
 
-def _warn(config: ServeConfig, emit: Emit) -> None:
-    def warn(message: str) -> None:
+def warn(config: ServeConfig, emit: Emit) -> None:
+    """Say what of a configuration is open to strangers."""
+
+    def say(message: str) -> None:
         emit({"event": "warning", "message": message})
 
     if not config.loopback and config.api_key_file is None:
-        warn(
+        say(
             f"ANYONE who reaches {config.host}:{config.port} may ask, and nobody is asked who they are: "
             "give --api-key-file, or listen on 127.0.0.1"
         )
     admin_host = config.admin_address[0] if config.admin_address else config.host
     if config.admin_token_file is not None and not is_loopback(admin_host):
-        warn(
+        say(
             f"the admin API can be reached from other machines, at {admin_host}, and tokens travel unencrypted: "
             "give --admin-port, which listens on 127.0.0.1, or put TLS in front"
         )
     if config.api_key_file is not None and config.api_key_file.exists() and readable_by_others(config.api_key_file):
-        warn(f"{config.api_key_file} can be read by other users: chmod 600 {config.api_key_file}")
+        say(f"{config.api_key_file} can be read by other users: chmod 600 {config.api_key_file}")
     if config.log_prompts:
-        warn("what clients ask is written into the log: --log-prompts")
+        say("what clients ask is written into the log: --log-prompts")
 
 
 def _reread_on_hangup(server: Server, emit: Emit) -> None:

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nest_runtime.serve.served import Served
+
+if TYPE_CHECKING:
+    from nest_runtime.patch import Patch
+
+
+class Holder(Protocol):
+    """Whoever holds the loaded patches: PatchRuntime, or an engine of its own kind."""
+
+    def add(self, patch: Patch, *, pause: Callable[[], AbstractContextManager[Any]] = ...) -> str:
+        """Check a patch and take it in, switching nothing on."""
+
+    def remove(self, version: str) -> None:
+        """Forget a patch, by its digest."""
 
 
 class Steps(Protocol):

@@ -1,0 +1,256 @@
+"""What stands in front of vLLM's own API: which patch answers, and that the answer says so.
+
+An ASGI layer. It asks the table which patch a request's ``model`` means, hands vLLM the name that the
+engine knows (the base's, or an adapter's), and writes the client's name and our ``system_fingerprint`` into the
+answer, event by event where it is streamed. Paths that could answer past the table are not passed on. Needs no vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nest_runtime.errors import NestError, PatchReplaced
+from nest_runtime.serve.api import Service, fingerprint
+from nest_runtime.serve.problems import ApiError, from_nest, unknown_model
+from nest_runtime.serve.served import Served
+from nest_runtime.serve.vllm.flow import Attempt, Flow
+from nest_runtime.serve.wire import sse
+
+ANSWERING = ("/v1/chat/completions", "/v1/completions")
+HARMLESS = ("/ping", "/version", "/load", "/tokenize", "/detokenize", "/openapi.json")
+# With these a client could ban the words that a refusal is made of, or reach into the engine past the patch.
+REFUSED = (
+    "logit_bias",
+    "bad_words",
+    "allowed_token_ids",
+    "logits_processors",
+    "vllm_xargs",
+    "kv_transfer_params",
+    "cache_salt",
+)
+
+
+class Front:
+    """In front of vLLM's app.
+
+    Args:
+        app: vLLM's own.
+        service: the table, and the limits.
+        flow: counts requests in flight.
+        engine_name: what the engine calls a patch, or the base.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, flow: Flow, engine_name: Callable[[Served], str]) -> None:
+        self._app = app
+        self._service = service
+        self._flow = flow
+        self._engine_name = engine_name
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope["path"] in ANSWERING and scope["method"] == "POST":
+                await self._answer(scope, receive, send)
+            elif scope["path"] in (*HARMLESS, *ANSWERING):
+                await self._app(scope, receive, send)
+            else:
+                raise ApiError(404, f"Invalid URL ({scope['method']} {scope['path']})")
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+        except NestError as error:
+            await from_nest(error).response()(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        fields = checked(await _body(receive), self._service)
+        table, seconds = self._service.table, self._service.limits.request_seconds
+        model = fields.setdefault("model", table.model_name)
+
+        def pin() -> Served:
+            found = table.named(model)
+            if found is None:
+                raise unknown_model(str(model))
+            scope["state"]["pin"] = found
+            return found
+
+        pin()
+        again, until = False, asyncio.get_running_loop().time() + seconds
+        while True:
+            async with self._flow.enter(pin, model == table.model_name, again=again) as attempt:
+                answer = Answer(send, attempt, model, fingerprint(table, attempt.pin))
+                inner = _scope(scope, body := json.dumps({**fields, "model": self._engine_name(attempt.pin)}).encode())
+                try:
+                    async with asyncio.timeout_at(until):
+                        if await attempt.run(self._app(inner, _replayed(body, receive), answer.send)):
+                            return
+                except TimeoutError:
+                    late = ApiError(504, f"The request took more than {seconds:g} s.", code="timeout")
+                    if not attempt.shown:
+                        raise late from None
+                    await answer.end(late)
+                    return
+            if attempt.shown:
+                await answer.end(from_nest(_replaced(attempt.pin, table.active)))
+                return
+            again = True
+
+
+class Answer:
+    """Writes one answer on to the client, in the client's terms.
+
+    Args:
+        send: to the client.
+        attempt: learns when the client has seen a part.
+        model: what the client asked for.
+        fingerprint: model hash and patch digest.
+    """
+
+    def __init__(self, send: Send, attempt: Attempt, model: str, fingerprint: str) -> None:
+        self._send = send
+        self._attempt = attempt
+        self._mine = {"model": model, "system_fingerprint": fingerprint}
+        self._start: Message | None = None
+        self._kind = ""
+        self._rest = b""
+
+    async def send(self, message: Message) -> None:
+        """Takes vLLM's messages."""
+        if message["type"] == "http.response.start":
+            self._start = message
+            self._kind = Headers(raw=message["headers"]).get("content-type", "").partition(";")[0]
+            return
+        if message["type"] != "http.response.body":
+            await self._send(message)
+            return
+        self._rest += message.get("body", b"")
+        more = message.get("more_body", False)
+        if self._kind == "text/event-stream":
+            whole, ended, rest = self._rest.rpartition(b"\n\n") if more else (self._rest, b"", b"")
+            if ended or not more:
+                self._rest = rest
+                await self._out(b"".join(self._event(event) for event in whole.split(b"\n\n")), more)
+        elif not more:
+            await self._out(self._whole(self._rest), False)
+
+    async def end(self, error: ApiError) -> None:
+        """End a stream, of which a part was sent, with an error."""
+        await self._send({"type": "http.response.body", "body": sse(error.body()), "more_body": False})
+
+    async def _out(self, body: bytes, more: bool) -> None:
+        if not body and more:
+            return
+        if self._start is not None:
+            start, self._start = self._start, None
+            if not more and self._kind != "text/event-stream":
+                MutableHeaders(raw=start["headers"])["content-length"] = str(len(body))
+            await self._send(start)
+        self._attempt.shown = True
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    def _event(self, event: bytes) -> bytes:
+        prefix, found, data = event.partition(b"data: ")
+        if not event.strip():
+            return b""
+        if not found or prefix.strip() or data.strip() == b"[DONE]":
+            return event + b"\n\n"
+        return sse(self._named(json.loads(data)))
+
+    def _whole(self, body: bytes) -> bytes:
+        if self._kind != "application/json":
+            return body
+        value = json.loads(body)
+        return json.dumps(self._named(value), ensure_ascii=False, separators=(",", ":")).encode()
+
+    def _named(self, value: Any) -> Any:
+        """An answer, or a chunk of it, under the client's name; errors in the shape of OpenAI's."""
+        if not isinstance(value, dict):
+            return value
+        if isinstance(value.get("error"), dict):
+            return {"error": _error(value["error"])}
+        return {**value, **self._mine} if "model" in value else value
+
+
+def checked(body: bytes, service: Service) -> dict[str, Any]:
+    """A request's fields, with the model's own sampling where the client leaves it open.
+
+    Raises ApiError 400 for what is no JSON object, and for fields that a client may not set.
+    """
+    try:
+        fields = json.loads(body)
+    except ValueError as error:
+        raise ApiError(400, f"The body is not JSON: {error}.", code="invalid_json") from None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "The body is no JSON object.", code="invalid_json")
+    for name in REFUSED:
+        if fields.get(name):
+            raise ApiError(400, f"{name} is not supported by this server.", code="unsupported_parameter", param=name)
+    if not isinstance(fields.get("model") or "", str):
+        raise ApiError(400, "model: expected a string", code="invalid_value", param="model")
+    if fields.get("model") is None:
+        fields.pop("model", None)
+    if fields.get("temperature") is None:
+        fields["temperature"] = service.defaults.temperature
+    _check_sizes(fields, service)
+    return fields
+
+
+def _check_sizes(fields: Mapping[str, Any], service: Service) -> None:
+    limits = service.limits
+    for name, most in (
+        ("n", limits.max_choices),
+        ("max_tokens", limits.max_tokens),
+        ("max_completion_tokens", limits.max_tokens),
+    ):
+        asked = fields.get(name)
+        if most is not None and isinstance(asked, int) and asked > most:
+            raise ApiError(400, f"{name} is {asked}; at most {most} is taken.", code="invalid_value", param=name)
+
+
+def _error(found: Mapping[str, Any]) -> dict[str, Any]:
+    """VLLM's error in OpenAI's shape: its ``code`` is the HTTP status, which is no code."""
+    code = found.get("code")
+    status = code if isinstance(code, int) else 400
+    shaped = ApiError(status, str(found.get("message", "")), param=found.get("param")).body()["error"]
+    return {**shaped, "code": code if isinstance(code, str) else None}
+
+
+def _replaced(old: Served, new: Served) -> NestError:
+    message = f"this answer ends here: while it was given, its patch {old.label} was replaced by {new.label}"
+    return PatchReplaced(message, "do not use the part that came, and ask again")
+
+
+async def _body(receive: Receive) -> bytes:
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(499, "The client left.")
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return body
+
+
+def _scope(scope: Scope, body: bytes) -> Scope:
+    headers = MutableHeaders(raw=list(scope["headers"]))
+    headers["content-length"] = str(len(body))
+    headers["content-type"] = "application/json"
+    del headers["transfer-encoding"]
+    return {**scope, "headers": headers.raw}
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A body that was read, then whatever else comes: that the client left."""
+    given = False
+
+    async def replayed() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed

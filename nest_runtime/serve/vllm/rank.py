@@ -1,0 +1,194 @@
+"""The patches of one rank: its rows of the model changed in place, and put back bit for bit.
+
+Runs in vLLM's workers (worker.py), on whatever the rank holds of the model; needs no vLLM itself. In-place writes are
+seen by compiled code and captured CUDA graphs, which hold the weights' addresses. Nothing here decides
+when: the API server calls it while no step runs (inplace.py), and compares what is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nest_runtime.errors import ModelError, PatchNotFound, SiteMismatch
+from nest_runtime.patch import Patch
+from nest_runtime.serve.vllm.rows import Packed, Shard, candidates, digest_of_rows, patched_rows, shard_of
+from nest_runtime.site import Site
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What a rank holds of one site.
+
+    Attributes:
+        site: its name.
+        weight: the rank's weight, [rows, d_in].
+        shard: which part of the projection the rank holds.
+        neurons: [m] of the patch's neurons, those in the shard.
+        rows: [m] where they are in ``weight``, on its device.
+        pristine, patched: [m, d_in], on its device.
+    """
+
+    site: str
+    weight: torch.Tensor
+    shard: Shard
+    neurons: torch.Tensor
+    rows: torch.Tensor
+    pristine: torch.Tensor
+    patched: torch.Tensor
+
+    def write(self, values: torch.Tensor) -> None:
+        with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
+            self.weight.data.index_copy_(0, self.rows, values)
+
+    def live(self) -> torch.Tensor:
+        """A copy of the rows as they stand in the weight now."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self.weight.detach().index_select(0, self.rows)
+
+
+class RankPatches:
+    """Prepared patches of one rank, and which of them is in its weights.
+
+    Args:
+        model: the rank's part of the model.
+        rank: for reports.
+        packed: the model's ``packed_modules_mapping``.
+        renamed: what the checkpoint's name of a module is in this model.
+    """
+
+    def __init__(
+        self, model: nn.Module, rank: int, packed: Packed, renamed: Callable[[str], str] = lambda name: name
+    ) -> None:
+        self._modules = dict(model.named_modules())
+        self._rank = rank
+        self._packed = packed
+        self._renamed = renamed
+        self._prepared: dict[str, list[Piece]] = {}
+        self._active: str | None = None
+
+    def prepare(self, patch: Patch) -> Report:
+        """Find a patch's rows and keep both versions of them; changes nothing.
+
+        Returns:
+            ``shards``: site → (start, stop), for the sites this rank holds a part of; ``pristine`` and ``patched``:
+            digests of its rows.
+
+        Raises:
+            SiteMismatch: a site is here in another shape.
+            ModelError: its weight is quantized or packed, so that rows cannot be changed.
+        """
+        pieces = [piece for site in patch.sites if site.n_neurons for piece in self._pieces(site)]
+        self._prepared[patch.digest] = pieces
+        return {
+            "rank": self._rank,
+            "shards": {piece.site: [piece.shard.start, piece.shard.stop] for piece in pieces},
+            "pristine": _digest(pieces, lambda piece: piece.pristine),
+            "patched": _digest(pieces, lambda piece: piece.patched),
+        }
+
+    def apply(self, digest: str | None) -> Report:
+        """Put a prepared patch on in place of what is on; None puts the pristine rows back.
+
+        Returns:
+            ``restored``: the digest of the rows of the patch that was on, as they stand now between the two writes;
+            ``live``: the digest of the new patch's rows as they stand now. Empty where there is no such patch.
+
+        Raises:
+            PatchNotFound: it was not prepared.
+        """
+        if digest is not None and digest not in self._prepared:
+            raise PatchNotFound(f"rank {self._rank} holds no patch {digest}", "load it first")
+        old = self._pieces_of(self._active)
+        for piece in old:
+            piece.write(piece.pristine)
+        restored = _digest(old, Piece.live)
+        self._active = None
+        new = self._pieces_of(digest)
+        for piece in new:
+            piece.write(piece.patched)
+        self._active = digest
+        return {"rank": self._rank, "active": digest, "restored": restored, "live": _digest(new, Piece.live)}
+
+    def state(self) -> Report:
+        """What is on, and the digest of its rows as they stand in the weights."""
+        return {
+            "rank": self._rank,
+            "active": self._active,
+            "live": _digest(self._pieces_of(self._active), Piece.live),
+            "prepared": sorted(self._prepared),
+        }
+
+    def forget(self, digest: str) -> Report:
+        """Let go of a prepared patch that is not on."""
+        if digest != self._active:
+            self._prepared.pop(digest, None)
+        return self.state()
+
+    def _pieces_of(self, digest: str | None) -> list[Piece]:
+        return [] if digest is None else self._prepared[digest]
+
+    def _pieces(self, site: Site) -> Iterable[Piece]:
+        found = self._find(site)
+        if found is None:
+            return  # another pipeline stage has this layer
+        weight, shard = found
+        neurons = site.neurons.tensor().long()
+        where, rows = shard.pick(neurons)
+        rows = rows.to(weight.device)
+        pristine = self._pristine(weight, rows)
+        patched = patched_rows(site, pristine, where)
+        yield Piece(site.name, weight, shard, neurons[where], rows, pristine, patched)
+
+    def _find(self, site: Site) -> tuple[torch.Tensor, Shard] | None:
+        for name, part in candidates(self._renamed(site.name), self._packed):
+            module = self._modules.get(name)
+            weight = getattr(module, "weight", None)
+            if module is not None and isinstance(weight, torch.Tensor):
+                return weight, _shard(site, module, weight, part)
+        return None
+
+    def _pristine(self, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [m, d_in] of a weight as they are without the patch that is on."""
+        with torch.inference_mode(False), torch.no_grad():
+            values = weight.detach().index_select(0, rows)
+            for piece in self._pieces_of(self._active):
+                if piece.weight is weight and len(piece.rows):
+                    where = torch.searchsorted(piece.rows, rows).clamp(max=len(piece.rows) - 1)
+                    hit = piece.rows[where] == rows
+                    values[hit] = piece.pristine[where[hit]]
+        return values
+
+
+def _shard(site: Site, module: nn.Module, weight: torch.Tensor, part: int) -> Shard:
+    sizes = list(getattr(module, "output_sizes", None) or [getattr(module, "output_size", len(weight))])
+    rank, ranks = int(getattr(module, "tp_rank", 0)), int(getattr(module, "tp_size", 1))
+    if part >= len(sizes) or sizes[part] != site.d_out:
+        raise SiteMismatch(
+            f"site {site.name} has {site.d_out} rows in the patch; the engine's module has {sizes}",
+            "use a patch made for this model",
+        )
+    if tuple(weight.shape) != (sum(sizes) // ranks, site.d_in) or not weight.is_floating_point():
+        raise ModelError(
+            f"the weight of {site.name} is {weight.dtype} {list(weight.shape)} here; "
+            f"expected plain [{sum(sizes) // ranks}, {site.d_in}]",
+            "rows cannot be changed in a quantized or packed model: serve with --expose, which uses adapters, "
+            "or export --to merged",
+        )
+    return shard_of(sizes, part, rank, ranks)
+
+
+def _digest(pieces: Iterable[Piece], rows: Callable[[Piece], torch.Tensor]) -> str:
+    return digest_of_rows((piece.site, piece.neurons, rows(piece)) for piece in pieces)
+
+
+def slot_report(rank: int, index_to_id: Iterable[int | None] | Mapping[int, int]) -> Report:
+    """Which adapter is in which of a rank's slots; the id 0 is none."""
+    ids = list(index_to_id.values()) if isinstance(index_to_id, Mapping) else list(index_to_id)
+    return {"rank": rank, "slots": [0 if adapter is None else int(adapter) for adapter in ids]}
