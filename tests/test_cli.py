@@ -17,7 +17,7 @@ import pytest
 from nest_runtime import __version__
 from nest_runtime.cli.main import main
 from nest_runtime.cli.output import clean
-from nest_runtime.errors import NestError
+from nest_runtime.errors import NestError, UsageError
 from nest_runtime.registry import entries
 from tests.helpers_store import BASE_A, BASE_B, small_patch
 
@@ -414,8 +414,10 @@ def test_chat_loop(run: Run, tiny_llama: Path, tiny_patches: list[Path], monkeyp
         "/pathc v1",
         "",
         "/patch",
+        "/history",
         "/base",
         "/clear",
+        "/history",
         "How do I bake bread?",
         "/help",
         "/quit",
@@ -424,12 +426,20 @@ def test_chat_loop(run: Run, tiny_llama: Path, tiny_patches: list[Path], monkeyp
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     result = run("chat", "--model", tiny_llama, "--max-tokens", "6")
     assert result.status == 0
-    first, base, patched, again = result.out.splitlines()
+    first, base, patched, asked, answered, again = result.out.splitlines()
     assert first == again
+    assert (asked, answered) == ("you> How do I bake bread?", f"base> {first}")
     assert base.startswith("base> ")
     assert patched.startswith("v1> ")
-    assert base[6:] != patched[4:]
-    for words in ("nothing to compare", "there is no patch 'v7'", "did you mean /patch?", "/quit", "forgotten"):
+    assert base[6:] != patched[6:]
+    for words in (
+        "nothing to compare",
+        "there is no patch 'v7'",
+        "did you mean '/patch'?",
+        "/quit",
+        "forgotten",
+        "nothing was said",
+    ):
         assert words in result.err
 
 
@@ -445,6 +455,22 @@ def test_chat_keeps_the_conversation(tiny_llama: Path) -> None:
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
     talk.clear()
     assert talk.messages == []
+    with pytest.raises(UsageError, match="at most 512"):
+        talk.ask("word " * 600)
+    assert talk.messages == []
+    assert talk.ask("a" * 480)  # room for few tokens: a short answer rather than none
+
+
+def test_tab_in_a_chat_completes_commands_and_patches() -> None:
+    from nest_runtime.cli.terminal import COMMANDS, HELP, candidates
+
+    patches = ["v1", "v2", "test@v1"]
+    assert candidates("/pa", "/pa", patches) == ["/patch "]
+    assert candidates("/c", "/c", patches) == ["/compare ", "/clear"]
+    assert candidates("/patch v", "v", patches) == ["v1", "v2"]
+    assert candidates("/patch ", "", patches) == patches
+    assert candidates("How do I", "I", patches) == []
+    assert all(name in HELP for name in COMMANDS)
 
 
 def write_prompts(folder: Path) -> tuple[Path, Path]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import resource
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 
 from nest_runtime.cli.main import main
+from nest_runtime.fingerprint import model_hash
 from nest_runtime.registry.store import Store
 from tests.helpers_store import small_patch
 from tests.test_cli import write_prompts
@@ -118,6 +122,55 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert started.stderr.read() == ""
     started.stderr.close()
     assert started.wait(timeout=120) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a terminal")
+def test_a_chat_in_a_real_terminal(tiny_llama: Path) -> None:
+    """A prompt, Tab, a line brought back, Ctrl-C that keeps the chat, Ctrl-D that ends it; lines are kept privately."""
+    home = Path(os.environ["NEST_HOME"])
+    Store().add(small_patch("v1", base=model_hash(tiny_llama)))
+    controller, terminal = os.openpty()
+    chat = subprocess.Popen(
+        command("chat", "--model", tiny_llama, "--max-tokens", "3", "--no-patch"),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=environment(TERM="xterm", COLUMNS="80"),
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(terminal, termios.TIOCSCTTY, 0),  # noqa: PLW1509 (Ctrl-C needs it)
+    )
+    os.close(terminal)
+    seen = ""
+
+    def until(pattern: str) -> None:
+        nonlocal seen
+        ends = time.monotonic() + 60
+        while not (match := re.search(pattern, seen)):
+            ready, _, _ = select.select([controller], [], [], max(0.0, ends - time.monotonic()))
+            assert ready, (pattern, seen)
+            seen += os.read(controller, 4096).decode(errors="replace")
+        seen = seen[match.end() :]
+
+    until("base> ")
+    os.write(controller, b"How do I bake bread?\n")
+    until("bread\\?\r\n")
+    until("base> ")
+    os.write(controller, b"/pat\tv\t\n")  # Tab, twice: the patch is of other shapes, and refused
+    until("/patch v1")
+    until("error:[\\s\\S]*hint:")
+    until("base> ")
+    os.write(controller, b"\x1b[A\x1b[A\n")  # up, up: the question again
+    until("How do I bake bread\\?")
+    until("base> ")
+    os.write(controller, b"half a line\x03")
+    until("stopped")
+    until("base> ")
+    os.write(controller, b"\x04")
+    assert chat.wait(timeout=60) == 0
+    os.close(controller)
+    history = home / "chat_history"
+    assert history.stat().st_mode & 0o777 == 0o600
+    assert history.read_text().splitlines() == ["How do I bake bread?", "/patch v1", "How do I bake bread?"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")

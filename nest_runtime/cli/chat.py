@@ -54,14 +54,16 @@ def chat(
 ) -> None:
     """Chat with a model, patched or not, in the terminal.
 
-    Inside: /patch v2 switches, /base takes the patch off, /compare shows both answers, /help lists the rest.
+    Inside: /patch v2 switches, /base takes the patch off, /compare shows both answers, /history what was said,
+    /help lists the rest. Tab completes, the arrow keys bring earlier lines back.
     """
     out = Output.of(ctx, as_json)
     if as_json and prompt is None:
         raise UsageError("--json answers one prompt, and none was given", 'give it: nest-runtime chat --json "…"')
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty", "give a prompt, or leave it out to chat")
-    from nest_runtime.cli.conversation import Conversation, run_loop
+    from nest_runtime.cli.conversation import Conversation
+    from nest_runtime.cli.terminal import run_loop
     from nest_runtime.models import load_model
 
     loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

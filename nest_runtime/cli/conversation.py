@@ -1,29 +1,17 @@
-"""A conversation with a loaded model: turns, patches to switch between, and the loop of the terminal chat."""
+"""A conversation with a loaded model: its turns, and the patches to switch between. The terminal is in terminal.py."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.cli.output import Output, clean, print_nest_error
-from nest_runtime.errors import NestError, UsageError
+from nest_runtime.errors import UsageError
 from nest_runtime.patch import Patch
 
 if TYPE_CHECKING:
     from nest_runtime.models import LoadedModel
 
 BASE = "base"
-HISTORY_LINES = 1000
-HELP = """\
-/patch v2    answer with another patch from here on (v2, name@v2, a file, hf://…)
-/patch       list the patches for this model
-/base        answer without a patch
-/compare     the last question again, answered by the base and by the patch
-/compare TEXT  a question of its own, answered by both; the conversation stays as it is
-/clear       forget the conversation
-/quit        leave (or Ctrl-D)"""
 
 
 class Conversation:
@@ -73,6 +61,8 @@ class Conversation:
         Args:
             text: the user's turn.
             on_text: called with pieces of the answer as they come.
+
+        Raises UsageError where the conversation is longer than what the model reads; it stays as it was.
         """
         turn = {"role": "user", "content": text}
         answer = self._generate([*self.messages, turn], on_text)
@@ -114,7 +104,7 @@ class Conversation:
         ids = torch.tensor([encode(tokenizer, messages)], device=self.loaded.device)  # (1, tokens)
         config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=self._max_tokens,
+            max_new_tokens=self._room(ids.shape[1]),
             eos_token_id=end_token_ids(model, tokenizer) or None,
             pad_token_id=pad_token_id(tokenizer),
         )
@@ -131,102 +121,14 @@ class Conversation:
             )
         return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
-
-def run_loop(talk: Conversation, out: Output) -> None:
-    """Read lines until /quit or the end of input; answers to stdout, everything else to stderr."""
-    terminal = sys.stdin.isatty()
-    if terminal:
-        out.note(f"{talk.loaded.name}, {talk.label}. /help lists the commands, /quit leaves.")
-    with _line_history(terminal):
-        while (line := _read(talk.label if terminal else None)) is not None:
-            if not line.strip():
-                continue
-            if line.strip() in ("/quit", "/exit"):
-                return
-            try:
-                _one_turn(talk, out, line.strip(), terminal)
-            except NestError as error:
-                print_nest_error(error)
-            except KeyboardInterrupt:
-                if not terminal:
-                    raise
-                out.note("(stopped)")
-
-
-def _one_turn(talk: Conversation, out: Output, line: str, terminal: bool) -> None:
-    if line.startswith("/"):
-        _command(talk, out, line)
-    elif terminal:
-        talk.ask(line, lambda text: print(clean(text), end="", flush=True))
-        print()
-    else:
-        out.line(talk.ask(line))
-
-
-def _command(talk: Conversation, out: Output, line: str) -> None:
-    """Run a line that begins with a slash."""
-    name, _, rest = line.partition(" ")
-    rest = rest.strip()
-    if name == "/help":
-        out.note(HELP)
-    elif name == "/base":
-        talk.use(None)
-        out.note("the bare base answers")
-    elif name == "/clear":
-        talk.clear()
-        out.note("the conversation is forgotten")
-    elif name == "/compare":
-        base, patched = talk.compare(rest or None)
-        out.line(f"{BASE}> {base}")
-        out.line(f"{talk.label}> {patched}")
-    elif name == "/patch" and rest:
-        from nest_runtime.resolve import load_patch
-
-        talk.use(load_patch(rest, model_hash=talk.loaded.hash))
-        out.note(f"{talk.label} ({(talk.digest or '')[:19]}) answers")
-    elif name == "/patch":
-        from nest_runtime.registry.store import Store
-
-        known = Store().list(talk.loaded.hash)
-        out.note("\n".join(entry.key for entry in known) or "no patches for this model")
-    else:
-        from nest_runtime.names import closest
-
-        near = closest(name, ("/patch", "/base", "/compare", "/clear", "/help", "/quit"), limit=1)
-        raise UsageError(f"there is no command {name}", f"did you mean {near[0]}? /help lists them all")
-
-
-def _read(label: str | None) -> str | None:
-    """The next line, or None at the end of input."""
-    try:
-        return input(f"{label}> " if label else "")
-    except EOFError:
-        if label:
-            print()
-        return None
-
-
-@contextlib.contextmanager
-def _line_history(terminal: bool) -> Iterator[None]:
-    """Line editing, with the lines of earlier chats; kept in $NEST_HOME/chat_history. Only in a terminal."""
-    if not terminal:
-        yield
-        return
-    try:
-        import readline
-    except ImportError:  # Windows has none: lines still work, the arrow keys do not
-        yield
-        return
-    from nest_runtime.home import nest_home
-
-    path = nest_home() / "chat_history"
-    with contextlib.suppress(OSError):  # no history yet, or none that can be read: start with an empty one
-        readline.read_history_file(path)
-    try:
-        yield
-    finally:
-        readline.set_history_length(HISTORY_LINES)
-        with contextlib.suppress(OSError):  # a read-only home costs the history, not the chat
-            path.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(path)
-            path.chmod(0o600)
+    def _room(self, tokens: int) -> int:
+        """How many tokens the answer may have. Raises UsageError where ``tokens`` leave no room for one."""
+        limit = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        if not isinstance(limit, int):
+            return self._max_tokens
+        if tokens >= limit:
+            raise UsageError(
+                f"the conversation has {tokens:,} tokens; the model reads at most {limit:,} with its answer",
+                "ask something shorter, or write /clear to begin anew",
+            )
+        return min(self._max_tokens, limit - tokens)
