@@ -77,7 +77,7 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def truth(folder: Path, patches: list[Patch], prompts: list[list[int]]) -> Callable[[str | None, int], list[int]]:
-    """The tokens that the transformers model gives, greedily, for a prompt by number under a version; None is the base."""
+    """The tokens that the transformers model gives, greedily, for a prompt by number under a version or None."""
     reference, known = Reference(folder, patches), {}
     count = 24
 

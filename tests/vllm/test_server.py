@@ -197,8 +197,8 @@ def test_clients_choose_adapters_and_the_base_in_one_batch(
     with ThreadPoolExecutor(len(jobs)) as pool:
         answers = list(pool.map(one, jobs))
     digests = {patch.version: patch.digest for patch in patches} | {"base": "none"}
-    for (version, number), answer in zip(jobs, answers, strict=True):
-        version = "v1" if version == "active" else version
+    for (asked, number), answer in zip(jobs, answers, strict=True):
+        version = "v1" if asked == "active" else asked
         assert answer["choices"][0]["token_ids"] == truth(None if version == "base" else version, number)
         assert answer["headers"]["x-nest-patch"] == version
         assert answer["headers"]["x-nest-patch-digest"] == digests[version]
