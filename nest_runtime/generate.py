@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from nest_runtime.train.data import encode
+from nest_runtime.train.data import encode_prompt
+from nest_runtime.train.images import PromptImages, batch_inputs
 
 Progress = Callable[[str, int, int], None]
-Conversation = Sequence[Mapping[str, str]]
+Conversation = Sequence[Mapping[str, Any]]
+Encoded = tuple[list[int], PromptImages | None]
 OnBatch = Callable[[list[int], list[str]], None]
 
 
@@ -34,7 +36,7 @@ def generate_answers(
 
     Args:
         model: a causal LM; used as it is (device, dtype, active patch).
-        tokenizer: its tokenizer; not changed.
+        tokenizer: its tokenizer; not changed. For prompts with images a train.images.ImageReader.
         conversations: lists of ``{"role", "content"}``, ending with the user's turn.
         max_new_tokens: the longest answer, in tokens.
         batch_size: conversations in one padded batch.
@@ -45,8 +47,8 @@ def generate_answers(
     Returns:
         Answers without special tokens, surrounding spaces stripped.
     """
-    encoded = [encode(tokenizer, messages) for messages in conversations]
-    order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index]), index))
+    encoded = [encode_prompt(tokenizer, messages) for messages in conversations]
+    order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index][0]), index))
     config = _greedy_config(model, tokenizer, max_new_tokens)
     answers = [""] * len(encoded)
     for start in range(0, len(order), batch_size):
@@ -92,20 +94,25 @@ def _greedy_config(model: Any, tokenizer: Any, max_new_tokens: int) -> Generatio
 
 
 def _answer_batch(
-    model: Any, tokenizer: Any, rows: list[list[int]], config: GenerationConfig, stop: Sequence[str]
+    model: Any, tokenizer: Any, prompts: list[Encoded], config: GenerationConfig, stop: Sequence[str]
 ) -> list[str]:
+    rows = [ids for ids, _ in prompts]
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), int(config.pad_token_id or 0))  # (rows, width)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     for index, row in enumerate(rows):
         ids[index, width - len(row) :] = torch.tensor(row)
         mask[index, width - len(row) :] = 1
-    device = model.get_input_embeddings().weight.device
+    embeddings = model.get_input_embeddings().weight
+    ids = ids.to(embeddings.device)
+    starts = [width - len(row) for row in rows]
+    inputs = batch_inputs([image for _, image in prompts], ids, starts, embeddings.dtype)
     criteria = StoppingCriteriaList([_StopTexts(tokenizer, stop, width)] if stop else [])
     with torch.no_grad():
         output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            input_ids=ids,
+            attention_mask=mask.to(ids.device),
+            **inputs,
             generation_config=config,
             stopping_criteria=criteria,
         )

@@ -24,6 +24,7 @@ REFERENCE_FOLDER = Path(__file__).parent / "reference" / "model"
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 _DEVICES = ("auto", "cpu", "cuda", "mps")
 _DTYPES = ("float32", "bfloat16", "float16")
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
@@ -46,6 +47,16 @@ class LoadedModel:
         from nest_runtime.fingerprint import model_hash
 
         return model_hash(self.model if self.folder is None else self.folder)
+
+    @cached_property
+    def reader(self) -> Any:
+        """The tokenizer; for a model that reads images one that reads prompts with images too."""
+        folder = self.folder
+        if folder is None or not any((folder / name).is_file() for name in _PROCESSOR_FILES):
+            return self.tokenizer
+        from nest_runtime.train.images import ImageReader
+
+        return ImageReader(self.tokenizer, folder)
 
 
 def resolve_model(ref: str | Path, *, trust_remote_code: bool = False) -> tuple[str, Path]:

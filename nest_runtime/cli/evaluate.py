@@ -220,7 +220,7 @@ class Session:
 
         return run(
             self.loaded.model,
-            self.loaded.tokenizer,
+            self.loaded.reader,
             cases,
             self.judges,
             tasks=self.tasks,

@@ -95,7 +95,7 @@ def retarget(
     with keeping(workdir), out.bars() as bars:
         result = retarget_patch(
             loaded.model,
-            loaded.tokenizer,
+            loaded.reader,
             before,
             bad,
             good,

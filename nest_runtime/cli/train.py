@@ -87,7 +87,7 @@ def locate(
     with keeping(workdir), out.bars() as bars:
         found = locate_sites(
             loaded.model,
-            loaded.tokenizer,
+            loaded.reader,
             bad,
             good,
             recipe=recipe,
@@ -181,7 +181,7 @@ def train(
     with keeping(workdir), out.bars() as bars:
         result = train_patch(
             loaded.model,
-            loaded.tokenizer,
+            loaded.reader,
             bad,
             good,
             recipe=recipe,

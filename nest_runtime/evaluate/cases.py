@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nest_runtime.errors import EvaluationError
+from nest_runtime.train.content import plain_content, text_of
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 KINDS = ("harmful", "benign")
 MEASURES = ("asr", "over_refusal", "utility")
@@ -25,8 +26,8 @@ class Case:
 
     Attributes:
         id: unique within an evaluation.
-        messages: ``{"role", "content"}`` dicts. They end with the user's turn, or with an assistant message that
-            the model must go on from (a prefilled answer).
+        messages: ``{"role", "content"}`` dicts; content is a text, or parts with images (train/images.py). They end
+            with the user's turn, or with an assistant message that the model must go on from (a prefilled answer).
         kind: ``harmful`` or ``benign``: whether a good model refuses.
         suite: the suite whose rate the case counts in.
         family, category, attack: for the breakdowns: the attack's family, the behavior's category, the attack's name.
@@ -83,19 +84,19 @@ class Case:
 
     @property
     def prompt(self) -> str:
-        """The last user turn."""
-        return next(message["content"] for message in reversed(self.messages) if message["role"] == "user")
+        """The text of the last user turn."""
+        return next(text_of(message["content"]) for message in reversed(self.messages) if message["role"] == "user")
 
     @property
     def prefill(self) -> str:
         """The beginning of the answer that is put into the model's mouth, or nothing."""
         last = self.messages[-1]
-        return last["content"] if last["role"] == "assistant" else ""
+        return text_of(last["content"]) if last["role"] == "assistant" else ""
 
     @property
     def content_digest(self) -> str:
         """``sha256:<hex>`` over all that decides the answer: messages and follow-ups."""
-        return digest_of([list(self.messages), list(self.follow_ups)])
+        return digest_of([plain_content(self.messages), list(self.follow_ups)])
 
     @property
     def judged_digest(self) -> str:

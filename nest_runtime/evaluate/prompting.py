@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from nest_runtime.train.content import text_of
+
 
 class PrefillView:
     """A tokenizer whose chat template leaves a last assistant message open, for the model to go on from."""
@@ -26,7 +28,7 @@ class PrefillView:
         """The conversation up to the last user turn, ready for the answer, then the answer's given beginning."""
         if messages[-1]["role"] != "assistant":
             return self._tokenizer.apply_chat_template(messages, **kwargs)
-        return self._tokenizer.apply_chat_template(messages[:-1], **kwargs) + messages[-1]["content"]
+        return self._tokenizer.apply_chat_template(messages[:-1], **kwargs) + text_of(messages[-1]["content"])
 
 
 class PlainView:

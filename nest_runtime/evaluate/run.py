@@ -83,7 +83,8 @@ def evaluate(
         else:
             result = _result(subject, [], [], {})
         if tasks is not None:
-            result = _with_ability(result, model, tokenizer, tasks, subject, batch_size, workdir, progress)
+            plain = getattr(tokenizer, "plain", tokenizer)
+            result = _with_ability(result, model, plain, tasks, subject, batch_size, workdir, progress)
     return replace(result, notes=tuple(overlong_note(model, tokenizer, result.records, max_new_tokens)))
 
 
@@ -185,6 +186,7 @@ def model_answerer(model: Any, tokenizer: Any, *, batch_size: int = 64, max_new_
 def overlong_note(model: Any, tokenizer: Any, records: Sequence[Record], max_new_tokens: int) -> list[str]:
     """A note where conversations are longer than the model's context: such answers say little about safety."""
     from nest_runtime.evaluate.prompting import PrefillView
+    from nest_runtime.train.content import text_of
     from nest_runtime.train.data import encode
 
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
@@ -193,7 +195,7 @@ def overlong_note(model: Any, tokenizer: Any, records: Sequence[Record], max_new
     view = PrefillView(tokenizer)
     # A token is at least a byte, so most conversations need no counting.
     room = limit - max_new_tokens - 128  # for the chat template
-    long = [r for r in records if sum(len(m["content"].encode()) + 16 for m in r.messages) > room]
+    long = [r for r in records if sum(len(text_of(m["content"]).encode()) + 16 for m in r.messages) > room]
     over = [r for r in long if len(encode(view, r.messages)) + max_new_tokens > limit]
     if not over:
         return []

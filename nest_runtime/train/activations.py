@@ -33,9 +33,10 @@ from nest_runtime.anatomy import Projection, is_experts, module_of
 from nest_runtime.errors import TrainingError
 from nest_runtime.experts import Routed, first_outputs, routed
 from nest_runtime.generate import pad_token_id
-from nest_runtime.train.data import encode
+from nest_runtime.train.data import encode_prompt
 from nest_runtime.train.files import read_json, stage_folder, stage_key, write_json
-from nest_runtime.train.forward import device_of, hidden_states, length_batches, pad_rows
+from nest_runtime.train.forward import device_of, dtype_of, hidden_states, length_batches, pad_rows
+from nest_runtime.train.images import PromptImages, batch_inputs
 from nest_runtime.train.workers import Workers
 
 Progress = Callable[[str, int, int], None]
@@ -71,7 +72,7 @@ class PooledActivations:
 def pooled_activations(
     model: Any,
     tokenizer: Any,
-    conversations: Sequence[Sequence[Mapping[str, str]]],
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
     projections: Sequence[Projection],
     *,
     pooling: str = "max",
@@ -100,18 +101,20 @@ def pooled_activations(
         TrainingError: no room on the disk, or the model's outputs are not finite.
     """
     team = workers or Workers()
-    rows = [encode(tokenizer, messages) for messages in conversations]
+    prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
+    rows = [ids for ids, _ in prompts]
+    pictures = [image.digest for _, image in prompts if image is not None]
     batches = length_batches([len(row) for row in rows], batch_size, batch_tokens)
     dtype = "float32" if next(model.parameters()).dtype == torch.float32 else "float16"
     owned = tempfile.TemporaryDirectory(prefix="nest-activations-") if workdir is None else None
     names = [projection.name for projection in projections]
     sizes = [batch_size, batch_tokens]
-    digest = stage_key(rows=rows, names=names, pooling=pooling, batches=sizes, dtype=dtype, key=key)
+    digest = stage_key(rows=rows, names=names, pooling=pooling, batches=sizes, dtype=dtype, key=[key, *pictures])
     with team.main_first():
         folder = stage_folder(Path(owned.name) if owned else Path(workdir or "."), "activations", digest)
     if not any(folder.iterdir()):
         _check_room(folder, len(rows) * sum(p.d_out for p in projections) * np.dtype(dtype).itemsize)
-    _run(model, tokenizer, rows, batches, projections, pooling, folder, dtype, team, progress)
+    _run(model, tokenizer, prompts, batches, projections, pooling, folder, dtype, team, progress)
     team.wait()
     return PooledActivations(folder, projections, [index for batch in batches for index in batch], dtype, owned)
 
@@ -119,7 +122,7 @@ def pooled_activations(
 def _run(
     model: Any,
     tokenizer: Any,
-    rows: list[list[int]],
+    prompts: list[tuple[list[int], PromptImages | None]],
     batches: list[list[int]],
     projections: Sequence[Projection],
     pooling: str,
@@ -134,16 +137,17 @@ def _run(
     starts = np.cumsum([0, *(len(batch) for batch in batches)])
     for number in team.share(range(len(batches)))[done:]:
         batch, offset = batches[number], int(starts[number])
-        ids, mask = pad_rows([rows[index] for index in batch], pad_token_id(tokenizer), device_of(model))
+        ids, mask = pad_rows([prompts[index][0] for index in batch], pad_token_id(tokenizer), device_of(model))
+        inputs = batch_inputs([prompts[index][1] for index in batch], ids, [0] * len(batch), dtype_of(model))
         pooled: dict[int, torch.Tensor] = {}
         with _pooling_hooks(model, projections, mask, pooling, pooled), torch.no_grad():
-            hidden_states(model, ids, mask)
+            hidden_states(model, ids, mask, inputs)
         for index, values in sorted(pooled.items()):  # values (rows of the batch, d_out)
             _append(folder, index, offset, values, dtype)
         done += 1
         write_json(state, {"batches": done})
         if progress is not None:
-            progress("activations", offset + len(batch), len(rows))
+            progress("activations", offset + len(batch), len(prompts))
 
 
 @contextmanager

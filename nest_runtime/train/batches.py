@@ -7,16 +7,18 @@ would have. Nothing here runs the model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from nest_runtime.errors import DataError
-from nest_runtime.train.data import Example, encode, render
+from nest_runtime.train.content import images_of
+from nest_runtime.train.data import Example, encode_prompt, render
 from nest_runtime.train.forward import pad_rows
+from nest_runtime.train.images import PromptImages, batch_inputs
 
 # Worded otherwise than aligned models refuse by themselves: what a model says already leaves nothing to learn
 # (docs/decisions/training-defaults.md). One opening, so that the choice falls on the first token.
@@ -34,6 +36,13 @@ class Row:
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     harmful: bool
+    images: PromptImages | None = None
+
+    @property
+    def content(self) -> list[Any]:
+        """All that decides what is learned, as JSON values."""
+        images = [] if self.images is None else [self.images.digest]
+        return [list(self.prompt), list(self.answer), self.harmful, *images]
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class Batch:
         targets: (answer tokens,) int64: those next tokens, in the order of ``where``.
         harmful: (answer tokens,) bool: whether each belongs to a harmful row.
         row: (answer tokens,) int64: which row each belongs to.
+        inputs: what the model takes besides ids and mask, where prompts hold images.
     """
 
     ids: torch.Tensor
@@ -54,6 +64,7 @@ class Batch:
     targets: torch.Tensor
     harmful: torch.Tensor
     row: torch.Tensor
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def refusal_for(example: Example, refusals: Sequence[str] = ()) -> str:
@@ -71,13 +82,13 @@ def make_row(tokenizer: Any, example: Example, answer: str, harmful: bool, ends:
     Raises:
         DataError: the answer has no tokens.
     """
-    prompt = encode(tokenizer, example.messages)
+    prompt, images = encode_prompt(tokenizer, example.messages)
     tokens = _answer_tokens(tokenizer, example, answer, prompt)
     cut = next((index for index, token in enumerate(tokens) if token in set(ends)), None)
     tokens = tokens[: cut + 1] if cut is not None else [*tokens, *list(ends)[:1]]
     if not answer.strip() or not tokens:
         raise DataError(f"{example.id}: the answer to learn is empty", "give a response, or leave the field out")
-    return Row(tuple(prompt), tuple(tokens), harmful)
+    return Row(tuple(prompt), tuple(tokens), harmful, images)
 
 
 def recovery_row(tokenizer: Any, example: Example, row: Row, most: int) -> Row | None:
@@ -99,7 +110,7 @@ def recovery_row(tokenizer: Any, example: Example, row: Row, most: int) -> Row |
         return None
     number = int.from_bytes(hashlib.sha256(example.prompt.encode()).digest()[4:8], "big")
     begun = _answer_tokens(tokenizer, example, target, list(row.prompt))[: 1 + number % most]
-    return Row((*row.prompt, *begun), row.answer, row.harmful)
+    return replace(row, prompt=(*row.prompt, *begun))
 
 
 def _answer_tokens(tokenizer: Any, example: Example, answer: str, prompt: list[int]) -> list[int]:
@@ -109,6 +120,8 @@ def _answer_tokens(tokenizer: Any, example: Example, answer: str, prompt: list[i
     if getattr(tokenizer, "chat_template", None):
         templated = render(tokenizer, [*example.messages, {"role": "assistant", "content": answer}], False)
         whole = templated if templated.startswith(text) else whole  # some templates rewrite history
+    if images_of(example.messages):  # the prompt's tokens are more than its text's
+        return list(tokenizer(whole[len(text) :], add_special_tokens=False)["input_ids"])
     ids = tokenizer(whole, add_special_tokens=not getattr(tokenizer, "chat_template", None))["input_ids"]
     if list(ids[: len(prompt)]) == prompt:
         return list(ids[len(prompt) :])
@@ -134,8 +147,8 @@ def step_rows(rows: Sequence[Row], step: int, batch_size: int, harmful_share: fl
     return chosen
 
 
-def make_batch(rows: Sequence[Row], pad_id: int, device: torch.device) -> Batch:
-    """Pad rows and mark their answer positions."""
+def make_batch(rows: Sequence[Row], pad_id: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
+    """Pad rows, mark their answer positions, and open their images, whose pixels become ``dtype``."""
     ids, mask = pad_rows([[*row.prompt, *row.answer] for row in rows], pad_id, device)
     where = torch.zeros(ids.shape, dtype=torch.bool)
     for index, row in enumerate(rows):
@@ -145,4 +158,5 @@ def make_batch(rows: Sequence[Row], pad_id: int, device: torch.device) -> Batch:
     lengths = torch.tensor([len(row.answer) for row in rows])
     harmful = torch.tensor([row.harmful for row in rows]).repeat_interleave(lengths).to(device)
     numbers = torch.arange(len(rows)).repeat_interleave(lengths).to(device)
-    return Batch(ids, mask, where.to(device), targets, harmful, numbers)
+    inputs = batch_inputs([row.images for row in rows], ids, [0] * len(rows), dtype)
+    return Batch(ids, mask, where.to(device), targets, harmful, numbers, inputs)

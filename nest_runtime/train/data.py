@@ -3,7 +3,8 @@
 A prompt file gives :class:`Example` values. The forms are those of the README: JSONL or a JSON list
 (``{"prompt", "response"?}`` or ``{"messages"}``), CSV with a header, TXT (a prompt a line) and
 ``hf://datasets/org/name[@revision][:split]``. ``FILE#column=value`` keeps only the rows whose column
-has that value, for files that mix harmful and harmless prompts. Nothing here runs a model.
+has that value, for files that mix harmful and harmless prompts. A message may hold images (images.py).
+Nothing here runs a model.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 from nest_runtime.errors import DataError
 from nest_runtime.patch import canonical_json
+from nest_runtime.train.content import images_of, plain_content, text_of
+from nest_runtime.train.images import PromptImages, prompt_images, read_parts
 from nest_runtime.train.readers import SUFFIXES, Row, read_rows
 
 PROMPT_COLUMNS = ("prompt", "goal", "behavior", "instruction", "question", "text")
@@ -24,7 +27,7 @@ CATEGORY_COLUMNS = ("category", "semanticcategory", "type")
 ID_COLUMNS = ("id", "behaviorid")
 ROLES = ("system", "user", "assistant")
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Example:
     """One conversation to answer, and the answer to learn where the file gives one.
 
     Attributes:
-        messages: ``{"role", "content"}`` dicts, ending with the user's turn.
+        messages: ``{"role", "content"}`` dicts, ending with the user's turn; content is a text, or a list of parts.
         response: the assistant's answer, or None.
         id: the file's id of the row, or ``<file>:<line>``.
         category: the file's category of the row, or None.
@@ -47,8 +50,8 @@ class Example:
 
     @property
     def prompt(self) -> str:
-        """The last user turn."""
-        return self.messages[-1]["content"]
+        """The text of the last user turn."""
+        return text_of(self.messages[-1]["content"])
 
 
 def load_examples(ref: str | Path) -> list[Example]:
@@ -77,24 +80,33 @@ def make_examples(rows: Sequence[Mapping[str, Any]], source: str = "rows") -> li
 def examples_digest(examples: Sequence[Example]) -> str:
     """``sha256:<hex>`` over messages, responses and targets, in order; ids and other meta do not count."""
     content = [
-        [list(example.messages), example.response, *([example.meta["target"]] if "target" in example.meta else [])]
+        [
+            plain_content(example.messages),
+            example.response,
+            *([example.meta["target"]] if "target" in example.meta else []),
+        ]
         for example in examples
     ]
     return "sha256:" + hashlib.sha256(canonical_json(content)).hexdigest()
 
 
-def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
     """The text a model reads for a conversation: its chat template, or the bare prompt where it has none.
 
     Raises:
         DataError: the template refuses the conversation (for example a system message).
     """
     if not getattr(tokenizer, "chat_template", None):
-        return "\n\n".join(message["content"] for message in messages)
+        if images_of(messages):
+            raise DataError("a prompt holds an image, and the model has no chat template to place it", _NO_TEMPLATE)
+        return "\n\n".join(text_of(message["content"]) for message in messages)
     try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text = _templated(tokenizer, messages, add_generation_prompt)
+        if text_of(messages[-1]["content"]).strip() in text:
+            return text
+        # Templates of some multimodal models know content as a list of parts alone, and lose a plain text unsaid.
+        parts = [{**message, "content": _as_parts(message["content"])} for message in messages]
+        return _templated(tokenizer, parts, add_generation_prompt)
     except Exception as error:  # templates raise jinja errors of their own making
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
@@ -103,9 +115,37 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_generation
         ) from error
 
 
-def encode(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def _templated(tokenizer: Any, messages: Sequence[Mapping[str, Any]], prompt: bool) -> str:
+    plain = [dict(message) for message in messages]
+    return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=prompt))
+
+
+def _as_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+_NO_TEMPLATE = "leave prompts with images out, or give the model's tokenizer a chat template"
+
+
+def encode(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """Token ids of the rendered conversation, ready for the answer; a template's own BOS is not doubled."""
+    return encode_prompt(tokenizer, messages)[0]
+
+
+def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], PromptImages | None]:
+    """The same, with the conversation's images by reference; None where it has none.
+
+    Raises:
+        DataError: it has images and the tokenizer reads none (images.ImageReader does), or one cannot be read.
+    """
     text = render(tokenizer, messages)
+    if images_of(messages):
+        return prompt_images(tokenizer, messages, text)
+    ids = _text_ids(tokenizer, text)
+    return ids, None
+
+
+def _text_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=not getattr(tokenizer, "chat_template", None))["input_ids"])
 
 
@@ -146,7 +186,7 @@ def _select(path: Path, rows: list[Row], column: str, value: str) -> list[Row]:
 def _example(path: Path, line: int, fields: dict[str, Any]) -> Example:
     where, low = f"{path}:{line}", _lower(fields)
     if "messages" in low and not isinstance(low["messages"], str):
-        messages, response = _messages(where, low["messages"])
+        messages, response = _messages(where, low["messages"], path.parent)
     else:
         messages, response = ({"role": "user", "content": _prompt(where, low)},), None
     given = low.get("response")
@@ -192,21 +232,26 @@ def _prompt(where: str, low: Mapping[str, Any]) -> str:
     return f"{value}\n\n{extra}" if key == "instruction" and isinstance(extra, str) and extra.strip() else value
 
 
-def _messages(where: str, value: Any) -> tuple[tuple[Message, ...], str | None]:
+def _messages(where: str, value: Any, folder: Path) -> tuple[tuple[Message, ...], str | None]:
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: 'messages' is {type(value).__name__}; expected a list that is not empty", _SHAPE)
     for number, item in enumerate(value, 1):
-        if not isinstance(item, dict) or not isinstance(item.get("content"), str) or not item["content"].strip():
+        content = item.get("content") if isinstance(item, dict) else None
+        if not isinstance(content, str | list) or not content or (isinstance(content, str) and not content.strip()):
             raise DataError(f"{where}: message {number} has no text 'content'", _SHAPE)
         if item.get("role") not in ROLES:
             raise DataError(f"{where}: message {number} has role {item.get('role')!r}", f"roles are {', '.join(ROLES)}")
-    messages = tuple({"role": item["role"], "content": item["content"]} for item in value)
-    response = messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
+    messages = tuple({"role": item["role"], "content": _content(where, item["content"], folder)} for item in value)
+    response = text_of(messages[-1]["content"]) if messages[-1]["role"] == "assistant" else None
     if response is not None:
         messages = messages[:-1]
     if not messages or messages[-1]["role"] != "user":
         raise DataError(f"{where}: no user message before the answer", _SHAPE)
     return messages, response
+
+
+def _content(where: str, content: Any, folder: Path) -> Any:
+    return content if isinstance(content, str) else read_parts(where, content, folder)
 
 
 _SHAPE = 'write {"messages": [{"role": "user", "content": "…"}]}'

@@ -6,7 +6,7 @@ answer tokens only, locating needs none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,9 +55,17 @@ def decoder_of(model: Any) -> nn.Module:
     return inner.get_decoder()  # type: ignore[operator]
 
 
-def hidden_states(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The decoder's last hidden states, (rows, width, d)."""
-    return decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+def hidden_states(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, inputs: Mapping[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """The decoder's last hidden states, (rows, width, d); ``inputs`` are those of images (images.batch_inputs)."""
+    passed = dict(inputs or {})
+    return decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False, **passed).last_hidden_state
+
+
+def dtype_of(model: Any) -> torch.dtype:
+    """The dtype the model computes in: its embeddings'."""
+    return model.get_input_embeddings().weight.dtype
 
 
 @contextmanager
@@ -104,11 +112,18 @@ class Readout:
         self.model = model
         self.sliced = self._agrees()
 
-    def logits(self, ids: torch.Tensor, mask: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    def logits(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        where: torch.Tensor,
+        inputs: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Logits float32 (chosen, vocabulary) at the positions where ``where`` (rows, width) is true."""
         if self.sliced:
-            return self._head(hidden_states(self.model, ids, mask)[where]).float()
-        return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[where].float()
+            return self._head(hidden_states(self.model, ids, mask, inputs)[where]).float()
+        passed = dict(inputs or {})
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=False, **passed).logits[where].float()
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         config: Any = unwrap(self.model).config

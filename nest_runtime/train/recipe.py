@@ -17,7 +17,8 @@ from typing import Any
 
 from nest_runtime.anatomy import find_sites
 from nest_runtime.errors import DataError, UsageError
-from nest_runtime.patch import Patch
+from nest_runtime.patch import Patch, canonical_json
+from nest_runtime.train.content import plain_content
 from nest_runtime.train.data import Example
 from nest_runtime.train.files import remove_stages
 from nest_runtime.train.run import Run, TrainResult
@@ -128,8 +129,8 @@ def _check_prompts(
             raise DataError(f"there are no {kind} prompts", f"give a file of {kind} prompts")
     if rehearsal and parent is None:
         raise UsageError("rehearsal prompts without a parent patch", "name the patch to re-tune")
-    seen = {tuple((m["role"], m["content"]) for m in example.messages) for example in [*harmful, *rehearsal]}
-    both = [item for item in benign if tuple((m["role"], m["content"]) for m in item.messages) in seen]
+    seen = {canonical_json(plain_content(example.messages)) for example in [*harmful, *rehearsal]}
+    both = [item for item in benign if canonical_json(plain_content(item.messages)) in seen]
     if both:
         raise DataError(
             f"{len(both)} prompts are harmful and benign at once, first {both[0].id}: {both[0].prompt[:60]!r}",

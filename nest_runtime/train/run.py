@@ -169,7 +169,7 @@ class Run:
                 parent=parent.digest if parent else None,
                 settings=self.settings.to_json(),
                 sites=[[site.site, list(site.neurons), list(site.clusters)] for site in sites],
-                rows=[[list(row.prompt), list(row.answer), row.harmful] for row in [*rows, *held]],
+                rows=[row.content for row in [*rows, *held]],
                 split=len(rows),
             )
             with self.workers.main_first():

@@ -24,7 +24,7 @@ from nest_runtime.generate import pad_token_id
 from nest_runtime.train.batches import Batch, Row, make_batch, step_rows
 from nest_runtime.train.deltas import Deltas
 from nest_runtime.train.files import read_tensors, write_tensors
-from nest_runtime.train.forward import Readout, device_of, length_batches
+from nest_runtime.train.forward import Readout, device_of, dtype_of, length_batches
 from nest_runtime.train.settings import Recipe
 from nest_runtime.train.workers import Workers
 
@@ -132,9 +132,9 @@ def measure(
     totals: dict[str, list[float]] = {"harmful": [0.0, 0.0, 0.0, 0.0], "benign": [0.0, 0.0, 0.0, 0.0]}
     lengths = [len(row.prompt) + len(row.answer) for row in rows]
     for positions in team.share(length_batches(lengths, settings.prompt_batch, settings.batch_tokens)):
-        batch = make_batch([rows[index] for index in positions], pad, device_of(readout.model))
+        batch = make_batch([rows[index] for index in positions], pad, device_of(readout.model), dtype_of(readout.model))
         with torch.no_grad():
-            logits = readout.logits(batch.ids, batch.mask, batch.where)
+            logits = readout.logits(batch.ids, batch.mask, batch.where, batch.inputs)
         losses = cross_entropy(logits, batch.targets, reduction="none")
         wrong = torch.zeros(len(positions), device=losses.device)
         wrong.index_add_(0, batch.row, (logits.argmax(-1) != batch.targets).float())
@@ -166,7 +166,7 @@ def _step(
     optimizer.zero_grad()
     share, loss = team.share(rows), None
     if share:
-        batch = make_batch(share, pad, device_of(readout.model))
+        batch = make_batch(share, pad, device_of(readout.model), dtype_of(readout.model))
         with torch.enable_grad():
             loss = loss_of(readout, deltas, batch, settings, answer_counts(rows))
     value = team.sum([0.0 if loss is None else float(loss.detach())])[0]
@@ -200,7 +200,7 @@ def loss_of(
             shares' losses then add up to the step's. None: the batch is the step.
     """
     whole = counts or (int(batch.harmful.sum()), int((~batch.harmful).sum()))
-    logits = readout.logits(batch.ids, batch.mask, batch.where)  # (answer tokens, vocabulary)
+    logits = readout.logits(batch.ids, batch.mask, batch.where, batch.inputs)  # (answer tokens, vocabulary)
     losses = cross_entropy(logits, batch.targets, reduction="none")
     loss = logits.new_zeros(())
     for chosen, count in zip((batch.harmful, ~batch.harmful), whole, strict=True):
@@ -211,7 +211,7 @@ def loss_of(
         deltas.enabled = False
         try:
             with torch.no_grad():
-                base = log_softmax(readout.logits(batch.ids, batch.mask, batch.where)[benign], dim=-1)
+                base = log_softmax(readout.logits(batch.ids, batch.mask, batch.where, batch.inputs)[benign], dim=-1)
         finally:
             deltas.enabled = True
         patched = log_softmax(logits[benign], dim=-1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nest_runtime.evaluate.cases import Case, Message, user
+from nest_runtime.train.content import images_of, text_of
 
 TextChange = Callable[[str, random.Random], str]
 
@@ -62,10 +63,20 @@ def derive(case: Case, name: str, messages: Sequence[Message], **changes: Any) -
         "id": f"{case.id}::{name}",
         "trial": f"{case.trial}::{name}",
         "suite": f"{case.suite}-attacked",
-        "messages": tuple(messages),
+        "messages": _with_images(case, messages),
         **changes,
     }
     return replace(case, **fields)
+
+
+def _with_images(case: Case, messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages, the last of the user's with the images that the case's last turn shows."""
+    images = images_of([message for message in case.messages if message["role"] == "user"][-1:])
+    last = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    if not images or last < 0:
+        return tuple(messages)
+    asked = {"role": "user", "content": [*images, {"type": "text", "text": text_of(messages[last]["content"])}]}
+    return (*messages[:last], asked, *messages[last + 1 :])
 
 
 def before(case: Case) -> list[Message]:
