@@ -125,15 +125,19 @@ def _events_alone(emit: Emit, wanted: bool) -> Iterator[Emit]:
     sys.stdout.flush()
     real = os.dup(1)
     os.dup2(2, 1)
-    with os.fdopen(os.dup(real), "w", buffering=1) as ours:
 
-        def only(event: dict[str, Any]) -> None:
-            with contextlib.redirect_stdout(ours):
-                emit(event)
-
+    def only(event: dict[str, Any]) -> None:
+        sys.stdout.flush()  # what others left there goes where theirs belongs
+        os.dup2(real, 1)
         try:
-            yield only
-        finally:
+            emit(event)
             sys.stdout.flush()
-            os.dup2(real, 1)
-            os.close(real)
+        finally:
+            os.dup2(2, 1)
+
+    try:
+        yield only
+    finally:
+        sys.stdout.flush()
+        os.dup2(real, 1)
+        os.close(real)
