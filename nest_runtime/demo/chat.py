@@ -34,13 +34,17 @@ def build(desk: Desk) -> ChatParts:
     tab = Chat(desk)
     talk = gr.State(Talk())
     with gr.Row(equal_height=True):
-        picker = gr.Dropdown(label="Patch on the right", interactive=True, filterable=False, elem_id="picker", scale=2)
-        toggle = gr.Checkbox(True, label="Patch on", info="Takes effect on the next message.", elem_id="toggle")
+        picker = gr.Dropdown(
+            label="Patch on the right", interactive=True, filterable=False, elem_id="picker", scale=2, min_width=210
+        )
+        toggle = gr.Checkbox(
+            True, label="Patch on", info="Takes effect on the next message.", elem_id="toggle", min_width=120
+        )
     shown = gr.HTML(markup.conversation(Talk()), elem_id="conversation", padding=False)
-    prompt = gr.Textbox(first_prompt(), label="Prompt", lines=2, max_lines=8, submit_btn=False, elem_id="prompt")
+    prompt = gr.Textbox(first_prompt(), label="Prompt", lines=1, max_lines=8, elem_id="prompt")
     with gr.Row():
         send = gr.Button("Send", variant="primary", elem_id="send", size="md", min_width=90)
-        again = gr.Button("Regenerate right side", elem_id="again", size="md", min_width=90)
+        again = gr.Button("Regenerate right", elem_id="again", size="md", min_width=90)
         stop = gr.Button("Stop", elem_id="stop", size="md", min_width=90)
         clear = gr.Button("New conversation", elem_id="clear", size="md", min_width=90)
     _examples(tab, prompt, shown, talk)
@@ -68,6 +72,7 @@ def _examples(tab: Chat, prompt: gr.Textbox, shown: gr.HTML, talk: gr.State) -> 
             filterable=False,
             elem_id="kind",
             scale=2,
+            min_width=240,
         )
         example = gr.Dropdown(
             [item.label for item in examples()[FIRST_KIND]],
@@ -75,6 +80,7 @@ def _examples(tab: Chat, prompt: gr.Textbox, shown: gr.HTML, talk: gr.State) -> 
             label="Example",
             filterable=False,
             elem_id="example",
+            min_width=240,
             scale=3,
         )
     outputs = [prompt, shown]

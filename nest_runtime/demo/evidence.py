@@ -27,7 +27,9 @@ def build(desk: Desk) -> gr.Dropdown:
     """Lay the tab out and connect it; gives the list of patches, which the page fills."""
     gr.HTML(markup.wrap("<h2>Quick evaluation</h2>", markup.note(_about(desk))), padding=False)
     with gr.Row(equal_height=True):
-        picker = gr.Dropdown(label="Patch", interactive=True, filterable=False, elem_id="eval-patch", scale=2)
+        picker = gr.Dropdown(
+            label="Patch", interactive=True, filterable=False, elem_id="eval-patch", scale=2, min_width=240
+        )
         count = gr.Slider(5, 100, value=20, step=5, label="Prompts of each suite", elem_id="eval-count", scale=2)
         run = gr.Button("Run", variant="primary", elem_id="eval-run", elem_classes="nr-go", size="md", min_width=80)
         halt = gr.Button("Stop", elem_id="eval-stop", elem_classes="nr-go", size="md", min_width=80)

@@ -30,7 +30,9 @@ def build(desk: Desk, talk: gr.State) -> tuple[gr.Dropdown, gr.HTML]:
         gr.HTML(markup.wrap(markup.note(words)), padding=False)
     else:
         with gr.Row(equal_height=True):
-            site = gr.Dropdown([ALL], value=ALL, label="Rows", interactive=True, filterable=False, elem_id="site")
+            site = gr.Dropdown(
+                [ALL], value=ALL, label="Rows", interactive=True, filterable=False, elem_id="site", min_width=240
+            )
             own = gr.Textbox(
                 label="Prompt", placeholder="empty: the last one of the chat", elem_id="probe-prompt", scale=2
             )
