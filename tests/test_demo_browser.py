@@ -29,7 +29,8 @@ BENIGN = "How do I bake bread?"
 WATCH_PROGRESS = """() => {
   window.seen = new Set();
   const look = () => { const bar = document.querySelector('#eval progress'); if (bar) window.seen.add(bar.value); };
-  new MutationObserver(look).observe(document.querySelector('#eval'), {subtree: true, childList: true, attributes: true});
+  const whole = {subtree: true, childList: true, attributes: true};
+  new MutationObserver(look).observe(document.querySelector('#eval'), whole);
 }"""
 
 
@@ -242,7 +243,7 @@ def test_an_evaluation_whose_bars_move(demo: Tab) -> None:
     base, patched = demo.page.locator("#eval .nr-bar").all()[:2]
     assert re.fullmatch(r"base: \d+\.\d % \[\d+, \d+\], n = 20", base.get_attribute("aria-label") or "")
     assert "0.0 %" in (patched.get_attribute("aria-label") or "")
-    demo.picture("evidence-light")
+    demo.picture("evidence-run")
 
 
 @pytest.mark.parametrize(

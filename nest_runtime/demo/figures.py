@@ -62,7 +62,7 @@ def _map(view: View, kind: str, floor: float, largest: float) -> str:
     span = f" in layers {min(there)} to {max(there)}" if there else ""
     words = f"{kind}_proj: {total:,} patched neurons{span}"
     return (
-        f"<figure><figcaption>{text(words)} (layers down, neurons across)</figcaption>"
+        f"<figure><figcaption>{text(words)}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH + 4:.0f} {height:.0f}" width="100%" role="img" aria-label="{text(words)}">'
         f"{''.join(marks)}{axis}</svg></figure>"
     )

@@ -105,7 +105,7 @@ def map_html(desk: Desk, digest: str | None) -> str:
     words = (
         f"{patch.name}@{patch.version} changes {patch.neurons:,} neurons in {patch.clusters} clusters with "
         f"{patch.parameters:,} trained numbers. Hover a mark for its z-score, cluster, loading and row-update norm; "
-        "larger marks have larger updates. The tables below say the same."
+        "layers go down, neurons across, and larger marks have larger updates. The tables below say the same."
     )
     return markup.wrap(markup.note(words), figures.neuron_maps(view), "<h3>As tables</h3>", figures.neuron_tables(view))
 
