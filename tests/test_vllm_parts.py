@@ -20,6 +20,7 @@ from nest_runtime.serve.config import Limits, ServeConfig
 from nest_runtime.serve.patches import PatchTable
 from nest_runtime.serve.sampling import SamplingParams
 from nest_runtime.serve.served import Served
+from nest_runtime.serve.vllm import fleet
 from nest_runtime.serve.vllm.arguments import engine_arguments, environment
 from nest_runtime.serve.vllm.base import Base, check_prepared
 from nest_runtime.serve.vllm.flow import Attempt, Flow
@@ -479,3 +480,132 @@ def test_the_plugin_acts_where_it_is_named_and_reads_its_settings_from_the_envir
     assert config.admin_token_file == Path("/t")
     with pytest.raises(UsageError, match="the engine serves the model as"):
         check_arguments(Namespace(served_model_name=["m"], model="org/m"))
+
+
+# --- a fleet ------------------------------------------------------------------------------------
+
+
+class Server:
+    """A server beside a member: holds patches by reference, and fails where it is told to."""
+
+    def __init__(self, fails: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+        self.on = ""
+        self.fails = set(fails)
+
+    async def prepare(self, ref: str) -> str:
+        if f"prepare {ref}" in self.fails:
+            raise BaseMismatch(f"{ref} is for another base")
+        return f"sha256:{ref}"
+
+    async def switch(self, ref: str) -> str:
+        digest = f"sha256:{ref.removeprefix('sha256:')}"
+        if f"switch {digest}" in self.fails:
+            raise EngineError("a rank has other rows")
+        self.on = digest
+        return digest
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "POLL_SECONDS", 0.01)
+
+
+def fleet_story(servers: list[Server], story: Any) -> Any:
+    """Run a story with a board and a member beside each server, all on patch a."""
+
+    async def run() -> Any:
+        board = fleet.Switchboard(len(servers), "a")
+        members = [fleet.Member(f"m{n}", server, board.poll) for n, server in enumerate(servers)]
+        tasks = [asyncio.create_task(member.run()) for member in members]
+        try:
+            async with asyncio.timeout(20):
+                await until(lambda: board.state()["ready"] and all(member.ready for member in members))
+                return await story(board, members)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    return asyncio.run(run())
+
+
+async def until(check: Any) -> None:
+    while not check():
+        await asyncio.sleep(0.005)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_fleet_switches_as_one_and_nobody_answers_in_between() -> None:
+    servers = [Server(), Server(), Server()]
+
+    async def story(board: Any, members: Any) -> None:
+        assert [server.on for server in servers] == ["sha256:a"] * 3
+        async with members[0]:  # a request in flight: the switch waits for it, and nobody else gets in
+            switching = asyncio.create_task(board.activate("b"))
+            await until(lambda: not any(member.ready for member in members))
+            assert [server.on for server in servers] == ["sha256:a"] * 3
+            with pytest.raises(EngineError, match="waits for the others"):
+                async with members[1]:
+                    pass
+        assert (await switching)["digest"] == "sha256:b"
+        assert [server.on for server in servers] == ["sha256:b"] * 3
+        await until(lambda: all(member.ready for member in members))
+
+    fleet_story(servers, story)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_member_that_cannot_take_a_patch_leaves_the_fleet_on_the_old_one() -> None:
+    servers = [Server(), Server({"prepare b", "switch sha256:c"})]
+
+    async def story(board: Any, members: Any) -> None:
+        with pytest.raises(EngineError, match="cannot be prepared everywhere: m1: b is for another base"):
+            await board.activate("b")
+        with pytest.raises(EngineError, match="not all members could switch: m1"):
+            await board.activate("c")
+        await until(lambda: all(member.ready for member in members))
+        assert [server.on for server in servers] == ["sha256:a"] * 2
+        assert board.state()["digest"] == "sha256:a"
+
+    fleet_story(servers, story)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_fleet_that_can_go_neither_way_answers_nobody_until_a_patch_is_on_everywhere() -> None:
+    servers = [Server(), Server({"switch sha256:b"})]
+
+    async def story(board: Any, members: Any) -> None:
+        servers[0].fails.add("switch sha256:a")  # the way back
+        with pytest.raises(EngineError, match="nobody answers"):
+            await board.activate("b")
+        assert not any(member.ready for member in members)
+        assert not board.state()["ready"]
+        assert "nobody answers" in board.state()["halted"]
+        await board.activate("d")
+        await until(lambda: all(member.ready for member in members))
+        assert [server.on for server in servers] == ["sha256:d"] * 2
+
+    fleet_story(servers, story)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_member_that_hears_nothing_closes_before_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fleet.LEASE_SECONDS + fleet.POLL_SECONDS < fleet.DEAD_SECONDS
+    monkeypatch.setattr(fleet, "LEASE_SECONDS", 0.05)
+    monkeypatch.setattr(fleet, "DEAD_SECONDS", 0.5)
+    servers = [Server(), Server()]
+
+    async def story(board: Any, members: Any) -> None:
+        async def deaf(*_: Any) -> Any:
+            raise ConnectionError
+
+        members[1]._poll = deaf
+        await until(lambda: not members[1].ready)
+        assert set(board.state()["members"]) == {"m0", "m1"}
+        await until(lambda: set(board.state()["members"]) == {"m0"})
+        with pytest.raises(EngineError, match="1 of 2 members"):
+            await board.activate("b")
+        assert members[0].ready
+        members[1]._poll = board.poll  # and comes back
+        await until(lambda: all(member.ready for member in members))
+
+    fleet_story(servers, story)

@@ -121,7 +121,7 @@ async def run(
     try:
         if (await server.start()).key is None:
             emit({"event": "warning", "message": "no patch is active: answers come from the bare base model"})
-        _reread_on_hangup(server, emit)
+        reread_on_hangup(server, emit)
         web = _Uvicorn(_uvicorn_config(server, asgi_app(server)), ready, leaving)
         watch = None if until is None else asyncio.create_task(web.leave_when(until))
         try:
@@ -239,7 +239,8 @@ def warn(config: ServeConfig, emit: Emit) -> None:
         say("what clients ask is written into the log: --log-prompts")
 
 
-def _reread_on_hangup(server: Server, emit: Emit) -> None:
+def reread_on_hangup(server: Server, emit: Emit) -> None:
+    """At SIGHUP, read keys, tokens and the trust policy again."""
     loop, running = asyncio.get_running_loop(), set()
 
     async def again() -> None:

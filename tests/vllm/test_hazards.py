@@ -43,6 +43,7 @@ class Running:
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.client = self.do(self._start(settings))
+        self.cached = 0  # prompt tokens of the last request whose keys and values were there
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine on the engine's loop."""
@@ -65,6 +66,7 @@ class Running:
             name = f"r{id(requests)}-{number}"
             async for output in self.client.generate({"prompt_token_ids": prompt}, params, name, lora_request=adapter):
                 found = list(output.outputs[0].token_ids)
+                self.cached = output.num_cached_tokens
             return found
 
         async def everyone() -> list[list[int]]:
@@ -100,8 +102,8 @@ def in_place(plain: Running) -> Iterator[InPlace]:
 
     patches = plain.do(make())
     yield patches
-    plain.do(patches._replicas.call("nest_apply", None))
-    plain.do(patches._replicas.forget_prefixes())
+    plain.do(Replicas(plain.client).call("nest_apply", None))
+    plain.do(Replicas(plain.client).forget_prefixes())
 
 
 @pytest.fixture
@@ -163,19 +165,24 @@ def test_another_content_is_another_name(
 ) -> None:
     def after_one_another(adapters: Adapters) -> list[list[int]]:
         found = []
-        for patch in patches[:2]:
+        for patch in patches:
             adapters.add(patch)
             found += lora.ask((prompts[LONG], request_of(adapters, patch)))
+            cached.append(lora.cached)
             adapters.remove(patch.digest)
         return found
 
-    wanted = [truth("v1", LONG), truth("v2", LONG)]
+    cached: list[int] = []
+    wanted = [truth(patch.version, LONG) for patch in patches]
     assert after_one_another(as_adapters()) == wanted
+    assert cached == [0, 0, 0]
 
     monkeypatch.setattr(adapters_module, "adapter_name", lambda digest: "safety")  # the guard taken away
     found = after_one_another(as_adapters())
+    assert cached[3] == 0
+    assert min(cached[4:]) > 0  # keys and values of another patch
     assert found[0] == wanted[0]
-    assert found[1] != wanted[1]
+    assert found[1:] != wanted[1:]
 
 
 def test_no_key_or_value_outlives_a_switch(
@@ -196,8 +203,10 @@ def test_no_key_or_value_outlives_a_switch(
     async def keep() -> None:
         return None
 
+    plain.do(in_place._replicas.forget_prefixes())
     monkeypatch.setattr(in_place._replicas, "forget_prefixes", keep)  # the guard taken away
     found = after_switches()
+    assert found[0] == wanted[0]
     assert found[1] != wanted[1]
     assert found[2] != wanted[2]
 

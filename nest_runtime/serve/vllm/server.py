@@ -19,7 +19,7 @@ from nest_runtime.models import resolve_model
 from nest_runtime.serve.app import Server
 from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.events import Emit, json_events, json_line, sentence, set_up_logging
-from nest_runtime.serve.server import admin_listener, bind, bind_admin, warn
+from nest_runtime.serve.server import admin_listener, bind, bind_admin, reread_on_hangup, warn
 from nest_runtime.serve.vllm.arguments import engine_arguments, environment
 from nest_runtime.serve.vllm.plugin import PLAN
 
@@ -66,6 +66,7 @@ class _Said:
             server.following.on_event = self._emit
         if server.service.table.active.key is None:
             self._emit({"event": "warning", "message": "no patch is active: answers come from the bare base model"})
+        reread_on_hangup(server, self._emit)
         await self._stack.enter_async_context(admin_listener(server, self._admin_port))
         self._waiting = asyncio.create_task(self._ready(server, state))
 
