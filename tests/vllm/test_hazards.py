@@ -193,12 +193,16 @@ def test_no_key_or_value_outlives_a_switch(
         for digest in (patches[0].digest, patches[1].digest, None):
             plain.do(in_place.switch(digest))
             found += plain.ask((prompts[LONG], None))
+            cached.append(plain.cached)
         return found
+
+    cached: list[int] = []
 
     for patch in patches[:2]:
         in_place.add(patch)
     wanted = [truth("v1", LONG), truth("v2", LONG), truth(None, LONG)]
     assert after_switches() == wanted
+    assert cached == [0, 0, 0]
 
     async def keep() -> None:
         return None
@@ -206,9 +210,10 @@ def test_no_key_or_value_outlives_a_switch(
     plain.do(in_place._replicas.forget_prefixes())
     monkeypatch.setattr(in_place._replicas, "forget_prefixes", keep)  # the guard taken away
     found = after_switches()
+    assert cached[3] == 0
+    assert min(cached[4:]) > 0  # keys and values of another patch
     assert found[0] == wanted[0]
-    assert found[1] != wanted[1]
-    assert found[2] != wanted[2]
+    assert found[1:] != wanted[1:]
 
 
 def test_a_rank_with_other_rows_is_found_out_and_all_go_back(
