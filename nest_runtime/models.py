@@ -59,12 +59,13 @@ class LoadedModel:
         return ImageReader(self.tokenizer, folder)
 
 
-def resolve_model(ref: str | Path, *, trust_remote_code: bool = False) -> tuple[str, Path]:
+def resolve_model(ref: str | Path, *, trust_remote_code: bool = False, config_only: bool = False) -> tuple[str, Path]:
     """A model reference's name and folder; a Hub id is downloaded once, then found in the Hub's cache.
 
     Args:
         ref: ``reference``, a folder, or a Hub id ``org/name[@revision]``. A folder wins over an id of that name.
         trust_remote_code: fetch the code that comes with a Hub model too.
+        config_only: fetch nothing but the configuration of a Hub model.
 
     Raises:
         ModelError: there is no such model, or it cannot be fetched or used.
@@ -88,7 +89,8 @@ def resolve_model(ref: str | Path, *, trust_remote_code: bool = False) -> tuple[
             f"there is no model {ref!r}: not a folder, and not a Hub id",
             f"{did_you_mean(ref, _beside(folder))}use {REFERENCE!r}, a folder with config.json, or org/name[@revision]",
         )
-    return ref.partition("@")[0], _download(ref, [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES)
+    files = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
+    return ref.partition("@")[0], _download(ref, ["config.json"] if config_only else files)
 
 
 def _beside(folder: Path) -> list[str]:

@@ -1,0 +1,289 @@
+"""What locating, tuning and serving a model will take, from its configuration alone: nothing is loaded.
+
+The model is made on the meta device, so sizes and sites are exact. Memory is counted from the tensors that the
+code really holds at each stage's peak; how many neurons are kept, and time, rest on the assumptions that the
+answer names. benchmarks/locate_memory.py compares the count for locating with what a process takes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nest_runtime.anatomy import Projection, find_sites, unwrap
+from nest_runtime.train.run import within_depth
+from nest_runtime.train.settings import Recipe
+
+EFFICIENCY = 0.4  # of a large matrix product's speed, in a whole model
+PROBE_PASSES = 60  # of the L-BFGS probe over its activations, each reading them twice
+SCALES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is to be done.
+
+    Attributes:
+        harmful, benign: how many prompts.
+        prompt_tokens, answer_tokens: their length, and that of the answers to learn.
+        answers_given: whether the benign file has responses; the base's own are generated otherwise.
+    """
+
+    harmful: int = 1000
+    benign: int = 1000
+    prompt_tokens: int = 64
+    answer_tokens: int = 64
+    answers_given: bool = False
+
+    @property
+    def prompts(self) -> int:
+        return self.harmful + self.benign
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a device computes: floating-point operations, and bytes it reads, a second."""
+
+    flops: float
+    bandwidth: float
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes.
+
+    Attributes:
+        parameters, active: all, and those that one token is multiplied with (of experts its share).
+        weights: bytes.
+        itemsize: bytes of one number.
+        layers, hidden, vocabulary: as usual.
+        widest: outputs of its widest FFN module, that a pass holds at once.
+        cache: bytes of keys and values a token.
+        sites: the projections that the recipe takes; ``lowest`` the share of layers at and above the first of them.
+    """
+
+    parameters: int
+    active: int
+    weights: int
+    itemsize: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    widest: int
+    cache: int
+    sites: tuple[Projection, ...]
+    lowest: float
+
+
+def shape_of(model: nn.Module, dtype: str, recipe: Recipe) -> Shape:
+    """The sizes of a model, which may be on the meta device.
+
+    Raises:
+        UnknownArchitecture: its FFN is not known.
+    """
+    config: Any = unwrap(model).config
+    text = config.get_text_config()
+    every = find_sites(model)
+    sites = within_depth(every, recipe)
+    layers = max(site.layer for site in every) + 1
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    experts = max((site.experts for site in every), default=0)
+    chosen = int(getattr(text, "num_experts_per_tok", None) or experts)
+    stored = sum(p.numel() for p in model.parameters() if experts and p.ndim == 3 and p.shape[0] == experts)
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    looked_up = 0 if head is not None and head.weight is embedding else embedding.numel()
+    heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    itemsize = SCALES[dtype]
+    return Shape(
+        parameters=parameters,
+        active=parameters - looked_up - stored + (stored * chosen // experts if experts else 0),
+        weights=parameters * itemsize,
+        itemsize=itemsize,
+        layers=layers,
+        hidden=int(text.hidden_size),
+        vocabulary=int(embedding.shape[0]),
+        widest=max(site.each for site in every) * (1 if not experts else chosen),
+        cache=2 * layers * heads * width * itemsize,
+        sites=sites,
+        lowest=1 - min(site.layer for site in sites) / layers,
+    )
+
+
+def plan(shape: Shape, recipe: Recipe, load: Load, speed: Speed) -> dict[str, Any]:
+    """Memory beyond the model, disk and time of each stage, in bytes and seconds; and the patch to expect."""
+    patch = _patch(shape, recipe)
+    answers = 0.0 if load.answers_given else _answers_seconds(shape, recipe, load, speed)
+    return {
+        "parameters": shape.parameters,
+        "weights_bytes": shape.weights,
+        "sites": len(shape.sites),
+        "layers": shape.layers,
+        "patched_layers": len({site.layer for site in shape.sites}),
+        "patch": patch,
+        "stages": {
+            "answers": {"memory_bytes": _answers_memory(shape, recipe, load), "disk_bytes": 0, "seconds": answers},
+            "locate": {
+                "memory_bytes": max(pass_memory(shape, recipe, load), probe_memory(shape, recipe, load)),
+                "disk_bytes": activations_disk(shape, load),
+                "seconds": _locate_seconds(shape, load, speed),
+            },
+            "tune": {
+                "memory_bytes": tune_memory(shape, recipe, load, patch["parameters"]),
+                "disk_bytes": 16 * patch["parameters"],
+                "seconds": _tune_seconds(shape, recipe, load, speed),
+            },
+            "serve": {"memory_bytes": shape.cache * 8192 + patch["bytes"], "disk_bytes": patch["bytes"], "seconds": 0},
+        },
+        "assumptions": _assumptions(recipe, load, speed),
+    }
+
+
+def pass_memory(shape: Shape, recipe: Recipe, load: Load) -> int:
+    """Of the pass over the prompts: one decoder layer at work on a batch, a masked copy to pool, the pooled rows."""
+    rows = _rows(recipe, load)
+    tokens = rows * load.prompt_tokens
+    stream = 6 * tokens * shape.hidden * max(shape.itemsize, 4) // 2  # residual and norms, which go by float32
+    ffn = 4 * tokens * shape.widest * shape.itemsize  # gate, up, their product, the masked copy
+    masks = rows * load.prompt_tokens**2 * 4
+    pooled = rows * sum(site.d_out for site in shape.sites) * 4
+    return stream + ffn + masks + pooled
+
+
+def probe_memory(shape: Shape, recipe: Recipe, load: Load) -> int:
+    """Of the widest probe: its activations, the part to fit on, and what standardizing takes meanwhile; float32."""
+    widest = max(site.d_out for site in shape.sites)
+    return int(load.prompts * widest * 4 * (1 + 2 * (1 - recipe.probe_holdout)))
+
+
+def activations_disk(shape: Shape, load: Load) -> int:
+    """Pooled activations of every prompt: float16, or float32 of a float32 model."""
+    size = 4 if shape.itemsize == 4 else 2
+    return load.prompts * sum(site.d_out for site in shape.sites) * size
+
+
+def tune_memory(shape: Shape, recipe: Recipe, load: Load, trained: int) -> int:
+    """Of a step: what the backward pass keeps above the lowest patched layer, logits of answers, the optimizer."""
+    tokens = recipe.batch_size * (load.prompt_tokens + load.answer_tokens)
+    kept = tokens * shape.itemsize * (10 * shape.hidden + 3 * shape.widest)
+    layers = max(round(shape.layers * shape.lowest), 1)
+    logits = recipe.batch_size * load.answer_tokens * shape.vocabulary * 4 * 3  # logits, softmax, gradient
+    return kept * layers + logits + trained * 4 * 5  # value, gradient, two moments, the best so far
+
+
+def kept_share(recipe: Recipe) -> float:
+    """Share of neurons above the threshold if probe weights were normally distributed."""
+    both = math.erfc(recipe.z / math.sqrt(2))
+    return both if recipe.sign == "absolute" else both / 2
+
+
+def measure_speed(device: str, dtype: str, seconds: float = 0.2) -> Speed:
+    """The device's speed, by a matrix product in the dtype and a copy, each repeated for some time."""
+    cuda = device.startswith("cuda")
+    size = 8192 if cuda else 1024
+    left = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    block = torch.empty((1024 if cuda else 64) * 2**20, dtype=torch.uint8, device=device)
+    other = torch.empty_like(block)
+    product = _rate(lambda: left @ left, device, seconds) * 2 * size**3
+    return Speed(product, _rate(lambda: other.copy_(block), device, seconds) * 2 * block.numel(), measured=True)
+
+
+def _rate(work: Any, device: str, seconds: float) -> float:
+    """How many times a second."""
+
+    def wait() -> None:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    work()
+    wait()
+    began, done = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        work()
+        wait()
+        done += 1
+    return done / (time.perf_counter() - began)
+
+
+def _patch(shape: Shape, recipe: Recipe) -> dict[str, int]:
+    neurons = round(kept_share(recipe) * sum(site.d_out for site in shape.sites))
+    rows = sum(recipe.k_max * site.d_in for site in shape.sites)
+    numbers = rows + (neurons if recipe.loadings == "learned" else 0)
+    size = rows * SCALES[recipe.delta_dtype] + neurons * (12 + (0 if recipe.loadings == "tied" else 4))
+    return {"neurons": neurons, "clusters": recipe.k_max * len(shape.sites), "parameters": numbers, "bytes": size}
+
+
+def _rows(recipe: Recipe, load: Load) -> int:
+    """Prompts in one pass of locate."""
+    return max(min(recipe.prompt_batch, recipe.batch_tokens // load.prompt_tokens, load.prompts), 1)
+
+
+def _answers_memory(shape: Shape, recipe: Recipe, load: Load) -> int:
+    if load.answers_given:
+        return 0
+    return recipe.prompt_batch * (load.prompt_tokens + load.answer_tokens) * shape.cache + pass_memory(
+        shape, recipe, load
+    )
+
+
+def _answers_seconds(shape: Shape, recipe: Recipe, load: Load, speed: Speed) -> float:
+    batches = math.ceil(load.benign / recipe.prompt_batch)
+    reading = shape.active * shape.itemsize / speed.bandwidth
+    step = max(reading, 2 * shape.active * recipe.prompt_batch / (speed.flops * EFFICIENCY))
+    return batches * load.answer_tokens * step + _forward(shape, load.benign * load.prompt_tokens, speed)
+
+
+def _locate_seconds(shape: Shape, load: Load, speed: Speed) -> float:
+    numbers = load.prompts * sum(site.d_out for site in shape.sites)
+    return _forward(shape, load.prompts * load.prompt_tokens, speed) + PROBE_PASSES * 2 * 4 * numbers / speed.bandwidth
+
+
+def _tune_seconds(shape: Shape, recipe: Recipe, load: Load, speed: Speed) -> float:
+    tokens = load.prompt_tokens + load.answer_tokens
+    step = _forward(shape, recipe.batch_size * tokens, speed) * (1 + shape.lowest)  # no gradient of frozen weights
+    held = recipe.validation_fraction * load.prompts * tokens
+    return recipe.steps * step + (recipe.steps / recipe.validate_every + 2) * _forward(shape, held, speed)
+
+
+def _forward(shape: Shape, tokens: float, speed: Speed) -> float:
+    return 2 * shape.active * tokens / (speed.flops * EFFICIENCY)
+
+
+def _assumptions(recipe: Recipe, load: Load, speed: Speed) -> dict[str, Any]:
+    return {
+        **asdict(load),
+        "neurons_kept": round(kept_share(recipe), 4),
+        "clusters_per_site": recipe.k_max,
+        "flops": speed.flops,
+        "bandwidth": speed.bandwidth,
+        "speed": "measured here" if speed.measured else "as given",
+        "efficiency": EFFICIENCY,
+        "probe_passes": PROBE_PASSES,
+        "served_tokens": 8192,
+        "batch_tokens": recipe.batch_tokens,
+        "batch_size": recipe.batch_size,
+        "steps": recipe.steps,
+    }
+
+
+def load_of(harmful: Sequence[Any], benign: Sequence[Any], recipe: Recipe) -> Load:
+    """The load of prompt files, whose lengths are guessed as a token for every four bytes, and 16 for the template."""
+    examples = [*harmful, *benign]
+    longest = max(len(example.prompt.encode()) for example in examples)
+    answers = [len(example.response.encode()) for example in examples if example.response]
+    given = all(example.response for example in benign)
+    return Load(
+        len(harmful),
+        len(benign),
+        longest // 4 + 16,
+        max([*(length // 4 + 1 for length in answers), 1 if given else recipe.answer_tokens]),
+        given,
+    )
