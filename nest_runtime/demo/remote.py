@@ -89,8 +89,8 @@ class RemoteBackend:
                 if stopped():
                     break
             label = response.headers.get("x-nest-patch", choice.label)
-            digest = response.headers.get("x-nest-patch-digest")
-        return Answered(label, digest or None, tokens)
+            digest = response.headers.get("x-nest-patch-digest", "")
+        return Answered(label, digest if digest.startswith("sha256:") else None, tokens)  # the base's is "none"
 
     def answer_all(
         self,

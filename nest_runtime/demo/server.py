@@ -6,6 +6,7 @@ that other sites send through the visitor's browser are refused by their Origin,
 
 from __future__ import annotations
 
+import errno
 import hmac
 import os
 import socket
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from nest_runtime.errors import UsageError
+from nest_runtime.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -77,11 +78,23 @@ def read_logins(path: Path) -> dict[str, str]:
 
 
 def bind(listen: Listen) -> socket.socket:
-    """A bound socket. Raises EngineError where the port is taken, UsageError where there is no such address."""
-    from nest_runtime.serve.config import ServeConfig
-    from nest_runtime.serve.server import bind as bound
-
-    return bound(ServeConfig(host=listen.host, port=listen.port))
+    """A socket that listens. Raises EngineError where the port is taken, UsageError where there is no such address."""
+    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+    port = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        port.bind((listen.host, listen.port))
+        port.listen()  # two may bind a port, only one may listen; who comes too early waits for the model
+        return port
+    except OSError as error:
+        port.close()
+        if error.errno == errno.EADDRINUSE:
+            raise EngineError(
+                f"port {listen.port} of {listen.host} is taken", "give another --port, or 0 for a free one"
+            ) from error
+        raise UsageError(
+            f"cannot listen on {listen.host}:{listen.port}: {error}", "give another --host or --port"
+        ) from error
 
 
 def serve(desk: Desk, listen: Listen, port: socket.socket, on_ready: Callable[[str], None]) -> None:
