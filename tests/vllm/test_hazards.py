@@ -190,7 +190,7 @@ def test_no_key_or_value_outlives_a_switch(
 ) -> None:
     def after_switches() -> list[list[int]]:
         found = []
-        for digest in (patches[0].digest, patches[1].digest, None):
+        for digest in (*(patch.digest for patch in patches), None):
             plain.do(in_place.switch(digest))
             found += plain.ask((prompts[LONG], None))
             cached.append(plain.cached)
@@ -198,11 +198,11 @@ def test_no_key_or_value_outlives_a_switch(
 
     cached: list[int] = []
 
-    for patch in patches[:2]:
+    for patch in patches:
         in_place.add(patch)
-    wanted = [truth("v1", LONG), truth("v2", LONG), truth(None, LONG)]
+    wanted = [truth(version, LONG) for version in ("v1", "v2", "v3", None)]
     assert after_switches() == wanted
-    assert cached == [0, 0, 0]
+    assert cached == [0, 0, 0, 0]
 
     async def keep() -> None:
         return None
@@ -210,8 +210,8 @@ def test_no_key_or_value_outlives_a_switch(
     plain.do(in_place._replicas.forget_prefixes())
     monkeypatch.setattr(in_place._replicas, "forget_prefixes", keep)  # the guard taken away
     found = after_switches()
-    assert cached[3] == 0
-    assert min(cached[4:]) > 0  # keys and values of another patch
+    assert cached[4] == 0
+    assert min(cached[5:]) > 0  # keys and values of another patch
     assert found[0] == wanted[0]
     assert found[1:] != wanted[1:]
 

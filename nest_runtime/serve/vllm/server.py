@@ -35,7 +35,7 @@ def serve(config: ServeConfig, *, on_event: Emit | None = None) -> None:
     """
     emit = on_event or (json_events(json_line) if config.json else sentence)
     if importlib.util.find_spec("vllm") is None:
-        raise EngineError("vLLM is not installed here", "pip install 'nest-runtime[vllm]'; see docs/engines.md")
+        raise EngineError("vLLM is not installed here", "install it beside nest-runtime as docs/engines.md says")
     set_up_logging(config.json)
     warn(config, emit)
     emit({"event": "loading", "model": config.model, "patch": config.patch})
