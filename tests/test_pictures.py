@@ -6,6 +6,7 @@ import json
 import struct
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ pytest.importorskip("matplotlib")
 
 import matplotlib
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
@@ -28,7 +30,8 @@ from nest_runtime.evaluate.judges.base import Verdict
 from nest_runtime.evaluate.records import Record
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.patch import Patch
-from nest_runtime.pictures import draw, neurons, read_sources, results, style
+from nest_runtime.pictures import KINDS, View, draw, neurons, profiles, read_sources, results, style
+from nest_runtime.pictures.scan import Scan, SiteScan
 from nest_runtime.pictures.sources import Sources
 from nest_runtime.pictures.view import place_of, view_of_patch
 from tests.conftest import save_tiny
@@ -101,7 +104,7 @@ def size_of(png: Path) -> tuple[int, int]:
 
 
 def test_a_patch_gives_four_pictures_in_two_formats_and_the_same_bytes_again(tmp_path: Path) -> None:
-    sources = Sources((view_of_patch(layered_patch()),))
+    sources = Sources((view_of_patch(layered_patch(2)),))
     first = draw(sources, tmp_path / "one")
     assert [item.path.name for item in first] == [
         f"{kind}.{suffix}" for kind in ("neurons", "z", "silhouette", "norms") for suffix in ("png", "svg")
@@ -206,23 +209,86 @@ def test_results_of_one_name_are_told_apart() -> None:
     assert results.labels_of([same]) == ["v1"]
 
 
-def test_everything_can_be_read_at_the_size_of_a_readme() -> None:
-    view = view_of_patch(layered_patch(32))
-    both = [result("base", {"fiction": (1, 4)}), result("v1", {"fiction": (0, 4)})]
+def scan_of(view: View, prompts: int) -> Scan:
+    """What running prompts might have shown of a view: random profiles, falling silhouettes."""
+    rng = np.random.default_rng(0)
+    sites = tuple(
+        SiteScan(site, rng.normal(size=site.d_out), {k: 0.5 / k for k in range(2, 9)}, rng.normal(size=(24, prompts)))
+        for site in view.sites
+    )
+    return Scan(view.title, sites, np.array([1, 0, 0] * (prompts // 3)))
+
+
+def painted(layers: int) -> dict[str, Any]:
+    """Every kind of picture there is but a comparison's own, of a model with so many layers."""
+    view = view_of_patch(layered_patch(layers))
+    scan = scan_of(view, 900)
+    both = [result("base", {"refusal-suppression": (1, 4), "fiction": (0, 9)}), result("v1", {"fiction": (0, 4)})]
+    return {
+        "neurons": neurons.neuron_map(view),
+        "z": neurons.z_histograms(view, scan.z),
+        "silhouette": neurons.silhouettes(view),
+        "norms": neurons.update_norms(view),
+        "silhouette-by-k": profiles.silhouette_by_k(scan),
+        "clusters": profiles.cluster_profiles(scan),
+        "families": results.families(both),
+        "tradeoff": results.tradeoff(both),
+    }
+
+
+@pytest.mark.parametrize("layers", [2, 32])
+def test_everything_can_be_read_at_the_size_of_a_readme(layers: int) -> None:
     with style.styled():
-        made = [
-            neurons.neuron_map(view),
-            neurons.z_histograms(view),
-            neurons.silhouettes(view),
-            neurons.update_norms(view),
-            results.families(both),
-            results.tradeoff(both),
-        ]
-        for picture in made:
-            picture.canvas.draw()
+        made = painted(layers)
+        assert set(made) == set(KINDS) - {"parameters"}
+        for kind, picture in made.items():
+            FigureCanvasAgg(picture).draw()  # lays out
             scale = README_PIXELS / (picture.get_figwidth() * 72)  # pixels per point
             texts = [text for text in picture.findobj(Text) if text.get_text().strip() and text.get_visible()]
-            assert min(text.get_fontsize() for text in texts) * scale >= 9
+            assert min(text.get_fontsize() for text in texts) * scale >= 9, kind
+            box = picture.get_tightbbox()  # inches, of all that shows: nothing is cut off
+            assert min(box.x0, box.y0) >= -0.02, kind
+            assert box.x1 <= picture.get_figwidth() + 0.02, kind
+            assert box.y1 <= picture.get_figheight() + 0.02, kind
+            for axes in picture.axes:
+                labels = [label.get_window_extent() for label in axes.get_yticklabels() if label.get_text()]
+                labels.sort(key=lambda box: box.y0)
+                assert all(a.y1 <= b.y0 + 1 for a, b in pairwise(labels)), kind
+
+
+def test_of_many_prompts_neighbours_share_a_column() -> None:
+    view = view_of_patch(layered_patch(2))
+    scan = scan_of(view, 900)
+    groups, split = profiles._columns(scan.labels)
+    assert sorted(np.concatenate(groups)) == list(range(900))
+    assert [set(scan.labels[group]) for group in groups] == [{0}] * split + [{1}] * (len(groups) - split)
+    assert len(groups) <= profiles.COLUMNS + 1
+    with style.styled():
+        (shown,) = profiles.cluster_profiles(scan).axes[0].get_images()
+    first = scan.sites[0].profiles[view.sites[0].clusters == 0]
+    assert np.asarray(shown.get_array())[0, 0] == pytest.approx(first[:, groups[0]].mean())
+    few, split = profiles._columns(np.array([1, 0, 1]))
+    assert ([group.tolist() for group in few], split) == ([[1], [0], [2]], 1)
+
+
+def test_pictures_of_the_docs_fit_a_readme() -> None:
+    """What docs/pictures holds: wide enough to be sharp in a README's column, no taller than a screen, small."""
+    files = sorted((Path(__file__).parents[1] / "docs" / "pictures").glob("*.png"))
+    assert files
+    for file in files:
+        width, height = size_of(file)
+        assert width >= 1.4 * README_PIXELS, file.name
+        assert height * README_PIXELS / width <= 1000, file.name
+        assert file.stat().st_size < 150_000, file.name
+
+
+def test_the_picture_of_v3_in_the_docs_is_what_the_command_draws(run: Any, tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    status, _, errors = run("plot", "v3", "--kind", "neurons", "--format", "png", "--out", tmp_path)
+    assert status == 0, errors
+    kept = imread(Path(__file__).parents[1] / "docs" / "pictures" / "neurons.png")
+    assert np.array_equal(imread(tmp_path / "neurons.png"), kept)
 
 
 # Machado, Oliveira and Fernandes 2009, severity 1.0, on linear RGB.

@@ -28,10 +28,14 @@ MANY_LAYERS = 16  # beyond these, no numbers on the bars
 
 
 def neuron_map(view: View) -> Figure:
-    """Where the neurons are: layer against position in the projection, colored by cluster, and how many per layer."""
+    """Where the neurons are: layer against position in the projection, by cluster, and how many per layer.
+
+    Larger marks have larger updates, where there are any; clusters are numbered within each projection.
+    """
     kinds, layers = view.kinds, view.layers
     height = min(MAP_TALLEST, 2.2 + 0.4 * len(layers))
-    made = figure(10, height, f"Safety neurons of {view.title}")
+    sized = any(site.norms is not None for site in view.sites)
+    made = figure(10, height, f"Safety neurons of {view.title}{' (larger mark: larger update)' if sized else ''}")
     ratios = [*([3.0] * len(kinds)), 1.1]
     panels = made.subplots(1, len(kinds) + 1, sharey=True, width_ratios=ratios, squeeze=False)[0]
     for axes, kind in zip(panels, kinds, strict=False):
@@ -56,7 +60,8 @@ def z_histograms(view: View, everything: dict[str, np.ndarray] | None = None) ->
 
     Args:
         view: what was kept.
-        everything: z-scores of all neurons by projection, where known: drawn behind, on a log scale.
+        everything: z-scores of all neurons by projection, where known: drawn behind, on a log scale; the kinds
+            stand side by side then, because heights cannot be added up on such a scale.
     """
     made = figure(8.5, 3.8, f"Probe weights of {view.title}")
     axes: Any = made.subplots()
@@ -70,7 +75,7 @@ def z_histograms(view: View, everything: dict[str, np.ndarray] | None = None) ->
     _, _, bars = axes.hist(
         list(kept.values()),
         bins=edges,
-        stacked=True,
+        stacked=not everything,
         color=[KIND_COLORS[kind] for kind in kept],
         label=[f"kept, {kind}_proj ({len(z):,})" for kind, z in kept.items()],
     )
@@ -177,10 +182,21 @@ def _counts(axes: Any, view: View) -> None:
     for kind in view.kinds:
         by_layer = {site.layer: len(site.neurons) for site in view.of(kind)}
         counts = np.array([by_layer.get(layer, 0) for layer in view.layers], dtype=float)
-        axes.barh(view.layers, counts, 0.6, left=left, color=KIND_COLORS[kind], label=f"{kind} ({int(counts.sum()):,})")
+        axes.barh(
+            view.layers,
+            counts,
+            0.6,
+            left=left,
+            color=KIND_COLORS[kind],
+            hatch="//" if left.any() else "",
+            edgecolor="white",
+            linewidth=0,
+            label=f"{kind} ({int(counts.sum()):,})",
+        )
         left += counts
     axes.set_xlabel("neurons per layer")
-    axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.6 / axes.bbox.height))
+    axes.set_title("\n" * 2, fontsize=9)  # room above the bars for their legend
+    axes.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), borderaxespad=0.2)
     finish(axes, grid="x")
 
 

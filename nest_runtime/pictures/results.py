@@ -46,12 +46,25 @@ def families(results: Sequence[EvalResult]) -> Figure:
             where,
             values,
             thick * 0.92,
-            xerr=ends,
             color=COLORS[number % len(COLORS)],
             hatch=HATCHES[number % len(HATCHES)],
             edgecolor="white",
-            error_kw={"elinewidth": 0.9, "capsize": 2},
             label=label,
+        )
+        axes.errorbar(  # a mark as well: a bar of no length shows no color
+            values,
+            where,
+            xerr=ends,
+            linestyle="none",
+            marker=CLUSTER_MARKERS[number % len(CLUSTER_MARKERS)],
+            markersize=5,
+            color=COLORS[number % len(COLORS)],
+            markeredgecolor="black",
+            markeredgewidth=0.6,
+            ecolor="black",
+            elinewidth=0.9,
+            capsize=2,
+            clip_on=False,
         )
     counts = [sum(r.family == name for r in first) for name in names]
     axes.set_yticks(range(len(names)), [f"{name} (n = {n})" for name, n in zip(names, counts, strict=True)])

@@ -37,7 +37,7 @@ def read_sources(refs: Sequence[str], *, model_hash: str | None = None) -> Sourc
 
     Raises:
         DataError: a JSON file is none that this package writes.
-        PatchNotFound and what else ``load_patch`` raises.
+        PatchNotFound: a patch reference names nothing; and what else ``load_patch`` raises.
     """
     views: list[View] = []
     results: list[EvalResult] = []

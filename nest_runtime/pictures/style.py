@@ -84,6 +84,11 @@ def finish(axes: Any, *, grid: str = "y") -> None:
 
 def whole_ticks(axis: Any) -> None:
     """Only whole numbers at the ticks of an axis."""
+    axis.set_major_locator(whole_locator())
+
+
+def whole_locator() -> Any:
+    """What places ticks at whole numbers only."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    return MaxNLocator(integer=True, nbins=12)
