@@ -22,7 +22,8 @@ class Record:
     Attributes:
         messages: the conversation up to the answer, with the model's own earlier turns.
         verdicts: by judge, the first one's first; rates are the first one's.
-        The rest is the case's.
+
+    The rest is the case's.
     """
 
     id: str

@@ -83,8 +83,7 @@ def train_patch(
     Returns:
         A validated Patch whose figures were measured on the numbers it ships, and the report.
 
-    Raises:
-        UsageError, DataError, TrainingError, BaseMismatch, SiteMismatch, UnknownArchitecture.
+    Raises UsageError, DataError, TrainingError, BaseMismatch, SiteMismatch and UnknownArchitecture.
     """
     settings = recipe or Recipe()
     _check_prompts(harmful, benign, rehearsal, parent)
