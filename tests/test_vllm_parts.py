@@ -336,6 +336,23 @@ def test_the_queue_is_bounded() -> None:
     asyncio.run(story())
 
 
+def test_a_trial_and_a_switch_wait_for_each_other_at_the_door() -> None:
+    async def story() -> list[str]:
+        flow, order = Flow(10, 10), []
+
+        async def shut(name: str) -> None:
+            async with flow.shut(V2, "drain", 5):
+                order.append(f"{name} in")
+                await asyncio.sleep(0.01)
+                order.append(f"{name} out")
+
+        await asyncio.gather(shut("trial"), shut("switch"))
+        async with flow.enter(lambda: V1, True):
+            return order
+
+    assert asyncio.run(story()) == ["trial in", "trial out", "switch in", "switch out"]
+
+
 # --- the layer in front -------------------------------------------------------------------------
 
 

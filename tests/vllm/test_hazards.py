@@ -23,12 +23,17 @@ import pytest
 
 from nest_runtime.errors import EngineError, StoreError
 from nest_runtime.patch import Patch
+from nest_runtime.serve.generation import Work
+from nest_runtime.serve.sampling import SamplingParams
+from nest_runtime.serve.served import Served
 from nest_runtime.serve.vllm import adapters as adapters_module
 from nest_runtime.serve.vllm import slots as slots_module
 from nest_runtime.serve.vllm.adapters import Adapters
 from nest_runtime.serve.vllm.base import Base
+from nest_runtime.serve.vllm.flow import Flow
 from nest_runtime.serve.vllm.inplace import InPlace
 from nest_runtime.serve.vllm.replicas import Replicas
+from nest_runtime.serve.vllm.trial import Trial
 
 LONG = 5  # the prompt with whole blocks
 
@@ -235,3 +240,25 @@ def test_a_rank_with_other_rows_is_found_out_and_all_go_back(
     with pytest.raises(EngineError):
         plain.do(in_place.switch(patches[1].digest))
     assert in_place.broken is not None
+
+
+def test_a_trial_answers_under_its_patch_and_leaves_everything_as_it_was(
+    plain: Running, lora: Running, in_place: InPlace, as_adapters: Any, patches: list[Patch], prompts: Any, truth: Any
+) -> None:
+    adapters = as_adapters()
+    adapters.add(patches[1])
+    for patch in patches[:2]:
+        in_place.add(patch)
+    plain.do(in_place.switch(patches[0].digest))
+    served = Served(patches[1].digest, "v2", patches[1].digest, patches[1])
+    work = Work(tuple(map(tuple, prompts)), (24,) * len(prompts), 1, SamplingParams(), served)
+
+    async def answers(running: Running, way: Any) -> list[list[int]]:
+        trial = Trial(running.client, way, Flow(8, 8), work, 5)
+        return [list(event.tokens) async for event in trial.events()]
+
+    wanted = [truth("v2", number) for number in range(len(prompts))]
+    assert lora.do(answers(lora, adapters)) == wanted
+    assert plain.do(answers(plain, in_place)) == wanted
+    assert in_place.on == patches[0].digest
+    assert plain.ask((prompts[LONG], None)) == [truth("v1", LONG)]

@@ -106,6 +106,10 @@ class Adapters:
         await self._replicas.client.remove_lora(number)
         self._slots.release(digest)
 
+    def request(self, digest: str) -> Any:
+        """The LoRARequest of a loaded patch."""
+        return self._models.lora_requests[adapter_name(digest)]
+
     async def verify(self) -> None:
         """Every rank has every adapter in a slot, and the last slot empty. Raises EngineError."""
         self._slots.check(await self._replicas.call("nest_slots"))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from nest_runtime.errors import EngineError, UsageError
+from nest_runtime.errors import EngineError
 from nest_runtime.home import nest_home
 from nest_runtime.models import resolve_model
 from nest_runtime.registry.store import Store
@@ -22,8 +23,8 @@ from nest_runtime.serve.admin import admin_routes
 from nest_runtime.serve.api import ERRORS, PLAIN, Service, model_row, probes
 from nest_runtime.serve.app import Server, fastapi_app, framed, guard_of, measure, secrets_of
 from nest_runtime.serve.audit import AuditLog
-from nest_runtime.serve.config import ServeConfig
-from nest_runtime.serve.engine import Engine
+from nest_runtime.serve.config import Limits, ServeConfig
+from nest_runtime.serve.engine import Engine, Work
 from nest_runtime.serve.follow import Following
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.middleware import Secrets
@@ -37,6 +38,7 @@ from nest_runtime.serve.vllm.inplace import InPlace
 from nest_runtime.serve.vllm.replicas import Replicas
 from nest_runtime.serve.vllm.slots import BASE_NAME, adapter_name
 from nest_runtime.serve.vllm.table import VllmTable
+from nest_runtime.serve.vllm.trial import Trial
 
 OWN = ("/v1/models", "/v1/patches", "/v1/audit", "/health", "/ready", "/metrics")
 
@@ -48,17 +50,18 @@ class VllmEngine:
         replicas: the workers.
         patches: how patches are put on.
         flow: the requests in flight.
-        running: how many sequences run at once.
+        limits: how many sequences run at once, and how long a trial waits for them.
     """
 
     reused_tokens = 0  # vLLM counts its own: vllm:prefix_cache_hits
 
-    def __init__(self, replicas: Replicas, patches: InPlace | Adapters, flow: Flow, running: int) -> None:
+    def __init__(self, replicas: Replicas, patches: InPlace | Adapters, flow: Flow, limits: Limits) -> None:
         self.replicas = replicas
         self.patches = patches
         self.flow = flow
         self.capacity = flow.capacity
-        self._running = running
+        self._running = limits.running
+        self._wait_seconds = limits.drain_seconds
 
     @property
     def alive(self) -> bool:
@@ -84,6 +87,10 @@ class VllmEngine:
     def folded(self) -> bool:
         """Whether a patch stands in the weights now."""
         return isinstance(self.patches, InPlace) and self.patches.on is not None
+
+    def admit(self, work: Work) -> Trial:
+        """Answer outside of any request: the gate's probes (serve/gate.py)."""
+        return Trial(self.replicas.client, self.patches, self.flow, work, self._wait_seconds)
 
     def in_flight(self) -> Any:
         """Requests running, by the label of the patch that answers them."""
@@ -147,14 +154,13 @@ async def build(config: ServeConfig, client: Any, models: Any) -> Server:
         follows_store=config.patch is None,
         policy=config.swap_policy,
     )
-    engine = cast(Engine, VllmEngine(replicas, patches, flow, config.limits.running))
+    engine = cast(Engine, VllmEngine(replicas, patches, flow, config.limits))
     defaults = _defaults(client.vllm_config.model_config)
-    service = Service(engine, table, None, config.limits, Metrics(), defaults=defaults)
+    tokenizer = await asyncio.to_thread(_tokenizer, base.folder, config.trust_remote_code)
+    service = Service(engine, table, tokenizer, config.limits, Metrics(), defaults=defaults)
     measure(service, name, model_hash)
     following = None
     if config.follow is not None:
-        if config.follow.gate:
-            raise UsageError("patches that are followed are not tried out on vLLM", "give --no-gate to follow without")
         following = Following(config.follow, service, store, audit, guard)
         service.following = following.state
     return Server(config, service, audit, Secrets(api_keys, admin), following)
@@ -196,6 +202,13 @@ def _patches(config: ServeConfig, replicas: Replicas, base: Base, models: Any) -
     if not chosen:
         return InPlace(replicas, base)
     return Adapters(replicas, base, models, nest_home() / "vllm")
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """The model's tokenizer, for what is asked outside of vLLM's own API."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def _defaults(model_config: Any) -> SamplingParams:

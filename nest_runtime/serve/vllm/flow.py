@@ -68,6 +68,7 @@ class Flow:
         self._running = running
         self._open = asyncio.Event()
         self._open.set()
+        self._door = asyncio.Lock()
         self._idle = asyncio.Event()
         self._idle.set()
         self._waiting = 0
@@ -134,6 +135,8 @@ class Flow:
     async def shut(self, pin: Served, policy: SwapPolicy, seconds: float) -> AsyncIterator[int]:
         """A context in which no request is in flight and none enters; gives how many were replaced for it.
 
+        One at a time: a second one waits for the first to end.
+
         Args:
             pin: the patch that comes.
             policy: ``drain`` waits for those in flight, ``enforce`` replaces them.
@@ -141,6 +144,11 @@ class Flow:
 
         Raises EngineError where some still run after that; they go on, and nothing is changed.
         """
+        async with self._door, self._closed(pin, policy, seconds) as replaced:
+            yield replaced
+
+    @asynccontextmanager
+    async def _closed(self, pin: Served, policy: SwapPolicy, seconds: float) -> AsyncIterator[int]:
         self._open.clear()
         try:
             replaced = self.replace(pin) if policy == "enforce" else 0

@@ -40,8 +40,8 @@ class VllmTable(PatchTable):
         patches = self._patches
         if not isinstance(patches, InPlace):
             return await super()._switch(what, served, started, who, policy)
-        before = patches.on
         async with self._flow.shut(served, policy, self._wait_seconds) as replaced:
+            before = patches.on
             await patches.switch(served.key)
             try:
                 return replace(await super()._switch(what, served, started, who, policy), replaced=replaced)

@@ -1,0 +1,80 @@
+"""Answers under a patch that is not active: what the gate asks before a followed patch is switched to (serve/gate.py).
+
+As adapters, the patch answers beside the active one. In place there is only one set of weights: the door is shut, the
+patch is put on, the probes are answered, and the old patch is put back before the door opens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+from nest_runtime.errors import EngineError
+from nest_runtime.serve.generation import ChoiceTokens, Work
+from nest_runtime.serve.served import Served
+from nest_runtime.serve.vllm.adapters import Adapters
+from nest_runtime.serve.vllm.flow import Flow
+from nest_runtime.serve.vllm.inplace import InPlace
+
+
+class Trial:
+    """Some greedy answers under one patch, in the form of serve/generation.py's Generation.
+
+    Args:
+        client: vLLM's ``AsyncLLM``.
+        patches: how patches are put on.
+        flow: the requests in flight.
+        work: the prompts, and the patch.
+        wait_seconds: how long a trial in place waits for requests in flight.
+    """
+
+    def __init__(self, client: Any, patches: InPlace | Adapters, flow: Flow, work: Work, wait_seconds: float) -> None:
+        self._client = client
+        self._patches = patches
+        self._flow = flow
+        self._work = work
+        self._wait_seconds = wait_seconds
+
+    async def events(self) -> AsyncIterator[ChoiceTokens]:
+        """Every answer whole, when all are there. Raises EngineError."""
+        async with self._under(self._work.pin) as adapter:
+            try:
+                found = await asyncio.gather(*(self._one(index, adapter) for index in range(len(self._work.prompts))))
+            except Exception as error:
+                raise EngineError(f"the engine failed on a trial: {error}", "see the engine's log") from error
+        for answer in found:
+            yield answer
+
+    def cancel(self) -> None:
+        """Nothing is left running: the engine ends a request that nobody reads."""
+
+    def _under(self, pin: Served) -> AbstractAsyncContextManager[Any]:
+        if isinstance(self._patches, Adapters):
+            return self._beside(self._patches, pin)
+        return self._in_place(self._patches, pin)
+
+    @asynccontextmanager
+    async def _beside(self, patches: Adapters, pin: Served) -> AsyncIterator[Any]:
+        yield None if pin.key is None else patches.request(pin.key)
+
+    @asynccontextmanager
+    async def _in_place(self, patches: InPlace, pin: Served) -> AsyncIterator[None]:
+        async with self._flow.shut(pin, "drain", self._wait_seconds):
+            before = patches.on
+            await patches.switch(pin.key)
+            try:
+                yield
+            finally:
+                await patches.switch(before)
+
+    async def _one(self, index: int, adapter: Any) -> ChoiceTokens:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=self._work.max_new_tokens[index])
+        prompt = {"prompt_token_ids": list(self._work.prompts[index])}
+        outputs = self._client.generate(prompt, params, f"trial-{uuid.uuid4().hex}", lora_request=adapter)
+        last = [output async for output in outputs][-1]
+        return ChoiceTokens(index, tuple(last.outputs[0].token_ids), last.outputs[0].finish_reason or "stop")
