@@ -206,7 +206,10 @@ def test_activate_roll_back_and_compare(demo: Tab, desk: Desk) -> None:
     assert desk.backend.active() == desk.store.find("v1").digest
     demo.page.click("#rollback")
     demo.page.locator("#outcome [role=alert] >> text=nothing to roll back to").wait_for()
+    demo.choose("diff-old", "reference-safety@v1")
+    demo.choose("diff-new", "reference-safety@v3")
     demo.page.click("#diff")
+    demo.page.locator("#difference >> text=reference-safety@v1 → reference-safety@v3").wait_for()
     demo.page.locator("#difference >> text=model.layers.1.mlp.gate_proj").wait_for()
 
 
@@ -267,7 +270,9 @@ def test_every_tab_is_legible(browser: Browser, url: str, pictures: Path, name: 
             assert demo.page.evaluate("document.documentElement.scrollWidth") <= width, title
 
 
-def test_the_keyboard_is_enough(demo: Tab) -> None:
+def test_the_keyboard_is_enough(demo: Tab, desk: Desk) -> None:
+    first = desk.backend.preferred()
+    assert first is not None
     demo.page.focus("#toggle input")
     demo.page.keyboard.press("Space")
     assert not demo.page.is_checked("#toggle input")
@@ -277,7 +282,7 @@ def test_the_keyboard_is_enough(demo: Tab) -> None:
     demo.page.focus("#prompt textarea")
     demo.page.keyboard.press("End")
     demo.page.keyboard.press("Enter")
-    assert demo.answers(0)[1].get_attribute("data-label") == "v3"
+    assert demo.answers(0)[1].get_attribute("data-label") == first.label
     demo.page.get_by_role("tab", name="Chat").focus()
     demo.page.keyboard.press("Tab")
     demo.page.keyboard.press("Enter")

@@ -53,11 +53,14 @@ def build(desk: Desk) -> gr.Blocks:
             with gr.Tab("Neurons", id="neurons", render_children=True):
                 where, _ = neurons.build(desk, talking.talk)
             with gr.Tab("Evidence", id="evidence", render_children=True):
-                measured = evidence.build(desk)
+                measured, comparison = evidence.build(desk)
         admin = [shipped.admin.which] if shipped.admin is not None else []
         by_digest = [where, shipped.old, shipped.new, *admin]
         lists = [shipped.listing, talking.picker, measured, *by_digest]
+        page.load(evidence.comparison_html, None, comparison, show_progress="hidden")  # large: not before the rest
         _Lists(desk, len(by_digest)).connect(page, second, shipped, lists)
+    for event in page.fns.values():
+        event.api_visibility = "private"  # for this page alone; its description would make up most of the page
     page.queue(api_open=False, default_concurrency_limit=4)
     return page
 

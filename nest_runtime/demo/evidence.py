@@ -23,8 +23,8 @@ PLOTS = (
 )
 
 
-def build(desk: Desk) -> gr.Dropdown:
-    """Lay the tab out and connect it; gives the list of patches, which the page fills."""
+def build(desk: Desk) -> tuple[gr.Dropdown, gr.HTML]:
+    """Lay the tab out and connect it; gives the list of patches, and the comparison's place, which the page fills."""
     gr.HTML(markup.wrap("<h2>Quick evaluation</h2>", markup.note(_about(desk))), padding=False)
     with gr.Row(equal_height=True):
         picker = gr.Dropdown(
@@ -40,8 +40,7 @@ def build(desk: Desk) -> gr.Dropdown:
 
     running = run.click(clicked, [picker, count], shown, show_progress="hidden", concurrency_limit=2)
     halt.click(None, cancels=[running])
-    gr.HTML(comparison_html(), elem_id="comparison", padding=False)
-    return picker
+    return picker, gr.HTML(elem_id="comparison", padding=False)
 
 
 def _about(desk: Desk) -> str:
