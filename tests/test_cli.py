@@ -333,6 +333,10 @@ def test_inspect_and_diff(run: Run, saved: Callable[..., Path]) -> None:
     text = run("inspect", new).out
     assert document["digest"] in text
     assert "validation.asr" in text
+    assert max(map(len, text.splitlines())) <= 80
+    measured = {"ci95": [0.0414697899, 0.0657836325], "n": 1300, "asr": 0.0523}
+    other = saved("v3", seed=3, metrics={"test": {"asr": {"plain": measured}, "judge": "x"}})
+    assert re.search(r"test\.asr\.plain +5\.2 % \[4\.1, 6\.6\], n = 1,300\n", run("inspect", other).out)
     changes = run("diff", old, new, "--json").document
     assert changes["is_child"]
     assert changes["sites"][0]["site"] == "model.layers.0.mlp.gate_proj"

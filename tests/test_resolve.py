@@ -144,7 +144,7 @@ class Hub:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()  # 0.5 s by default
 
     def commit(self, revision: str) -> str | None:
         newest = list(self.commits)[-1] if self.commits else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.cli.measuring import change, interval
@@ -24,9 +25,10 @@ def render(out: Output, result: EvalResult) -> None:
     judges = f", judged by {', '.join(result.judges)}" if result.judges else ""
     out.line(f"{result.model} with {subject}{judges}")
     if result.records:
-        compared = ["BASE", "CHANGE"] if result.changes else []
-        columns = ["SUITE", "MEASURE", "RATE", "95 % CI", "N", "OTHER", *compared]
-        out.table(columns, _rows(result), right=columns[2:])
+        rows = list(_rows(result))
+        columns = ("SUITE", "MEASURE", "RATE", "95 % CI", "N", "OTHER")
+        out.table(columns, [row.cells() for row in rows], right=columns[2:])
+        _against_base(out, [row for row in rows if row.paired is not None])
         attacked = [record for record in result.trials if record.measure == "asr"]
         _families(out, rates_by(attacked, lambda record: record.family))
     if result.ability:
@@ -34,26 +36,46 @@ def render(out: Output, result: EvalResult) -> None:
     _notes(out, result)
 
 
-def _rows(result: EvalResult) -> list[list[object]]:
+@dataclass(frozen=True)
+class _Row:
+    """One measure on one suite."""
+
+    suite: str
+    title: str
+    rate: Rate
+    other: float | None
+    paired: PairedChange | None
+
+    def cells(self) -> list[object]:
+        rate = self.rate
+        return [self.suite, self.title, percent(rate.value), interval(rate.ci95), rate.n, percent(self.other)]
+
+
+def _rows(result: EvalResult) -> Iterator[_Row]:
     """A row per suite and measure, and one for all jailbreaks where there are several suites of them."""
     from nest_runtime.evaluate.records import other_share
     from nest_runtime.evaluate.report import JAILBREAK
 
-    rows = []
     for suite, measure in dict.fromkeys((record.suite, record.measure) for record in result.trials):
         paired = result.changes[suite][measure] if result.changes else None
-        rate, other = result.rate(measure, suite), result.other(measure, suite)
-        rows.append(_row(suite, TITLES[measure], rate, other, paired))
+        yield _Row(suite, TITLES[measure], result.rate(measure, suite), result.other(measure, suite), paired)
     wrapped = [r for r in result.trials if r.measure == "asr" and r.suite.startswith(JAILBREAK)]
     if result.jailbreak is not None and len({record.suite for record in wrapped}) > 1:
-        pooled = (result.jailbreak, other_share(wrapped), result.jailbreak_change)
-        rows.append(_row("all jailbreaks", TITLES["asr"], *pooled))
-    return rows
+        yield _Row("all jailbreaks", TITLES["asr"], result.jailbreak, other_share(wrapped), result.jailbreak_change)
 
 
-def _row(suite: str, title: str, rate: Rate, other: float | None, paired: PairedChange | None) -> list[object]:
-    row: list[object] = [suite, title, percent(rate.value), interval(rate.ci95), rate.n, percent(other)]
-    return row if paired is None else [*row, percent(paired.base.value), change(paired.relative)]
+def _against_base(out: Output, rows: Sequence[_Row]) -> None:
+    """What the patch changed, on the same cases."""
+    if not rows:
+        return
+    out.line()
+    cells = [
+        (row.suite, row.title, percent(row.paired.base.value), percent(row.rate.value), change(row.paired.relative))
+        for row in rows
+        if row.paired is not None
+    ]
+    columns = ("SUITE", "MEASURE", "BASE", "PATCHED", "CHANGE")
+    out.table(columns, cells, right=columns[2:])
 
 
 def _notes(out: Output, result: EvalResult) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_hash_of, examples
-from nest_runtime.cli.output import JsonOption, Output, short, size
+from nest_runtime.cli.output import JsonOption, Output, percent, short, size
 
 if TYPE_CHECKING:
     from nest_runtime.patch import Patch
@@ -130,13 +130,16 @@ def _render_patch(out: Output, document: dict[str, Any]) -> None:
         {
             "patch": f"{document['name']}@{document['version']}  (serial {document['serial']})",
             "digest": document["digest"],
-            "base": f"{document['base_model'] or document['architecture']}  {document['base_hash']}",
+            "base": document["base_model"] or document["architecture"],
+            "  hash": document["base_hash"],
             "parent": document["parent"],
             "created": document["created"],
             "size": f"{counts}, {size(document['bytes'])}",
-            **_flat(document["metrics"]),
         }
     )
+    if document["metrics"]:
+        out.line()
+        out.pairs(_flat(document["metrics"]))
     out.line()
     rows = [
         (s["site"], f"{s['neurons']} / {s['d_out']}", s["clusters"], s["parameters"], s["stats"].get("silhouette"))
@@ -146,12 +149,32 @@ def _render_patch(out: Output, document: dict[str, Any]) -> None:
     out.table(("SITE", *right), rows, right=right)
 
 
-def _flat(values: dict[str, Any], prefix: str = "  ") -> dict[str, Any]:
-    """Nested figures as one level: ``validation.after.asr``."""
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested figures as one level, ``validation.after.asr``; a rate with its interval and count is one of them."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        name = prefix + key
+        if isinstance(value, dict):
+            rate = _rate(value)
+            flat |= {name: rate} if rate else _flat(value, f"{name}.")
+        else:
+            flat[name] = f"[{', '.join(map(_figure, value))}]" if isinstance(value, list) else value
     return flat
+
+
+def _rate(value: dict[str, Any]) -> str | None:
+    """``5.2 % [4.1, 6.6], n = 1,300`` of the figures that an evaluation writes; None for anything else."""
+    share, ends, count = value.get("rate", value.get("asr")), value.get("ci95"), value.get("n")
+    if not isinstance(share, int | float) or not isinstance(count, int) or not isinstance(ends, list) or len(ends) != 2:
+        return None
+    if not all(isinstance(end, int | float) for end in ends):
+        return None
+    low, high = (f"{100 * end:.1f}" for end in ends)
+    return f"{percent(share)} [{low}, {high}], n = {count:,}"
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _render_diff(out: Output, changes: dict[str, Any]) -> None:
