@@ -166,7 +166,7 @@ def _told(given: dict[str, Any]) -> list[str]:
         f"assumes {100 * given['neurons_kept']:.1f} % of neurons kept (normally distributed probe weights) and "
         f"{given['clusters_per_site']} clusters a site",
         f"assumes {given['flops'] / 1e12:.3g} TFLOP/s, of which a model reaches {100 * given['efficiency']:.0f} %, and "
-        f"{given['bandwidth'] / 1e9:.3g} GB/s ({given['speed']}); {given['probe_passes']} passes of a probe",
+        f"{given['bandwidth'] / 1e9:,.0f} GB/s ({given['speed']}); {given['probe_passes']} passes of a probe",
         f"assumes {given['steps']} steps of {given['batch_size']} rows, no gradient checkpointing; locating by "
         f"{given['batch_tokens']:,} tokens; serving with {given['served_tokens']:,} tokens in the cache",
     ]

@@ -31,7 +31,8 @@ class Load:
 
     Attributes:
         harmful, benign: how many prompts.
-        prompt_tokens, answer_tokens: their length, and that of the answers to learn.
+        prompt_tokens, answer_tokens: of the longest prompt, and of the longest answer to learn: memory follows these.
+        mean_tokens: of a prompt with its answer, which time follows; None: the sum of the two.
         answers_given: whether the benign file has responses; the base's own are generated otherwise.
     """
 
@@ -40,6 +41,12 @@ class Load:
     prompt_tokens: int = 64
     answer_tokens: int = 64
     answers_given: bool = False
+    mean_tokens: float | None = None
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a prompt with its answer, on average."""
+        return self.prompt_tokens + self.answer_tokens if self.mean_tokens is None else self.mean_tokens
 
     @property
     def prompts(self) -> int:
@@ -197,7 +204,7 @@ def measure_speed(device: str, dtype: str, seconds: float = 0.2) -> Speed:
 
 
 def _rate(work: Any, device: str, seconds: float) -> float:
-    """How many times a second."""
+    """How many times a second at best: what else the machine does at the moment does not count."""
 
     def wait() -> None:
         if device.startswith("cuda"):
@@ -205,12 +212,13 @@ def _rate(work: Any, device: str, seconds: float) -> float:
 
     work()
     wait()
-    began, done = time.perf_counter(), 0
+    began, best = time.perf_counter(), math.inf
     while time.perf_counter() - began < seconds:
+        start = time.perf_counter()
         work()
         wait()
-        done += 1
-    return done / (time.perf_counter() - began)
+        best = min(best, time.perf_counter() - start)
+    return 1 / best
 
 
 def _patch(shape: Shape, recipe: Recipe) -> dict[str, int]:
@@ -247,9 +255,8 @@ def _locate_seconds(shape: Shape, load: Load, speed: Speed) -> float:
 
 
 def _tune_seconds(shape: Shape, recipe: Recipe, load: Load, speed: Speed) -> float:
-    tokens = load.prompt_tokens + load.answer_tokens
-    step = _forward(shape, recipe.batch_size * tokens, speed) * (1 + shape.lowest)  # no gradient of frozen weights
-    held = recipe.validation_fraction * load.prompts * tokens
+    step = _forward(shape, recipe.batch_size * load.mean, speed) * (1 + shape.lowest)  # no gradient of frozen weights
+    held = recipe.validation_fraction * load.prompts * load.mean
     return recipe.steps * step + (recipe.steps / recipe.validate_every + 2) * _forward(shape, held, speed)
 
 
@@ -278,12 +285,12 @@ def load_of(harmful: Sequence[Any], benign: Sequence[Any], recipe: Recipe) -> Lo
     """The load of prompt files, whose lengths are guessed as a token for every four bytes, and 16 for the template."""
     examples = [*harmful, *benign]
     longest = max(len(example.prompt.encode()) for example in examples)
-    answers = [len(example.response.encode()) for example in examples if example.response]
     given = all(example.response for example in benign)
+    told = [len((example.response or "").encode()) // 4 + 1 for example in examples]
+    answers = [
+        recipe.answer_tokens if not example.response else size for example, size in zip(examples, told, strict=True)
+    ]
+    mean = sum(len(example.prompt.encode()) / 4 + 16 for example in examples) / len(examples)
     return Load(
-        len(harmful),
-        len(benign),
-        longest // 4 + 16,
-        max([*(length // 4 + 1 for length in answers), 1 if given else recipe.answer_tokens]),
-        given,
+        len(harmful), len(benign), longest // 4 + 16, max(answers), given, round(mean + sum(answers) / len(answers), 1)
     )
