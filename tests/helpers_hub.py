@@ -46,11 +46,16 @@ def hub(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    quick_tries(monkeypatch)
+    yield server
+    server.heal()
+
+
+def quick_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the client and our retries wait 2 % of what they would between tries."""
     quick = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds * WAIT), time=time.time, monotonic=time.monotonic)
     for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "tenacity.nap"):
         monkeypatch.setattr(f"{module}.time", quick)
-    yield server
-    server.heal()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from nest_runtime.errors import DigestMismatch, HubError, PatchNotFound, TrustEr
 from nest_runtime.registry import entries
 from nest_runtime.registry.store import Store
 from nest_runtime.resolve import is_path, load_patch
+from tests.helpers_hub import quick_tries
 from tests.helpers_store import BASE_A, BASE_B, small_patch
 
 
@@ -232,6 +233,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    quick_tries(monkeypatch)
     with pytest.raises(HubError, match="org/repo") as caught:
         load_patch("hf://org/repo@v1")
     assert "network" in caught.value.hint
