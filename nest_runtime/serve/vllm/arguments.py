@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 from nest_runtime.errors import UsageError
 from nest_runtime.serve.config import Limits, ServeConfig
-from nest_runtime.serve.vllm.slots import BASE_NAME, DEFAULT_PATCHES, SPARE
+from nest_runtime.serve.vllm.slots import BASE_NAME, DEFAULT_PATCHES, PLUGIN, SPARE
 
 MAX_RANK = 64  # of a loaded patch's adapter, unless the engine is told otherwise
 OURS = ("--model", "--served-model-name", "--host", "--port", "--api-key", "--worker-extension-cls", "--lora-modules")
@@ -69,7 +68,7 @@ def _refuse_settings(config: ServeConfig) -> None:
         raise UsageError(f"--device {config.device} is the transformers engine's", "set CUDA_VISIBLE_DEVICES instead")
 
 
-def environment(plugins: str | None, extra: Sequence[str] = ("nest_runtime",)) -> str:
+def environment(plugins: str | None) -> str:
     """``VLLM_PLUGINS`` with ours named: vLLM loads plugins that add routes only where they are."""
-    named = [] if plugins is None else [plugin for plugin in plugins.split(",") if plugin]
-    return ",".join([*named, *(plugin for plugin in extra if plugin not in named)])
+    named = [plugin for plugin in (plugins or "").split(",") if plugin]
+    return ",".join(named if PLUGIN in named else [*named, PLUGIN])

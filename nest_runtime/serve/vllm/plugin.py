@@ -17,9 +17,8 @@ from typing import Any
 
 from nest_runtime.errors import UsageError
 from nest_runtime.serve.config import Limits, ServeConfig
-from nest_runtime.serve.vllm.slots import BASE_NAME
+from nest_runtime.serve.vllm.slots import BASE_NAME, PLUGIN
 
-NAME = "nest_runtime"
 EXTENSION = "nest_runtime.serve.vllm.worker.PatchExtension"
 
 log = logging.getLogger("nest_runtime.serve.vllm")
@@ -80,13 +79,13 @@ def keep_weights_in_place() -> None:
 
 def named(plugins: str | None) -> bool:
     """Whether ``VLLM_PLUGINS`` asks for us."""
-    return plugins is not None and NAME in [plugin.strip() for plugin in plugins.split(",")]
+    return plugins is not None and PLUGIN in [plugin.strip() for plugin in plugins.split(",")]
 
 
 class Endpoints:
     """vLLM's endpoint plugin: attaches the layer, and puts the first patch on before the server listens."""
 
-    name = NAME
+    name = PLUGIN
     required_tasks = ("generate",)
 
     def __init__(self) -> None:

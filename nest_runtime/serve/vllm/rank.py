@@ -7,7 +7,7 @@ when: the API server calls it while no step runs (inplace.py), and compares what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,7 +188,6 @@ def _digest(pieces: Iterable[Piece], rows: Callable[[Piece], torch.Tensor]) -> s
     return digest_of_rows((piece.site, piece.neurons, rows(piece)) for piece in pieces)
 
 
-def slot_report(rank: int, index_to_id: Iterable[int | None] | Mapping[int, int]) -> Report:
+def slot_report(rank: int, index_to_id: Iterable[int | None]) -> Report:
     """Which adapter is in which of a rank's slots; the id 0 is none."""
-    ids = list(index_to_id.values()) if isinstance(index_to_id, Mapping) else list(index_to_id)
-    return {"rank": rank, "slots": [0 if adapter is None else int(adapter) for adapter in ids]}
+    return {"rank": rank, "slots": [int(adapter or 0) for adapter in index_to_id]}

@@ -16,6 +16,7 @@ from nest_runtime.errors import EngineError, StoreError
 DEFAULT_PATCHES = 7  # besides the spare slot: 8 slots
 SPARE = 1
 BASE_NAME = "nest-base"  # the engine's name for the model itself; no client uses it
+PLUGIN = "nest_runtime"  # our name among vLLM's plugins
 
 
 class Slots:
