@@ -166,6 +166,7 @@ TRAINING = ("train", "--harmful", "p.txt", "--benign", "p.txt", "--out", "x.safe
         ("compare --no-plots --judge reffrence", "reference"),
         ("export v1 --to pfet --out x", "peft"),
         ("serve --swap-policy drian", "drain"),
+        ("serve --engine vlm", "vllm"),
         ("plot x.json --format pgn", "png"),
         ("reference prompts x --category weapns", "weapons"),
         ((*TRAINING, "--control", "rnadom"), "random"),

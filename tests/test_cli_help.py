@@ -50,7 +50,7 @@ def test_every_command_has_examples_that_the_parser_takes(name: str) -> None:
     lines = examples_of(name)
     assert max(map(len, (found(name).epilog or "").split("\n\n"))) <= 78
     for line in lines:
-        words = shlex.split(line)[1:]
+        words = shlex.split(line, comments=True)[1:]
         inner = ROOT
         while hasattr(inner, "commands"):
             inner = inner.commands[words.pop(0)]
@@ -84,11 +84,15 @@ def test_names_that_are_written_out_are_those_of_the_code() -> None:
     from nest_runtime.baselines.registry import METHODS
     from nest_runtime.evaluate.suites import REFERENCE_SUITES
     from nest_runtime.models import _DEVICES, _DTYPES
+    from nest_runtime.serve.config import ENGINES
+    from nest_runtime.serve.served import POLICIES
 
     assert list(complete.SUITES) == ["reference", *REFERENCE_SUITES]
     assert set(complete.METHODS) == set(METHODS)
     assert [name for name, _ in complete.devices("")] == list(_DEVICES)
     assert [name for name, _ in complete.dtypes("")] == ["auto", *_DTYPES]
+    assert {name for name, _ in complete.swap_policies("")} == set(POLICIES)
+    assert {name for name, _ in complete.engines("")} == set(ENGINES)
 
 
 def offered(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -123,6 +127,8 @@ def offered(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
         ("nest-runtime reference prompts x --category w", ["weapons"]),
         ("nest-runtime chat --model ./", ["./tiny"]),
         ("nest-runtime channel show ./mirror st", ["stable"]),
+        ("nest-runtime serve --swap-policy d", ["drain"]),
+        ("nest-runtime serve --expose v", ["v1", "v2"]),
         ("nest-runtime activate frobnicate", []),
     ],
 )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nest_runtime.cli import complete
 from nest_runtime.cli.common import examples
 from nest_runtime.cli.output import DeviceOption, DtypeOption, ModelOption, Output
 from nest_runtime.errors import UsageError
@@ -34,7 +35,12 @@ def demo(
     model: ModelOption = "reference",
     patch: Annotated[
         str | None,
-        typer.Option("--patch", metavar="PATCH", help="The patch to show first; the active one, else the newest."),
+        typer.Option(
+            "--patch",
+            metavar="PATCH",
+            autocompletion=complete.patches,
+            help="The patch to show first; the active one, else the newest.",
+        ),
     ] = None,
     url: Annotated[
         str | None, typer.Option("--url", metavar="URL", help="Ask a running `nest-runtime serve`; load no model.")

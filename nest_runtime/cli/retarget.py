@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nest_runtime.cli import complete
 from nest_runtime.cli.common import examples
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output, short, size
 from nest_runtime.cli.patches import PatchArgument
@@ -46,7 +47,15 @@ def register(app: typer.Typer) -> None:
 def retarget(
     ctx: typer.Context,
     patch: Annotated[str, PatchArgument],
-    model: Annotated[str, typer.Option("--model", metavar="MODEL", help="The fine-tuned sibling of the patch's base.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            autocompletion=complete.models,
+            help="The fine-tuned sibling of the patch's base.",
+        ),
+    ],
     harmful: Annotated[
         str | None, typer.Option("--harmful", metavar="FILE", help=f"Prompts to refuse: {PROMPTS} By default {_OWN}.")
     ] = None,

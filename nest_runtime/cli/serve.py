@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nest_runtime.cli import complete
 from nest_runtime.cli.common import examples
 from nest_runtime.cli.output import DeviceOption, DtypeOption, ModelOption, Output
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption
@@ -33,16 +34,30 @@ def serve(
     model: ModelOption = "reference",
     patch: Annotated[
         str | None,
-        typer.Option("--patch", metavar="PATCH", help="The patch that answers; the store's active one by default."),
+        typer.Option(
+            "--patch",
+            metavar="PATCH",
+            autocompletion=complete.patches,
+            help="The patch that answers; the store's active one by default.",
+        ),
     ] = None,
     expose: Annotated[
-        list[str] | None, typer.Option("--expose", metavar="PATCH", help="Let clients name this patch too, as NAME@v2.")
+        list[str] | None,
+        typer.Option(
+            "--expose",
+            metavar="PATCH",
+            autocompletion=complete.patches,
+            help="Let clients name this patch too, as NAME@v2.",
+        ),
     ] = None,
     expose_base: Annotated[
         bool, typer.Option("--expose-base", help="Let clients name the bare base, as NAME@base.")
     ] = False,
     engine: Annotated[
-        str, typer.Option("--engine", metavar="transformers|vllm", help="What computes the answers.")
+        str,
+        typer.Option(
+            "--engine", metavar="transformers|vllm", autocompletion=complete.engines, help="What computes the answers."
+        ),
     ] = "transformers",
     engine_args: Annotated[
         str, typer.Option("--engine-args", metavar="'ARGS'", help="More of vLLM's own arguments, in one string.")
@@ -70,6 +85,7 @@ def serve(
         typer.Option(
             "--swap-policy",
             metavar="drain|enforce",
+            autocompletion=complete.swap_policies,
             help="At a switch: let requests in flight end under the old patch, or begin them again under the new one.",
         ),
     ] = "drain",

@@ -146,7 +146,8 @@ class ServeConfig:
         object.__setattr__(self, "trust", tuple(self.trust))
         if self.engine not in ENGINES:
             raise EngineError(
-                f"there is no engine {self.engine!r} here; known: {', '.join(ENGINES)}", "leave --engine out"
+                f"there is no engine {self.engine!r} here; known: {', '.join(ENGINES)}",
+                f"{did_you_mean(self.engine, ENGINES)}leave --engine out for transformers",
             )
         if self.engine_args and self.engine != "vllm":
             raise UsageError(
