@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +155,19 @@ def test_the_command_measures_this_machine_and_reads_files(tmp_path: Path, capsy
     ):
         assert main(["plan", *wrong]) != 0
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_memory_of_locating_in_an_8b_shaped_model() -> None:
+    """benchmarks/locate_memory.py, whole: true shapes, few layers, extrapolated; docs/scale.md has its figures."""
+    script = Path(__file__).parents[1] / "benchmarks" / "locate_memory.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--json"], capture_output=True, text=True, timeout=1700, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["peak_bytes"] < found["limit_bytes"] == 4 * 2**30
+    for name, measured, counted, _ in found["rows"]:
+        if counted is not None:
+            assert 0.5 * counted < measured < 2.5 * counted, name
