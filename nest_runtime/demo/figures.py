@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#808080")  # Okabe and Ito's
 MAX_MARKS = 6000  # beyond these the page gets slow: those with the largest updates are drawn
 WIDTH, LEFT, ROW = 520.0, 34.0, 34.0
-CELL, LABELS = 17.0, 150.0
+CELL, LABELS = 16.0, 122.0
 _BLUE, _WHITE, _ORANGE = (0, 114, 178), (247, 247, 247), (213, 94, 0)
 
 
@@ -116,30 +116,29 @@ def activations(found: Activations) -> str:
     change = found.patched - found.base
     largest = float(max(np.abs(change).max(), 1e-9))
     panels = [
-        _heat("Base", found.base, reach, found, tokens=False),
-        _heat(f"Patched with {found.label}", found.patched, reach, found, tokens=False),
-        _heat("Change by the patch", change, largest, found, tokens=True),
+        _heat("Base", found.base, reach, found),
+        _heat(f"Patched with {found.label}", found.patched, reach, found),
+        _heat("Change by the patch", change, largest, found),
     ]
-    scale = f"Blue is negative, orange positive; full color is ±{reach:.2f} above, ±{largest:.2f} in the change."
-    region = '<div class="nr-scroll" tabindex="0" role="region" aria-label="Activations by token">'
-    return f'<p class="nr-note">{text(scale)}</p>{region}{"".join(panels)}</div>'
+    scale = f"Blue is negative, orange positive; full color is ±{reach:.2f}, in the change ±{largest:.2f}."
+    return f'<p class="nr-note">{text(scale)}</p><div class="nr-heats">{"".join(panels)}</div>'
 
 
-def _heat(heading: str, values: np.ndarray, reach: float, found: Activations, *, tokens: bool) -> str:
-    """One map [rows, tokens]; with the tokens written below it."""
+def _heat(heading: str, values: np.ndarray, reach: float, found: Activations) -> str:
+    """One map [rows, tokens], the tokens written below it; it scrolls by itself where the screen is narrow."""
     rows, columns = values.shape
-    width, height = LABELS + CELL * columns + 70, CELL * rows + (78.0 if tokens else 4.0)
+    width, height = LABELS + CELL * columns + 48, CELL * rows + 78.0
     marks = [_heat_row(number, values[number], reach, found) for number in range(rows)]
-    for column in range(columns if tokens else 0):
+    for column in range(columns):
         x, y = LABELS + column * CELL + CELL / 2, CELL * rows + 8
         marks.append(
             f'<text transform="translate({x:.0f},{y:.0f}) rotate(55)" font-size="11" dominant-baseline="middle">'
             f"{text(found.tokens[column])}</text>"
         )
     return (
-        f"<h3>{text(heading)}</h3>"
+        f'<div class="nr-scroll" tabindex="0" role="region" aria-label="{text(heading)}"><h3>{text(heading)}</h3>'
         f'<svg width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
-        f'aria-label="{text(heading)}: {rows} rows by {columns} tokens">{"".join(marks)}</svg>'
+        f'aria-label="{text(heading)}: {rows} rows by {columns} tokens">{"".join(marks)}</svg></div>'
     )
 
 

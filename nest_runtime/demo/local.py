@@ -181,7 +181,7 @@ class LocalBackend:
         room = limit - tokens if isinstance(limit, int) else 1 << 30
         if room < 1:
             raise UsageError(
-                f"the conversation has {tokens} tokens; {self.name} takes {limit}", "clear the conversation"
+                f"the conversation has {tokens} tokens; {self.name} takes {limit}", "begin a new conversation"
             )
         return room
 

@@ -107,7 +107,8 @@ def map_html(desk: Desk, digest: str | None) -> str:
         f"{patch.parameters:,} trained numbers. Hover a mark for its z-score, cluster, loading and row-update norm; "
         "layers go down, neurons across, and larger marks have larger updates. The tables below say the same."
     )
-    return markup.wrap(markup.note(words), figures.neuron_maps(view), "<h3>As tables</h3>", figures.neuron_tables(view))
+    tables = f"<details><summary>The neurons as tables</summary>{figures.neuron_tables(view)}</details>"
+    return markup.wrap(markup.note(words), figures.neuron_maps(view), tables)
 
 
 def statistics_html(desk: Desk, digest: str | None) -> str:
