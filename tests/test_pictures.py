@@ -110,10 +110,12 @@ def test_a_patch_gives_four_pictures_in_two_formats_and_the_same_bytes_again(tmp
         f"{kind}.{suffix}" for kind in ("neurons", "z", "silhouette", "norms") for suffix in ("png", "svg")
     ]
     with matplotlib.rc_context({"font.size": 30, "axes.grid": True, "svg.hashsalt": None}):  # a user's own settings
-        second = draw(sources, tmp_path / "two")
+        second = draw(sources, tmp_path / "two", kinds=("neurons", "silhouette"))
         assert matplotlib.rcParams["font.size"] == 30
-    for a, b in zip(first, second, strict=True):
-        assert a.path.read_bytes() == b.path.read_bytes(), a.path.name
+    assert len(second) == 4
+    for b in second:
+        assert (tmp_path / "one" / b.path.name).read_bytes() == b.path.read_bytes(), b.path.name
+    for a in first:
         if a.path.suffix == ".png":
             assert min(size_of(a.path)) > 400
         else:
@@ -273,7 +275,8 @@ def test_of_many_prompts_neighbours_share_a_column() -> None:
 
 def test_pictures_of_the_docs_fit_a_readme() -> None:
     """What docs/pictures holds: wide enough to be sharp in a README's column, no taller than a screen, small."""
-    files = sorted((Path(__file__).parents[1] / "docs" / "pictures").glob("*.png"))
+    drawn = (Path(__file__).parents[1] / "docs" / "pictures").glob("*.png")
+    files = sorted(file for file in drawn if not file.name.startswith("demo-"))  # those are screenshots
     assert files
     for file in files:
         width, height = size_of(file)
