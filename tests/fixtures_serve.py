@@ -46,7 +46,7 @@ def config(tiny_llama: Path, files: dict[str, str], tmp_path: Path) -> ServeConf
         port=0,
         admin_token_file=token_file,
         audit_file=tmp_path / "audit.jsonl",
-        limits=Limits(cache_tokens=4096, batch_tokens=128, drain_seconds=5),
+        limits=Limits(cache_tokens=4096, batch_tokens=128, drain_seconds=30),
     )
 
 

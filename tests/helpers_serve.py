@@ -6,6 +6,7 @@ Fixtures that use it are in tests/fixtures_serve.py.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import subprocess
@@ -41,6 +42,14 @@ PROMPTS = [
 
 
 TOKEN = "admin-secret"
+READY_SECONDS = 240.0  # a process needs 6 s on a quiet machine; test machines are not
+
+# Every engine that ends collects garbage twice, through all that was ever imported: half a second each time.
+gc.collect()
+gc.freeze()
+
+# One for all: a client of its own for every request would read the system's certificates every time.
+_HTTP = httpx.Client(verify=False, timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 @dataclass
@@ -59,18 +68,19 @@ class Running:
 
     def client(self, **settings: Any) -> openai.OpenAI:
         """The official client, without retries."""
-        settings = {"api_key": "any", "max_retries": 0, "timeout": 60, **settings}
+        plain = openai.DefaultHttpxClient(verify=False)
+        settings = {"api_key": "any", "max_retries": 0, "timeout": 60, "http_client": plain, **settings}
         self._clients.append(openai.OpenAI(base_url=f"{self.url}/v1", **settings))
         return self._clients[-1]
 
     def http(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         """One plain HTTP request."""
-        return httpx.request(method, f"{self.url}{path}", timeout=60, **arguments)
+        return _HTTP.request(method, f"{self.url}{path}", **arguments)
 
     def admin(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         """One request with the admin token."""
         headers = {"authorization": f"Bearer {self.admin_token}"}
-        return httpx.request(method, f"{self.admin_url or self.url}{path}", timeout=60, headers=headers, **arguments)
+        return _HTTP.request(method, f"{self.admin_url or self.url}{path}", headers=headers, **arguments)
 
     def on_loop(self, call: Callable[[], Any]) -> Any:
         """What ``call`` gives on the server's event loop."""
@@ -132,7 +142,7 @@ def serving(config: ServeConfig, admin_token: str = TOKEN) -> Iterator[Running]:
         stop.set()
         for client in running._clients:
             client.close()
-        thread.join(30)
+        thread.join(90)
         assert not thread.is_alive()
         assert not failures, failures
 
@@ -141,13 +151,20 @@ class Reference:
     """What ``model.generate`` answers, greedily and alone, under each patch: the truth the server is held to."""
 
     def __init__(self, folder: Path, patches: list[Patch]) -> None:
+        self._known: dict[tuple[tuple[int, ...], str | None, int], list[int]] = {}
         self.loaded = load_model(folder)
         self.runtime = PatchRuntime(self.loaded.model, base_hash=self.loaded.hash)
         for patch in patches:
             self.runtime.add(patch)
 
     def tokens(self, ids: list[int], version: str | None, count: int) -> list[int]:
-        """New token ids, the end of sequence included."""
+        """New token ids, the end of sequence included; worked out once."""
+        key = (tuple(ids), version, count)
+        if key not in self._known:
+            self._known[key] = self._generate(ids, version, count)
+        return self._known[key]
+
+    def _generate(self, ids: list[int], version: str | None, count: int) -> list[int]:
         with self.runtime.using(version), torch.inference_mode():
             rows = self.loaded.model.generate(
                 torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, max_new_tokens=count
@@ -160,7 +177,7 @@ class Reference:
         return self.loaded.tokenizer.decode(self.tokens(ids, version, count), skip_special_tokens=True)
 
 
-def eventually(check: Callable[[], bool], seconds: float = 10.0) -> bool:
+def eventually(check: Callable[[], bool], seconds: float = 30.0) -> bool:
     """Whether ``check`` becomes true in time."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -181,7 +198,7 @@ class Process:
 
     def http(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         """One plain HTTP request."""
-        return httpx.request(method, f"{self.url}{path}", timeout=60, **arguments)
+        return _HTTP.request(method, f"{self.url}{path}", **arguments)
 
     def admin(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         """One request with the admin token."""
@@ -207,13 +224,23 @@ def spawn(home: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def when_ready(popen: subprocess.Popen[str], home: Path) -> Process:
-    """Wait for a spawned server to say that it is ready."""
+    """Wait for a spawned server to say that it is ready; one that does not in time is killed."""
+    event = next_event(popen)
+    if event.get("event") != "ready":
+        raise AssertionError(f"{event}: {(home / 'serve.log').read_text()[-3000:]}")
+    return Process(popen, event["url"], event["model"], home / "serve.log")
+
+
+def next_event(popen: subprocess.Popen[str], seconds: float = READY_SECONDS) -> dict[str, Any]:
+    """The next event of a server process, or nothing where it ended; a silent one is killed when the time is over."""
     assert popen.stdout is not None
-    for line in popen.stdout:
-        event = json.loads(line)
-        if event["event"] == "ready":
-            return Process(popen, event["url"], event["model"], home / "serve.log")
-    raise AssertionError((home / "serve.log").read_text()[-3000:])
+    guard = threading.Timer(seconds, popen.kill)
+    guard.start()
+    try:
+        line = popen.stdout.readline()
+    finally:
+        guard.cancel()
+    return json.loads(line) if line else {}
 
 
 @contextmanager

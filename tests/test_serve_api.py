@@ -390,13 +390,16 @@ def test_a_full_queue_answers_429_with_retry_after(server: Running, client: open
 def test_a_client_that_leaves_stops_its_request(server: Running, slow_engine: None) -> None:
     engine = server.server.service.engine
     body = {"model": server.name, "messages": USER, "max_tokens": 450}
-    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json={**body, "stream": True}) as response:
-        next(response.iter_lines())
+    with httpx.stream(
+        "POST", f"{server.url}/v1/chat/completions", json={**body, "stream": True}, timeout=60
+    ) as response:
+        lines = response.iter_lines()  # kept: a dropped iterator closes the connection
+        assert next(lines).startswith("data:")
         assert engine.live == 1
-    assert eventually(lambda: engine.live == 0 and engine.jobs == 0, 2)
+    assert eventually(lambda: engine.live == 0 and engine.jobs == 0, 20)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.2)
-    assert eventually(lambda: engine.live == 0 and engine.jobs == 0, 2)
+    assert eventually(lambda: engine.live == 0 and engine.jobs == 0, 20)
     assert "nest_canceled_requests_total 2.0" in server.http("GET", "/metrics").text
 
 

@@ -81,7 +81,9 @@ def test_a_request_that_takes_too_long_is_ended(hasty: Running, slow_engine: Non
     late = hasty.http("POST", "/v1/chat/completions", json=body)
     assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
     assert late.json()["error"]["message"] == "the answer took over 1 s"
-    with httpx.stream("POST", f"{hasty.url}/v1/chat/completions", json={**body, "stream": True}) as response:
+    with httpx.stream(
+        "POST", f"{hasty.url}/v1/chat/completions", json={**body, "stream": True}, timeout=60
+    ) as response:
         assert response.status_code == 200
         events = [line for line in response.iter_lines() if line]
     assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "timeout"

@@ -311,7 +311,7 @@ def test_shutting_down_finishes_what_runs(config: ServeConfig, slow_engine: None
         assert eventually(lambda: server.server.service.engine.live == 1)
         server.stop.set()
         assert answer.result().choices[0].finish_reason == "length"
-        server.thread.join(10)
+        server.thread.join(60)
         assert not server.thread.is_alive()
     assert [event["event"] for event in server.events][-1] == "stopping"
 

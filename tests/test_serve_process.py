@@ -19,6 +19,7 @@ from nest_runtime.errors import EngineError, UsageError
 from nest_runtime.models import load_model
 from nest_runtime.serve import ServeConfig, serve
 from tests.helpers import make_patch
+from tests.helpers_serve import next_event
 
 PROGRAM = """
 import sys, json
@@ -50,8 +51,7 @@ def test_a_process_says_ready_answers_drains_and_ends_with_status_0(
     began = time.monotonic()
     process = start(tmp_path / "home", model=str(tiny_llama), patch=patch_file)
     try:
-        assert process.stdout is not None
-        ready = json.loads(process.stdout.readline())
+        ready = next_event(process)
         seconds = time.monotonic() - began
         assert set(ready) == {"event", "url", "model", "patch", "digest"}
         assert (ready["event"], ready["model"], ready["patch"]) == ("ready", "tiny-llama", "v1")

@@ -6,14 +6,17 @@ Run by name; fifty kills, or what the environment says:
     NEST_KILLS=5 pytest -m slow -s tests/test_soak_kill.py
 
 Half of the kills come while patches are activated and rolled back as fast as the server lets, half at any
-moment from the start of the process on.
+moment from the start of the process until a little after it is ready. What happened is printed as JSON, and
+written to NEST_SOAK_REPORT.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -31,7 +34,6 @@ from nest_runtime.serve.audit import AuditLog
 from tests.helpers_serve import Process, process, spawn, when_ready
 
 KILLS = int(os.environ.get("NEST_KILLS", "50"))
-START_SECONDS = 8.0  # about what a process needs to be ready
 BUSY_SECONDS = 1.5
 
 pytest_plugins = ["tests.fixtures_serve"]
@@ -59,7 +61,7 @@ def check(home: Path, model_hash: str, patches: list[Patch]) -> str:
 
 
 @contextmanager
-def switching(server: Process) -> Iterator[list[int]]:
+def switching(server: Process, life: int) -> Iterator[list[int]]:
     """Activations and rollbacks from two threads, and a client, until the context ends."""
     stop, done = threading.Event(), [0]
 
@@ -84,7 +86,7 @@ def switching(server: Process) -> Iterator[list[int]]:
             except httpx.HTTPError:
                 return
 
-    threads = [threading.Thread(target=operate, args=(seed,)) for seed in (1, 2)] + [threading.Thread(target=ask)]
+    threads = [threading.Thread(target=operate, args=(2 * life + n,)) for n in (0, 1)] + [threading.Thread(target=ask)]
     for thread in threads:
         thread.start()
     try:
@@ -101,16 +103,19 @@ def test_kill_at_random_moments(tmp_path: Path, tiny_llama: Path, patches: list[
     for version in ("v1", "v2", "v3"):
         store.add(files[version])
     named = store.activate("test@v1").digest
+    starts: list[float] = []
     for number in range(KILLS):
+        began = time.monotonic()
         popen = spawn(home, *options)
         try:
             if number % 2:
-                time.sleep(dice.uniform(0, START_SECONDS))
+                time.sleep(dice.uniform(0, 1.2 * starts[-1]))
                 popen.send_signal(signal.SIGKILL)
             else:
                 server = when_ready(popen, home)
+                starts.append(time.monotonic() - began)
                 assert server.http("GET", "/ready").json()["digest"] == named
-                with switching(server) as done:
+                with switching(server, number) as done:
                     time.sleep(dice.uniform(0.05, BUSY_SECONDS))
                     popen.send_signal(signal.SIGKILL)
                 switches += done[0]
@@ -118,10 +123,21 @@ def test_kill_at_random_moments(tmp_path: Path, tiny_llama: Path, patches: list[
             popen.kill()
             popen.communicate()
         named = check(home, model_hash, patches)
-    print(f"{KILLS} kills, {switches} switches made between them")
     with process(home, *options) as server:
         assert server.http("GET", "/ready").json()["digest"] == named
         body = {"model": server.name, "prompt": [5, 6, 7], "max_tokens": 4}
         answer = server.http("POST", "/v1/completions", json=body)
         assert answer.headers["x-nest-patch-digest"] == named
+    report = {
+        "kills": KILLS,
+        "while switching": len(starts),
+        "at any moment": KILLS - len(starts),
+        "switches answered with 200": switches,
+        "lines of history": store.verify_history(),
+        "lines of audit": AuditLog(home / "audit.jsonl").verify(),
+        "restarts ready after seconds": {"median": statistics.median(starts), "most": max(starts)},
+    }
+    print(json.dumps(report, indent=2))
+    if path := os.environ.get("NEST_SOAK_REPORT"):
+        Path(path).write_text(json.dumps(report, indent=2) + "\n")
     assert switches > KILLS / 4
