@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -111,6 +112,25 @@ def test_stop_keeps_what_there_is() -> None:
     run(steps)
     assert [reply.state for reply in talk.turns[0].replies] == ["stopped", "stopped"]
     assert talk.turns[0].replies[1].text == "v1 "
+
+
+def test_answers_are_shown_as_they_come() -> None:
+    from nest_runtime.demo import markup
+
+    talk, backend = Talk(), Echo()
+    backend.hold.clear()
+    steps = ask(talk, "one", (Choice(BASE), V1), backend, refusal, max_tokens=5)
+    until = time.monotonic() + 10
+    while not all(reply.text for reply in talk.turns[0].replies) if talk.turns else True:
+        next(steps)
+        assert time.monotonic() < until
+    half = markup.conversation(talk)
+    assert half.count('data-state="running"') == 2
+    assert 'aria-busy="true"' in half
+    assert ">v1</div>" in half
+    backend.hold.set()
+    run(steps)
+    assert markup.conversation(talk).count('data-state="done"') == 2
 
 
 def test_a_job_reports_ends_early_and_raises() -> None:
