@@ -210,8 +210,9 @@ def test_swaps_under_load_never_mix_patches(
         workers = [pool.submit(ask, worker) for worker in range(6)]
         try:
             for swap in range(15):
-                reference_ = files[f"v{swap % 3 + 1}"]
-                assert server.admin("POST", "/v1/patches/activate", json={"patch": reference_}).status_code == 200
+                version = f"v{swap % 3 + 1}"
+                assert server.admin("POST", "/v1/patches/activate", json={"patch": files[version]}).status_code == 200
+                assert eventually(lambda: version in seen)  # noqa: B023
                 time.sleep(0.02)
         finally:
             stop.set()

@@ -43,7 +43,7 @@ NEW_TOKENS = 24
 PROMPTS = 24
 WARM = 0.25  # of the time: caches and allocators fill before memory is watched
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * SECONDS + 600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * SECONDS + 900)]
 
 Expected = dict[tuple[str, str], str]
 
@@ -64,7 +64,8 @@ class Soak:
 
     @property
     def over(self) -> bool:
-        return time.monotonic() > self.ends
+        """Whether time is up and every swap was made: a busy machine needs longer, and clients ask to the end."""
+        return time.monotonic() > self.ends and len(self.swaps) == SWAPS
 
     def check(self, prompt: str, patch: str, text: str) -> None:
         assert text == self.expected[prompt, patch], f"under {patch}, {prompt!r} was answered {text!r}"
@@ -174,7 +175,7 @@ def test_soak(expected: Expected, tmp_path: Path) -> None:
     growth = slope(soak.memory)
     ordered = sorted(soak.swaps)
     report = {
-        "seconds": SECONDS,
+        "seconds": soak.memory[-1][0],
         "clients": CLIENTS,
         "answers": soak.answers,
         "streamed": soak.streams,

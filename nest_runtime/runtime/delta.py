@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from nest_runtime.patch import Patch, Site
 if TYPE_CHECKING:
     from nest_runtime.runtime.fold import FoldRecord
 
+MAX_STACKS = 32  # mixtures of patches that a module remembers
 Call = tuple[torch.Tensor, ...]  # a module's inputs, each with the tokens first: (x,), or those of experts
 
 
@@ -72,6 +73,17 @@ class ModuleDelta(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class StackedTensors:
+    """The updates of several patches on one module and device, end to end, so that they take one product together."""
+
+    deltas: torch.Tensor  # (ΣK, d_in)
+    rows: torch.Tensor  # (Σn,) int64, rows of the module's output; a row comes once for every patch that changes it
+    clusters: torch.Tensor  # (Σn,) int64
+    loadings: torch.Tensor | None  # (Σn,), None where all are one
+    owners: torch.Tensor  # (Σn,) int64, which of the patches
+
+
 class LinearDelta:
     """The update of one linear module's outputs: y[..., rows] += loadings · (x Dᵀ)[..., clusters].
 
@@ -85,6 +97,7 @@ class LinearDelta:
         self.n_neurons = sum(site.n_neurons for site, _ in parts)
         self.d_in = parts[0][0].d_in
         self._cached: tuple[torch.device, torch.dtype, DeltaTensors] | None = None
+        self.stacks: dict[Any, StackedTensors] = {}  # with those of other patches; kept by the first of them
 
     def build(self, device: torch.device | str, dtype: torch.dtype) -> DeltaTensors:
         """The update's tensors from the frozen originals: one rounding, from the file's dtype to ``dtype``."""
@@ -128,6 +141,56 @@ class LinearDelta:
         if delta.loadings is not None:
             update = update * delta.loadings
         return y.index_add(-1, delta.rows, update.to(y.dtype))
+
+
+def add_mixed(
+    deltas: Sequence[LinearDelta | None], chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    """A linear module's outputs where every token has a patch of its own; ``y`` itself is never written to.
+
+    Each patch's update is computed for all tokens and kept where it is theirs: a few rows of arithmetic that nobody
+    needs cost less than sorting the tokens by patch and back, at every module.
+
+    Args:
+        deltas: each patch's update, None where it leaves this module alone.
+        chosen: (tokens, patches) bool, whether a token is computed under a patch; at most one a row.
+        x: the module's input (tokens, d_in).
+        y: its output (tokens, outputs) as the pristine weights give it.
+    """
+    first = next((delta for delta in deltas if delta is not None), None)
+    if first is None:
+        return y
+    key = (tuple(deltas), x.device, x.dtype)
+    stack = first.stacks.get(key)
+    if stack is None:
+        if len(first.stacks) >= MAX_STACKS:
+            first.stacks.clear()
+        stack = first.stacks[key] = _stack(*key)
+    update = F.linear(x, stack.deltas).index_select(-1, stack.clusters)  # (tokens, Σn)
+    if stack.loadings is not None:
+        update = update * stack.loadings
+    update = torch.where(chosen.index_select(1, stack.owners), update, 0.0)
+    return y.index_add(-1, stack.rows, update.to(y.dtype))
+
+
+def _stack(deltas: Sequence[LinearDelta | None], device: torch.device, dtype: torch.dtype) -> StackedTensors:
+    parts = [(number, delta.on(device, dtype)) for number, delta in enumerate(deltas) if delta is not None]
+    with torch.inference_mode(False), torch.no_grad():
+        clusters, first = [], 0
+        for _, part in parts:
+            clusters.append(part.clusters + first)
+            first += len(part.deltas)
+        ones = [part.deltas.new_ones(len(part.rows)) for _, part in parts]
+        factors = [one if part.loadings is None else part.loadings for (_, part), one in zip(parts, ones, strict=True)]
+        stacked = StackedTensors(
+            torch.cat([part.deltas for _, part in parts]),
+            torch.cat([part.rows for _, part in parts]),
+            torch.cat(clusters),
+            torch.cat(factors) if any(part.loadings is not None for _, part in parts) else None,
+            torch.cat([torch.full_like(part.rows, number) for number, part in parts]),
+        )
+        settle([device])
+        return stacked
 
 
 @dataclass(frozen=True, eq=False)

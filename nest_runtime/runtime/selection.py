@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from nest_runtime.errors import UsageError
-from nest_runtime.runtime.delta import Call, Loaded
+from nest_runtime.runtime.delta import Call, LinearDelta, Loaded, add_mixed
 from nest_runtime.runtime.fold import FoldRecord
 
 Run = tuple[Loaded | None, int]
@@ -87,29 +87,43 @@ class View:
         selection: the context's choice, or None for what is active.
     """
 
-    __slots__ = ("_fold", "_index", "_selection", "_whole")
+    __slots__ = ("_chosen", "_fold", "_index", "_runs", "_selection", "_whole")
 
     def __init__(self, active: Active, selection: Selection | None) -> None:
         self._fold = active.fold
         self._selection = selection or Selection.whole(active.loaded)
         self._whole = self._selection.unit == "all"
+        self._runs: dict[torch.Size, tuple[tuple[Run, ...], bool]] = {}
         self._index: dict[tuple[int, torch.device], list[tuple[Loaded | None, torch.Tensor]]] = {}
+        self._chosen: dict[tuple[int, torch.device], tuple[list[Loaded], torch.Tensor]] = {}
 
     def apply(self, key: str, module: nn.Module, call: Call, y: torch.Tensor) -> torch.Tensor:
         """The output [..., outputs] that the chosen patches give; ``y`` where nothing changes, never written to."""
         if self._whole:
             return self._one(self._selection.runs[0][0], key, module, call, y)
-        runs = self._selection.tokens_of(call[0])
-        if len({id(loaded) for loaded, _ in runs}) == 1:
+        runs, alike = self._runs_of(call[0])
+        if alike:
             return self._one(runs[0][0], key, module, call, y)
         flat_call = tuple(value.reshape(-1, value.shape[-1]) for value in call)
         flat_y = y.reshape(-1, y.shape[-1])
+        if self._fold is None:
+            patches, chosen = self._membership(runs, y.device)
+            deltas = [loaded.deltas.get(key) for loaded in patches]
+            if all(delta is None or isinstance(delta, LinearDelta) for delta in deltas):
+                return add_mixed(deltas, chosen, flat_call[0], flat_y).reshape(y.shape)  # type: ignore[arg-type]
         for loaded, index in self._tokens(runs, call[0].device):
             before = flat_y.index_select(0, index)
             after = self._one(loaded, key, module, tuple(value.index_select(0, index) for value in flat_call), before)
             if after is not before:
                 flat_y = flat_y.index_copy(0, index, after)
         return flat_y.reshape(y.shape)
+
+    def _runs_of(self, x: torch.Tensor) -> tuple[tuple[Run, ...], bool]:
+        """The runs in tokens of an input, and whether all are under one patch; worked out once for a shape."""
+        if x.shape not in self._runs:
+            runs = self._selection.tokens_of(x)
+            self._runs[x.shape] = (runs, len({id(loaded) for loaded, _ in runs}) == 1)
+        return self._runs[x.shape]
 
     def _one(self, loaded: Loaded | None, key: str, module: nn.Module, call: Call, y: torch.Tensor) -> torch.Tensor:
         if self._fold is not None:
@@ -118,6 +132,18 @@ class View:
             y = self._fold.undo(key, module, call, y)
         delta = None if loaded is None else loaded.deltas.get(key)
         return y if delta is None else delta.apply(module, call, y, self._fold)
+
+    def _membership(self, runs: tuple[Run, ...], device: torch.device) -> tuple[list[Loaded], torch.Tensor]:
+        """The patches of a flat batch and, (tokens, patches) bool, whose token is whose; worked out once for a pass."""
+        cache_key = (sum(count for _, count in runs), device)
+        if cache_key not in self._chosen:
+            patches = sorted({loaded for loaded, _ in runs if loaded is not None}, key=id)
+            numbers = {loaded: number for number, loaded in enumerate(patches)}
+            slots = [-1 if loaded is None else numbers[loaded] for loaded, _ in runs]
+            slot = torch.tensor(slots).repeat_interleave(torch.tensor([count for _, count in runs]))  # (tokens,)
+            chosen = slot[:, None] == torch.arange(len(patches))
+            self._chosen[cache_key] = (patches, chosen.to(device))
+        return self._chosen[cache_key]
 
     def _tokens(self, runs: tuple[Run, ...], device: torch.device) -> list[tuple[Loaded | None, torch.Tensor]]:
         """Token positions of each patch in the flat batch, worked out once for a pass."""

@@ -216,7 +216,12 @@ class PatchRuntime:
             PatchNotFound: a patch is not here.
             UsageError: a negative number; or, in the forward pass, another number of tokens.
         """
-        runs = [(self._find(version), int(count)) for version, count in slots]
+        known: dict[str | None, Loaded | None] = {}
+        runs = []
+        for version, count in slots:
+            if version not in known:
+                known[version] = self._find(version)
+            runs.append((known[version], int(count)))
         if any(count < 0 for _, count in runs):
             raise UsageError(f"token counts are {[count for _, count in runs]}", "counts cannot be negative")
         with self._override(Selection.of("tokens", runs)):

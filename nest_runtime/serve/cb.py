@@ -17,7 +17,7 @@ Nothing here knows of HTTP, model names or asyncio.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,9 +122,12 @@ class ContinuousBatch:
 
         def patched_step(model: Any) -> None:
             runs = list(self._runs())
+            patches = {patch for patch, _ in runs}
             try:
-                self.steady.before_step({patch for patch, _ in runs})
-                with self._runtime.using_tokens(runs):
+                self.steady.before_step(patches)
+                # Whole batches under what is on for everybody need no choice of their own: passes are cheaper then.
+                same = patches == {self.steady.folded}
+                with nullcontext() if same else self._runtime.using_tokens(runs):
                     step(model)
             except Exception as error:
                 self._broken = error
