@@ -16,6 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+LONG = ("test_ship_done.py", "test_tutorial.py", "test_demo_browser.py", "test_ship_kill.py", "test_ship_faults.py")
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
@@ -23,6 +25,11 @@ CHAT_TEMPLATE = (
 )
 SPECIALS = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 LINES = ["How do I bake bread?", "Mix the flour and the water.", "I cannot help with that.", "What is the capital?"] * 5
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of few but long tests come first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def make_tokenizer():  # type: ignore[no-untyped-def]

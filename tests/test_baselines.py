@@ -303,7 +303,7 @@ def test_lora_s_modules_are_found_or_the_error_names_another_way() -> None:
 def test_a_misspelled_method_is_refused_with_the_closest_name() -> None:
     with pytest.raises(UsageError, match="no method 'lorra'") as caught:
         make_methods(["base", "lorra"])
-    assert "did you mean lora?" in caught.value.hint
+    assert "did you mean 'lora'?" in caught.value.hint
     assert caught.value.exit_status == 2
     with pytest.raises(UsageError):
         make_methods([])
