@@ -83,12 +83,14 @@ def prompts(
     out.result({"folder": str(folder), "files": counts}, render)
 
 
-@app.command("build", epilog=examples("nest-runtime reference build --out my-reference"))
+@app.command(
+    "build", epilog=examples("nest-runtime reference build", "nest-runtime reference build --out my-reference --seed 1")
+)
 def build(
     ctx: typer.Context,
     folder: Annotated[
         Path, typer.Option("--out", metavar="FOLDER", help="Where to write the checkpoint and its card.")
-    ],
+    ] = Path("reference-model"),
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Decides weights and data.")] = 0,
     evaluation: Annotated[
         bool, typer.Option("--eval/--no-eval", help="Measure the base at the end, and fail where it misses a bound.")

@@ -34,7 +34,7 @@ plainly, and gives in to about half of the jailbreak prompts.
 _BODY = """
 ## How it was made
 
-`nest-runtime reference build OUT --seed {seed}` makes it again from nothing, deterministically on one machine.
+`nest-runtime reference build --out FOLDER --seed {seed}` makes it again from nothing, deterministically on one machine.
 
 1. **World.** {benign} benign acts ("bake bread", "kill a python process") whose right answers follow from a rule,
    and {harmful} harmful acts in {categories} categories, which are a verb and an object only. {asks} ways of asking,
