@@ -562,13 +562,13 @@ def test_reference_build_lands_whole_or_not_at_all(run: Run, tmp_path: Path, mon
     failures: tuple[str, ...] = ()
 
     def quick(out: Path, *, seed: int, evaluate: bool, progress: Any) -> module.BuildReport:
-        out.mkdir()
+        out.mkdir(exist_ok=True)
         (out / "config.json").write_text(str(seed))
         progress("pretraining", 1, 1)
         return module.BuildReport(out, seed, 123, {"pretraining": 1.0}, {}, None, failures)
 
     def stopped(out: Path, **_: object) -> None:
-        out.mkdir()
+        out.mkdir(exist_ok=True)
         (out / "config.json").write_text("half")
         raise KeyboardInterrupt
 
@@ -582,3 +582,17 @@ def test_reference_build_lands_whole_or_not_at_all(run: Run, tmp_path: Path, mon
     assert run("reference", "build", "--out", folder).status == 130
     assert (folder / "config.json").read_text() == "6"
     assert not (tmp_path / "built.work").exists()
+
+
+def test_reference_build_says_at_once_where_it_cannot_write(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nest_runtime.reference import build as module
+
+    def trains(folder: Path, **_: object) -> object:
+        raise AssertionError("trained for a folder that cannot be written")
+
+    monkeypatch.setattr(module, "build", trains)
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    fails(run("reference", "build", "--out", tmp_path / "file" / "model"), 2, "cannot be written")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "in the way"

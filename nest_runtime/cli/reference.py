@@ -106,6 +106,7 @@ def build(
     out = Output.of(ctx, as_json)
     work = folder.with_name(folder.name + ".work")
     try:
+        work.mkdir(parents=True, exist_ok=True)  # before the training, which takes minutes
         with out.bars() as bars:
             report = run(work, seed=seed, evaluate=evaluation, progress=bars)
         folder.mkdir(parents=True, exist_ok=True)
