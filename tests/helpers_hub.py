@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,9 @@ def hub(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     quick_tries(monkeypatch)
     yield server
     server.heal()
+    for thread in threading.enumerate():  # requests given up on are still under way: they would act on the next test
+        if thread.name == "nest-hub":
+            thread.join(30)
 
 
 def quick_tries(monkeypatch: pytest.MonkeyPatch) -> None:

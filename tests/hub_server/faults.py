@@ -97,12 +97,19 @@ class Faults:
             return
         for at in range(len(answer.body)):
             await send({"type": "http.response.body", "body": answer.body[at : at + 1], "more_body": True})
-            await asyncio.sleep(fault.pause)
+            await self._pause(fault)
             if fault not in self.active:  # healed: the client may try again
                 _connection(receive).abort()
             if _connection(receive).is_closing():
                 return
         await send({"type": "http.response.body", "body": b""})
+
+    async def _pause(self, fault: Fault) -> None:
+        """Wait for the fault's pause, or until it is healed."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + fault.pause
+        while fault in self.active and (left := until - loop.time()) > 0:
+            await asyncio.sleep(min(left, 0.05))
 
 
 class _Answer:
