@@ -38,8 +38,8 @@ _ERRORS = (
 _HOMES = {
     "Patch": "nest_runtime.patch",
     "Site": "nest_runtime.patch",
-    "compose": "nest_runtime.patch",
-    "diff": "nest_runtime.patch",
+    "compose": "nest_runtime.algebra",
+    "diff": "nest_runtime.algebra",
     "load_patch": "nest_runtime.resolve",
     "load_model": "nest_runtime.models",
     "Projection": "nest_runtime.anatomy",
@@ -71,6 +71,8 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from nest_runtime.algebra import compose as compose
+    from nest_runtime.algebra import diff as diff
     from nest_runtime.anatomy import Projection as Projection
     from nest_runtime.anatomy import find_sites as find_sites
     from nest_runtime.anatomy import register_architecture as register_architecture
@@ -84,8 +86,6 @@ if TYPE_CHECKING:
     from nest_runtime.models import load_model as load_model
     from nest_runtime.patch import Patch as Patch
     from nest_runtime.patch import Site as Site
-    from nest_runtime.patch import compose as compose
-    from nest_runtime.patch import diff as diff
     from nest_runtime.resolve import load_patch as load_patch
     from nest_runtime.runtime import PatchRuntime as PatchRuntime
     from nest_runtime.train.recipe import Recipe as Recipe

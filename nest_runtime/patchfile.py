@@ -22,13 +22,12 @@ from nest_runtime.errors import DigestMismatch, NestError, PatchFormatError, Pat
 from nest_runtime.framing import Entry, Frame, FramingError, header_length, parse_frame, parse_object
 from nest_runtime.patch import FORMAT_VERSION, Patch
 from nest_runtime.site import PARTS, REQUIRED_PARTS, Site, check_parts
-from nest_runtime.values import DTYPE_NAMES, FrozenTensor, canonical_json, digest_of
+from nest_runtime.values import FrozenTensor, canonical_json, digest_of
 
 METADATA_KEY = "nest_patch"
 MAX_FILE = 1 << 30  # bytes
 MAX_HEADER = 1 << 20  # bytes of the safetensors header, metadata included
 
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _ORDER = ("F32", "I32", "BF16", "F16")  # of tensors in the file, as the safetensors package writes them
 _FETCH = "fetch or copy the file again"
 _FIELDS: dict[str, tuple[type, ...]] = {
@@ -110,13 +109,13 @@ def to_bytes(patch: Patch) -> bytes:
             "set it from the base: patch.evolve(rows_digest=nest_runtime.rows_digest(model, …))",
         )
     text = canonical_json({**patch.header(), "digest": patch.digest}).decode()
-    tensors = sorted(patch.tensors.items(), key=lambda item: (_ORDER.index(DTYPE_NAMES[item[1].dtype]), item[0]))
+    tensors = sorted(patch.tensors.items(), key=lambda item: (_ORDER.index(item[1].dtype_name), item[0]))
     fields: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
     at = 0
     for name, tensor in tensors:
         stop = at + len(tensor.data)
         fields[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
+            "dtype": tensor.dtype_name,
             "shape": list(tensor.shape),
             "data_offsets": [at, stop],
         }
@@ -240,7 +239,7 @@ def _frozen(entry: Entry, read: Read, where: str) -> FrozenTensor:
     data = read(entry.start, entry.stop)
     if len(data) != entry.nbytes:
         raise PatchFormatError(f"{where}: truncated in tensor {entry.name!r:.200}", _FETCH)
-    return FrozenTensor(data, _DTYPES[entry.dtype], entry.shape)
+    return FrozenTensor(data, entry.dtype, entry.shape)
 
 
 def _digest(fields: Mapping[str, Any], frame: Frame, read: Read, where: str) -> str:

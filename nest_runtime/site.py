@@ -5,20 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import PatchFormatError
-from nest_runtime.values import DTYPE_NAMES, FrozenTensor, freeze_json, thaw_json
+from nest_runtime.values import FrozenTensor, freeze_json, thaw_json
 
-DELTA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+if TYPE_CHECKING:
+    import torch
+
+DELTA_DTYPES = ("F32", "BF16", "F16")
 PARTS = {
     "deltas": None,  # any of DELTA_DTYPES
-    "neurons": torch.int32,
-    "clusters": torch.int32,
-    "loadings": torch.float32,
-    "z": torch.float32,
+    "neurons": "I32",
+    "clusters": "I32",
+    "loadings": "F32",
+    "z": "F32",
 }
 REQUIRED_PARTS = ("deltas", "neurons", "clusters")
 MAX_SIZE = 2**31 - 1  # of any dimension: neurons are int32
@@ -83,22 +84,31 @@ class Site:
         parts = {key: getattr(self, key) for key in PARTS}
         return {f"{self.name}.{key}": value for key, value in parts.items() if value is not None}
 
-    def row_deltas(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The update of each patched row: [n, d_in] in ``dtype``, on the CPU."""
+    def row_deltas(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The update of each patched row: [n, d_in] in ``dtype`` (float32), on the CPU."""
+        import torch
+
+        dtype = dtype or torch.float32
         rows = self.deltas.tensor().to(dtype)[self.clusters.tensor().long()]  # (n, d_in)
         if self.loadings is not None:
             rows = rows * self.loadings.tensor().to(dtype)[:, None]
         return rows
 
-    def membership(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """M [d_out, K] with ΔW = M·D: 0/1, or the loadings."""
+    def membership(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """M [d_out, K] in ``dtype`` (float32) with ΔW = M·D: 0/1, or the loadings."""
+        import torch
+
+        dtype = dtype or torch.float32
         matrix = torch.zeros(self.d_out, self.n_clusters, dtype=dtype)
         values = torch.ones(self.n_neurons) if self.loadings is None else self.loadings.tensor()
         matrix[self.neurons.tensor().long(), self.clusters.tensor().long()] = values.to(dtype)
         return matrix
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """ΔW [d_out, d_in], for checks and exports of small models."""
+    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """ΔW [d_out, d_in] in ``dtype`` (float32), for checks and exports of small models."""
+        import torch
+
+        dtype = dtype or torch.float32
         full = torch.zeros(self.d_out, self.d_in, dtype=dtype)
         full[self.neurons.tensor().long()] = self.row_deltas(dtype)
         return full
@@ -125,7 +135,7 @@ def check_parts(where: str, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -
         PatchFormatError: one is not what docs/patch-format.md says.
     """
     deltas_dtype, deltas_shape = shapes["deltas"]
-    if deltas_dtype not in {DTYPE_NAMES[dtype] for dtype in DELTA_DTYPES} or len(deltas_shape) != 2:
+    if deltas_dtype not in DELTA_DTYPES or len(deltas_shape) != 2:
         raise PatchFormatError(
             f"{where}: deltas are {deltas_dtype} {list(deltas_shape)}; expected F32, BF16 or F16 [clusters, d_in]",
             "re-export the patch",
@@ -133,8 +143,8 @@ def check_parts(where: str, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -
     n = shapes["neurons"][1][0] if len(shapes["neurons"][1]) == 1 else -1
     for key, (dtype, shape) in shapes.items():
         wanted = PARTS[key]
-        if wanted is not None and (dtype != DTYPE_NAMES[wanted] or shape != (n,)):
-            expected = f"{DTYPE_NAMES[wanted]} [{n if n >= 0 else 'neurons'}]"
+        if wanted is not None and (dtype != wanted or shape != (n,)):
+            expected = f"{wanted} [{n if n >= 0 else 'neurons'}]"
             raise PatchFormatError(
                 f"{where}: {key} is {dtype} {list(shape)}; expected {expected}", "re-export the patch"
             )
@@ -152,7 +162,7 @@ def _check_site(site: Site) -> None:
     if type(site.d_out) is not int or not 0 < site.d_out <= MAX_SIZE:
         raise PatchFormatError(f"{where}: d_out is {site.d_out!r:.80}; expected 1 to 2^31 - 1", "re-export the patch")
     tensors = {key: getattr(site, key) for key in PARTS if getattr(site, key) is not None}
-    check_parts(where, {k: (DTYPE_NAMES.get(t.dtype, str(t.dtype)), t.shape) for k, t in tensors.items()})
+    check_parts(where, {key: (tensor.dtype_name, tensor.shape) for key, tensor in tensors.items()})
     for key in ("deltas", "loadings", "z"):
         if key in tensors and not tensors[key].is_finite():
             raise PatchFormatError(f"{where}: {key} holds NaN or infinity", "train again; a finite patch is expected")
@@ -160,7 +170,7 @@ def _check_site(site: Site) -> None:
 
 
 def _check_indices(site: Site, where: str) -> None:
-    neurons, clusters = site.neurons.tensor().long(), site.clusters.tensor().long()
+    neurons, clusters = site.neurons.integers(), site.clusters.integers()
     if not len(neurons):
         if site.n_clusters:
             raise PatchFormatError(f"{where}: {site.n_clusters} clusters but no neurons", "drop the clusters")

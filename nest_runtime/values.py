@@ -1,6 +1,7 @@
 """Immutable values that patches are made of: tensors, JSON, and the digest over both.
 
-Knows dtypes and bytes; knows nothing of sites, files or models.
+Knows dtypes and bytes; knows nothing of sites, files or models. Torch is imported only where a torch tensor
+is taken or given: to fetch, verify, sign or publish a patch nobody waits for it.
 """
 
 from __future__ import annotations
@@ -10,23 +11,34 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from nest_runtime.errors import PatchFormatError
 
-DTYPE_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int32: "I32",
+if TYPE_CHECKING:
+    import torch
+
+TORCH_NAMES = {  # safetensors' names → torch's
+    "F64": "float64",
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
+_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+_SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _EXPONENTS = {  # how to read a number's bits, and which of them are its exponent
-    torch.float32: ("<u4", np.uint32(0x7F800000)),
-    torch.bfloat16: ("<u2", np.uint16(0x7F80)),
-    torch.float16: ("<u2", np.uint16(0x7C00)),
+    "F32": ("<u4", np.uint32(0x7F800000)),
+    "BF16": ("<u2", np.uint16(0x7F80)),
+    "F16": ("<u2", np.uint16(0x7C00)),
 }
 _PIECE = 1 << 20
 MAX_DEPTH = 32  # of nested JSON; deeper is nobody's settings
@@ -37,44 +49,68 @@ class FrozenTensor:
     """A tensor's dtype, shape and bytes, which nobody can change.
 
     ``tensor()`` gives a fresh CPU copy every time: writing to it changes nothing here.
+
+    Attributes:
+        data: the elements' bytes, little-endian, in row-major order.
+        dtype_name: the dtype as safetensors calls it: ``F32``, ``BF16``, ``F16``, ``I32``, …
+        shape: the dimensions.
     """
 
-    __slots__ = ("data", "dtype", "shape")
+    __slots__ = ("data", "dtype_name", "shape")
 
     data: bytes
-    dtype: torch.dtype
+    dtype_name: str
     shape: tuple[int, ...]
 
-    def __init__(self, data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        if len(data) != math.prod(shape) * dtype.itemsize:
+    def __init__(self, data: bytes, dtype_name: str, shape: tuple[int, ...]) -> None:
+        if dtype_name not in _SIZES:
             raise PatchFormatError(
-                f"a {dtype} tensor {list(shape)} takes {math.prod(shape) * dtype.itemsize} bytes; found {len(data)}",
+                f"a tensor is {dtype_name!s:.40}; expected one of {', '.join(_SIZES)}", "convert it to float32 or int32"
+            )
+        expected = math.prod(shape) * _SIZES[dtype_name]
+        if len(data) != expected:
+            raise PatchFormatError(
+                f"a {dtype_name} tensor {list(shape)} takes {expected} bytes; found {len(data)}",
                 "give the tensor's own bytes",
             )
         object.__setattr__(self, "data", bytes(data))
-        object.__setattr__(self, "dtype", dtype)
+        object.__setattr__(self, "dtype_name", dtype_name)
         object.__setattr__(self, "shape", tuple(shape))
 
     @classmethod
     def of(cls, value: torch.Tensor | FrozenTensor) -> FrozenTensor:
-        """Freeze a tensor (any device, any stride); frozen ones pass through."""
+        """Freeze a tensor (any device, any stride); frozen ones pass through. Raises PatchFormatError: its dtype."""
         if isinstance(value, FrozenTensor):
             return value
+        import torch
+
+        name = str(value.dtype).removeprefix("torch.")
         flat = value.detach().to("cpu").contiguous().reshape(-1)
         data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-        return cls(data, value.dtype, tuple(value.shape))
+        return cls(data, _NAMES.get(name, name), tuple(value.shape))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype as torch calls it."""
+        return torch_dtype(self.dtype_name)
 
     def tensor(self) -> torch.Tensor:
         """A fresh, writable CPU tensor with this content."""
+        import torch
+
         if not self.data:
             return torch.empty(self.shape, dtype=self.dtype)
         return torch.frombuffer(bytearray(self.data), dtype=self.dtype).reshape(self.shape)
 
+    def integers(self) -> npt.NDArray[np.int64]:
+        """The content of an I32 tensor, as a fresh array of int64."""
+        return np.frombuffer(self.data, "<i4").reshape(self.shape).astype(np.int64)
+
     def is_finite(self) -> bool:
         """No NaN and no infinity: no number whose exponent bits are all ones. Reads in place, a piece at a time."""
-        if self.dtype not in _EXPONENTS:
+        if self.dtype_name not in _EXPONENTS:
             return True
-        unsigned, exponent = _EXPONENTS[self.dtype]
+        unsigned, exponent = _EXPONENTS[self.dtype_name]
         numbers = np.frombuffer(self.data, unsigned)
         pieces = (numbers[at : at + _PIECE] for at in range(0, len(numbers), _PIECE))
         return not any(bool(((piece & exponent) == exponent).any()) for piece in pieces)
@@ -86,7 +122,7 @@ class FrozenTensor:
         raise AttributeError(f"FrozenTensor is immutable: cannot delete {name}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FrozenTensor, (self.data, self.dtype, self.shape)
+        return FrozenTensor, (self.data, self.dtype_name, self.shape)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTensor:
         return self
@@ -94,13 +130,21 @@ class FrozenTensor:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FrozenTensor):
             return NotImplemented
-        return (self.dtype, self.shape, self.data) == (other.dtype, other.shape, other.data)
+        return (self.dtype_name, self.shape, self.data) == (other.dtype_name, other.shape, other.data)
 
     def __hash__(self) -> int:
-        return hash((self.dtype, self.shape, self.data))
+        return hash((self.dtype_name, self.shape, self.data))
 
     def __repr__(self) -> str:
-        return f"FrozenTensor({DTYPE_NAMES.get(self.dtype, self.dtype)}, {list(self.shape)})"
+        return f"FrozenTensor({self.dtype_name}, {list(self.shape)})"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Torch's dtype of a safetensors name. Raises KeyError for an unknown one."""
+    import torch
+
+    found: torch.dtype = getattr(torch, TORCH_NAMES[name])
+    return found
 
 
 def canonical_json(value: Any) -> bytes:
@@ -111,7 +155,7 @@ def canonical_json(value: Any) -> bytes:
 def content_digest(header: Mapping[str, Any], tensors: Mapping[str, FrozenTensor]) -> str:
     """The patch digest of docs/patch-format.md: over content, whatever the layout of the file."""
     rows = [
-        (name, DTYPE_NAMES[tensor.dtype], tensor.shape, hashlib.sha256(tensor.data).hexdigest())
+        (name, tensor.dtype_name, tensor.shape, hashlib.sha256(tensor.data).hexdigest())
         for name, tensor in tensors.items()
     ]
     return digest_of(header, rows)

@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nest_runtime.algebra import compose, diff
 from nest_runtime.anatomy import find_sites
 from nest_runtime.errors import PatchFormatError, SiteMismatch
 from nest_runtime.models import load_model
-from nest_runtime.patch import FrozenTensor, Patch, Site, check_sites, compose, diff
+from nest_runtime.patch import FrozenTensor, Patch, Site, check_sites
 from tests.helpers import make_patch, random_site
 from tests.helpers_patchfile import ONE_HASH, ZERO_HASH, golden_patch
 
@@ -237,7 +238,7 @@ def test_bad_patches() -> None:
     with pytest.raises(PatchFormatError, match="no JSON object"):
         patch_of(site, method=[1])
     with pytest.raises(PatchFormatError, match="takes 8 bytes"):
-        FrozenTensor(b"1234", torch.float32, (2,))
+        FrozenTensor(b"1234", "F32", (2,))
     deep: Any = {}
     for _ in range(5000):
         deep = {"a": deep}
@@ -249,7 +250,9 @@ def test_bad_patches() -> None:
 @given(st.binary(max_size=64), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_finiteness_is_that_of_torch(data: bytes, dtype: torch.dtype) -> None:
     count = len(data) // dtype.itemsize
-    frozen = FrozenTensor(data[: count * dtype.itemsize], dtype, (count,))
+    frozen = FrozenTensor(
+        data[: count * dtype.itemsize], FrozenTensor.of(torch.empty(0, dtype=dtype)).dtype_name, (count,)
+    )
     assert frozen.is_finite() == bool(torch.isfinite(frozen.tensor()).all())
     for value in (float("nan"), float("inf"), -float("inf")):
         assert not FrozenTensor.of(torch.tensor([0.0, value], dtype=dtype)).is_finite()

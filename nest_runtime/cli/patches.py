@@ -63,7 +63,7 @@ def diff(
     as_json: JsonOption = False,
 ) -> None:
     """Show what changed from one patch to another: header fields, and neurons and updates of each site."""
-    from nest_runtime.patch import diff as compare
+    from nest_runtime.algebra import diff as compare
     from nest_runtime.resolve import load_patch
 
     out, model_hash = Output.of(ctx, as_json), base_hash_of(model)
@@ -97,6 +97,7 @@ def hash_model(
 def describe(patch: Patch) -> dict[str, Any]:
     """A patch as the JSON of ``inspect``."""
     from nest_runtime.patchfile import to_bytes
+    from nest_runtime.values import TORCH_NAMES
 
     header = patch.header()
     sites = [
@@ -107,7 +108,7 @@ def describe(patch: Patch) -> dict[str, Any]:
             "neurons": site.n_neurons,
             "clusters": site.n_clusters,
             "parameters": site.parameters,
-            "dtype": str(site.deltas.dtype).removeprefix("torch."),
+            "dtype": TORCH_NAMES[site.deltas.dtype_name],
             "loadings": site.loadings is not None,
             "stats": stats["stats"],
         }

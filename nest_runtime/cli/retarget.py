@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nest_runtime.cli import complete
 from nest_runtime.cli.common import examples
-from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output, short, size
+from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output, short
 from nest_runtime.cli.patches import PatchArgument
 from nest_runtime.cli.train import (
     PROMPTS,
@@ -21,6 +21,7 @@ from nest_runtime.cli.train import (
     keeping,
     name_and_version,
     recipe_of,
+    write_patch,
 )
 from nest_runtime.errors import UsageError
 
@@ -119,16 +120,17 @@ def retarget(
         )
     if not team.main:
         return
-    path = result.patch.save(target)
-    document = {
-        "name": named,
-        "version": numbered,
-        **result.report,
-        "base_hash": loaded.hash,
-        "from": {"patch": f"{before.name}@{before.version}", "digest": before.digest, "base_hash": before.base_hash},
-        "out": str(path),
-    }
-    out.result(document, lambda: _render(out, document, path, model))
+    neurons, label = result.report["parent_neurons"], f"{before.name}@{before.version}"
+    kept = f"{neurons['kept']:,} kept, {neurons['added']:,} added, {neurons['dropped']:,} dropped"
+    origin = {"patch": label, "digest": before.digest, "base_hash": before.base_hash}
+    write_patch(
+        out,
+        result,
+        target,
+        rows={"from": f"{label}  {short(before.digest)}", "neurons": kept},
+        then=f"nest-runtime eval --model {model} --patch {target} --with-base",
+        **{"from": origin},
+    )
 
 
 def _prompts(patch: Patch, harmful: str | None, benign: str | None) -> tuple[list[Example], list[Example]]:
@@ -148,19 +150,3 @@ def _settings(patch: Patch, path: Path | None, steps: int | None, seed: int | No
         return recipe_of(path, steps=steps, seed=seed)
     given = {key: value for key, value in {"steps": steps, "seed": seed}.items() if value is not None}
     return retarget_recipe(patch).evolve(**given)
-
-
-def _render(out: Output, document: dict[str, Any], path: Path, model: str) -> None:
-    neurons = document["parent_neurons"]
-    seconds = "  ".join(f"{stage} {value:.1f} s" for stage, value in document["seconds"].items())
-    out.pairs(
-        {
-            "patch": f"{document['name']}@{document['version']}",
-            "digest": document["digest"],
-            "from": f"{document['from']['patch']}  {short(document['from']['digest'])}",
-            "neurons": f"{neurons['kept']:,} kept, {neurons['added']:,} added, {neurons['dropped']:,} dropped",
-            "took": seconds,
-            "file": f"{path} ({size(path.stat().st_size)})",
-        }
-    )
-    out.note(f"next: nest-runtime eval --model {model} --patch {path} --with-base")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ from nest_runtime.errors import UsageError
 if TYPE_CHECKING:
     from nest_runtime.models import LoadedModel
     from nest_runtime.patch import Patch
+    from nest_runtime.train.run import TrainResult
     from nest_runtime.train.settings import Recipe
     from nest_runtime.train.workers import Workers
 
@@ -197,9 +198,15 @@ def train(
         )
     if not team.main:
         return
-    path = result.patch.save(out_file)
-    document = {"name": named, "version": numbered, **result.report, "base_hash": loaded.hash, "out": str(path)}
-    out.result(document, lambda: _render_training(out, document, path))
+    report = result.report
+    size_row = f"{report['parameters']:,} parameters, {report['neurons']:,} neurons, {report['clusters']} clusters"
+    write_patch(
+        out,
+        result,
+        out_file,
+        rows={"parent": short(report["parent"]), "size": size_row},
+        then=f"nest-runtime chat --patch {out_file}   or: nest-runtime add {out_file}",
+    )
 
 
 def join(out: Output) -> Workers:
@@ -272,17 +279,46 @@ def name_and_version(
     return name, version
 
 
-def _render_training(out: Output, document: dict[str, Any], path: Path) -> None:
-    seconds = "  ".join(f"{stage} {value:.1f} s" for stage, value in document["seconds"].items())
-    counts = f"{document['parameters']:,} parameters, {document['neurons']:,} neurons, {document['clusters']} clusters"
-    out.pairs(
-        {
-            "patch": f"{document['name']}@{document['version']}",
-            "digest": document["digest"],
-            "parent": short(document["parent"]),
-            "size": counts,
-            "took": seconds,
-            "file": f"{path} ({size(path.stat().st_size)})",
-        }
-    )
-    out.note(f"next: nest-runtime chat --patch {path}   or: nest-runtime add {path}")
+def write_patch(
+    out: Output,
+    result: TrainResult,
+    target: Path,
+    *,
+    rows: Mapping[str, str],
+    then: str,
+    **more: Any,
+) -> None:
+    """Write the patch that was trained, and report it.
+
+    Args:
+        out: where to report.
+        result: of ``train_patch`` or ``retarget_patch``.
+        target: the file to write.
+        rows: what else people are told of it.
+        then: the command they would give next.
+        more: what else the JSON document holds.
+    """
+    patch, path = result.patch, result.patch.save(target)
+    document = {
+        "name": patch.name,
+        "version": patch.version,
+        **result.report,
+        "base_hash": patch.base_hash,
+        **more,
+        "out": str(path),
+    }
+
+    def render() -> None:
+        seconds = "  ".join(f"{stage} {value:.1f} s" for stage, value in result.report["seconds"].items())
+        out.pairs(
+            {
+                "patch": f"{patch.name}@{patch.version}",
+                "digest": patch.digest,
+                **rows,
+                "took": seconds,
+                "file": f"{path} ({size(path.stat().st_size)})",
+            }
+        )
+        out.note(f"next: {then}")
+
+    out.result(document, render)

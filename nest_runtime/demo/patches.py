@@ -284,7 +284,7 @@ def _size(count: int) -> str:
 
 def diff_html(desk: Desk, old: str | None, new: str | None) -> str:
     """What changed from one patch to another."""
-    from nest_runtime.patch import diff
+    from nest_runtime.algebra import diff
 
     try:
         before, after = (desk.patch(desk.entry(digest).digest) for digest in (old, new))

@@ -24,13 +24,12 @@ from nest_runtime.export.folder import NOTE, new_folder, write_note
 from nest_runtime.export.lora import Pair, b_index, layout_of, pairs_of
 from nest_runtime.patch import FORMAT_VERSION, Patch, Site
 from nest_runtime.projection import Projection
-from nest_runtime.values import DTYPE_NAMES
+from nest_runtime.values import torch_dtype
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank can be
 _PREFIX = "base_model.model."
 _HEADER, _SITES = "nest_patch", "nest_sites"
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ def _metadata(patch: Patch, layout: Mapping[str, Projection]) -> dict[str, str]:
             {
                 "projection": asdict(layout[site.name]),
                 "rows": site.n_clusters,
-                "dtype": DTYPE_NAMES[site.deltas.dtype],
+                "dtype": site.deltas.dtype_name,
                 "neurons": site.neurons.tensor().tolist(),
                 "clusters": site.clusters.tensor().tolist(),
                 "loadings": site.loadings is not None,
@@ -230,7 +229,7 @@ def _site(
     return Site(
         name=entry["name"],
         d_out=entry["d_out"],
-        deltas=deltas.to(_DTYPES[facts["dtype"]]),  # type: ignore[arg-type]
+        deltas=deltas.to(torch_dtype(facts["dtype"])),  # type: ignore[arg-type]
         neurons=neurons,  # type: ignore[arg-type]
         clusters=clusters,  # type: ignore[arg-type]
         loadings=loadings,  # type: ignore[arg-type]
