@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from nest_runtime.errors import NestError, Revoked
+from nest_runtime.errors import NestError, Revoked, SignatureError
 from nest_runtime.models import load_model
 from nest_runtime.patch import Patch
 from nest_runtime.registry.hub_push import publish_revocation, set_channel
@@ -95,6 +95,28 @@ def test_a_server_follows_under_load(
         assert 'error="Downgrade"' in metrics
         entries = server.server.audit.tail(10)
         assert any(entry["what"] == "follow: refused" and entry["error"] == "Downgrade" for entry in entries)
+
+
+def test_a_stored_patch_that_is_not_trusted_gives_way_to_the_channels(
+    hub: HubServer, store: Store, keys: Keys, tiny_llama: Path, patches: dict[str, Patch]
+) -> None:
+    """A server that begins to ask for signatures starts with what the channel names; without a channel it does not."""
+    entry = Store().add(patches["v1"])
+    Store().activate(entry.digest)
+    config = following(tiny_llama, keys)
+    with pytest.raises(SignatureError, match="not signed"), serving(replace(config, follow=None)):
+        pass
+    with pytest.raises(NestError, match="no repository"), serving(config):
+        pass
+    publish(patches["v2"], store, keys)
+    set_channel(REF, "stable", "v2", store=store, key=keys[0])
+    with serving(config) as server:
+        assert answering(server) == "v2"
+        assert Store().active(patches["v2"].base_hash).version == "v2"  # type: ignore[union-attr]
+        refused = [entry for entry in server.server.audit.tail(10) if not entry["done"]]
+        assert (refused[-1]["what"], refused[-1]["error"]) == ("activate", "SignatureError")
+    with pytest.raises(SignatureError, match="not signed"), serving(replace(config, patch=entry.digest)):
+        pass
 
 
 def test_a_revoked_patch_gives_way_to_the_newest_good_one(

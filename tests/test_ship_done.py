@@ -195,7 +195,7 @@ def test_what_is_false_is_refused_and_changes_nothing(hub: HubServer, tmp_path: 
         def refused(why: str, *command: str) -> None:
             assert eventually(lambda: why in shells.error(), 60), (why, shells.error())
             assert why in shells.machine.run(*command, *shells.trust, status=3)
-            assert eventually(lambda: load.last == {(200, "v3")}, 60)
+            assert eventually(lambda: load.last == {(200, "v3")}, 60), load.answers[-9:]
 
         offer(hub, good, later[4], thief)  # forged
         refused("was made by the key", "pull", f"{REPO}@v4")

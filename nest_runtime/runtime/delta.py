@@ -81,7 +81,39 @@ class StackedTensors:
     rows: torch.Tensor  # (Σn,) int64, rows of the module's output; a row comes once for every patch that changes it
     clusters: torch.Tensor  # (Σn,) int64
     loadings: torch.Tensor | None  # (Σn,), None where all are one
-    owners: torch.Tensor  # (Σn,) int64, which of the patches
+    widths: tuple[int, ...]  # K of each patch, 0 where it leaves the module alone
+
+
+class Members:
+    """Which token of a flat batch is computed under which patch; good for one pass.
+
+    Args:
+        owners: each token's patch by number, -1 for the base.
+        patches: how many patches there are.
+        device: where the batch is.
+    """
+
+    def __init__(self, owners: Sequence[int], patches: int, device: torch.device) -> None:
+        self._owners = owners
+        self._patches = patches
+        self._device = device
+        self._others: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def others(self, widths: tuple[int, ...]) -> torch.Tensor:
+        """(tokens, Σ widths) bool: whether a column is of a patch that is not the token's, ``widths`` columns each.
+
+        Most modules of a model ask with the same widths: worked out once for them.
+        """
+        found = self._others.get(widths)
+        if found is None:
+            rows = [
+                [owner != number for number, width in enumerate(widths) for _ in range(width)]
+                for owner in range(-1, self._patches)
+            ]
+            table = torch.tensor(rows)  # a row for the base, and one for each patch
+            index = torch.tensor([owner + 1 for owner in self._owners])
+            found = self._others[widths] = table.index_select(0, index).to(self._device)
+        return found
 
 
 class LinearDelta:
@@ -143,9 +175,7 @@ class LinearDelta:
         return y.index_add(-1, delta.rows, update.to(y.dtype))
 
 
-def add_mixed(
-    deltas: Sequence[LinearDelta | None], chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor
-) -> torch.Tensor:
+def add_mixed(deltas: Sequence[LinearDelta | None], members: Members, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """A linear module's outputs where every token has a patch of its own; ``y`` itself is never written to.
 
     Each patch's update is computed for all tokens and kept where it is theirs: a few rows of arithmetic that nobody
@@ -153,7 +183,7 @@ def add_mixed(
 
     Args:
         deltas: each patch's update, None where it leaves this module alone.
-        chosen: (tokens, patches) bool, whether a token is computed under a patch; at most one a row.
+        members: which token is whose, patches by their number in ``deltas``.
         x: the module's input (tokens, d_in).
         y: its output (tokens, outputs) as the pristine weights give it.
     """
@@ -166,10 +196,10 @@ def add_mixed(
         if len(first.stacks) >= MAX_STACKS:
             first.stacks.clear()
         stack = first.stacks[key] = _stack(*key)
-    update = F.linear(x, stack.deltas).index_select(-1, stack.clusters)  # (tokens, Σn)
+    shared = F.linear(x, stack.deltas).masked_fill(members.others(stack.widths), 0.0)  # (tokens, ΣK)
+    update = shared.index_select(-1, stack.clusters)  # (tokens, Σn)
     if stack.loadings is not None:
         update = update * stack.loadings
-    update = torch.where(chosen.index_select(1, stack.owners), update, 0.0)
     return y.index_add(-1, stack.rows, update.to(y.dtype))
 
 
@@ -187,7 +217,7 @@ def _stack(deltas: Sequence[LinearDelta | None], device: torch.device, dtype: to
             torch.cat([part.rows for _, part in parts]),
             torch.cat(clusters),
             torch.cat(factors) if any(part.loadings is not None for _, part in parts) else None,
-            torch.cat([torch.full_like(part.rows, number) for number, part in parts]),
+            tuple(0 if delta is None else delta.n_clusters for delta in deltas),
         )
         settle([device])
         return stacked

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from nest_runtime.errors import UsageError
-from nest_runtime.runtime.delta import Call, LinearDelta, Loaded, add_mixed
+from nest_runtime.runtime.delta import Call, LinearDelta, Loaded, Members, add_mixed
 from nest_runtime.runtime.fold import FoldRecord
 
 Run = tuple[Loaded | None, int]
@@ -87,7 +87,7 @@ class View:
         selection: the context's choice, or None for what is active.
     """
 
-    __slots__ = ("_chosen", "_fold", "_index", "_runs", "_selection", "_whole")
+    __slots__ = ("_fold", "_index", "_members", "_runs", "_selection", "_whole")
 
     def __init__(self, active: Active, selection: Selection | None) -> None:
         self._fold = active.fold
@@ -95,7 +95,7 @@ class View:
         self._whole = self._selection.unit == "all"
         self._runs: dict[torch.Size, tuple[tuple[Run, ...], bool]] = {}
         self._index: dict[tuple[int, torch.device], list[tuple[Loaded | None, torch.Tensor]]] = {}
-        self._chosen: dict[tuple[int, torch.device], tuple[list[Loaded], torch.Tensor]] = {}
+        self._members: dict[tuple[int, torch.device], tuple[list[Loaded], Members]] = {}
 
     def apply(self, key: str, module: nn.Module, call: Call, y: torch.Tensor) -> torch.Tensor:
         """The output [..., outputs] that the chosen patches give; ``y`` where nothing changes, never written to."""
@@ -107,10 +107,10 @@ class View:
         flat_call = tuple(value.reshape(-1, value.shape[-1]) for value in call)
         flat_y = y.reshape(-1, y.shape[-1])
         if self._fold is None:
-            patches, chosen = self._membership(runs, y.device)
+            patches, members = self._membership(runs, y.device)
             deltas = [loaded.deltas.get(key) for loaded in patches]
             if all(delta is None or isinstance(delta, LinearDelta) for delta in deltas):
-                return add_mixed(deltas, chosen, flat_call[0], flat_y).reshape(y.shape)  # type: ignore[arg-type]
+                return add_mixed(deltas, members, flat_call[0], flat_y).reshape(y.shape)  # type: ignore[arg-type]
         for loaded, index in self._tokens(runs, call[0].device):
             before = flat_y.index_select(0, index)
             after = self._one(loaded, key, module, tuple(value.index_select(0, index) for value in flat_call), before)
@@ -133,17 +133,15 @@ class View:
         delta = None if loaded is None else loaded.deltas.get(key)
         return y if delta is None else delta.apply(module, call, y, self._fold)
 
-    def _membership(self, runs: tuple[Run, ...], device: torch.device) -> tuple[list[Loaded], torch.Tensor]:
-        """The patches of a flat batch and, (tokens, patches) bool, whose token is whose; worked out once for a pass."""
+    def _membership(self, runs: tuple[Run, ...], device: torch.device) -> tuple[list[Loaded], Members]:
+        """The patches of a flat batch, and whose each token is; worked out once for a pass."""
         cache_key = (sum(count for _, count in runs), device)
-        if cache_key not in self._chosen:
+        if cache_key not in self._members:
             patches = sorted({loaded for loaded, _ in runs if loaded is not None}, key=id)
-            numbers = {loaded: number for number, loaded in enumerate(patches)}
-            slots = [-1 if loaded is None else numbers[loaded] for loaded, _ in runs]
-            slot = torch.tensor(slots).repeat_interleave(torch.tensor([count for _, count in runs]))  # (tokens,)
-            chosen = slot[:, None] == torch.arange(len(patches))
-            self._chosen[cache_key] = (patches, chosen.to(device))
-        return self._chosen[cache_key]
+            numbers: dict[Loaded | None, int] = {None: -1, **{loaded: number for number, loaded in enumerate(patches)}}
+            owners = [numbers[loaded] for loaded, count in runs for _ in range(count)]
+            self._members[cache_key] = (patches, Members(owners, len(patches), device))
+        return self._members[cache_key]
 
     def _tokens(self, runs: tuple[Run, ...], device: torch.device) -> list[tuple[Loaded | None, torch.Tensor]]:
         """Token positions of each patch in the flat batch, worked out once for a pass."""

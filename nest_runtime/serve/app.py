@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from nest_runtime.serve.patches import PatchTable, Served, Switch
 from nest_runtime.serve.problems import install
 from nest_runtime.serve.sampling import SamplingParams
 
+log = logging.getLogger("nest_runtime.serve.server")
+
 
 @dataclass
 class Server:
@@ -45,13 +48,20 @@ class Server:
     async def start(self) -> Served:
         """Load the patches and start the engine; gives the active patch.
 
+        The store's active patch gives way to the followed channel's where it is not trusted any more.
+
         Raises NestError where a patch cannot be had: nothing is served then, and certainly not the bare base.
         """
         table, config = self.service.table, self.config
         first = await asyncio.to_thread(_first_patch, config, table, Store())
         who = f"server start by {actor()}"
         if first is not None:
-            await table.activate(first, who)
+            try:
+                await table.activate(first, who)
+            except TrustError as error:
+                if self.following is None or config.patch is not None:
+                    raise
+                log.warning("not started with the store's patch: %s", error)
         if self.following is not None:
             outcome = await self.following.first()
             if table.active.key is None:
