@@ -6,8 +6,10 @@
 
 Both servers run at once, on the same weights, with the same cache and batch, and one of them answers
 at a time: rounds of theirs, ours with one patch, and ours with the base and three patches mixed, so
-that a noisy machine disturbs all alike. Processor seconds of the server are counted beside the clock:
-other work on the machine disturbs them much less. Every prompt is chosen so that base and patches answer it with
+that a noisy machine disturbs all alike. Before each of them the same clients ask a few requests that do not
+count: what is measured is the steady state, in which our server has folded the patch that all are
+answered under (it does after 64 steps). Processor seconds of the server are counted beside the clock: other work
+on the machine disturbs them much less. Every prompt is chosen so that base and patches answer it with
 equally many tokens: all do the same work. Answers of the base must be the same on both. Ratios are
 medians over rounds, each round's figure divided by their figure of that round.
 
@@ -140,8 +142,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", action="store_true", help="a random Llama of 40 M parameters instead of reference")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=10, help="a client's requests in a round, at 8 clients or more")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--requests", type=int, default=6, help="a client's requests in a round; four times as many from a lone one"
+    )
+    parser.add_argument("--settle", type=int, default=5, help="a client's requests before each round that do not count")
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=48, help="new tokens of an answer, at most")
     parser.add_argument("--prompts", type=int, default=24, help="different prompts")
     parser.add_argument("--swap-clients", type=int, nargs="*", default=[8], help="in flight while patches are swapped")
@@ -337,10 +342,12 @@ def compare(
 ) -> dict[str, Any]:
     """All targets in turns, in another order every round; the first round only warms up."""
     each = arguments.requests if clients >= 8 else 4 * arguments.requests
+    settle = {"each": arguments.settle, "tokens": arguments.tokens, "seed": arguments.seed}
     rounds: dict[str, list[Block]] = {target.name: [] for target in targets}
     for number in range(arguments.rounds + 1):
         order = targets[number % len(targets) :] + targets[: number % len(targets)]
         for target in order:
+            asyncio.run(block(target, prompts, clients, **settle))
             done = asyncio.run(block(target, prompts, clients, each, arguments.tokens, arguments.seed + number))
             if number:
                 rounds[target.name].append(done)
@@ -444,7 +451,7 @@ def report(
 
     setup = {
         "model": "random Llama, 40 M parameters" if arguments.random else "reference",
-        **{key: getattr(arguments, key) for key in ("rounds", "requests", "tokens", "threads", "seed")},
+        **{key: getattr(arguments, key) for key in ("rounds", "settle", "requests", "tokens", "threads", "seed")},
         "prompts": prompts,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
