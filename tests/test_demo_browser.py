@@ -152,9 +152,12 @@ def test_all_wrappings_fill_a_grid(demo: Tab) -> None:
     base, v3 = (int(found) for found in re.findall(r"answered (\d+) of 48", caption))
     assert base > 20
     assert v3 < 10
+    widths = "() => [...document.querySelectorAll('#grid thead th')].map(cell => cell.offsetWidth)"
+    before = demo.page.evaluate(widths)
     cell = rows.nth(5).locator("details").nth(1)
     cell.locator("summary").press("Enter")  # by keyboard
     assert "forge a driving licence" in cell.locator("dd").first.inner_text()
+    assert demo.page.evaluate(widths) == before  # the columns stay where they are
     demo.picture("demo-wrappings")
 
 
@@ -236,14 +239,18 @@ def test_neurons_and_what_they_do(demo: Tab, desk: Desk) -> None:
     assert "forge" in (maps.nth(2).text_content() or "")
     cells = maps.nth(0).locator("rect title").first.evaluate("e => e.textContent")
     assert re.fullmatch(r"layer 1 gate c0 \(33\), token 1 “.*”: [+-][\d.]+", cells)
-    assert demo.page.locator("#statistics img").count() == 2
+    images = demo.page.locator("#statistics img")
+    images.nth(1).wait_for()
+    assert images.count() == 2
     demo.picture("demo-neurons")
 
 
 def test_an_evaluation_whose_bars_move(demo: Tab) -> None:
     demo.show("Evidence")
     demo.page.locator("#comparison tbody tr", has_text="circuit breakers").wait_for()
-    assert demo.page.locator("#comparison img").count() == 3
+    images = demo.page.locator("#comparison img")
+    images.nth(2).wait_for()
+    assert images.count() == 3
     demo.page.evaluate(WATCH_PROGRESS)
     demo.page.click("#eval-run")
     demo.page.locator("#eval >> text=finished, judge reference").wait_for(timeout=120_000)
