@@ -92,6 +92,20 @@ def test_streamed_text_is_the_decoded_text(text: str) -> None:
     assert not any("�" in piece for piece in pieces) or "�" in text
 
 
+def test_a_tokenizer_that_decodes_in_its_own_way_is_asked() -> None:
+    tokenizer = make_tokenizer()
+    kind = type(tokenizer)
+
+    class Loud(kind):  # type: ignore[misc, valid-type]
+        def decode(self, *args: object, **kwargs: object) -> str:
+            return super().decode(*args, **kwargs).upper()
+
+    tokens = tokenizer("quietly", add_special_tokens=False)["input_ids"]
+    tokenizer.__class__ = Loud
+    stream = Detokenizer(tokenizer)
+    assert stream.add(tokens) + stream.finish() == "QUIETLY"
+
+
 def test_a_character_of_several_tokens_comes_out_whole() -> None:
     tokenizer = make_tokenizer()
     tokens = tokenizer("né 🥖", add_special_tokens=False)["input_ids"]

@@ -6,7 +6,8 @@ text that may be the beginning of a stop string.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 REPLACEMENT = "�"
@@ -23,7 +24,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._decode = _decoder(tokenizer)
         self._tokens: list[int] = []
         self._start = 0  # where the window begins
         self._read = 0  # tokens whose text has been given out
@@ -48,8 +49,15 @@ class Detokenizer:
         self._start, self._read = self._read, len(self._tokens)
         return window[len(known) :]
 
-    def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Token ids → text without special tokens; by the Rust tokenizer itself, which is quicker, where that is the same."""
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    kind = type(tokenizer)
+    if isinstance(tokenizer, Fast) and kind.decode is Fast.decode and kind._decode is Fast._decode:
+        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
+    return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class StopScanner:
