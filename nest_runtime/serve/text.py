@@ -51,7 +51,7 @@ class Detokenizer:
 
 
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
-    """Token ids → text without special tokens; by the Rust tokenizer itself, which is quicker, where that is the same."""
+    """Token ids → text without special tokens; by the Rust tokenizer itself, which is quicker, where it is the same."""
     from transformers import PreTrainedTokenizerFast as Fast
 
     kind = type(tokenizer)
