@@ -441,10 +441,10 @@ def test_hostile_headers(data: bytes, kind: str) -> None:
         names = '{"__metadata__":' + text + "}"
         files.append(len(names).to_bytes(8, "little") + names.encode("utf-8", "surrogatepass"))
     for file in files:
-        began = time.process_time()
+        began = time.thread_time()
         with pytest.raises(PatchFormatError):
             from_bytes(file)
-        assert time.process_time() - began < 1
+        assert time.thread_time() - began < 1
         tracemalloc.start()
         with pytest.raises(PatchFormatError):
             from_bytes(file)
@@ -472,9 +472,9 @@ def test_many_small_sites_are_refused_or_read_in_a_second() -> None:
     empty = torch.empty(0, dtype=torch.int32)
     sites = tuple(Site(f"s{i}", 1, torch.empty(0, 1), empty, empty) for i in range(2500))
     data = to_bytes(golden_patch().evolve(sites=sites))
-    began = time.process_time()
+    began = time.thread_time()
     assert len(from_bytes(data).sites) == 2500
-    assert time.process_time() - began < 1.5
+    assert time.thread_time() - began < 1.5
 
 
 # Mutations.

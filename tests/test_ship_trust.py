@@ -116,7 +116,7 @@ def test_verifying_is_quick(keys: Keys, tmp_path: Path) -> None:
     assert policy is not None
     seconds = []
     for _ in range(5):
-        began = time.process_time()
+        began = time.thread_time()
         assert verify_patch(path, policy).signed_by
-        seconds.append(time.process_time() - began)
+        seconds.append(time.thread_time() - began)
     assert statistics.median(seconds) < 0.1
