@@ -82,16 +82,6 @@ for line in sys.argv[1:]:
 
 
 HEAVY = ("torch", "transformers", "huggingface_hub", "sklearn", "fastapi", "gradio", "matplotlib", "model_signing")
-    "torch",
-    "transformers",
-    "huggingface_hub",
-    "sklearn",
-    "fastapi",
-    "gradio",
-    "matplotlib",
-    "model_signing",
-    "peft",
-)
 
 
 def test_help_waits_for_nothing_heavy() -> None:
