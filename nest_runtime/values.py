@@ -21,20 +21,20 @@ from nest_runtime.errors import PatchFormatError
 if TYPE_CHECKING:
     import torch
 
-TORCH_NAMES = {  # safetensors' names → torch's
-    "F64": "float64",
-    "F32": "float32",
-    "BF16": "bfloat16",
-    "F16": "float16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
+_DTYPES = {  # safetensors' name → torch's, and bytes of a number
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "BF16": ("bfloat16", 2),
+    "F16": ("float16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
+TORCH_NAMES = {name: torch_name for name, (torch_name, _) in _DTYPES.items()}
 _NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
-_SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _EXPONENTS = {  # how to read a number's bits, and which of them are its exponent
     "F32": ("<u4", np.uint32(0x7F800000)),
     "BF16": ("<u2", np.uint16(0x7F80)),
@@ -63,11 +63,12 @@ class FrozenTensor:
     shape: tuple[int, ...]
 
     def __init__(self, data: bytes, dtype_name: str, shape: tuple[int, ...]) -> None:
-        if dtype_name not in _SIZES:
+        if dtype_name not in _DTYPES:
             raise PatchFormatError(
-                f"a tensor is {dtype_name!s:.40}; expected one of {', '.join(_SIZES)}", "convert it to float32 or int32"
+                f"a tensor is {dtype_name!s:.40}; expected one of {', '.join(_DTYPES)}",
+                "convert it to float32",
             )
-        expected = math.prod(shape) * _SIZES[dtype_name]
+        expected = math.prod(shape) * _DTYPES[dtype_name][1]
         if len(data) != expected:
             raise PatchFormatError(
                 f"a {dtype_name} tensor {list(shape)} takes {expected} bytes; found {len(data)}",
