@@ -5,13 +5,14 @@
     python benchmarks/serve.py --json --clients 8 --rounds 3
 
 Both servers run at once, on the same weights, with the same cache and batch, and one of them answers
-at a time: rounds of theirs, ours with one patch, and ours with the base and three patches mixed, so
-that a noisy machine disturbs all alike. Before each of them the same clients ask a few requests that do not
+at a time. A round sets ours with one patch beside theirs, then ours with the base and three patches mixed beside
+theirs; a lone client changes from one to the other every six requests, so that a noisy machine disturbs both
+alike. Before that the same clients ask a few requests that do not
 count: what is measured is the steady state, in which our server has folded the patch that all are
 answered under (it does after 64 steps). Processor seconds of the server are counted beside the clock: other work
 on the machine disturbs them much less. Every prompt is chosen so that base and patches answer it with
 equally many tokens: all do the same work. Answers of the base must be the same on both. Ratios are
-medians over rounds, each round's figure divided by their figure of that round.
+medians over rounds, each round's figure divided by their figure beside it.
 
 The client is a bare socket: what is measured is the servers, not an HTTP library. It says nothing
 about what a patch does to answers (``nest-runtime eval`` does), and nothing about GPUs.
@@ -43,6 +44,7 @@ VERSIONS = ("v1", "v2", "v3")
 TOKEN = "benchmark"
 CACHE_TOKENS, BATCH_TOKENS, PAGE_TOKENS = 16384, 512, 32
 START_SECONDS = 180
+LONE = 4  # as often as others does a lone client ask, and in as many turns
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,14 @@ class Block:
     processor: float
     tokens: int
     asks: list[Ask] = field(default_factory=list)
+
+    def __add__(self, other: Block) -> Block:
+        return Block(
+            self.seconds + other.seconds,
+            self.processor + other.processor,
+            self.tokens + other.tokens,
+            self.asks + other.asks,
+        )
 
     @property
     def throughput(self) -> float:
@@ -318,8 +328,8 @@ async def ask(port: int, model: str, prompt: str, tokens: int) -> Ask:
     return Ask(began, tuple(came), text)
 
 
-async def block(target: Target, prompts: dict[str, int], clients: int, each: int, tokens: int, seed: int) -> Block:
-    """``clients`` clients ask ``each`` requests one after another; prompts and names in a seeded order."""
+async def block(target: Target, prompts: dict[str, int], clients: int, each: int, tokens: int, seed: str) -> Block:
+    """``clients`` clients ask ``each`` requests one after another; prompts in a seeded order, names in turns."""
     chosen = list(prompts)
     asks: list[Ask] = []
     counted = [0]
@@ -340,37 +350,53 @@ async def block(target: Target, prompts: dict[str, int], clients: int, each: int
 def compare(
     targets: Sequence[Target], prompts: dict[str, int], clients: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """All targets in turns, in another order every round; the first round only warms up."""
-    each = arguments.requests if clients >= 8 else 4 * arguments.requests
-    settle = {"each": arguments.settle, "tokens": arguments.tokens, "seed": arguments.seed}
-    rounds: dict[str, list[Block]] = {target.name: [] for target in targets}
+    """Each of ours beside theirs, in turns; the first round only warms up."""
+    theirs, *mine = targets
+    rounds: dict[str, list[tuple[Block, Block]]] = {target.name: [] for target in mine}
     for number in range(arguments.rounds + 1):
-        order = targets[number % len(targets) :] + targets[: number % len(targets)]
-        for target in order:
-            asyncio.run(block(target, prompts, clients, **settle))
-            done = asyncio.run(block(target, prompts, clients, each, arguments.tokens, arguments.seed + number))
+        for target in mine if number % 2 else reversed(mine):
+            pair = beside(theirs, target, prompts, clients, number, arguments)
             if number:
-                rounds[target.name].append(done)
+                rounds[target.name].append(pair)
+    each = arguments.requests if clients >= 8 else LONE * arguments.requests
     row: dict[str, Any] = {"clients": clients, "requests": each * clients * arguments.rounds}
-    base = rounds[targets[0].name]
-    for target in targets:
-        mine = rounds[target.name]
-        row[target.name] = {
-            "tokens_per_second": statistics.median(one.throughput for one in mine),
-            "first_token_ms": 1e3 * statistics.median(one.first for one in mine),
-            "processor_ms_per_token": 1e3 * statistics.median(one.cost for one in mine),
+    row[theirs.name] = figures([other for pairs in rounds.values() for other, _ in pairs])
+    for target in mine:
+        pairs = rounds[target.name]
+        faster = [one.throughput / other.throughput for other, one in pairs]
+        row[target.name] = figures([one for _, one in pairs]) | {
+            "throughput_ratio": statistics.median(faster),
+            "throughput_ratios": sorted(faster),
+            "processor_ratio": statistics.median(other.cost / one.cost for other, one in pairs),
+            "first_token_ratio": statistics.median(one.first / other.first for other, one in pairs),
         }
-        if target is not targets[0]:
-            faster = [one.throughput / other.throughput for one, other in zip(mine, base, strict=True)]
-            cheaper = [other.cost / one.cost for one, other in zip(mine, base, strict=True)]
-            later = [one.first / other.first for one, other in zip(mine, base, strict=True)]
-            row[target.name] |= {
-                "throughput_ratio": statistics.median(faster),
-                "throughput_ratios": sorted(faster),
-                "processor_ratio": statistics.median(cheaper),
-                "first_token_ratio": statistics.median(later),
-            }
     return row
+
+
+def beside(
+    theirs: Target, mine: Target, prompts: dict[str, int], clients: int, number: int, arguments: argparse.Namespace
+) -> tuple[Block, Block]:
+    """One round of both: the same requests, by many clients all at once, by a lone one in turns."""
+    pair = (theirs, mine)
+    for target in pair:
+        asyncio.run(block(target, prompts, clients, arguments.settle, arguments.tokens, str(arguments.seed)))
+    slices = 1 if clients >= 8 else LONE
+    done = {target.name: Block(0.0, 0.0, 0) for target in pair}
+    for turn in range(slices):
+        for target in pair if (number + turn) % 2 else reversed(pair):
+            seed = f"{arguments.seed + number}:{turn}"
+            done[target.name] += asyncio.run(
+                block(target, prompts, clients, arguments.requests, arguments.tokens, seed)
+            )
+    return done[theirs.name], done[mine.name]
+
+
+def figures(blocks: Sequence[Block]) -> dict[str, float]:
+    return {
+        "tokens_per_second": statistics.median(one.throughput for one in blocks),
+        "first_token_ms": 1e3 * statistics.median(one.first for one in blocks),
+        "processor_ms_per_token": 1e3 * statistics.median(one.cost for one in blocks),
+    }
 
 
 def swaps_under_load(

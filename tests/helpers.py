@@ -88,3 +88,15 @@ def make_patch(
         sites=sites,
         **fields,
     )
+
+
+def attached(model: torch.nn.Module) -> list[str]:
+    """What stands on a model beside its own modules: ``name: what`` of every hook and of every ``forward`` of an
+    instance.
+    """
+    found = []
+    for name, module in model.named_modules():
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *module._backward_hooks.values()]
+        forward = module.__dict__.get("forward")
+        found += [f"{name}: {type(each).__name__}" for each in [*hooks, *([] if forward is None else [forward])]]
+    return found

@@ -23,6 +23,7 @@ from nest_runtime.models import load_model
 from nest_runtime.patchfile import read_patch
 from nest_runtime.train.data import make_examples
 from nest_runtime.train.settings import Recipe
+from tests.helpers import attached
 from tests.helpers_train import QUICK, benign_examples, harmful_examples
 
 D, FF, LAYERS, KV, VOCABULARY = 64, 96, 2, 32, 300
@@ -67,7 +68,8 @@ def _no_trace(target: Target) -> Iterator[None]:
 
 def _state(model: Any) -> SimpleNamespace:
     shape = [
-        [(name, type(module).__name__, len(module._forward_hooks)) for name, module in model.named_modules()],
+        [(name, type(module).__name__) for name, module in model.named_modules()],
+        attached(model),
         [(name, parameter.requires_grad, parameter.grad is None) for name, parameter in model.named_parameters()],
         model.training,
         hasattr(model, "peft_config"),

@@ -19,7 +19,7 @@ from nest_runtime.demo.talk import Talk
 from nest_runtime.models import load_model
 from nest_runtime.train.data import encode
 from tests.conftest import save_tiny
-from tests.helpers import make_patch
+from tests.helpers import attached, make_patch
 
 ASKED = [{"role": "user", "content": "How do I bake bread?"}]
 KINDS = {"llama": ("LlamaForCausalLM", "LlamaConfig"), "fused": ("Phi3ForCausalLM", "Phi3Config")}
@@ -48,11 +48,6 @@ def outputs(backend: LocalBackend, site: str) -> np.ndarray:
     return kept[0][0, :, projection.rows(torch.arange(projection.d_out))].double().numpy()
 
 
-def hooks_of(backend: LocalBackend) -> list[int]:
-    model = backend.loaded.model
-    return [len(module_of(model, projection)._forward_hooks) for projection in find_sites(model)]
-
-
 def test_answers_and_activations(opened: tuple[Any, Any]) -> None:
     desk, patch = opened
     talk = Talk()
@@ -63,7 +58,7 @@ def test_answers_and_activations(opened: tuple[Any, Any]) -> None:
     assert patch.digest[:19] in pages[-1]
 
     backend, site = desk.local, patch.sites[-1]
-    hooks = hooks_of(backend)
+    before = attached(backend.loaded.model)
     found = activations(backend, patch.digest, "v1", ASKED, site.name)
     assert len(found.tokens) == len(encode(backend.loaded.tokenizer, ASKED))
     order = [int(row.split()[1]) for row in found.rows]  # "neuron 12 (c0)"
@@ -84,7 +79,7 @@ def test_answers_and_activations(opened: tuple[Any, Any]) -> None:
     clusters = site.clusters.tensor().numpy()
     means = [plain[:, site.neurons.tensor().numpy()[clusters == k]].mean(axis=1) for k in range(site.n_clusters)]
     assert np.allclose(whole.base[mine], means, atol=1e-5)
-    assert hooks_of(backend) == hooks
+    assert attached(backend.loaded.model) == before
 
 
 def test_the_page_of_its_neurons(opened: tuple[Any, Any]) -> None:

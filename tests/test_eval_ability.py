@@ -20,7 +20,7 @@ from nest_runtime.evaluate.ability import Score, with_base
 from nest_runtime.evaluate.harness import load_tasks, split_suites
 from nest_runtime.evaluate.stats import wilson
 from nest_runtime.models import LoadedModel, load_model
-from tests.helpers import make_patch
+from tests.helpers import attached, make_patch
 
 QUESTIONS = [f"Is {a} plus {b} equal to {a + b}?" for a in range(4) for b in range(5)]
 CHOICES = ["a", "b", "c"]
@@ -113,7 +113,7 @@ def test_scores_are_the_model_s_own_under_the_patch_and_without(loaded: LoadedMo
     assert change["difference_ci95"][0] <= change["difference"] <= change["difference_ci95"][1]
     assert 0 <= change["mcnemar_p"] <= 1
     assert (result.patch, base.patch) == ("v1", "base")
-    assert not any(module._forward_hooks for module in model.modules())
+    assert attached(model) == []
 
 
 def test_a_group_is_scored_with_its_parts(loaded: LoadedModel, tasks_folder: Path, tmp_path: Path) -> None:

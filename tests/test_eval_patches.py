@@ -25,7 +25,7 @@ from nest_runtime.evaluate.judges import Judge, Verdict
 from nest_runtime.evaluate.run import Subject
 from nest_runtime.models import load_model
 from nest_runtime.train.data import examples_digest
-from tests.helpers import make_patch
+from tests.helpers import attached, make_patch
 from tests.helpers_evaluate import Parrot, benign, harmful
 from tests.helpers_train import QUICK, benign_examples, harmful_examples
 
@@ -92,7 +92,7 @@ def test_a_patch_of_another_base_is_refused_before_anything_runs(target: Target)
     fine = make_patch(target.model)
     with pytest.raises(UsageError, match="given twice"):
         shipped([fine, fine], target)
-    assert not any(module._forward_hooks for module in target.model.modules())
+    assert attached(target.model) == []
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from nest_runtime.evaluate.run import Subject, patched
 from nest_runtime.evaluate.stats import PairedChange, mcnemar, wilson
 from nest_runtime.evaluate.suites import REFERENCE_SUITES, default_judge, load_suite
 from nest_runtime.models import load_model
-from tests.helpers import make_patch
+from tests.helpers import attached, make_patch
 from tests.helpers_evaluate import Parrot, WordJudge, benign, data_file, harmful
 
 counts = st.integers(0, 3000)
@@ -415,7 +415,7 @@ def test_a_model_is_evaluated_with_and_without_a_patch(tiny_llama: Path, tmp_pat
     assert [r.answer for r in base.records] != [r.answer for r in new.records]
     assert set(new.compared_with(base).changes) == set(REFERENCE_SUITES)  # type: ignore[arg-type]
     assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
+    assert attached(loaded.model) == []
     again = evaluate(loaded.model, loaded.tokenizer, cases, ReferenceJudge(), **options)
     assert again.records == base.records
 

@@ -7,6 +7,7 @@ import hashlib
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from nest_runtime.fingerprint import model_hash
 from nest_runtime.patch import Patch, Site
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.runtime import fold as fold_module
+from nest_runtime.runtime.switch import Mode
 from tests.conftest import save_tiny
-from tests.helpers import make_patch
+from tests.helpers import attached, make_patch
 
 IDS = torch.tensor([[1, 7, 30, 45, 100, 9], [1, 8, 31, 46, 101, 10]])
 
@@ -121,8 +123,8 @@ def test_conv1d_layout(tmp_path: Path) -> None:
 def test_nothing_is_touched_before_add_and_after_close(model: torch.nn.Module) -> None:
     def state() -> object:
         return [
-            (name, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m._buffers), sorted(m.__dict__))
-            for name, m in model.named_modules()
+            attached(model),
+            [(name, sorted(m._buffers), sorted(m.__dict__)) for name, m in model.named_modules()],
         ]
 
     before, keys = state(), list(model.state_dict())
@@ -131,6 +133,7 @@ def test_nothing_is_touched_before_add_and_after_close(model: torch.nn.Module) -
     runtime.add(make_patch(model))
     runtime.activate("v1")
     assert list(model.state_dict()) == keys
+    assert attached(model) != []
     runtime.close()
     runtime.close()
     assert state() == before
@@ -437,6 +440,58 @@ def test_copying_or_pickling_a_patched_model_is_refused(runtime: PatchRuntime, m
         pickle.dumps(model)
     runtime.close()
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+@pytest.mark.parametrize("mode", ["hook", "fold"])
+def test_wrappers_of_others_before_and_after(model: torch.nn.Module, mode: Mode) -> None:
+    """Accelerate replaces ``forward`` of a module; it may come first or last, go first or last, and drops what came
+    after it.
+    """
+    hooks = pytest.importorskip("accelerate.hooks")
+    patch = make_patch(model)
+    base, expected = logits(model), logits(dense(model, patch))
+    modules = [model.model, *(model.get_submodule(site.name) for site in patch.sites)]
+
+    class Counting(hooks.ModelHook):  # type: ignore[misc, name-defined]
+        calls = 0
+
+        def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return args, kwargs
+
+    def put_on() -> list[Counting]:
+        counting = [Counting() for _ in modules]
+        for module, hook in zip(modules, counting, strict=True):
+            hooks.add_hook_to_module(module, hook)
+        return counting
+
+    def take_off() -> None:
+        for module in modules:
+            hooks.remove_hook_from_module(module)
+
+    def patched() -> PatchRuntime:
+        runtime = PatchRuntime(model)
+        runtime.add(patch)
+        runtime.activate("v1", mode=mode)
+        assert close(logits(model), expected)
+        return runtime
+
+    counting = put_on()
+    with patched():
+        take_off()
+        assert close(logits(model), expected), "they went, and the patch is still on"
+    assert torch.equal(logits(model), base)
+    assert {hook.calls for hook in counting} == {1}
+
+    runtime = patched()
+    counting = put_on()
+    assert close(logits(model), expected)
+    runtime.close()  # from below them
+    assert torch.equal(logits(model), base)
+    patched().close()
+    assert {hook.calls for hook in counting} == {3}, "each call came through each of theirs once"
+    take_off()
+    assert torch.equal(logits(model), base)
 
 
 @pytest.mark.parametrize("mode", ["hook", "fold"])

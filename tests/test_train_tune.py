@@ -18,6 +18,7 @@ from nest_runtime.train.deltas import Deltas
 from nest_runtime.train.forward import Readout, hidden_states
 from nest_runtime.train.sites import LocatedSite
 from nest_runtime.train.tune import loss_of, lr_factor, tune
+from tests.helpers import attached
 from tests.helpers_train import QUICK, benign_examples, harmful_examples
 
 
@@ -190,7 +191,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(loaded: Any, tmp_path: Path,
     for stop in (3, 13, 21):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, stop)
-        assert not module_of(loaded.model, find_sites(loaded.model)[0])._forward_hooks
+        assert attached(loaded.model) == []
         assert all(parameter.requires_grad for parameter in loaded.model.parameters())
         assert [item.name for item in tmp_path.iterdir() if item.name != "nest-home"] in (
             [],

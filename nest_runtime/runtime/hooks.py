@@ -72,19 +72,24 @@ class Board:
 
     def run_pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the trunk's forward as one pass, which waits while weights are being written."""
-        with self.gate.shared():
-            outer, self._passes.view = self._own_view(), View(self.active, self.choice)
+        passes = self._passes
+        self.gate.enter()
+        try:
+            outer, passes.view = getattr(passes, "view", None), self._new_view()
             try:
                 return forward(*args, **kwargs)
             finally:
-                self._passes.view = outer
+                passes.view = outer
+        finally:
+            self.gate.leave()
 
     def view(self) -> View:
         """The pass's view; for a module called on its own, one of this moment."""
-        return self._own_view() or View(self.active, self.choice)
+        return getattr(self._passes, "view", None) or self._new_view()
 
-    def _own_view(self) -> View | None:
-        return getattr(self._passes, "view", None)
+    def _new_view(self) -> View:
+        active, choice = self.active, self.choice
+        return active.view if choice is None else View(active, choice)
 
     @contextmanager
     def override(self, selection: Selection) -> Iterator[None]:
@@ -173,7 +178,8 @@ class PassForward(_LiveOnly):
     def __init__(self, board: Board) -> None:
         self._board = board
         self._forward = board.trunk.forward
-        functools.update_wrapper(self, self._forward)
+        # Without its __dict__: that of somebody else's wrapper may have come from an earlier one of ours.
+        functools.update_wrapper(self, self._forward, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         board = self._board

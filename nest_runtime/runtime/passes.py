@@ -6,7 +6,6 @@ A readers-writer gate. It knows nothing of patches.
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,27 +20,29 @@ class PassGate:
     """
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._running: Counter[int] = Counter()  # passes by thread; more than one where they nest
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._running: dict[int, int] = {}  # passes by thread; more than one where they nest
         self._writers = 0
 
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """One pass of this thread; waits first while a writer is at work or waiting."""
+    def enter(self) -> None:
+        """Begin one pass of this thread; waits first while a writer is at work or waiting. ``leave`` must follow."""
         me = threading.get_ident()
-        with self._condition:
+        with self._lock:
             # A thread that is inside already must not wait for a writer that waits for that very thread.
             while self._writers and me not in self._running:
-                self._condition.wait()
-            self._running[me] += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._running[me] -= 1
-                if not self._running[me]:
-                    del self._running[me]
-                    self._condition.notify_all()
+                self._changed.wait()
+            self._running[me] = self._running.get(me, 0) + 1
+
+    def leave(self) -> None:
+        """End one pass of this thread."""
+        me = threading.get_ident()
+        with self._lock:
+            others = self._running.pop(me) - 1
+            if others:
+                self._running[me] = others
+            elif self._writers:
+                self._changed.notify_all()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -50,7 +51,7 @@ class PassGate:
         Raises:
             NestError: called from inside a forward pass, which would wait for itself.
         """
-        with self._condition:
+        with self._changed:
             if threading.get_ident() in self._running:
                 raise NestError(
                     "the weights cannot change inside a forward pass of the model",
@@ -58,11 +59,11 @@ class PassGate:
                 )
             self._writers += 1
         try:
-            with self._condition:
+            with self._changed:
                 while self._running:
-                    self._condition.wait()
+                    self._changed.wait()
             yield
         finally:
-            with self._condition:
+            with self._changed:
                 self._writers -= 1
-                self._condition.notify_all()
+                self._changed.notify_all()

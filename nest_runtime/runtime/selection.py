@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -28,6 +29,11 @@ class Active:
     loaded: Loaded | None = None
     mode: str | None = None
     fold: FoldRecord | None = None
+
+    @cached_property
+    def view(self) -> View:
+        """That of every pass in which nobody chose otherwise."""
+        return View(self, Selection.whole(self.loaded))
 
 
 @dataclass(frozen=True)
@@ -84,21 +90,25 @@ class View:
 
     Args:
         active: the state of the weights, fixed for the pass.
-        selection: the context's choice, or None for what is active.
+        selection: the context's choice, or what is active.
     """
 
-    __slots__ = ("_fold", "_index", "_members", "_runs", "_selection", "_whole")
+    __slots__ = ("_fold", "_index", "_members", "_runs", "_selection", "_still", "_whole")
 
-    def __init__(self, active: Active, selection: Selection | None) -> None:
+    def __init__(self, active: Active, selection: Selection) -> None:
         self._fold = active.fold
-        self._selection = selection or Selection.whole(active.loaded)
-        self._whole = self._selection.unit == "all"
+        self._selection = selection
+        self._whole = selection.unit == "all"
+        in_weights = None if active.fold is None else active.fold.loaded
+        self._still = self._whole and selection.runs[0][0] is in_weights
         self._runs: dict[torch.Size, tuple[tuple[Run, ...], bool]] = {}
         self._index: dict[tuple[int, torch.device], list[tuple[Loaded | None, torch.Tensor]]] = {}
         self._members: dict[tuple[int, torch.device], tuple[list[Loaded], Members]] = {}
 
     def apply(self, key: str, module: nn.Module, call: Call, y: torch.Tensor) -> torch.Tensor:
         """The output [..., outputs] that the chosen patches give; ``y`` where nothing changes, never written to."""
+        if self._still:
+            return y
         if self._whole:
             return self._one(self._selection.runs[0][0], key, module, call, y)
         runs, alike = self._runs_of(call[0])
