@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nest_runtime.anatomy import find_sites
+from nest_runtime.cli.main import main
 from nest_runtime.errors import BaseMismatch, DataError, SiteMismatch, TrainingError, UsageError
 from nest_runtime.fingerprint import model_hash, rows_digest
 from nest_runtime.models import load_model
@@ -254,6 +255,25 @@ def test_refusals_that_the_base_already_gives_are_noted(first: TrainResult) -> N
     assert first.report["notes"] == []
     known = TuneResult(before={"harmful_loss": 0.003, "benign_loss": 0.01}, after={})
     assert "already gave these refusals" in notes_on(known)[0]
+
+
+def test_refusals_that_do_not_come_out_are_noted(loaded: Any, base_hash: str, first: TrainResult) -> None:
+    assert first.report["validation"]["after"]["harmful_exact"] > 0
+    short = run(loaded, base_hash, QUICK.evolve(steps=1)).report
+    assert short["validation"]["after"]["harmful_exact"] == 0
+    assert any("half learned" in note and "more steps" in note for note in short["notes"])
+
+
+def test_train_tells_people_its_notes(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, examples in (("bad", harmful_examples()), ("good", benign_examples(response=None))):
+        Path(f"{name}.txt").write_text("\n".join(example.prompt for example in examples), encoding="utf-8")
+    Path("recipe.json").write_text(json.dumps(QUICK.evolve(steps=1).to_json()), encoding="utf-8")
+    files = ["--harmful", "bad.txt", "--benign", "good.txt", "--recipe", "recipe.json", "--out", "v1.safetensors"]
+    assert main(["train", "--model", str(tiny_llama), *files]) == 0
+    assert "half learned" in capsys.readouterr().err
 
 
 def test_wrong_parents_and_prompts_are_refused(loaded: Any, base_hash: str, first: TrainResult) -> None:

@@ -319,6 +319,8 @@ def write_patch(
                 "file": f"{path} ({size(path.stat().st_size)})",
             }
         )
+        for note in result.report["notes"]:
+            out.note(f"note: {note}")
         out.note(f"next: {then}")
 
     out.result(document, render)

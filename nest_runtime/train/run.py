@@ -353,12 +353,18 @@ def _patch_site(site: LocatedSite, part: Any, dtype: torch.dtype) -> Site:
 
 def notes_on(tuned: TuneResult) -> list[str]:
     """What a user should know of the result."""
+    notes = []
     if tuned.before.get("harmful_loss", 1.0) < LITTLE_TO_LEARN:
-        return [
+        notes.append(
             "the model already gave these refusals on the harmful prompts, so there was little to learn: "
             "refusals worded otherwise than its own train much better"
-        ]
-    return []
+        )
+    if tuned.after.get("harmful_exact", 1.0) == 0:
+        notes.append(
+            "not one of the harmful prompts held out gets its refusal word for word: where refusals are only half "
+            "learned, a patch can answer what the base refuses; train with more steps, or run eval before you use it"
+        )
+    return notes
 
 
 def _data_note(examples: Sequence[Example]) -> dict[str, Any]:
