@@ -159,7 +159,7 @@ class PatchRuntime:
                 would round away. ``fold`` writes the update into the weights: passes cost what the base's do,
                 a switch waits for running passes, and ``using`` another patch costs a little more. ``auto`` is
                 ``hook``: the safer of the two. It cost 0 to 3 % of a pass in float32 at 36 M parameters, 11 to 13 % in
-                bfloat16 on a CPU, 14 % at worst on a model of 2 M (docs/decisions/runtime.md).
+                bfloat16 on a CPU, 18 % at worst on a model of 2 M (docs/decisions/runtime.md).
 
         Raises:
             PatchNotFound: it is not here.
