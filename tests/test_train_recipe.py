@@ -252,16 +252,17 @@ def test_a_range_of_layers(loaded: Any, base_hash: str, first: TrainResult) -> N
 
 
 def test_refusals_that_the_base_already_gives_are_noted(first: TrainResult) -> None:
-    assert first.report["notes"] == []
+    assert not any("already gave" in note for note in first.report["notes"])
     known = TuneResult(before={"harmful_loss": 0.003, "benign_loss": 0.01}, after={})
     assert "already gave these refusals" in notes_on(known)[0]
 
 
-def test_refusals_that_do_not_come_out_are_noted(loaded: Any, base_hash: str, first: TrainResult) -> None:
-    assert first.report["validation"]["after"]["harmful_exact"] > 0
+def test_refusals_that_do_not_come_out_are_noted(loaded: Any, base_hash: str) -> None:
     short = run(loaded, base_hash, QUICK.evolve(steps=1)).report
     assert short["validation"]["after"]["harmful_exact"] == 0
     assert any("half learned" in note and "more steps" in note for note in short["notes"])
+    assert notes_on(TuneResult(before={"harmful_loss": 5.0}, after={"harmful_exact": 0.1})) == []
+    assert notes_on(TuneResult(before={}, after={})) == []  # nothing was held out
 
 
 def test_train_tells_people_its_notes(
