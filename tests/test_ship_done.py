@@ -207,6 +207,8 @@ def test_what_is_false_is_refused_and_changes_nothing(hub: HubServer, tmp_path: 
         offer(hub, good, later[6], key)  # corrupted
         refused("not those that the Hub names", "pull", f"{REPO}@v6")
         hub.repo(REPO).commit(good, "take v6 back")  # whole, it would be taken
+        # A follower that is still trying for it would take it once the Hub is well again.
+        assert eventually(lambda: not shells.error(), 60), shells.error()
         hub.heal()
         offer(hub, {**good, **revocation_list(later[7], key)}, later[7], key)  # revoked
         refused("was revoked", "pull", f"{REPO}@v7")
