@@ -44,7 +44,7 @@ VERSIONS = ("v1", "v2", "v3")
 TOKEN = "benchmark"
 CACHE_TOKENS, BATCH_TOKENS, PAGE_TOKENS = 16384, 512, 32
 START_SECONDS = 180
-LONE = 4  # as often as others does a lone client ask, and in as many turns
+LONE_TURNS = 4  # few clients change sides so often in a round, asking as much in each turn as many clients do in one
 
 
 @dataclass(frozen=True)
@@ -352,14 +352,14 @@ def compare(
 ) -> dict[str, Any]:
     """Each of ours beside theirs, in turns; the first round only warms up."""
     theirs, *mine = targets
+    turns = 1 if clients >= 8 else LONE_TURNS
     rounds: dict[str, list[tuple[Block, Block]]] = {target.name: [] for target in mine}
     for number in range(arguments.rounds + 1):
         for target in mine if number % 2 else reversed(mine):
-            pair = beside(theirs, target, prompts, clients, number, arguments)
+            pair = beside(theirs, target, prompts, clients, turns, number, arguments)
             if number:
                 rounds[target.name].append(pair)
-    each = arguments.requests if clients >= 8 else LONE * arguments.requests
-    row: dict[str, Any] = {"clients": clients, "requests": each * clients * arguments.rounds}
+    row: dict[str, Any] = {"clients": clients, "requests": turns * arguments.requests * clients * arguments.rounds}
     row[theirs.name] = figures([other for pairs in rounds.values() for other, _ in pairs])
     for target in mine:
         pairs = rounds[target.name]
@@ -374,15 +374,20 @@ def compare(
 
 
 def beside(
-    theirs: Target, mine: Target, prompts: dict[str, int], clients: int, number: int, arguments: argparse.Namespace
+    theirs: Target,
+    mine: Target,
+    prompts: dict[str, int],
+    clients: int,
+    turns: int,
+    number: int,
+    arguments: argparse.Namespace,
 ) -> tuple[Block, Block]:
-    """One round of both: the same requests, by many clients all at once, by a lone one in turns."""
+    """Round ``number`` of both: each answers the same requests, in so many turns."""
     pair = (theirs, mine)
     for target in pair:
         asyncio.run(block(target, prompts, clients, arguments.settle, arguments.tokens, str(arguments.seed)))
-    slices = 1 if clients >= 8 else LONE
     done = {target.name: Block(0.0, 0.0, 0) for target in pair}
-    for turn in range(slices):
+    for turn in range(turns):
         for target in pair if (number + turn) % 2 else reversed(pair):
             seed = f"{arguments.seed + number}:{turn}"
             done[target.name] += asyncio.run(
@@ -392,6 +397,7 @@ def beside(
 
 
 def figures(blocks: Sequence[Block]) -> dict[str, float]:
+    """Medians over blocks of one target."""
     return {
         "tokens_per_second": statistics.median(one.throughput for one in blocks),
         "first_token_ms": 1e3 * statistics.median(one.first for one in blocks),
