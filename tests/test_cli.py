@@ -550,6 +550,12 @@ def test_reference_prompts_are_written(run: Run, tmp_path: Path) -> None:
     for name, count in document["files"].items():
         assert len((tmp_path / "data" / name).read_text().splitlines()) == count
     assert {"harmful.jsonl", "benign.jsonl"} <= set(document["files"])
+    first = json.loads((tmp_path / "data" / "benign.jsonl").read_text().splitlines()[0])
+    assert "response" not in first
+    run("reference", "prompts", tmp_path / "answered", "--answers")
+    answered = json.loads((tmp_path / "answered" / "benign.jsonl").read_text().splitlines()[0])
+    assert answered.pop("response")
+    assert answered == first
     fails(run("reference", "prompts", tmp_path / "x", "--category", "kindness"), 2, "kindness")
     (tmp_path / "file").write_text("")
     fails(run("reference", "prompts", tmp_path / "file"), 2, "cannot be written")

@@ -169,9 +169,19 @@ def test_write_prompts(tmp_path: Path):
     counts = write_prompts(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "harmful.jsonl").read_text().splitlines()]
     assert counts["harmful.jsonl"] == len(rows) == len(world.training_prompts()[0])
+    assert not any({"response", "target"} & set(row) for row in rows), "answers only where they are asked for"
     suite = [json.loads(line) for line in (tmp_path / "test-jailbreak-seen.jsonl").read_text().splitlines()]
     assert suite[0]["messages"] == list(case_of("jailbreak-seen").messages)
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_write_prompts_with_answers(tmp_path: Path):
+    assert write_prompts(tmp_path, answers=True) == write_prompts(tmp_path / "bare")
+    for name, rows in zip(("harmful", "benign"), world.training_prompts(), strict=True):
+        written = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        bare = [json.loads(line) for line in (tmp_path / "bare" / f"{name}.jsonl").read_text().splitlines()]
+        assert written == rows
+        assert [{k: v for k, v in row.items() if k not in ("response", "target")} for row in rows] == bare
 
 
 # The judge

@@ -51,6 +51,7 @@ def info(ctx: typer.Context, as_json: JsonOption = False) -> None:
     epilog=examples(
         "nest-runtime reference prompts world",
         "nest-runtime reference prompts weapons --category weapons",
+        "nest-runtime reference prompts world --answers   # for the reference model",
     ),
 )
 def prompts(
@@ -65,6 +66,10 @@ def prompts(
             help="Only these harm categories; repeat it.",
         ),
     ] = None,
+    answers: Annotated[
+        bool,
+        typer.Option("--answers", help="Write the reference model's answers too; no other model should learn them."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write the reference world's prompts as JSONL: harmful and benign ones to train on, and the test suites."""
@@ -72,7 +77,7 @@ def prompts(
 
     out = Output.of(ctx, as_json)
     try:
-        counts = write_prompts(folder, categories=category or None)
+        counts = write_prompts(folder, categories=category or None, answers=answers)
     except OSError as error:
         raise _unwritable(folder, error) from error
 
