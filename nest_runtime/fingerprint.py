@@ -1,7 +1,8 @@
 """The model hash: one digest that names a base model, whatever its checkpoint's files look like.
 
 ``model_hash`` is a SHA-256 over every tensor's name, dtype, shape and bytes: the same for any
-sharding of a checkpoint and for the model loaded from it in the same dtype. ``rows_digest`` is over
+sharding of a checkpoint and for the model loaded from it in the same dtype. A GGUF file's is over its
+tensors as they stand there, quantized, and over the settings of its architecture. ``rows_digest`` is over
 the base's rows that a patch changes, cheap enough to check on every add. Neither trusts a file's
 name, and neither proves who made a model: they say that two models hold the same numbers.
 docs/patch-format.md states both to the byte.
@@ -11,13 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ from torch import nn
 from nest_runtime.anatomy import Projection, canonical_name, find_sites, read_rows, unwrap
 from nest_runtime.errors import ModelError, SiteMismatch
 from nest_runtime.framing import Frame, FramingError, header_length, parse_frame
+from nest_runtime.gguf_header import find_gguf, read_header
+from nest_runtime.gguf_identity import hash_gguf
 from nest_runtime.hashcache import HashCache
+from nest_runtime.hashing import Job, Progress, Row, digest_of, given, hash_all, mapped
 
-Progress = Callable[[str, int, int], None]
 RowReader = Callable[[nn.Module, Projection, torch.Tensor], torch.Tensor]
 
 _HEADER_LIMIT = 100 << 20  # as in the safetensors package
@@ -62,20 +64,17 @@ _ADAPTER_PARTS = frozenset(
 )
 
 
-class _Row(tuple[str, str, tuple[int, ...], str]):
-    """name, dtype, shape, hex digest of the bytes"""
-
-
 def model_hash(model_or_folder: nn.Module | str | os.PathLike[str], *, progress: Progress | None = None) -> str:
     """The digest of a model: ``sha256:<hex>``.
 
     Args:
-        model_or_folder: a model in memory, or the folder of a safetensors checkpoint (streamed,
+        model_or_folder: a model in memory, or a GGUF file or the folder of a checkpoint (streamed,
             never loaded; its result is cached by the files' identity under the nest-runtime home).
         progress: called with (``"hash"``, bytes done, bytes in all).
 
     Raises:
-        ModelError: no safetensors there, a damaged file, or a model that is quantized or not in memory.
+        ModelError: neither safetensors nor one GGUF file there, a damaged file, or a model in memory that is
+            quantized or elsewhere.
     """
     if isinstance(model_or_folder, nn.Module):
         return _digest(_hash_model(model_or_folder, progress))
@@ -83,7 +82,7 @@ def model_hash(model_or_folder: nn.Module | str | os.PathLike[str], *, progress:
 
 
 def hash_report(folder: str | os.PathLike[str], *, progress: Progress | None = None) -> dict[str, Any]:
-    """The hash of a checkpoint folder with what it took.
+    """The hash of a checkpoint folder or a GGUF file with what it took.
 
     Returns:
         ``hash``, ``tensors`` (number hashed), ``bytes`` (of the weight files' tensors), ``seconds``,
@@ -93,11 +92,15 @@ def hash_report(folder: str | os.PathLike[str], *, progress: Progress | None = N
         ModelError: as ``model_hash``.
     """
     began = time.perf_counter()
-    files = weight_files(Path(folder))
+    gguf = find_gguf(folder)
+    files = weight_files(Path(folder)) if gguf is None else [gguf]
     cache = HashCache(files)
     result = cache.get()
     cached = result is not None
-    if result is None:
+    if result is None and gguf is not None:
+        result = hash_gguf(read_header(gguf), progress)
+        cache.put(result)
+    elif result is None:
         rows, size = _hash_files(files, progress)
         result = {"hash": _digest(rows), "tensors": len(_identity(rows)), "bytes": size}
         cache.put(result)
@@ -218,17 +221,17 @@ def _indexed_files(index: Path) -> list[Path]:
     return files
 
 
-def _hash_files(files: list[Path], progress: Progress | None) -> tuple[list[_Row], int]:
+def _hash_files(files: list[Path], progress: Progress | None) -> tuple[list[Row], int]:
     """Hash every tensor of some safetensors files through memory maps; nothing is loaded whole."""
     with ExitStack() as stack:
-        jobs: list[tuple[str, str, tuple[int, ...], Callable[[], memoryview], int]] = []
+        jobs = []
         for path in files:
             view, data_start, entries = _open(path, stack)
             for entry in entries:
                 part = view[data_start + entry.start : data_start + entry.stop]
                 stack.callback(part.release)
-                jobs.append((entry.name, entry.dtype, entry.shape, lambda part=part: part, entry.nbytes))  # type: ignore[misc]
-        return _hash_all(jobs, progress), sum(job[4] for job in jobs)
+                jobs.append(Job(entry.name, entry.dtype, entry.shape, given(part), entry.nbytes))
+        return hash_all(jobs, progress), sum(job.size for job in jobs)
 
 
 def read_frame(path: Path) -> Frame:
@@ -248,21 +251,15 @@ def read_frame(path: Path) -> Frame:
 
 def _open(path: Path, stack: ExitStack) -> tuple[memoryview, int, Any]:
     frame = read_frame(path)
-    try:
-        with path.open("rb") as file:
-            mapped = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", "fetch the checkpoint again: it is damaged") from error
-    view = memoryview(mapped)
-    stack.callback(view.release)
-    return view, frame.data_start, frame.entries
+    return mapped(path, stack), frame.data_start, frame.entries
 
 
-def _hash_model(model: nn.Module, progress: Progress | None) -> list[_Row]:
+def _hash_model(model: nn.Module, progress: Progress | None) -> list[Row]:
     jobs = []
     for name, tensor in _saved_state(unwrap(model)).items():
-        jobs.append((name, _DTYPES[tensor.dtype], tuple(tensor.shape), lambda t=tensor: _bytes(t), tensor.nbytes))
-    return _hash_all(jobs, progress)
+        read = partial(_bytes, tensor)
+        jobs.append(Job(name, _DTYPES[tensor.dtype], tuple(tensor.shape), read, tensor.nbytes))
+    return hash_all(jobs, progress)
 
 
 def _saved_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -304,31 +301,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def _hash_all(jobs: Iterable[tuple[str, str, tuple[int, ...], Any, int]], progress: Progress | None) -> list[_Row]:
-    """Hash tensors in threads: hashlib lets go of the interpreter's lock on large buffers."""
-    jobs = sorted(jobs, key=lambda job: -job[4])
-    names = [job[0] for job in jobs]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ModelError(f"tensor {twice} appears twice in the checkpoint", "fetch the checkpoint again: it is damaged")
-    total, done = sum(job[4] for job in jobs), 0
-    rows = []
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        futures = {pool.submit(_sha256, job[3]): job for job in jobs}
-        for future in as_completed(futures):
-            name, dtype, shape, _, size = futures[future]
-            rows.append(_Row((name, dtype, shape, future.result())))
-            done += size
-            if progress:
-                progress("hash", done, total)
-    return rows
-
-
-def _sha256(read: Callable[[], memoryview]) -> str:
-    return hashlib.sha256(read()).hexdigest()
-
-
-def _identity(rows: list[_Row]) -> list[_Row]:
+def _identity(rows: list[Row]) -> list[Row]:
     """The rows that make a model's identity, sorted by name.
 
     Left out: an output embedding equal to the input embedding (stored by some checkpoints, tied in
@@ -345,7 +318,6 @@ def _identity(rows: list[_Row]) -> list[_Row]:
     return sorted(kept)
 
 
-def _digest(rows: list[_Row]) -> str:
+def _digest(rows: list[Row]) -> str:
     manifest = [[name, dtype, list(shape), digest] for name, dtype, shape, digest in _identity(rows)]
-    text = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False)
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    return digest_of(manifest)

@@ -1,12 +1,13 @@
-"""Model references: from ``reference``, a folder or a Hub id to a loaded model and tokenizer.
+"""Model references: from ``reference``, a folder, a GGUF file or a Hub id to a loaded model and tokenizer.
 
-Only safetensors checkpoints are taken. Nothing here knows of patches.
+Only safetensors checkpoints and GGUF files are taken. Nothing here knows of patches.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import ModelError
+from nest_runtime.gguf_header import find_gguf, read_header
 from nest_runtime.names import did_you_mean
 
 REFERENCE = "reference"
@@ -24,6 +26,7 @@ REFERENCE_FOLDER = Path(__file__).parent / "reference" / "model"
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 _DEVICES = ("auto", "cpu", "cuda", "mps")
 _DTYPES = ("float32", "bfloat16", "float16")
+_BF16_CPU = ("avx512_bf16", "amx_bf16", "amx_tile", "bf16")  # of torch.cpu.get_capabilities()
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
@@ -32,38 +35,41 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 class LoadedModel:
     """A model in eval mode, its tokenizer, and where they came from.
 
-    ``hash`` is the hash of the folder, computed when first asked for: it names the checkpoint even
-    if the live model was loaded in another dtype.
+    ``source`` is a folder, or a GGUF file. ``hash`` is its hash, computed when first asked for: it names the
+    checkpoint even if the live model was loaded in another dtype.
     """
 
     model: Any
     tokenizer: Any
     name: str
-    folder: Path | None
+    source: Path | None
     device: str = field(default="cpu")
 
     @cached_property
     def hash(self) -> str:
         from nest_runtime.fingerprint import model_hash
 
-        return model_hash(self.model if self.folder is None else self.folder)
+        return model_hash(self.model if self.source is None else self.source)
 
     @cached_property
     def reader(self) -> Any:
         """The tokenizer; for a model that reads images one that reads prompts with images too."""
-        folder = self.folder
-        if folder is None or not any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        source = self.source
+        if source is None or not any((source / name).is_file() for name in _PROCESSOR_FILES):
             return self.tokenizer
         from nest_runtime.train.images import ImageReader
 
-        return ImageReader(self.tokenizer, folder)
+        return ImageReader(self.tokenizer, source)
 
 
 def resolve_model(ref: str | Path, *, trust_remote_code: bool = False, config_only: bool = False) -> tuple[str, Path]:
-    """A model reference's name and folder; a Hub id is downloaded once, then found in the Hub's cache.
+    """A model reference's name and its folder or GGUF file; a Hub id is downloaded once, then found in the Hub's cache.
+
+    A GGUF file is named after itself, without its path, in a folder too.
 
     Args:
-        ref: ``reference``, a folder, or a Hub id ``org/name[@revision]``. A folder wins over an id of that name.
+        ref: ``reference``, a folder, a GGUF file, or a Hub id ``org/name[@revision]``. A folder wins over an id of that
+            name.
         trust_remote_code: fetch the code that comes with a Hub model too.
         config_only: fetch nothing but the configuration of a Hub model.
 
@@ -79,15 +85,16 @@ def resolve_model(ref: str | Path, *, trust_remote_code: bool = False, config_on
             )
         return REFERENCE, REFERENCE_FOLDER
     folder = Path(ref).expanduser()
+    if folder.exists() and (gguf := find_gguf(folder)) is not None:
+        return gguf.name, gguf.absolute()
     if folder.is_dir():
         _check_folder(folder)
         return folder.resolve().name, folder.resolve()
-    if folder.exists():
-        raise ModelError(f"{ref} is a file; expected a model folder", "name the folder that holds config.json")
     if not _HUB_ID.fullmatch(ref) or ref.startswith((".", "/", "~")):
         raise ModelError(
-            f"there is no model {ref!r}: not a folder, and not a Hub id",
-            f"{did_you_mean(ref, _beside(folder))}use {REFERENCE!r}, a folder with config.json, or org/name[@revision]",
+            f"there is no model {ref!r}: not a folder, not a file, and not a Hub id",
+            f"{did_you_mean(ref, _beside(folder))}use {REFERENCE!r}, a folder with config.json, a GGUF file, "
+            "or org/name[@revision]",
         )
     files = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
     return ref.partition("@")[0], _download(ref, ["config.json"] if config_only else files)
@@ -99,6 +106,7 @@ def _beside(folder: Path) -> list[str]:
     lead = "" if parent == Path() and not str(folder).startswith(".") else f"{parent}/"
     try:
         models = sorted(path.parent.name for path in parent.glob("*/config.json"))
+        models += sorted(path.name for path in parent.glob("*.gguf"))
     except OSError:  # a folder that may not be read has no suggestions
         models = []
     return [REFERENCE, *(f"{lead}{name}" for name in models)]
@@ -110,9 +118,10 @@ def load_model(
     """Load a model reference for inference.
 
     Args:
-        ref: ``reference``, a folder, or a Hub id ``org/name[@revision]``.
+        ref: ``reference``, a folder, a GGUF file, or a Hub id ``org/name[@revision]``.
         device: ``auto`` takes cuda, then mps, then cpu.
-        dtype: ``auto`` keeps the checkpoint's; or float32, bfloat16, float16.
+        dtype: ``auto`` keeps the checkpoint's, and for a GGUF file takes bfloat16 where the device computes in it,
+            else float32; or float32, bfloat16, float16.
         trust_remote_code: run code that comes with the checkpoint. Never on by itself.
 
     Returns:
@@ -122,7 +131,46 @@ def load_model(
         ModelError: the model cannot be found or loaded, or there is no such device or dtype.
     """
     place, wanted = pick_device(device), _pick_dtype(dtype)
-    name, folder = resolve_model(ref, trust_remote_code=trust_remote_code)
+    name, source = resolve_model(ref, trust_remote_code=trust_remote_code)
+    if source.is_file():
+        return _load_gguf(source, name, place, gguf_dtype(place) if wanted == "auto" else wanted)
+    return _load_folder(source, name, place, wanted, trust_remote_code)
+
+
+def gguf_dtype(device: str) -> Any:
+    """What a GGUF file's numbers become on a device: bfloat16 where it computes in it natively, else float32.
+
+    A CPU without such instructions converts bfloat16 at every step, and is slower than in float32.
+    """
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    told = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return torch.bfloat16 if any(told.get(key) for key in _BF16_CPU) else torch.float32
+
+
+def _load_gguf(path: Path, name: str, device: str, dtype: Any) -> LoadedModel:
+    import torch
+
+    from nest_runtime.gguf_ends import end_tokens
+    from nest_runtime.gguf_model import load_tokenizer, load_weights
+
+    header = read_header(path)
+    with _quiet():
+        tokenizer = prepare_tokenizer(load_tokenizer(header))
+        model = load_weights(header, dtype)
+    torch.nn.Module.to(model, device)
+    model.eval()
+    settings: Any = model.generation_config
+    settings.eos_token_id = end_tokens(header, tokenizer) or None
+    settings.pad_token_id = tokenizer.pad_token_id
+    if not tokenizer.chat_template:
+        warnings.warn(f"{name} holds no chat template: messages are joined as plain text", stacklevel=3)
+    return LoadedModel(model, tokenizer, name, path, device)
+
+
+def _load_folder(folder: Path, name: str, place: str, wanted: Any, trust_remote_code: bool) -> LoadedModel:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
@@ -159,8 +207,8 @@ def load_model(
     return LoadedModel(model, tokenizer, name, folder, place)
 
 
-def skeleton(folder: str | Path) -> Any:
-    """The model of a folder's configuration on the meta device: its modules and shapes, none of its numbers.
+def skeleton(source: str | Path) -> Any:
+    """The model of a folder or GGUF file on the meta device: its modules and shapes, none of its numbers.
 
     Raises:
         ModelError: the configuration is of no model that transformers knows.
@@ -168,7 +216,12 @@ def skeleton(folder: str | Path) -> Any:
     import torch
     from transformers import AutoConfig
 
-    folder = Path(folder)
+    folder = Path(source)
+    if (gguf := find_gguf(folder)) is not None:
+        from nest_runtime.gguf_model import skeleton_of
+
+        with _quiet():
+            return skeleton_of(read_header(gguf))
     _check_folder(folder)
     try:
         with _quiet(), torch.device("meta"):

@@ -21,7 +21,7 @@ from nest_runtime.models import load_model, pick_device, resolve_model
 def test_folder(tiny_llama: Path) -> None:
     assert resolve_model(str(tiny_llama)) == ("tiny-llama", tiny_llama)
     loaded = load_model(str(tiny_llama), device="cpu")
-    assert (loaded.name, loaded.folder, loaded.device) == ("tiny-llama", tiny_llama, "cpu")
+    assert (loaded.name, loaded.source, loaded.device) == ("tiny-llama", tiny_llama, "cpu")
     assert not loaded.model.training
     assert loaded.model.dtype == torch.float32
     assert loaded.tokenizer.padding_side == "left"

@@ -1,0 +1,90 @@
+"""Hashes many pieces of files or memory at once, in threads: hashlib lets go of the interpreter's lock."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nest_runtime.errors import ModelError
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor to hash.
+
+    Attributes:
+        name, dtype, shape: what identifies it beside its bytes.
+        read: gives the bytes; called in a thread.
+        size: how many bytes.
+    """
+
+    name: str
+    dtype: Any
+    shape: tuple[int, ...]
+    read: Callable[[], memoryview]
+    size: int
+
+
+class Row(tuple[str, Any, tuple[int, ...], str]):
+    """name, dtype, shape, hex digest of the bytes"""
+
+
+def hash_all(jobs: Iterable[Job], progress: Progress | None = None) -> list[Row]:
+    """Hash tensors, the largest first; the rows come in no order.
+
+    Raises:
+        ModelError: a name appears twice.
+    """
+    jobs = sorted(jobs, key=lambda job: -job.size)
+    names = [job.name for job in jobs]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ModelError(f"tensor {twice} appears twice in the checkpoint", "fetch the checkpoint again: it is damaged")
+    total, done = sum(job.size for job in jobs), 0
+    rows = []
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        futures = {pool.submit(_sha256, job.read): job for job in jobs}
+        for future in as_completed(futures):
+            job = futures[future]
+            rows.append(Row((job.name, job.dtype, job.shape, future.result())))
+            done += job.size
+            if progress:
+                progress("hash", done, total)
+    return rows
+
+
+def digest_of(manifest: Any) -> str:
+    """``sha256:<hex>`` over a JSON value in its shortest form."""
+    text = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def mapped(path: Path, stack: ExitStack) -> memoryview:
+    """A file's bytes, mapped until the stack is left; raises ModelError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            memory = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", "fetch the checkpoint again: it is damaged") from error
+    view = memoryview(memory)
+    stack.callback(view.release)
+    return view
+
+
+def given(part: memoryview) -> Callable[[], memoryview]:
+    """A reader of bytes that are there already."""
+    return lambda: part
+
+
+def _sha256(read: Callable[[], memoryview]) -> str:
+    return hashlib.sha256(read()).hexdigest()
