@@ -22,6 +22,7 @@ from nest_runtime.cli.output import (
     percent,
     size,
 )
+from nest_runtime.cli.train import check_answers
 from nest_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def compare(
     asked = Asked(model, harmful, benign, suite, behaviors, attacks, judge, limit, device, dtype)
     from nest_runtime.evaluate.compare import Plan
 
-    comparison = _comparison(asked, out_folder, resume)
+    comparison = _comparison(out, asked, out_folder, resume)
     finished = _finished(patch, comparison)
     recipe, values = _settings(out, settings, comparison, steps)
     plan = Plan((*made, *finished), recipe, tuple(range(seeds)), values, sweep, max_tokens, batch_size)
@@ -177,7 +178,7 @@ class Asked:
     dtype: str
 
 
-def _comparison(asked: Asked, folder: Path, resume: bool) -> Comparison:
+def _comparison(out: Output, asked: Asked, folder: Path, resume: bool) -> Comparison:
     """Read data and cases, check everything, then load the model."""
     bad, good = _prompts(asked)
     cases = _cases(asked)
@@ -189,6 +190,7 @@ def _comparison(asked: Asked, folder: Path, resume: bool) -> Comparison:
 
     judge = make_judge(asked.judge or default_judge(cases), device=asked.device)
     loaded = load_model(asked.model, device=asked.device, dtype=asked.dtype)
+    check_answers(out, loaded, {asked.harmful or "the harmful": bad, asked.benign or "the benign": good}, good)
     target = Target(loaded.model, loaded.tokenizer, loaded.hash, loaded.name)
     return Comparison(
         target, bad, good, cases, judge, workdir=folder, validation_cases=_validation_cases(asked), resume=resume

@@ -16,6 +16,7 @@ from nest_runtime.cli.train import (
     RecipeFile,
     Resume,
     Seed,
+    check_answers,
     check_out,
     join,
     keeping,
@@ -96,6 +97,7 @@ def retarget(
     recipe = _settings(before, recipe_file, steps, seed)
     team = join(out)
     loaded = load_model(model, device=device, dtype=dtype)
+    check_answers(out, loaded, {harmful or "its prompts": bad, benign or "its benign prompts": good}, good)
     named, numbered = name_and_version(name, version, loaded, None)
     target = out_file or Path(f"{named}-{numbered}.safetensors")
     if out_file is None and target.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ from nest_runtime.errors import UsageError
 if TYPE_CHECKING:
     from nest_runtime.models import LoadedModel
     from nest_runtime.patch import Patch
+    from nest_runtime.train.data import Example
     from nest_runtime.train.run import TrainResult
     from nest_runtime.train.settings import Recipe
     from nest_runtime.train.workers import Workers
@@ -176,6 +177,7 @@ def train(
     bad, good, again = load_examples(harmful), load_examples(benign), load_examples(rehearsal) if rehearsal else []
     team = join(out)
     loaded = load_model(model, device=device, dtype=dtype)
+    check_answers(out, loaded, {harmful: bad, benign: good, rehearsal or "": again}, good)
     before = load_patch(parent, model_hash=loaded.hash) if parent else None
     named, numbered = name_and_version(name, version, loaded, before)
     out.note(f"training {named}@{numbered} for {loaded.name} on {len(bad)} harmful and {len(good)} benign prompts")
@@ -207,6 +209,19 @@ def train(
         rows={"parent": short(report["parent"]), "size": size_row},
         then=f"nest-runtime chat --patch {out_file}   or: nest-runtime add {out_file}",
     )
+
+
+def check_answers(
+    out: Output, loaded: LoadedModel, sources: Mapping[str, Sequence[Example]], benign: Sequence[Example]
+) -> None:
+    """Refuse the reference world's answers on another model, and say where benign ones look foreign to it."""
+    from nest_runtime.reference.recognize import refuse_world_answers
+    from nest_runtime.train.familiar import foreign_note
+
+    refuse_world_answers(sources.items(), loaded.tokenizer, loaded.name)
+    note = foreign_note(loaded.model, loaded.tokenizer, benign, loaded.name)
+    if note is not None:
+        out.note(f"note: {note}")
 
 
 def join(out: Output) -> Workers:
