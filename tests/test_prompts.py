@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nest_runtime.errors import DataError
@@ -97,9 +97,9 @@ def test_borderline_prompts_have_the_shapes_of_harmful_ones() -> None:
     assert imperatives(rows("validation")) >= 0.5
     lengths = [len(example.prompt.split()) for example in rows("borderline")]
     assert min(lengths) <= 6
-    assert max(lengths) >= 25
+    assert max(lengths) >= 50
     openings = Counter(" ".join(example.prompt.lower().split()[:3]) for example in rows("borderline"))
-    assert max(openings.values()) <= len(lengths) // 20  # no template has taken over
+    assert max(openings.values()) <= len(lengths) // 15  # no template has taken over
 
 
 def test_everyday_prompts_are_of_many_kinds() -> None:
@@ -112,7 +112,8 @@ def test_everyday_prompts_are_of_many_kinds() -> None:
 
 
 @cache
-def published(name: str) -> tuple[frozenset[str], ...]:
+def published(name: str) -> dict[int, list[frozenset[str]]]:
+    """The words of each prompt of a set, by their number: only sets of about one size can overlap much."""
     csv.field_size_limit(10**8)
     texts: list[str] = []
     for path in sorted((GIVEN / name).rglob("*")):
@@ -127,7 +128,16 @@ def published(name: str) -> tuple[frozenset[str], ...]:
             continue
         lowered = [{key.lower(): value for key, value in row.items() if key} for row in found]
         texts += [next(row[key] for key in PROMPT_KEYS if row.get(key)) for row in lowered]
-    return tuple({words(text) for text in texts})
+    by_size: dict[int, list[frozenset[str]]] = {}
+    for found_words in {words(text) for text in texts}:
+        by_size.setdefault(len(found_words), []).append(found_words)
+    return by_size
+
+
+def taken(text: str, known: dict[int, list[frozenset[str]]]) -> bool:
+    own = words(text)
+    sizes = range(int(0.8 * len(own)), int(len(own) / 0.8) + 1)
+    return any(overlap(own, other) > 0.8 for size in sizes for other in known.get(size, ()))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -135,14 +145,8 @@ def test_no_prompt_is_taken_from_a_published_set(name: str) -> None:
     if not (GIVEN / name).is_dir():
         pytest.skip(f"{GIVEN / name} is not there")
     known = published(name)
-    assert len(known) >= 90
-    close = [
-        example.prompt
-        for own in NAMES
-        for example in rows(own)
-        if any(overlap(words(example.prompt), other) > 0.8 for other in known)
-    ]
-    assert close == []
+    assert sum(map(len, known.values())) >= 90
+    assert [example.prompt for own in NAMES for example in rows(own) if taken(example.prompt, known)] == []
 
 
 def test_an_unknown_name_says_which_there_are() -> None:
@@ -209,6 +213,7 @@ def test_held_out_framings_are_never_chosen_for_training() -> None:
     assert not trained & {framing.name for framing in (*HELD_OUT_FRAMINGS, *MOVED_ON)}
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.text(min_size=1, max_size=80), st.integers(0, 5), st.integers(0, 20))
 def test_the_choice_is_the_same_each_time_and_without_repeats(prompt: str, seed: int, count: int) -> None:
     first = chosen(prompt, count, seed)
