@@ -155,6 +155,24 @@ def rows_digest(model: nn.Module, neurons: Mapping[str, torch.Tensor], *, read: 
     return "sha256:" + digest.hexdigest()
 
 
+def rows_fit(
+    model: nn.Module, stored: Mapping[str, torch.Tensor], neurons: Mapping[str, torch.Tensor], digest: str
+) -> bool:
+    """Whether a rows digest is that of a checkpoint's rows, in any dtype that models are loaded in.
+
+    Args:
+        model: as in ``rows_digest``.
+        stored: site name → [n, d_in] as the checkpoint holds them; sites without neurons may be left out.
+        neurons: site name → [n] indices.
+        digest: to compare with.
+    """
+
+    def made_in(dtype: torch.dtype) -> str:
+        return rows_digest(model, neurons, read=lambda _model, projection, _neurons: stored[projection.name].to(dtype))
+
+    return any(made_in(dtype) == digest for dtype in (torch.float32, torch.bfloat16, torch.float16))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers would load from a folder.
 

@@ -8,6 +8,7 @@ package gguf and held in one dtype: what the model computes with, and what train
 
 from __future__ import annotations
 
+import json
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -105,12 +106,10 @@ def config_of(header: Header) -> Any:
             known = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer"})
             raise _unknown(header, error, f"it reads {', '.join(known)}") from error
     config.name_or_path = str(header.path)
-    embedding = header.tensors.get("token_embd.weight")
-    if embedding is not None:
-        config.vocab_size = embedding.shape[0]  # the vocabulary may be shorter than its table
-        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            if not _is_row(getattr(config, key, None), embedding.shape[0]):
-                setattr(config, key, None)
+    config.vocab_size = _rows(header)  # the vocabulary may be shorter than its table
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if not _is_row(getattr(config, key, None), config.vocab_size):
+            setattr(config, key, None)
     return config
 
 
@@ -134,8 +133,8 @@ def load_tokenizer(header: Header) -> Any:
             ) from error
     tokenizer.name_or_path = str(header.path)
     _split_digits(header, tokenizer)
-    embedding = header.tensors.get("token_embd.weight")
-    rows = len(tokenizer) if embedding is None else embedding.shape[0]
+    rows = _rows(header)
+    _drop_strangers(tokenizer, header.count("tokenizer.ggml.tokens"))
     if not _is_row(tokenizer.pad_token_id, rows) and _is_row(tokenizer.eos_token_id, rows):
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -272,6 +271,23 @@ def _split_digits(header: Header, tokenizer: Any) -> None:
         )
 
 
+def _drop_strangers(tokenizer: Any, count: int) -> None:
+    """Take out added tokens beyond the file's: classes of transformers bring their own, for which no row exists."""
+    if len(tokenizer) <= count:
+        return
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < count]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+
+
+def _rows(header: Header) -> int:
+    """How many tokens the embedding has rows for."""
+    embedding = header.tensors.get("token_embd.weight")
+    return header.count("tokenizer.ggml.tokens") if embedding is None else embedding.shape[0]
+
+
 def _is_row(token: Any, rows: int) -> bool:
     return isinstance(token, int) and 0 <= token < rows
 
@@ -292,10 +308,14 @@ def _metadata_file(header: Header, without: tuple[str, ...] = ()) -> Iterator[Pa
     In the model's own folder transformers would take whatever tokenizer and settings lie beside the file.
     """
     kept = [key for key in header.values if key not in without]
+    # Without the vocabulary its size has to be said: transformers counts tokens where no key tells.
+    sized = f"{header.architecture}.vocab_size"
+    more = [_text(sized) + struct.pack("<II", 4, _rows(header))] if without and sized not in kept else []
     with tempfile.TemporaryDirectory(prefix="nest-gguf-") as folder:
         file = Path(folder) / "metadata.gguf"
         with file.open("wb") as out:
-            out.write(MAGIC + struct.pack("<IQQ", 3, len(header.tensors), len(kept)))
+            out.write(MAGIC + struct.pack("<IQQ", 3, len(header.tensors), len(kept) + len(more)))
+            out.writelines(more)
             for key in kept:
                 out.write(_text(key) + struct.pack("<I", header.values[key].type) + header.value_bytes(key))
             for name in header.tensors:  # one number each, all at the same place

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +15,12 @@ from typing import Any
 
 from nest_runtime.errors import ModelError
 from nest_runtime.gguf_header import find_gguf, read_header
+from nest_runtime.model_hub import fetch_model, quiet
 from nest_runtime.names import did_you_mean
 
 REFERENCE = "reference"
 REFERENCE_FOLDER = Path(__file__).parent / "reference" / "model"
 
-# What a checkpoint needs and nothing that could be pickled.
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 _DEVICES = ("auto", "cpu", "cuda", "mps")
 _DTYPES = ("float32", "bfloat16", "float16")
 _BF16_CPU = ("avx512_bf16", "amx_bf16", "amx_tile", "bf16")  # of torch.cpu.get_capabilities()
@@ -71,7 +68,7 @@ def resolve_model(ref: str | Path, *, trust_remote_code: bool = False, config_on
         ref: ``reference``, a folder, a GGUF file, or a Hub id ``org/name[@revision]``. A folder wins over an id of that
             name.
         trust_remote_code: fetch the code that comes with a Hub model too.
-        config_only: fetch nothing but the configuration of a Hub model.
+        config_only: fetch nothing but the configuration of a Hub model with safetensors.
 
     Raises:
         ModelError: there is no such model, or it cannot be fetched or used.
@@ -96,8 +93,10 @@ def resolve_model(ref: str | Path, *, trust_remote_code: bool = False, config_on
             f"{did_you_mean(ref, _beside(folder))}use {REFERENCE!r}, a folder with config.json, a GGUF file, "
             "or org/name[@revision]",
         )
-    files = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
-    return ref.partition("@")[0], _download(ref, ["config.json"] if config_only else files)
+    found = fetch_model(ref, code=trust_remote_code, config_only=config_only)
+    if found.is_dir():
+        _check_folder(found)
+    return ref.partition("@")[0], found
 
 
 def _beside(folder: Path) -> list[str]:
@@ -157,7 +156,7 @@ def _load_gguf(path: Path, name: str, device: str, dtype: Any) -> LoadedModel:
     from nest_runtime.gguf_model import load_tokenizer, load_weights
 
     header = read_header(path)
-    with _quiet():
+    with quiet():
         tokenizer = prepare_tokenizer(load_tokenizer(header))
         model = load_weights(header, dtype)
     torch.nn.Module.to(model, device)
@@ -180,7 +179,7 @@ def _load_folder(folder: Path, name: str, place: str, wanted: Any, trust_remote_
     loader = _auto_class(folder)
     weight_files(folder)  # says what is missing better than the loader does
     try:
-        with _quiet():
+        with quiet():
             model, info = loader.from_pretrained(
                 folder,
                 dtype=wanted,
@@ -220,11 +219,11 @@ def skeleton(source: str | Path) -> Any:
     if (gguf := find_gguf(folder)) is not None:
         from nest_runtime.gguf_model import skeleton_of
 
-        with _quiet():
+        with quiet():
             return skeleton_of(read_header(gguf))
     _check_folder(folder)
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             return _auto_class(folder).from_config(AutoConfig.from_pretrained(folder)).eval()
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(
@@ -300,52 +299,3 @@ def _check_folder(folder: Path) -> None:
         json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{config} is not JSON: {error}", "save the model again with save_pretrained") from error
-
-
-def _download(ref: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    repo, _, revision = ref.partition("@")
-    try:
-        with _quiet():
-            folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
-    except RevisionNotFoundError as error:
-        raise ModelError(f"{repo} has no revision {revision!r}", "see its branches and tags on the Hub") from error
-    except HFValidationError as error:
-        raise ModelError(f"{repo!r} is no Hub id: {str(error).splitlines()[0]}", "use org/name[@revision]") from error
-    except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"there is no folder {ref!r}, and the Hub could not be reached for it",
-            "check the path, or the network; a model downloaded before works offline",
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"the Hub gave no model {ref!r}: {(str(error).splitlines() or [type(error).__name__])[0]}",
-            "check the id; for a gated or private model run `hf auth login` first",
-        ) from error
-    _check_folder(folder)
-    return folder
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Transformers' and the Hub's progress bars off for a while, and as they were afterwards."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging
-
-    hub_was_off, bars_were_on = are_progress_bars_disabled(), logging.is_progress_bar_enabled()
-    disable_progress_bars()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if not hub_was_off:
-            enable_progress_bars()
-        if bars_were_on:
-            logging.enable_progress_bar()

@@ -24,6 +24,7 @@ def write_gguf(
     template: str | None = "own",
     extra: Callable[[gguf.GGUFWriter], None] | None = None,
     architecture: str | None = None,
+    pad: int | None = None,
 ) -> Path:
     """Write a Hugging Face folder of a Llama or Qwen2 as a GGUF file.
 
@@ -36,12 +37,13 @@ def write_gguf(
         template: the chat template; ``own`` is the tokenizer's, None writes none.
         extra: writes more metadata.
         architecture: written instead of the model's.
+        pad: the pad token's id, instead of the model's.
     """
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).float(), AutoTokenizer.from_pretrained(folder)
     arch = ARCHITECTURES[model.config.model_type]
     writer = gguf.GGUFWriter(path, architecture or arch)
     _write_settings(writer, model.config)
-    _write_tokenizer(writer, tokenizer, model.config, template)
+    _write_tokenizer(writer, tokenizer, model.config, template, model.config.pad_token_id if pad is None else pad)
     if extra is not None:
         extra(writer)
     tensors = _tensors(model, arch)
@@ -73,7 +75,9 @@ def _write_settings(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: Any, template: str | None) -> None:
+def _write_tokenizer(
+    writer: gguf.GGUFWriter, tokenizer: Any, config: Any, template: str | None, pad: int | None
+) -> None:
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     specials = set(tokenizer.all_special_tokens) | {str(t) for t in tokenizer.added_tokens_decoder.values()}
     merges = [" ".join(pair) for pair in _merges(tokenizer)]
@@ -84,8 +88,8 @@ def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, config: Any, templ
     writer.add_token_merges(merges)
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
-    if config.pad_token_id is not None:
-        writer.add_pad_token_id(config.pad_token_id)
+    if pad is not None:
+        writer.add_pad_token_id(pad)
     writer.add_add_bos_token(False)
     if template is not None:
         writer.add_chat_template(tokenizer.chat_template if template == "own" else template)

@@ -47,6 +47,7 @@ def _patches() -> Names:
 def _models() -> Names:
     yield "reference", "the built-in model"
     yield from (f"./{path.parent.name}" for path in sorted(Path().glob("*/config.json")))
+    yield from (f"./{path.name}" for path in sorted(Path().glob("*.gguf")))
 
 
 def _attacks() -> Names:

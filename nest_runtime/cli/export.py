@@ -104,6 +104,7 @@ class _Job:
             "patch": f"{self.patch.name}@{self.patch.version}",
             "digest": self.patch.digest,
             "base_hash": self.patch.base_hash,
+            "base": None if self.base is None else str(self.base),
             "out": str(self.folder),
             "files": files,
             "bytes": sum((self.folder / name).stat().st_size for name in files),
@@ -119,6 +120,7 @@ class _Job:
         model = None if self.base is None else skeleton(self.base)
         common: dict[str, Any] = {"model": model, "overwrite": self.overwrite}
         if self.form is Form.gguf:
+            common["architecture"] = self._architecture()
             return export_gguf(self.patch, self.folder, **common, check=self._checker(self._gguf_figures))
         if self._can_check("peft"):
             common["check"] = self._checker(lambda reference, work: reference.peft(work))
@@ -133,7 +135,7 @@ class _Job:
                 f"({self.patch.base_model or 'unnamed'}, {self.patch.base_hash})",
                 "name it with --model",
             )
-        exact = self._exact_base()
+        exact = self.base.is_file() or self._exact_base()
         check = self._checker(lambda reference, work: reference.merged(work), exact=exact)
         return export_merged(self.patch, self.base, self.folder, overwrite=self.overwrite, check=check, progress=bars)
 
@@ -162,8 +164,14 @@ class _Job:
         from nest_runtime.export.gguf import ADAPTER, read_pairs, tensor_names
         from nest_runtime.export.lora import layout_of, pairs_of
 
-        names = tensor_names(self.patch, pairs_of(self.patch, layout_of(self.patch, reference.model)))
-        return reference.pairs(read_pairs(work / ADAPTER, names))
+        pairs = pairs_of(self.patch, layout_of(self.patch, reference.model))
+        return reference.pairs(read_pairs(work / ADAPTER, tensor_names(self.patch, pairs, self._architecture())))
+
+    def _architecture(self) -> str | None:
+        """llama.cpp's name of the base's architecture where the base is a GGUF file."""
+        from nest_runtime.gguf_header import read_header
+
+        return read_header(self.base).architecture if self.base is not None and self.base.is_file() else None
 
     def _can_check(self, package: str) -> bool:
         from importlib.util import find_spec
@@ -183,7 +191,7 @@ class _Job:
 
 
 def _base_of(patch: Patch, model: str | None) -> Path | None:
-    """The folder of the patch's base: the one named, or the reference model's where the patch is for it.
+    """The folder or file of the patch's base: the one named, or the reference model's where the patch is for it.
 
     Raises:
         BaseMismatch: the model named is another.
@@ -223,7 +231,7 @@ def _next(document: dict[str, Any]) -> str:
     if document["to"] == "peft":
         return f'PeftModel.from_pretrained(model, "{folder}")'
     if document["to"] == "gguf":
-        return f"llama-server -m BASE.gguf --lora {folder}/adapter.gguf"
+        return f"llama-server -m {document['base'] or 'BASE.gguf'} --lora {folder}/adapter.gguf"
     if document["to"] == "merged":
         return f"load {folder} as any other model"
     name = f"{document['patch'].replace('@', '-')}-{document['digest'][7:19]}"  # vLLM keys its cache by name

@@ -30,7 +30,7 @@ ModelOption = Annotated[
         "--model",
         metavar="MODEL",
         autocompletion=complete.models,
-        help="reference, a folder, or a Hub id: org/name\\[@revision].",
+        help="reference, a folder, FILE.gguf, or org/name\\[@revision].",
     ),
 ]
 DeviceOption = Annotated[

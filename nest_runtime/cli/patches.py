@@ -74,7 +74,10 @@ def diff(
 def hash_model(
     ctx: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", autocompletion=complete.models, help="reference, a folder, or a Hub id.")
+        str,
+        typer.Argument(
+            metavar="MODEL", autocompletion=complete.models, help="reference, a folder, FILE.gguf, or org/name."
+        ),
     ] = "reference",
     as_json: JsonOption = False,
 ) -> None:

@@ -65,14 +65,16 @@ def plan(
         raise UsageError("one of --harmful and --benign without the other", "give both, or neither")
     if (tflops is None) != (gbps is None):
         raise UsageError("one of --tflops and --gbps without the other", "give both; neither: they are measured")
-    from nest_runtime.models import pick_device, resolve_model, skeleton
+    from nest_runtime.models import gguf_dtype, pick_device, resolve_model, skeleton
     from nest_runtime.train.plan import plan as estimate
     from nest_runtime.train.plan import shape_of
 
     recipe = recipe_of(recipe_file, z=z, k_max=k_max, steps=steps)
     place = pick_device(device)
-    name, folder = resolve_model(model, config_only=True)
-    empty = skeleton(folder)
+    name, source = resolve_model(model, config_only=True)
+    empty = skeleton(source)
+    if source.is_file():
+        empty.config.dtype = gguf_dtype(place)
     kind, notes = _dtype(empty.config, dtype)
     shape = shape_of(empty, kind, recipe)
     load = _load(harmful, benign, prompt_tokens, recipe)

@@ -63,15 +63,17 @@ def export_gguf(
     folder: str | Path,
     *,
     model: nn.Module | None = None,
+    architecture: str | None = None,
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> GgufAdapter:
     """Write a patch as a GGUF LoRA adapter, ``adapter.gguf``, float32.
 
     Args:
-        patch: the patch; its ``architecture`` decides the names.
+        patch: the patch.
         folder: to be made; with ``overwrite`` an earlier export may stand there.
         model: the base, in memory or on the meta device; the patch's sites are checked against it where given.
+        architecture: llama.cpp's name of the base's, as its GGUF file has it; by default that of the patch's class.
         overwrite: replace an earlier export.
         check: called with the finished folder before it takes its place; what it raises leaves nothing behind.
 
@@ -79,20 +81,21 @@ def export_gguf(
         ExportError: the architecture has no names in llama.cpp, the patch changes experts or nothing, or the
             folder is taken; or the ``gguf`` package is missing.
     """
-    names = tensor_names(patch, pairs := _linear_pairs(patch, model))
+    architecture = architecture or ARCHITECTURES.get(patch.architecture)
+    names = tensor_names(patch, pairs := _linear_pairs(patch, model), architecture)
     rank = max(pair.rank for pair in pairs)
     with new_folder(folder, overwrite=overwrite) as work:
-        _write(work / ADAPTER, patch, [pair.padded(rank) for pair in pairs], names)
+        _write(work / ADAPTER, patch, [pair.padded(rank) for pair in pairs], names, str(architecture))
         write_note(work, "gguf", patch, rank=rank, modules=len(pairs))
         if check is not None:
             check(work)
     return GgufAdapter(Path(folder), (ADAPTER, NOTE), rank, len(pairs))
 
 
-def tensor_names(patch: Patch, pairs: list[Pair]) -> dict[str, str]:
+def tensor_names(patch: Patch, pairs: list[Pair], architecture: str | None = None) -> dict[str, str]:
     """llama.cpp's names of the modules' weights, by module; raises ExportError where it has none."""
     gguf = _gguf()
-    architecture = ARCHITECTURES.get(patch.architecture)
+    architecture = architecture or ARCHITECTURES.get(patch.architecture)
     known = next((number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
     if known is None:
         raise ExportError(f"no GGUF adapter can be made for {patch.architecture or 'an unnamed class'}", _LONG_WAY)
@@ -128,9 +131,9 @@ def _linear_pairs(patch: Patch, model: nn.Module | None) -> list[Pair]:
     return pairs
 
 
-def _write(path: Path, patch: Patch, pairs: list[Pair], names: dict[str, str]) -> None:
+def _write(path: Path, patch: Patch, pairs: list[Pair], names: dict[str, str], architecture: str) -> None:
     gguf = _gguf()
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[patch.architecture])
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(f"{patch.name} {patch.version}")
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

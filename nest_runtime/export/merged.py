@@ -19,7 +19,8 @@ from nest_runtime.anatomy import find_sites
 from nest_runtime.checkpoint import Checkpoint
 from nest_runtime.errors import BaseMismatch, ExportError
 from nest_runtime.export.folder import NOTE, check_target, new_folder, write_note
-from nest_runtime.fingerprint import model_hash, rows_digest, tensor_digests
+from nest_runtime.fingerprint import model_hash, rows_digest, rows_fit, tensor_digests
+from nest_runtime.gguf_header import find_gguf
 from nest_runtime.models import skeleton
 from nest_runtime.patch import Patch, check_sites
 from nest_runtime.projection import Projection
@@ -71,7 +72,8 @@ def export_merged(
 
     Raises:
         BaseMismatch: the folder is not the patch's base.
-        ExportError: the folder is taken, or lies in the base's; or what was written is not what was meant.
+        ExportError: the base is a GGUF file; the folder is taken, or lies in the base's; or what was written is not
+            what was meant.
         ModelError: the checkpoint is damaged, quantized, or keeps no single rows.
         SiteMismatch: the model has other sites.
     """
@@ -79,6 +81,11 @@ def export_merged(
     if target == source or source in target.parents:
         raise ExportError(f"{target} lies in the base's own folder {source}", "export to a folder beside it")
     check_target(target, overwrite)
+    if (gguf := find_gguf(source)) is not None:
+        raise ExportError(
+            f"{gguf} is quantized in blocks: nothing can be folded into it",
+            "export --to gguf, an adapter that llama.cpp puts on this very file",
+        )
     model = skeleton(source) if model is None else model
     layout = {projection.name: projection for projection in find_sites(model)}
     check_sites(patch, layout.values())
@@ -124,8 +131,10 @@ def _check_base(
     if found != patch.base_hash:
         raise BaseMismatch(f"{patch.name}@{patch.version} is for base {patch.base_hash}; {folder} is {found}", hint)
     neurons = {site.name: site.neurons.tensor() for site in patch.sites}
-    rows = rows_digest(model, neurons, read=lambda _, projection, index: checkpoint.read(projection, index))
-    if rows != patch.rows_digest:
+    layout = {projection.name: projection for projection in find_sites(model)}
+    stored = {s.name: checkpoint.read(layout[s.name], neurons[s.name]) for s in patch.sites if s.n_neurons}
+    if not rows_fit(model, stored, neurons, patch.rows_digest):
+        rows = rows_digest(model, neurons, read=lambda _, projection, index: stored[projection.name])
         raise BaseMismatch(
             f"the rows that {patch.name}@{patch.version} changes have digest {rows} in {folder}; "
             f"it was made on {patch.rows_digest}",

@@ -1,8 +1,9 @@
 """Does a patch belong on this model? Sites, model hash, and the rows it changes.
 
 A patch names its base twice, by model hash and by the digest of the rows it changes. A model loaded
-in another dtype than its checkpoint has neither; then the checkpoint's folder speaks for it: same
-hash, and in memory the checkpoint's rows converted. Nothing here changes a model.
+in another dtype than its checkpoint has neither, and one loaded from a GGUF file never the file's hash; then
+the checkpoint speaks for it: same hash, in memory the checkpoint's rows converted, and the patch made on those
+rows in one of the dtypes that models are loaded in. Nothing here changes a model.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ from torch import nn
 from nest_runtime.anatomy import unwrap
 from nest_runtime.checkpoint import Checkpoint
 from nest_runtime.errors import BaseMismatch, ModelError
-from nest_runtime.fingerprint import model_hash, rows_digest
+from nest_runtime.fingerprint import model_hash, rows_digest, rows_fit
+from nest_runtime.gguf_header import find_gguf, read_header
+from nest_runtime.gguf_model import GgufRows
 from nest_runtime.patch import Patch
 from nest_runtime.runtime.delta import Place
 
-_HINT = "use the patch's own base model, loaded from its checkpoint, unmerged; force=True overrides, and is recorded"
+_HINT = (
+    "use the patch's own base model, loaded from its checkpoint, unmerged; `nest-runtime retarget` makes of it a patch "
+    "for a sibling; force=True overrides, and is recorded"
+)
 
 Rows = Callable[[Place, torch.Tensor], torch.Tensor]
 
@@ -79,8 +85,8 @@ def check_base(patch: Patch, base: Base, saved: Mapping[str, torch.Tensor]) -> N
     same_rows = complete and _digest(patch, base.model, saved) == patch.rows_digest
     if same_hash and (same_rows or not complete):  # rows of quantized weights cannot be compared: the hash decides
         return
-    folder = checkpoint_folder(base.model)
-    if folder is not None and _checkpoint_fits(patch, base, saved, folder):
+    source = checkpoint_of(base.model)
+    if source is not None and _checkpoint_fits(patch, base, saved, source):
         return
     label = f"{patch.name}@{patch.version}"
     if not same_hash:
@@ -93,13 +99,13 @@ def check_base(patch: Patch, base: Base, saved: Mapping[str, torch.Tensor]) -> N
     )
 
 
-def checkpoint_folder(model: nn.Module) -> Path | None:
-    """The local folder a model was loaded from, if it is known and still there; nothing is downloaded."""
+def checkpoint_of(model: nn.Module) -> Path | None:
+    """The local folder or GGUF file a model was loaded from, if it is known and still there; nothing is downloaded."""
     config = getattr(unwrap(model), "config", None)
     name = getattr(config, "_name_or_path", "") or ""
     if not name:
         return None
-    if Path(name).is_dir():
+    if Path(name).exists():
         return Path(name)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -119,23 +125,30 @@ def _digest(patch: Patch, model: nn.Module, saved: Mapping[str, torch.Tensor]) -
     )
 
 
-def _checkpoint_fits(patch: Patch, base: Base, saved: Mapping[str, torch.Tensor], folder: Path) -> bool:
-    """Whether the folder is the patch's base and the model in memory is it in another dtype."""
+def _checkpoint_fits(patch: Patch, base: Base, saved: Mapping[str, torch.Tensor], source: Path) -> bool:
+    """Whether the checkpoint is the patch's base and the model in memory is it, in whatever dtype."""
     try:
-        if model_hash(folder) != patch.base_hash:
+        if model_hash(source) != patch.base_hash:
             return False
-        reader = Checkpoint(folder, base.model)
+        reader = _reader(source, base.model)
     except ModelError:
-        return False  # no safetensors there: it cannot speak for the model
-    converted = len(saved) < sum(1 for site in patch.sites if site.n_neurons)
+        return False  # nothing to read there: it cannot speak for the model
+    stored = {}
     for site in patch.sites:
         if site.name not in saved:
             continue
         try:
-            stored = reader.read(base.places[site.name].projection, site.neurons.tensor())
+            stored[site.name] = reader.read(base.places[site.name].projection, site.neurons.tensor())
         except ModelError:
             return False  # it keeps no such rows, so it cannot speak for them
-        if not torch.equal(stored.to(saved[site.name].dtype), saved[site.name]):
+        if not torch.equal(stored[site.name].to(saved[site.name].dtype), saved[site.name]):
             return False
-        converted = converted or stored.dtype != saved[site.name].dtype
-    return converted
+    if any(site.name not in saved for site in patch.sites if site.n_neurons):
+        return True  # quantized in memory: the hash decides
+    neurons = {site.name: site.neurons.tensor() for site in patch.sites}
+    return rows_fit(base.model, stored, neurons, patch.rows_digest)
+
+
+def _reader(source: Path, model: nn.Module) -> Checkpoint | GgufRows:
+    gguf = find_gguf(source)
+    return Checkpoint(source, model) if gguf is None else GgufRows(read_header(gguf))

@@ -146,6 +146,11 @@ class ClassifierJudge(Judge):
         from nest_runtime.models import pick_device, resolve_model
 
         _, folder = resolve_model(self.model_id)
+        if folder.is_file():
+            raise EvaluationError(
+                f"the judge {self.model_id} is a GGUF file, no sequence classifier",
+                f"name the format of a generating judge after '#': {', '.join(judge_formats())}",
+            )
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
             raise EvaluationError(

@@ -22,7 +22,8 @@ def engine_arguments(config: ServeConfig, folder: Path, port: int) -> list[str]:
         port: where to listen.
 
     Raises:
-        UsageError: a setting has no counterpart there, or ``engine_args`` says what nest-runtime says itself.
+        UsageError: the model is a GGUF file, a setting has no counterpart there, or ``engine_args`` says what
+            nest-runtime says itself.
     """
     more = shlex.split(config.engine_args)
     given = {name(argument) for argument in more}
@@ -30,6 +31,11 @@ def engine_arguments(config: ServeConfig, folder: Path, port: int) -> list[str]:
         if flag in given:
             raise UsageError(f"--engine-args holds {flag}, which nest-runtime sets itself", "leave it out")
     _refuse_settings(config)
+    if folder.is_file():
+        raise UsageError(
+            f"{folder.name} is a GGUF file; --engine vllm serves folders with safetensors",
+            "leave --engine out, or name the model's safetensors checkpoint and a patch made for it",
+        )
     limits = config.limits
     arguments = ["--model", str(folder), "--served-model-name", BASE_NAME]
     arguments += ["--host", config.host, "--port", str(port), "--disable-uvicorn-access-log"]

@@ -16,7 +16,7 @@ import torch
 from nest_runtime.anatomy import find_sites
 from nest_runtime.checkpoint import Checkpoint
 from nest_runtime.errors import BaseMismatch
-from nest_runtime.fingerprint import model_hash, rows_digest
+from nest_runtime.fingerprint import model_hash, rows_fit
 from nest_runtime.models import skeleton
 from nest_runtime.patch import Patch, check_sites
 from nest_runtime.serve.vllm.replicas import Reports
@@ -69,8 +69,7 @@ class Base:
             if site.n_neurons
         }
         neurons = {site.name: site.neurons.tensor() for site in patch.sites}
-        found = rows_digest(self.model, neurons, read=lambda _model, projection, _neurons: stored[projection.name])
-        if found != patch.rows_digest:
+        if not rows_fit(self.model, stored, neurons, patch.rows_digest):
             raise BaseMismatch(f"the rows that {label} changes are not those of this checkpoint", _HINT)
         return rows_of(patch, {name: rows.to(self.dtype) for name, rows in stored.items()})
 
