@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nest_runtime.home import nest_home
+from nest_runtime.io import atomic_write
 
 _VERSION = 1
 _KEEP = 256  # folders remembered; the oldest go first
@@ -69,14 +68,7 @@ class HashCache:
 
     def _write(self, text: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".model-hashes-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(name, self.path)
-        except OSError:
-            Path(name).unlink(missing_ok=True)
-            raise
+        atomic_write(self.path, text)
 
 
 def _valid(entry: Any) -> bool:

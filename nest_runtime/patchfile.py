@@ -8,18 +8,16 @@ or believed, and gives a Patch or an error, nothing in between. Whether a patch 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
-import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import DigestMismatch, NestError, PatchFormatError, PatchNotFound
 from nest_runtime.framing import Entry, Frame, FramingError, header_length, parse_frame, parse_object
+from nest_runtime.io import Unfit, atomic_write, open_file
 from nest_runtime.patch import FORMAT_VERSION, Patch
 from nest_runtime.site import PARTS, REQUIRED_PARTS, Site, check_parts
 from nest_runtime.values import FrozenTensor, canonical_json, digest_of
@@ -64,7 +62,7 @@ def save_patch(patch: Patch, path: str | os.PathLike[str]) -> Path:
     target, data = Path(path).expanduser(), to_bytes(patch)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(target, data)
+        atomic_write(target, data)
     except OSError as error:
         raise NestError(f"{target} cannot be written: {error.strerror or error}", "choose another path") from error
     return target
@@ -80,9 +78,7 @@ def read_patch(path: str | os.PathLike[str]) -> Patch:
     """
     path = Path(path).expanduser()
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise PatchFormatError(f"{path} is no regular file", "name a .safetensors patch file")
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             header, data_start = _read_header(file.read(8), size, file.read, str(path))
 
@@ -93,6 +89,10 @@ def read_patch(path: str | os.PathLike[str]) -> Patch:
             return _parse(header, size - data_start, read, str(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise PatchNotFound(f"there is no patch file {path}", "check the path") from error
+    except Unfit as error:
+        raise PatchFormatError(
+            f"{path} is no regular file: {error.strerror}", "name a .safetensors patch file"
+        ) from error
     except OSError as error:
         raise PatchNotFound(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from error
 
@@ -266,24 +266,3 @@ def _build(fields: Mapping[str, Any], parts: list[dict[str, str]], tensors: Mapp
     ]
     own = {key: value for key, value in fields.items() if key not in {"format_version", "digest", "sites"}}
     return Patch(**own, sites=tuple(sites))
-
-
-def _write_atomically(target: Path, data: bytes) -> None:
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
-    try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:  # an interrupt too must leave no half-written file
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder; the file itself is whole
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -249,7 +249,7 @@ def test_channels_and_revocations(hub: HubServer, store: Store, keys: Keys, tmp_
         publish(small_patch(f"v{n}", seed=n), store, keys)
     with pytest.raises(HubError, match="no version 'v9'"):
         set_channel(ref, "stable", "v9", store=store, key=keys[0])
-    with pytest.raises(HubError, match="no revision 'stable'"):
+    with pytest.raises(HubError, match="no channel 'stable'"):
         pull(f"{REPO}@stable", store=other, guard=guard)
     set_channel(ref, "stable", "v1", store=store, key=keys[0])
     assert pull(f"{REPO}@stable", store=other, guard=guard)[0].patch.version == "v1"

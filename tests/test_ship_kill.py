@@ -182,7 +182,7 @@ def test_signatures_and_origins(tmp_path: Path, keys: Keys) -> None:
 
     def keep() -> None:
         keep_signature(store.root, patch, material)
-        Origins(store.root).record("hf://alice/safety", "v1", "0" * 40, patch.digest)
+        Origins(store.root).record("hf://alice/safety", "v1", "0" * 40, patch.digest, patch.name)
 
     def story() -> object:
         """Without the second file of a signature there is none; both operations done is the new state."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nest_runtime.baselines.base import FitData, Learned, Method, Progress, Target
 from nest_runtime.baselines.parameters import ParameterSet, supervise, tuning_report
+from nest_runtime.io import replacing
 from nest_runtime.train.settings import Recipe
 
 
@@ -34,7 +35,8 @@ class Full(Method):
             parameters = ParameterSet(dict(target.model.named_parameters()), _switcher(target.model, own, trained))
             result = supervise(target, parameters, data, recipe, value, progress)
             shipped = {name: trained[name].to(own[name].dtype).cpu().contiguous() for name in own}
-        save_file(shipped, path, metadata={"format": "pt"})
+        with replacing(path) as temporary:
+            save_file(shipped, temporary, metadata={"format": "pt"})
         return Learned(
             path, tuning_report(result), parameters.trainable, switch=lambda: _data(target.model, load_file(path))
         )

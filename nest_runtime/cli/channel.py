@@ -76,7 +76,7 @@ def revoke(
     revocations, revision = publish_revocation(
         chosen, reason, ref, key=private_key, passphrase=passphrase_of(private_key), timeout=timeout
     )
-    entry = revocations.find(chosen.digest)
+    entry = revocations.find(chosen.digest, chosen.name)
     assert entry is not None  # just added, or there before
     from nest_runtime.registry.hub_types import connect
 
@@ -178,7 +178,7 @@ def channel_show(
         near = did_you_mean(channel, channels_like(remote, refs.head, channel))
         hint = f"{near}its publisher sets it with `nest-runtime channel set`"
         raise HubError(f"{ref.place} has no channel {channel!r}", hint)
-    found.check_fresh(revocations=revocations.serial if revocations else 0)
+    found.check_fresh(revocations=revocations.serial(found.name))
     document = {"repo": ref.place, "revision": refs.head, "url": remote.url(refs.head), **found.model_dump()}
     out.result(document, lambda: out.line(f"{ref.place}: {channel} is {found.version} until {found.expires}"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -205,11 +204,12 @@ def signing_key(given: Path | None) -> Path | None:
 
 def _results(path: Path | None) -> Mapping[str, Any] | None:
     from nest_runtime.errors import DataError
+    from nest_runtime.io import MAX_RESULT, parse_json, read_text
 
     if path is None:
         return None
     try:
-        document = json.loads(path.read_bytes())
+        document = parse_json(read_text(path, MAX_RESULT))
     except (OSError, ValueError) as error:
         raise DataError(f"the results {path} cannot be read: {error}", "give what `eval --json` printed") from error
     if not isinstance(document, dict):

@@ -13,7 +13,7 @@ from nest_runtime.cli.output import JsonOption, Output, short, size
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption
 
 if TYPE_CHECKING:
-    from nest_runtime.registry.trust import Verified
+    from nest_runtime.registry.activation import Activated
 
 OnlyModel = Annotated[
     str | None,
@@ -144,9 +144,10 @@ def activate(
     A file or a Hub reference is added to the store first. A server that is running keeps its patch.
     Where keys are trusted, here or in $NEST_HOME/trust.toml, the patch must pass: signature, revocations, serial.
     """
-    from nest_runtime.errors import BaseMismatch
+    from nest_runtime.registry.activation import Asked
+    from nest_runtime.registry.activation import activate as put_in_force
     from nest_runtime.registry.store import Store
-    from nest_runtime.registry.trust_guard import guard_for, keep_beside
+    from nest_runtime.registry.trust_guard import guard_for
     from nest_runtime.resolve import is_path, load_patch
 
     out, store, model_hash = Output.of(ctx, as_json), Store(), base_hash_of(model)
@@ -159,21 +160,7 @@ def activate(
     )
     foreign = is_path(patch) or patch.startswith("hf://")
     loaded = load_patch(patch) if foreign else store.get(patch, model_hash=model_hash)
-    if model_hash is not None and loaded.base_hash != model_hash:  # before anything of it is kept
-        raise BaseMismatch(
-            f"{loaded.name}@{loaded.version} is for model {loaded.base_hash}, not for {model_hash}",
-            "activate a patch of this model; `nest-runtime list` shows them",
-        )
-    verified = None if guard is None else guard.check(loaded, patch)
-    if foreign:
-        keep_beside(store, loaded, patch)
-        store.add(loaded, why=why)
-    before = store.active(loaded.base_hash)
-    why = _with_downgrade(why, verified)
-    entry = store.activate(loaded.digest, model_hash=model_hash, why=why)
-    if guard is not None and verified is not None:
-        guard.accept(loaded, verified, why=why)
-    _show_switch(out, entry, before, verified)
+    _show_switch(out, put_in_force(store, loaded, guard, Asked(why=why), ref=patch, model_hash=model_hash))
 
 
 def rollback(
@@ -189,22 +176,13 @@ def rollback(
 
     Where keys are trusted, its signature and the revocations are checked again; its lower serial is what is asked for.
     """
+    from nest_runtime.registry.activation import Asked, roll_back
     from nest_runtime.registry.store import Store
     from nest_runtime.registry.trust_guard import guard_for
 
     out, store, model_hash = Output.of(ctx, as_json), Store(), base_hash_of(model)
     guard = guard_for(store, trust or (), require_signature=require_signature, policy_file=trust_policy)
-    before = {entry.base_hash: entry for entry in store.list(model_hash) if entry.active}
-    target = store.previous(model_hash)
-    verified, patch = None, None
-    if guard is not None and target is not None:
-        patch = store.get(target.digest)
-        verified = guard.check(patch, allow_downgrade=True)
-    why = _with_downgrade(why, verified)
-    entry = store.rollback(model_hash, why=why)
-    if guard is not None and verified is not None and patch is not None:
-        guard.accept(patch, verified, why=why)
-    _show_switch(out, entry, before.get(entry.base_hash), verified)
+    _show_switch(out, roll_back(store, guard, Asked(why=why), model_hash=model_hash))
 
 
 def history(
@@ -277,16 +255,9 @@ def _what(event: dict[str, Any]) -> str:
     return f"{event['name']}@{event['version']}" if event.get("name") else f"{len(event.get('removed', []))} objects"
 
 
-def _with_downgrade(why: str, verified: Verified | None) -> str:
-    """The reason for the history, and with it that a downgrade was permitted."""
-    if verified is None or verified.before is None:
-        return why
-    note = f"downgrade permitted: serial {verified.before.serial} to {verified.serial}"
-    return f"{why} ({note})" if why else note
-
-
-def _show_switch(out: Output, entry: Any, before: Any, verified: Verified | None = None) -> None:
-    was = before.key if before else None
+def _show_switch(out: Output, done: Activated) -> None:
+    entry, verified = done.entry, done.verified
+    was = done.previous.key if done.previous else None
     text = f"active: {entry.key} ({short(entry.digest)})" + (f", was {was}" if was and was != entry.key else "")
     document = {**entry.to_json(), "previous": was}
     if verified is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from nest_runtime.cli import complete
 from nest_runtime.cli.common import examples
 from nest_runtime.cli.output import DeviceOption, DtypeOption, Interrupted, JsonOption, ModelOption, Output, short, size
 from nest_runtime.errors import UsageError
+from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
 
 if TYPE_CHECKING:
     from nest_runtime.models import LoadedModel
@@ -240,7 +240,7 @@ def recipe_of(path: Path | None, **given: Any) -> Recipe:
     recipe = Recipe()
     if path is not None:
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(read_text(path, MAX_SETTINGS))
         except (OSError, ValueError) as error:
             raise UsageError(f"the recipe {path} cannot be read: {error}", "give a JSON object of settings") from error
         if not isinstance(values, dict):

@@ -208,19 +208,18 @@ def _sign_stored(ref: str, model: str | None, key: Path, passphrase: str) -> tup
     store = Store()
     patch = store.get(ref, model_hash=base_hash_of(model))
     signed = sign_bytes(to_bytes(patch), key, passphrase, f"{patch.name}@{patch.version}")
-    keep_signature(store.root, patch, signed.material)
+    keep_signature(store.root, patch, signed.material, verified=True)
     folder = signature_folder(store.root, patch.digest)
     return signed, [str(folder / "manifest.json"), str(folder / f"{signed.key.id.partition(':')[2]}.sig")]
 
 
 def _verify_stored(ref: str, model: str | None, policy: Policy) -> Verified:
     from nest_runtime.registry.store import Store
-    from nest_runtime.registry.trust import check_trust
     from nest_runtime.registry.trust_guard import Guard
 
     store = Store()
     patch = store.get(ref, model_hash=base_hash_of(model))
-    return check_trust(patch, Guard(policy, store).material(patch), policy)
+    return Guard(policy, store).check(patch, allow_downgrade=True)
 
 
 def _only(keys: list[Path] | None, file: Path | None) -> Policy:

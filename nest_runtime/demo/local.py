@@ -140,23 +140,17 @@ class LocalBackend:
 
     def activate(self, entry: Entry) -> str:
         """Make a patch the store's active one, after the trust policy's checks. Raises what they raise."""
+        from nest_runtime.registry.activation import Asked, activate
+
         patch = self.store.get(entry.digest)
-        verified = None if self._guard is None else self._guard.check(patch)
-        done = self.store.activate(entry.digest, model_hash=self.model_hash, why=WHY)
-        if self._guard is not None and verified is not None:
-            self._guard.accept(patch, verified, why=WHY)
+        done = activate(self.store, patch, self._guard, Asked(why=WHY), model_hash=self.model_hash).entry
         return f"active: {done.key} ({done.digest[:19]})"
 
     def rollback(self) -> str:
         """Go back in the store, after the trust policy's checks; a lower serial is what is asked for."""
-        target = self.store.previous(self.model_hash)
-        if self._guard is not None and target is not None:
-            patch = self.store.get(target.digest)
-            verified = self._guard.check(patch, allow_downgrade=True)
-            done = self.store.rollback(self.model_hash, why=WHY)
-            self._guard.accept(patch, verified, why=WHY)
-        else:
-            done = self.store.rollback(self.model_hash, why=WHY)
+        from nest_runtime.registry.activation import Asked, roll_back
+
+        done = roll_back(self.store, self._guard, Asked(why=WHY), model_hash=self.model_hash).entry
         return f"active: {done.key} ({done.digest[:19]})"
 
     @contextmanager

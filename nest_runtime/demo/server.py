@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from nest_runtime.errors import EngineError, UsageError
+from nest_runtime.secret_files import secret_lines
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -56,18 +57,10 @@ class Listen:
 def read_logins(path: Path) -> dict[str, str]:
     """Passwords by user, from lines ``user:password``; empty lines and ``#`` comments do not count.
 
-    Raises UsageError for a file that cannot be read, that others may write, or that has other lines.
+    Raises UsageError for a file that cannot be read, that others may read, or that has other lines.
     """
-    try:
-        mode, lines = path.stat().st_mode, path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the login file {path} cannot be read: {error}", "give a text file") from error
-    if mode & 0o022:
-        raise UsageError(f"others may write the login file {path}", f"chmod 600 {path}")
     found = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
+    for number, line in secret_lines(path, "login file"):
         user, colon, password = line.partition(":")
         if not (user.strip() and colon and password):
             raise UsageError(f"{path}:{number}: expected user:password", "write one login a line")

@@ -87,7 +87,7 @@ def _files(source: Source) -> list[tuple[Path | None, str]]:
 def _secret(path: Path | None, what: str) -> str:
     from nest_runtime.serve.config import read_tokens
 
-    return "" if path is None else read_tokens(path, what).secrets[0]
+    return "" if path is None else read_tokens(path, what, secret=True).secrets[0]
 
 
 def _refusals(name: str) -> Callable[[str], bool]:

@@ -7,8 +7,6 @@ compared with another. Nothing here runs models or judges.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +17,7 @@ from nest_runtime.errors import DataError, EvaluationError
 from nest_runtime.evaluate.ability import Score, by_task, with_base
 from nest_runtime.evaluate.records import Record, breakdown, measures, other_share, rate_of
 from nest_runtime.evaluate.stats import Agreement, PairedChange, Rate, paired_change
+from nest_runtime.io import MAX_RESULT, atomic_write, parse_json, read_text
 
 FORMAT = 1
 JAILBREAK = "jailbreak"  # suites whose names begin so are pooled
@@ -189,21 +188,14 @@ class EvalResult:
         """Write the JSON, atomically."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.to_json(), file, indent=1, ensure_ascii=True)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        atomic_write(target, json.dumps(self.to_json(), indent=1, ensure_ascii=True))
         return target
 
     @classmethod
     def load(cls, path: str | Path) -> EvalResult:
         """Read a saved result; raises DataError where it is not one."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = parse_json(read_text(path, MAX_RESULT))
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is no evaluation result: {error}", "name a file that eval wrote") from error
         if not isinstance(data, dict):

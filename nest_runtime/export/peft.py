@@ -22,6 +22,7 @@ from torch import nn
 from nest_runtime.errors import DigestMismatch, ExportError, PatchFormatError
 from nest_runtime.export.folder import NOTE, new_folder, write_note
 from nest_runtime.export.lora import Pair, b_index, layout_of, pairs_of
+from nest_runtime.io import replacing
 from nest_runtime.patch import FORMAT_VERSION, Patch, Site
 from nest_runtime.projection import Projection
 from nest_runtime.values import torch_dtype
@@ -85,7 +86,8 @@ def export_peft(
     with new_folder(folder, overwrite=overwrite) as work:
         config = adapter_config(patch, pairs, rank, conv1d)
         (work / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        save_file(_tensors(pairs), work / WEIGHTS, metadata={"format": "pt", **_metadata(patch, layout)})
+        with replacing(work / WEIGHTS) as temporary:
+            save_file(_tensors(pairs), temporary, metadata={"format": "pt", **_metadata(patch, layout)})
         write_note(work, engine, patch, rank=rank, modules=len(pairs))
         if check is not None:
             check(work)

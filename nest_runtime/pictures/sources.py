@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from nest_runtime.errors import DataError
 from nest_runtime.evaluate.report import EvalResult
+from nest_runtime.io import MAX_RESULT, parse_json, read_text
 from nest_runtime.pictures.view import View, view_of_patch, view_of_sites
 
 
@@ -63,7 +63,7 @@ def read_sources(refs: Sequence[str], *, model_hash: str | None = None) -> Sourc
 def _read(path: Path) -> dict[str, Any]:
     hint = "give what `locate --out`, `eval --out` or `compare --out` wrote, or a patch"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_text(path, MAX_RESULT))
     except FileNotFoundError:
         raise DataError(f"there is no file {path}", hint) from None
     except (OSError, ValueError) as error:

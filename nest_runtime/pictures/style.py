@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import NestError
 from nest_runtime.evaluate.plots import DPI, OKABE_ITO
+from nest_runtime.io import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +71,7 @@ def save(made: Figure, path: Path) -> Path:
     kind = path.suffix.removeprefix(".")
     buffer = io.BytesIO()
     made.savefig(buffer, format=kind, dpi=DPI, metadata=stamps[kind])
-    path.write_bytes(buffer.getvalue())
+    atomic_write(path, buffer.getvalue())
     return path
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nest_runtime.errors import StoreError
+from nest_runtime.io import open_file, parse_json
 
 GENESIS = "sha256:" + "0" * 64
 LOCK_SECONDS = 30.0
@@ -148,7 +149,7 @@ class ChainLog:
     def _tail(self) -> list[bytes]:
         """Complete lines among the last TAIL_BYTES; the first may be cut, and then does not parse."""
         try:
-            with self.path.open("rb") as file:
+            with open_file(self.path) as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
                 return file.read().split(b"\n")[:-1]
         except FileNotFoundError:
@@ -156,7 +157,8 @@ class ChainLog:
 
     def _lines(self) -> list[bytes]:
         try:
-            data = self.path.read_bytes()
+            with open_file(self.path) as file:
+                data = file.read()
         except FileNotFoundError:
             return []
         return data.split(b"\n")[:-1]  # what follows the last newline was never completed
@@ -180,7 +182,7 @@ def _canonical(value: Mapping[str, Any]) -> bytes:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError:
         return None
     if not isinstance(entry, dict) or not isinstance(entry.get("seq"), int):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import model_validator
 
 from nest_runtime.errors import Expired, NestError, SignatureError, UsageError
-from nest_runtime.registry.files import atomic_write
+from nest_runtime.io import atomic_write
 from nest_runtime.registry.policy import Policy
 from nest_runtime.registry.signing import sign_files, verify_files
 from nest_runtime.registry.trust_documents import Digest, Document, Label, Serial, Time, moment_of, read_file, stamp

@@ -135,7 +135,7 @@ def peek_header(path: Path) -> dict[str, Any]:
             raise broken
         try:
             header = json.loads(json.loads(file.read(size))["__metadata__"][METADATA_KEY])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise broken from error
     if not isinstance(header, dict) or not set(_FIELDS) <= set(header):
         raise broken

@@ -31,10 +31,9 @@ from nest_runtime.names import did_you_mean
 from nest_runtime.registry.channels import Channel
 from nest_runtime.registry.follow_status import Kind, Outcome, Status
 from nest_runtime.registry.hub import Fetched, fetch_revision
-from nest_runtime.registry.hub_news import channels_like, check_not_listed, read_channel, read_revocations
+from nest_runtime.registry.hub_news import News, channels_like, read_channel, read_revocations
 from nest_runtime.registry.hub_origins import Origins
 from nest_runtime.registry.hub_types import Refs, Remote, RepoRef, connect, parse_repo
-from nest_runtime.registry.revocations import RevocationList
 
 if TYPE_CHECKING:
     from nest_runtime.patch import Patch
@@ -55,10 +54,12 @@ class Follower:
     """Follows one channel of one repository for one model. Polls may come from any one thread at a time.
 
     Args:
-        ref: ``hf://org/repo@stable``, or a mirror's; ``stable`` where no channel is named.
+        ref: ``hf://org/repo@stable``, or a mirror's; ``stable`` where no channel is named. ``repo@name@stable`` says
+            what the patch must be called; else the name that the place was first seen with holds.
         base_hash: the model that is served.
         store: gets every patch before it is switched to.
         active: gives the digest of the patch that is on, or None.
+        held: gives the patch that is on by that digest; from the store by default.
         switch: puts a patch on; raises NestError where it cannot.
         leave: told that the patch which is on is revoked, where the channel names no good one.
         heed: told that the revocations were read anew: what else is answered with has to pass ``check_revoked``.
@@ -78,6 +79,7 @@ class Follower:
         store: Store,
         active: Callable[[], str | None],
         switch: Callable[[Fetched], None],
+        held: Callable[[str], Patch] | None = None,
         leave: Callable[[Revoked], None] | None = None,
         heed: Callable[[], None] = lambda: None,
         gate: Callable[[Fetched], None] | None = None,
@@ -89,11 +91,12 @@ class Follower:
         self.ref = follow_ref(ref)
         self._remote: Remote = connect(self.ref, timeout=timeout)
         self._base_hash, self._store, self._guard = base_hash, store, guard
+        self._held = held or store.get
         self._active, self._switch, self._leave, self._heed, self._gate = active, switch, leave, heed, gate
         self._stale_after, self._now = stale_after, now
         self._lock = threading.Lock()
         self._settled: str | None = None  # the head that was dealt with
-        self._list: RevocationList | None = None  # the last one read
+        self._news = News()  # the last list read
         self._channel: Channel | None = None  # the last one accepted
         self._revision: str | None = None  # where its version was
         self._started = now()
@@ -134,7 +137,7 @@ class Follower:
     def check_revoked(self, patch: Patch) -> None:
         """Whether a patch is revoked as far as is known here. Raises Revoked; SignatureError for a damaged memory."""
         if self._guard is None:
-            check_not_listed(patch, self._list)
+            self._news.check(patch)
             return
         from nest_runtime.registry.trust import check_revoked
 
@@ -167,7 +170,7 @@ class Follower:
     def _take_news(self, refs: Refs) -> Outcome:
         self._counts = False
         revocations = read_revocations(self._remote, refs.head, self._guard)
-        self._list = revocations or self._list
+        self._news = revocations if revocations.list is not None else self._news
         self._heed()
         revoked = self._revoked_active(revocations)
         try:
@@ -184,21 +187,21 @@ class Follower:
             return Outcome("revoked", error=revoked)
         return outcome
 
-    def _stock(self, refs: Refs, revocations: RevocationList | None) -> None:
+    def _stock(self, refs: Refs, revocations: News) -> None:
         """Bring the newest version that passes into the store: the owner may have to turn to it."""
         for version in sorted(refs.tags, key=_natural, reverse=True)[:LOOK_BACK]:
             try:
                 fetched = fetch_revision(
                     self._remote, self.ref, refs.tags[version], store=self._store, guard=self._guard
                 )
-                check_not_listed(fetched.patch, revocations)
+                revocations.check(fetched.patch)
                 if fetched.patch.base_hash == self._base_hash:
                     self._store.add(fetched.patch, why=f"a way out of a revoked patch, from {self.ref.place}")
                     return
             except NestError as error:
                 log.info("%s@%s is no way out: %s", self.ref.place, version, error)
 
-    def _follow_channel(self, refs: Refs, revocations: RevocationList | None) -> Outcome:
+    def _follow_channel(self, refs: Refs, revocations: News) -> Outcome:
         assert self.ref.revision is not None  # follow_ref puts one there
         channel = read_channel(self._remote, refs.head, self.ref.revision, self._guard)
         if channel is None:
@@ -210,22 +213,25 @@ class Follower:
         revision = refs.tags.get(channel.version)
         if revision is None:
             raise HubError(f"{self.ref} names {channel.version}, which is not there", "its publisher has to push it")
+        origins = Origins(self._store.root)
         if channel.digest == self._active():
+            origins.record(self.ref.place, channel.version, revision, channel.digest, channel.name)
             self._accept(channel, revision)
             return Outcome("unchanged", channel.version, channel.digest)
         fetched = fetch_revision(self._remote, self.ref, revision, store=self._store, guard=self._guard)
         channel.check_patch(fetched.patch)
-        check_not_listed(fetched.patch, revocations)
+        revocations.check(fetched.patch)
         self._store.add(fetched.patch, why=f"followed from {self.ref} at {revision[:12]}")
-        Origins(self._store.root).record(self.ref.place, channel.version, revision, fetched.patch.digest)
+        origins.record(self.ref.place, channel.version, revision, channel.digest, channel.name)
         if self._gate is not None:
             self._gate(fetched)
         self._switch(fetched)
         self._accept(channel, revision)
         return Outcome("switched", channel.version, channel.digest)
 
-    def _check_channel(self, channel: Channel, revocations: RevocationList | None) -> None:
+    def _check_channel(self, channel: Channel, revocations: News) -> None:
         """Whether to go by a channel file that was read. Raises TrustError."""
+        Origins(self._store.root).check_name(self.ref, channel.name)
         if channel.base_hash != self._base_hash:
             raise BaseMismatch(
                 f"{self.ref} names a patch for model {channel.base_hash[:19]}; this one is {self._base_hash[:19]}",
@@ -237,26 +243,27 @@ class Follower:
                 f"{self.ref} serves a file issued at {channel.issued}; one of {last.issued} was already seen",
                 "an old file was served: ask the publisher, or use another mirror",
             )
-        channel.check_fresh(self._now(), revocations=revocations.serial if revocations else 0)
+        channel.check_fresh(self._now(), revocations=revocations.serial(channel.name))
         self._fresh, self._counts = self._reached, True
-        gone = last is not None and revocations is not None and revocations.find(last.digest) is not None
+        gone = last is not None and revocations.find(last.digest, last.name) is not None
         if self._guard is None and last is not None and channel.serial < last.serial and not gone:
             raise Downgrade(
                 f"{self.ref} names {channel.version} with serial {channel.serial}; {last.version} has {last.serial}",
                 "revoke the newer version if going back is meant",
             )
 
-    def _revoked_active(self, revocations: RevocationList | None) -> Revoked | None:
+    def _revoked_active(self, revocations: News) -> Revoked | None:
         """The error for the patch that is on, if it is revoked."""
         digest = self._active()
         if digest is None:
             return None
         try:
-            self.check_revoked(self._store.get(digest))
+            self.check_revoked(self._held(digest))
         except Revoked as error:
             return error
-        except NestError as error:  # a patch that the store does not hold cannot be named, only found in the list
-            entry = revocations.find(digest) if revocations is not None else None
+        except NestError as error:  # what nobody holds can only be called as what is followed is
+            name = self.ref.name or (self._channel.name if self._channel is not None else "")
+            entry = revocations.find(digest, name)
             log.debug("the active patch is not in the store: %s", error)
             return None if entry is None else Revoked(f"{entry.name}@{entry.version} was revoked: {entry.reason}")
         return None
@@ -278,7 +285,7 @@ class Follower:
 def follow_ref(ref: str | RepoRef) -> RepoRef:
     """A reference with the channel to follow; ``stable`` where none is named. Raises UsageError."""
     ref = parse_repo(ref) if isinstance(ref, str) else ref
-    return ref if ref.revision is not None else RepoRef(ref.place, DEFAULT_CHANNEL)
+    return ref if ref.revision is not None else RepoRef(ref.place, DEFAULT_CHANNEL, ref.name)
 
 
 def _natural(version: str) -> tuple[tuple[int, str], ...]:

@@ -15,9 +15,19 @@ from typing import TYPE_CHECKING, Any
 from nest_runtime.errors import HubError, SignatureError, TrustError
 from nest_runtime.names import did_you_mean
 from nest_runtime.registry.channels import Channel
-from nest_runtime.registry.hub_news import channels_like, check_not_listed, read_channel, read_revocations
-from nest_runtime.registry.hub_origins import LATEST, Origins
-from nest_runtime.registry.hub_types import Refs, Remote, RepoRef, connect, parse_repo, size_limit
+from nest_runtime.registry.hub_news import News, channels_like, read_channel, read_revocations
+from nest_runtime.registry.hub_origins import Origins
+from nest_runtime.registry.hub_types import (
+    LATEST,
+    USUAL_CHANNELS,
+    Refs,
+    Remote,
+    RepoRef,
+    connect,
+    may_be_channel,
+    parse_repo,
+    size_limit,
+)
 from nest_runtime.registry.trust_material import MANIFEST_FILE, PATCH_FILE, SIGNATURE_FILE, Material
 
 if TYPE_CHECKING:
@@ -116,19 +126,19 @@ def fetch(
     ref = parse_repo(ref) if isinstance(ref, str) else ref
     remote, origins = connect(ref, timeout=timeout), Origins(store.root)
     if ref.on_hub and _offline():
-        revision, channel = _offline_revision(ref, origins), None
+        revision, tag = _offline_revision(ref, origins)
         fetched = fetch_revision(remote, ref, revision, store=store, guard=guard, allow_downgrade=allow_downgrade)
     else:
         refs = remote.refs()
         revocations = read_revocations(remote, refs.head, guard)
-        revision, channel = _revision(ref, remote, refs, guard, revocations.serial if revocations else 0)
+        revision, channel = _revision(ref, remote, refs, guard, revocations)
         fetched = fetch_revision(remote, ref, revision, store=store, guard=guard, allow_downgrade=allow_downgrade)
-        check_not_listed(fetched.patch, revocations)
+        revocations.check(fetched.patch)
+        if channel is not None:
+            channel.check_patch(fetched.patch)
+        tag = channel.version if channel is not None else ref.revision
     patch = fetched.patch
-    if channel is not None:
-        channel.check_patch(patch)
-    tag = channel.version if channel is not None else ref.revision
-    if tag is not None and not _SHA.fullmatch(tag) and patch.version != tag and _looks_like_version(tag, ref, revision):
+    if tag not in (None, LATEST, patch.version) and not (ref.on_hub and _SHA.fullmatch(str(tag))):
         raise TrustError(
             f"{ref} holds version {patch.version} of {patch.name}; expected {tag}",
             "the tag was moved or set wrongly: ask its publisher, and use the digest you trust",
@@ -169,11 +179,12 @@ def fetch_revision(
             where=f"{ref}: {PATCH_FILE}",
             allow_downgrade=allow_downgrade or guard.allow_downgrade,
         )
+    Origins(store.root).check_name(ref, patch.name)
     Origins(store.root).check(ref, patch.version, revision, patch.digest)
     if material is not None:
         from nest_runtime.registry.trust_store import keep_signature
 
-        keep_signature(store.root, patch, material)
+        keep_signature(store.root, patch, material, verified=verified is not None)
     return Fetched(ref, revision, patch, material, verified, remote.url(revision))
 
 
@@ -188,22 +199,28 @@ def _material(remote: Remote, ref: RepoRef, revision: str) -> Material | None:
 
 
 def _revision(
-    ref: RepoRef, remote: Remote, refs: Refs, guard: Guard | None, revocations: int
+    ref: RepoRef, remote: Remote, refs: Refs, guard: Guard | None, revocations: News
 ) -> tuple[str, Channel | None]:
-    """Where the wanted patch lies, and the channel that said so, if one did."""
+    """Where the wanted patch lies, and the channel that said so, if one did.
+
+    A name that can be a channel's is one where the repository has such a channel: anybody can set a tag, unsigned.
+    """
     wanted = ref.revision
     if wanted is None or wanted == LATEST:
         return refs.head, None
-    if wanted in refs.tags:
-        return refs.tags[wanted], None
     if _SHA.fullmatch(wanted) and ref.on_hub:
-        return wanted, None
-    channel = read_channel(remote, refs.head, wanted, guard)
+        return refs.tags.get(wanted, wanted), None
+    channel = read_channel(remote, refs.head, wanted, guard) if may_be_channel(wanted) else None
     if channel is not None:
-        channel.check_fresh(revocations=revocations)
+        channel.check_fresh(revocations=revocations.serial(channel.name))
         if channel.version in refs.tags:
             return refs.tags[channel.version], channel
         raise HubError(f"{ref} names {channel.version}, which {ref.place} does not have", _versions(refs))
+    if wanted in USUAL_CHANNELS:
+        near = did_you_mean(wanted, channels_like(remote, refs.head, wanted))
+        raise HubError(f"{ref.place} has no channel {wanted!r}", near + "its publisher sets it with `channel set`")
+    if wanted in refs.tags:
+        return refs.tags[wanted], None
     if not ref.on_hub and not refs.tags:  # a plain download of one unsigned version
         return refs.head, None
     near = did_you_mean(wanted, [*channels_like(remote, refs.head, wanted), *refs.tags])
@@ -216,22 +233,22 @@ def _versions(refs: Refs) -> str:
     return f"it has {', '.join(sorted(refs.tags)[-8:])}"
 
 
-def _looks_like_version(tag: str, ref: RepoRef, revision: str) -> bool:
-    """Whether a revision promises a version: ``v3``, or whatever a mirror keeps as one. Other tags are free."""
-    return re.fullmatch(r"v\d+.*", tag) is not None or (not ref.on_hub and revision != tag)
-
-
 def _offline() -> bool:
     from nest_runtime.registry.hub_client import is_offline
 
     return is_offline()
 
 
-def _offline_revision(ref: RepoRef, origins: Origins) -> str:
-    """The commit that this machine last saw a version at; what is not known the client's own cache may know."""
+def _offline_revision(ref: RepoRef, origins: Origins) -> tuple[str, str | None]:
+    """The commit that this machine last saw a version or channel at, and the version that it must hold, if known.
+
+    What is not known the client's own cache may know.
+    """
     wanted = ref.revision or LATEST
     known = origins.find(ref.place, wanted)
-    return known.revision if known is not None else wanted
+    if known is None:
+        return wanted, wanted
+    return known.revision, None if may_be_channel(wanted) else wanted
 
 
 def _remember(origins: Origins, fetched: Fetched) -> None:
@@ -242,4 +259,4 @@ def _remember(origins: Origins, fetched: Fetched) -> None:
     elif not _SHA.fullmatch(ref.revision):
         names.add(ref.revision)
     for name in sorted(names):
-        origins.record(ref.place, name, fetched.revision, patch.digest)
+        origins.record(ref.place, name, fetched.revision, patch.digest, patch.name)

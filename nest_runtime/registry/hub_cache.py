@@ -7,11 +7,13 @@ hub_client.py.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import re
 from pathlib import Path
 
 from nest_runtime.errors import DigestMismatch, HubError
+from nest_runtime.io import Unfit, read_bytes
 from nest_runtime.registry.hub_errors import reason
 from nest_runtime.registry.hub_types import too_large
 
@@ -26,9 +28,11 @@ def checked(path: Path, what: str, limit: int) -> bytes:
     """
     places = _links(path)
     try:
-        if path.stat().st_size > limit:
-            raise too_large(what, limit)
-        data = path.read_bytes()
+        data = read_bytes(path, limit)
+    except Unfit as error:
+        if error.errno == errno.EFBIG:
+            raise too_large(what, limit) from error
+        raise HubError(f"{what} is no file in the cache: {error.strerror}", "see HF_HOME") from error
     except OSError as error:
         raise HubError(
             f"{what} cannot be read from the cache: {reason(error)}", "free some space; see HF_HOME"

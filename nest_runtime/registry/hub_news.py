@@ -8,24 +8,58 @@ revocation list is obeyed all the same, because obeying one can only refuse patc
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nest_runtime.errors import Revoked, SignatureError
 from nest_runtime.names import alike
 from nest_runtime.registry.channels import CHANNELS, Channel, verify_channel
-from nest_runtime.registry.hub_types import Remote
-from nest_runtime.registry.revocations import LIST_FILE, LIST_SIGNATURE, RevocationList
+from nest_runtime.registry.hub_types import USUAL_CHANNELS, Remote
+from nest_runtime.registry.revocations import LIST_FILE, LIST_SIGNATURE, Revocation, RevocationList
+from nest_runtime.registry.signing import read_bundle
 
 if TYPE_CHECKING:
     from nest_runtime.patch import Patch
+    from nest_runtime.registry.policy import KeyRule
     from nest_runtime.registry.trust_guard import Guard
 
-USUAL_CHANNELS = ("stable", "canary", "beta")
 log = logging.getLogger("nest_runtime.hub")
 
 
-def read_revocations(remote: Remote, head: str, guard: Guard | None) -> RevocationList | None:
-    """The repository's revocation list, taken into the guard's memory; None where there is none.
+@dataclass(frozen=True)
+class News:
+    """A repository's revocation list, and on whose word it counts.
+
+    Attributes:
+        list: the list; None where the repository has none.
+        rule: of the key that signed it; None where no policy says who may speak.
+    """
+
+    list: RevocationList | None = None
+    rule: KeyRule | None = None
+
+    def serial(self, name: str) -> int:
+        """The list's serial for patches of a name; 0 where there is none by a key that may speak about them."""
+        return self.list.serial if self.list is not None and self._counts(name) else 0
+
+    def find(self, digest: str, name: str) -> Revocation | None:
+        """The revocation of a patch, or None."""
+        return self.list.find(digest, name) if self.list is not None and self._counts(name) else None
+
+    def check(self, patch: Patch) -> None:
+        """Refuse a patch that the list names. With a guard, check_trust has said so before. Raises Revoked."""
+        entry = self.find(patch.digest, patch.name)
+        if entry is not None:
+            raise Revoked(
+                f"{patch.name}@{patch.version} was revoked on {entry.date[:10]}: {entry.reason}", "use another version"
+            )
+
+    def _counts(self, name: str) -> bool:
+        return self.rule is None or self.rule.allows("revocations", name)
+
+
+def read_revocations(remote: Remote, head: str, guard: Guard | None) -> News:
+    """The repository's revocation list, taken into the guard's memory.
 
     Raises:
         SignatureError: it is false, unsigned, older than the known one, or malformed.
@@ -33,13 +67,14 @@ def read_revocations(remote: Remote, head: str, guard: Guard | None) -> Revocati
     """
     data = remote.read(LIST_FILE, head)
     if data is None:
-        return None
+        return News()
     if guard is None:
-        return RevocationList.parse(data, f"the revocation list of {remote.name}")
+        return News(RevocationList.parse(data, f"the revocation list of {remote.name}"))
     signature = remote.read(LIST_SIGNATURE, head)
     if signature is None:
         raise SignatureError(f"the revocation list of {remote.name} is not signed", "ask its publisher to sign it")
-    return guard.state.update_revocations(data, signature, guard.policy)
+    known = guard.state.update_revocations(data, signature, guard.policy)
+    return News(known, guard.policy.rule_of(read_bundle(signature, "the signature of a list").key_id))
 
 
 def channels_like(remote: Remote, head: str, wanted: str) -> list[str]:
@@ -68,12 +103,3 @@ def read_channel(remote: Remote, head: str, channel: str, guard: Guard | None) -
     if found.channel != channel:
         raise SignatureError(f"{where} holds the file of {found.channel}", "ask its publisher to set it again")
     return found
-
-
-def check_not_listed(patch: Patch, revocations: RevocationList | None) -> None:
-    """Refuse a patch that a list names. With a guard, check_trust has said so before, and by whom. Raises Revoked."""
-    entry = revocations.find(patch.digest) if revocations is not None else None
-    if entry is not None:
-        raise Revoked(
-            f"{patch.name}@{patch.version} was revoked on {entry.date[:10]}: {entry.reason}", "use another version"
-        )

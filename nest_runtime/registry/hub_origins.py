@@ -2,8 +2,9 @@
 
     $NEST_HOME/store/origins.json
 
-A version that later shows up elsewhere with other content was moved, and is refused. Offline, the
-commit recorded here is how a version is found in the Hub client's cache.
+A version that later shows up elsewhere with other content was moved, and is refused. So is a patch of another name
+than the place was first seen with: a key may sign for several, and a repository holds one. Offline, the commit recorded
+here is how a version is found in the Hub client's cache.
 """
 
 from __future__ import annotations
@@ -18,11 +19,9 @@ from pathlib import Path
 from filelock import Timeout
 
 from nest_runtime.errors import StoreError, TrustError
+from nest_runtime.io import atomic_write, parse_json
 from nest_runtime.registry import chain
-from nest_runtime.registry.files import atomic_write
-from nest_runtime.registry.hub_types import RepoRef
-
-LATEST = "main"
+from nest_runtime.registry.hub_types import LATEST, RepoRef
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,11 @@ class Origin:
 
     Attributes:
         place: the repository.
-        version: the version asked for, or ``main``.
+        version: the version asked for, or ``main``; empty in the row that holds the place's name.
         revision: the commit's sha, or a mirror's folder.
         digest: of the patch.
         at: when it was last seen there.
+        name: what the patch is called; empty in rows of earlier releases.
     """
 
     place: str
@@ -42,6 +42,7 @@ class Origin:
     revision: str
     digest: str
     at: str = ""
+    name: str = ""
 
 
 class Origins:
@@ -62,6 +63,18 @@ class Origins:
         """Every place that a patch was seen at."""
         return [origin for origin in self._read().values() if origin.digest == digest]
 
+    def check_name(self, ref: RepoRef, name: str) -> None:
+        """Refuse a patch of another name than asked for, or than the place was first seen with. Raises TrustError."""
+        known = self.find(ref.place, "")
+        expected = ref.name or (known.name if known is not None else "")
+        if expected and name != expected:
+            asked = f"expected {expected}" if ref.name else f"on this machine {ref.place} is of {expected}"
+            raise TrustError(
+                f"{ref} serves a patch called {name}; {asked}",
+                f"its publisher, or whoever keeps the place, put another there; if that is meant, "
+                f"say so: {RepoRef(ref.place, ref.revision or LATEST, name)}",
+            )
+
     def check(self, ref: RepoRef, version: str, revision: str, digest: str) -> None:
         """Refuse a published version whose content changed. Raises TrustError."""
         known = self.find(ref.place, version)
@@ -72,15 +85,16 @@ class Origins:
                 "a published version never changes: its tag was moved; ask its publisher",
             )
 
-    def record(self, place: str, version: str, revision: str, digest: str) -> None:
-        """Remember a version. Raises StoreError where the disk refuses."""
+    def record(self, place: str, version: str, revision: str, digest: str, name: str) -> None:
+        """Remember a version, and that the place is of this name. Raises StoreError where the disk refuses."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with self._writing() as known:
-            known[f"{place}@{version}"] = Origin(place, version, revision, digest, now)
+            for key in (version, ""):
+                known[f"{place}@{key}"] = Origin(place, key, revision, digest, now, name)
 
     def _read(self) -> dict[str, Origin]:
         try:
-            rows = json.loads(self._path.read_bytes())
+            rows = parse_json(self._path.read_bytes())
             return {key: Origin(**row) for key, row in rows.items()}
         except FileNotFoundError:
             return {}

@@ -14,13 +14,22 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.errors import Downgrade, HubError, RepoMissing, SignatureError
+from nest_runtime.errors import Downgrade, HubError, RepoMissing, SignatureError, UsageError
 from nest_runtime.names import did_you_mean
 from nest_runtime.registry.card import render_card
 from nest_runtime.registry.channels import CHANNELS, Channel, channel_for, sign_channel
 from nest_runtime.registry.hub import fetch_revision
 from nest_runtime.registry.hub_origins import Origins
-from nest_runtime.registry.hub_types import CARD_FILE, Refs, Remote, RepoRef, connect
+from nest_runtime.registry.hub_types import (
+    CARD_FILE,
+    LATEST,
+    USUAL_CHANNELS,
+    Refs,
+    Remote,
+    RepoRef,
+    connect,
+    may_be_channel,
+)
 from nest_runtime.registry.mirror import MirrorRemote
 from nest_runtime.registry.revocations import LIST_FILE, LIST_SIGNATURE, RevocationList, read_list, revoke
 from nest_runtime.registry.trust_material import MANIFEST_FILE, PATCH_FILE, SIGNATURE_FILE, Manifest, Material
@@ -84,6 +93,7 @@ def push(
         timeout: seconds that any one step may take.
 
     Raises:
+        UsageError: the version is called like a channel.
         HubError: the version is taken by other content, the repository is of another base or name, somebody else
             was faster, or the Hub refused or cannot be reached.
         Downgrade: the repository has a higher serial.
@@ -98,6 +108,7 @@ def push(
         keep_signature(store.root, patch, material)
     remote = connect(ref, timeout=timeout)
     refs = _refs_or_create(remote, private)
+    _check_version(remote, refs, ref, patch.version)
     done = _already(remote, ref, refs, patch, store)
     if done is None:
         _check_follows(remote, refs, patch, ref, allow_downgrade)
@@ -108,7 +119,7 @@ def push(
         unchanged = True
         if not ref.on_hub:
             _mend(remote, refs, ref, patch, done)
-    Origins(store.root).record(ref.place, patch.version, done, patch.digest)
+    Origins(store.root).record(ref.place, patch.version, done, patch.digest, patch.name)
     signed_by = material.key_id if material else None
     return Pushed(ref.place, done, remote.url(done), patch.digest, patch.version, signed_by, unchanged)
 
@@ -137,6 +148,8 @@ def set_channel(
 
     Raises HubError, and UsageError for a name or key that cannot be used.
     """
+    if not may_be_channel(channel):
+        raise UsageError(f"{channel!r:.60} is a version's name, no channel's", "call it stable, canary, …")
     remote = connect(ref, timeout=timeout)
     for attempt in range(TRIES):
         refs = remote.refs()
@@ -205,6 +218,14 @@ def _refs_or_create(remote: Remote, private: bool) -> Refs:
     except RepoMissing:
         remote.create(private=private)
         return remote.refs()
+
+
+def _check_version(remote: Remote, refs: Refs, ref: RepoRef, version: str) -> None:
+    """Refuse a version whose tag could be taken for a channel, or for the newest. Raises UsageError."""
+    reserved = version in (*USUAL_CHANNELS, LATEST)
+    if reserved or (may_be_channel(version) and remote.read(f"{CHANNELS}/{version}.json", refs.head) is not None):
+        whose = "is reserved for a channel" if reserved else f"is a channel of {ref.place}"
+        raise UsageError(f"the version {version!r} {whose}", "give the patch a version such as v4")
 
 
 def _already(remote: Remote, ref: RepoRef, refs: Refs, patch: Patch, store: Store) -> str | None:

@@ -25,11 +25,16 @@ from nest_runtime.registry.trust_material import PATCH_FILE
 CARD_FILE = "README.md"
 HUB = "hf://"
 MAX_PATCH = 1 << 30  # bytes; as in patchfile.py, which needs torch
+LATEST = "main"  # the newest version
+USUAL_CHANNELS = ("stable", "canary", "beta")
 _ID = r"[\w.-]+/[\w.-]+"
 _REVISION = r"[A-Za-z0-9][\w./+-]*"
-_HUB_REF = re.compile(rf"(hf://)?(?P<repo>{_ID})(@(?P<revision>{_REVISION}))?")
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}"
+_VERSION = re.compile(r"v?\d.*")
+_HUB_REF = re.compile(rf"(hf://)?(?P<repo>{_ID})((@(?P<name>{_NAME}))?@(?P<revision>{_REVISION}))?")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://.+")
 _SUFFIX = re.compile(rf"(?P<place>.+)@(?P<revision>{_REVISION})")
+_NAMED = re.compile(rf"(?P<place>.+)@(?P<name>{_NAME})")
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,12 @@ class RepoRef:
     Attributes:
         place: ``hf://org/name``, an absolute folder, or an fsspec URL.
         revision: a version, a channel, a commit, or None.
+        name: what the patch must be called; None for whatever this machine knows the place to hold.
     """
 
     place: str
     revision: str | None = None
+    name: str | None = None
 
     @property
     def on_hub(self) -> bool:
@@ -55,7 +62,7 @@ class RepoRef:
         return self.place.removeprefix(HUB)
 
     def __str__(self) -> str:
-        return f"{self.place}@{self.revision}" if self.revision else self.place
+        return "@".join(part for part in (self.place, self.name, self.revision) if part)
 
 
 @dataclass(frozen=True)
@@ -106,29 +113,36 @@ def too_large(where: str, limit: int) -> HubError:
 
 
 def parse_repo(text: str) -> RepoRef:
-    """The repository that a text names: ``org/name``, ``hf://org/name``, a folder or an fsspec URL, and ``@revision``.
+    """The repository that a text names: ``org/name``, ``hf://org/name``, a folder or an fsspec URL.
 
-    A folder starts with ``/``, ``.`` or ``~``; ``org/name`` is always the Hub's. Raises UsageError.
+    ``@revision`` may follow, or ``@name@revision`` with the name that the patch must have. A folder starts with
+    ``/``, ``.`` or ``~``; ``org/name`` is always the Hub's. Raises UsageError.
     """
     found = _HUB_REF.fullmatch(text)
     if found and not text.startswith("."):
-        return RepoRef(HUB + found["repo"], found["revision"])
+        return RepoRef(HUB + found["repo"], found["revision"], found["name"])
     if text.startswith(HUB):
         raise UsageError(
             f"{text!r} is no Hub reference; expected hf://org/repo or hf://org/repo@v3", "check it for typos"
         )
     split = _SUFFIX.fullmatch(text)
     place, revision = (split["place"], split["revision"]) if split and "/" not in split["revision"] else (text, None)
-    if place.startswith("file:///"):
-        place = place.removeprefix("file://")
+    place = place.removeprefix("file://") if place.startswith("file:///") else place
+    named = _NAMED.fullmatch(place) if revision is not None and not os.path.isdir(Path(place).expanduser()) else None
+    place, name = (named["place"], named["name"]) if named else (place, None)
     if _URL.fullmatch(place):
-        return RepoRef(place.rstrip("/"), revision)
+        return RepoRef(place.rstrip("/"), revision, name)
     if place.startswith((".", "~", os.sep)) or os.path.isabs(place):
-        return RepoRef(str(Path(place).expanduser().absolute()), revision)
+        return RepoRef(str(Path(place).expanduser().absolute()), revision, name)
     raise UsageError(
         f"{text!r} names no repository; expected org/name, a folder such as ./mirror, or a URL",
         "for a folder write ./name",
     )
+
+
+def may_be_channel(name: str) -> bool:
+    """Whether a revision's name can be a channel's: versions begin with a digit, with ``v`` before it or not."""
+    return _VERSION.fullmatch(name) is None
 
 
 def connect(ref: RepoRef, *, timeout: float | None = None) -> Remote:

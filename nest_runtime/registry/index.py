@@ -6,11 +6,13 @@ A value with a byte form; reading and replacing the file, and everything that is
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import StoreError, UsageError
+from nest_runtime.io import parse_json
+from nest_runtime.registry import chain
 from nest_runtime.registry.entries import Entry, entry_from_json
 
 INDEX_FORMAT = 1
@@ -31,6 +33,11 @@ class Index:
     active: dict[str, list[Entry]] = field(default_factory=dict)
     head: dict[str, Any] | None = None
     pending: bool = False
+
+    def copy(self) -> Index:
+        """The same, to be changed by itself."""
+        active = {model: [*stack] for model, stack in self.active.items()}
+        return Index([*self.patches], active, self.head, self.pending)
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -64,13 +71,30 @@ class Index:
         return models[0]
 
 
+def undone(now: Index, before: Index, last: dict[str, Any] | None, event: dict[str, Any]) -> Index | None:
+    """The index that puts names and active patches back as they were; None where they are so.
+
+    Args:
+        now: as on the disk; what was changed may have ended in the middle of a write.
+        before: as it was.
+        last: the last entry that the history file holds.
+        event: the entry that says so, where the history says what is undone.
+    """
+    if now == before:
+        return None
+    if last is None or (before.head is not None and last["hash"] == before.head["hash"]):
+        return before
+    what = {key: last.get(key) for key in ("name", "version", "digest", "base_hash")}
+    return replace(before, head=chain.seal({**event, **what}, last), pending=True)
+
+
 def read_index(path: Path) -> Index:
     """The index of a file; an empty one where there is none.
 
     Raises StoreError where the file is damaged or of another format.
     """
     try:
-        rows = json.loads(path.read_bytes())
+        rows = parse_json(path.read_bytes())
     except FileNotFoundError:
         return Index()
     except ValueError as error:

@@ -6,6 +6,7 @@ place where model-signing (extra ``sign``) is imported, so that its absence is s
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import stat
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from nest_runtime.errors import NestError, UsageError
+from nest_runtime.io import open_file
 
 MAX_KEY = 64 * 1024  # bytes
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
@@ -72,7 +74,7 @@ def generate_keys(folder: Path, name: str = "nest", passphrase: str = "") -> tup
 
 def read_public_key(path: Path, name: str = "") -> PublicKey:
     """The public key of a PEM file; raises UsageError where it is none that signatures can be made with."""
-    return parse_public_key(_read_key(path), name or path.stem, str(path))
+    return parse_public_key(_read_key(path)[0], name or path.stem, str(path))
 
 
 def parse_public_key(pem: bytes, name: str, where: str) -> PublicKey:
@@ -100,7 +102,7 @@ def public_key_of(private_path: Path, passphrase: str = "") -> PublicKey:
 
 def is_encrypted(private_path: Path) -> bool:
     """Whether a private key file asks for a passphrase."""
-    return b"ENCRYPTED" in _read_key(private_path)
+    return b"ENCRYPTED" in _read_key(private_path)[0]
 
 
 def library() -> tuple[ModuleType, ModuleType, ModuleType]:
@@ -131,8 +133,7 @@ def _private_key(path: Path, passphrase: str) -> Any:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization as forms
 
-    pem = _read_key(path)
-    mode = path.stat().st_mode
+    pem, mode = _read_key(path)
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise UsageError(
             f"others may use the private key {path} (mode {mode & 0o777:o}); expected 600",
@@ -166,10 +167,11 @@ def _public(key: Any, name: str, where: str) -> PublicKey:
     return PublicKey("sha256:" + hashlib.sha256(pem).hexdigest(), pem, name)
 
 
-def _read_key(path: Path) -> bytes:
+def _read_key(path: Path) -> tuple[bytes, int]:
+    """A key file's text, without a byte order mark, and the mode of that very file."""
     try:
-        with path.open("rb") as file:
-            return file.read(MAX_KEY)
+        with open_file(path, MAX_KEY) as file:
+            return file.read(MAX_KEY).removeprefix(codecs.BOM_UTF8), os.fstat(file.fileno()).st_mode
     except OSError as error:
         raise UsageError(f"the key {path} cannot be read: {error.strerror or error}", "check the path") from error
 

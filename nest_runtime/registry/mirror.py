@@ -8,6 +8,7 @@ neither: there, let one machine push. Nothing read from a mirror is trusted for 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nest_runtime.errors import HubError, RepoMissing
-from nest_runtime.registry.files import atomic_write, sync_folder
+from nest_runtime.io import Unfit, atomic_write, open_file, parse_json, sync_folder
 from nest_runtime.registry.hub_types import Refs, size_limit, too_large
 from nest_runtime.registry.trust_documents import MAX_DOCUMENT
 from nest_runtime.registry.trust_material import MANIFEST_FILE, PATCH_FILE, SIGNATURE_FILE
@@ -118,16 +119,19 @@ class MirrorRemote:
         """The version at the root by its manifest; an unsigned one says nothing, and is read without a version."""
         data = self._get(fs, f"{root}/{MANIFEST_FILE}")
         try:
-            version = json.loads(data)["version"] if data else None
+            version = parse_json(data)["version"] if data else None
         except (ValueError, KeyError, TypeError):  # a damaged manifest is refused when its patch is read
             return None
         return version if isinstance(version, str) else None
 
-    @staticmethod
-    def _get(fs: Any, path: str, limit: int = MAX_DOCUMENT) -> bytes | None:
+    def _get(self, fs: Any, path: str, limit: int = MAX_DOCUMENT) -> bytes | None:
         try:
-            with fs.open(path, "rb") as file:
+            with open_file(path) if self._local else fs.open(path, "rb") as file:
                 data = bytes(file.read(limit + 1))
+        except Unfit as error:
+            if error.errno == errno.EISDIR:
+                return None
+            raise
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         if len(data) > limit:

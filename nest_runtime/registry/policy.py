@@ -20,7 +20,6 @@ served. A policy decides nothing by itself: trust.py does.
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -31,6 +30,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from nest_runtime.errors import UsageError
 from nest_runtime.home import nest_home
+from nest_runtime.io import MAX_SETTINGS, parse_json, parse_toml, read_text
 from nest_runtime.registry.keys import PublicKey, parse_public_key, read_public_key
 from nest_runtime.registry.trust_documents import Serial, Value, first_problem
 
@@ -38,6 +38,7 @@ Role = Literal["patches", "channels", "revocations"]
 ROLES: tuple[Role, ...] = ("patches", "channels", "revocations")
 POLICY_FILES = ("trust.toml", "trust.json")
 _HINT = "see docs/threat-model.md for the fields of a policy"
+_READABLE = "mend it, or remove it if no policy is meant: what is there is never passed over"
 
 
 class KeyRule(Value):
@@ -107,11 +108,13 @@ class Policy(Value):
 def read_policy(path: Path) -> Policy:
     """The policy of a ``.toml`` or ``.json`` file, its keys read. Raises UsageError naming the file and the field."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the trust policy {path} cannot be read: {error}", "check the path") from error
+        text = read_text(path, MAX_SETTINGS)
+    except OSError as error:
+        raise UsageError(f"the trust policy {path} cannot be read: {error.strerror}", _READABLE) from error
+    except ValueError as error:
+        raise UsageError(f"the trust policy {path} is not UTF-8: {error}", "save it as UTF-8") from error
     try:
-        value = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        value = parse_json(text) if path.suffix == ".json" else parse_toml(text)
     except ValueError as error:  # of json and of tomllib
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise UsageError(f"the trust policy {path} is not {kind}: {error}", _HINT) from error
@@ -121,12 +124,15 @@ def read_policy(path: Path) -> Policy:
 
 
 def default_policy(home: Path | None = None) -> Policy | None:
-    """The policy in ``$NEST_HOME``, or None where there is none."""
+    """The policy in ``$NEST_HOME``, or None where there is none.
+
+    Raises UsageError where there is one that does not count: a link to nowhere, a file that cannot be read, or two.
+    """
     folder = home or nest_home()
-    for name in POLICY_FILES:
-        if (folder / name).exists():
-            return read_policy(folder / name)
-    return None
+    found = [folder / name for name in POLICY_FILES if _is_there(folder / name)]
+    if len(found) > 1:
+        raise UsageError(f"there are two trust policies, {found[0]} and {found[1]}", "keep one of them")
+    return read_policy(found[0]) if found else None
 
 
 def policy_for(
@@ -165,9 +171,24 @@ def with_keys(policy: Policy, keys: Iterable[PublicKey], *, require_signature: b
     return Policy(**fields)
 
 
+def _is_there(path: Path) -> bool:
+    """Whether a name stands for anything. Raises UsageError where that cannot be told: no answer is no "no"."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        if path.parent.is_symlink() and not path.parent.exists():
+            raise UsageError(f"{path.parent}, where a trust policy would be, is a link to nowhere", _READABLE) from None
+        return False
+    except OSError as error:
+        raise UsageError(f"the trust policy {path} cannot be looked for: {error.strerror}", _READABLE) from error
+    return True
+
+
 def _policy(value: dict[str, Any], where: str) -> Policy:
     try:
         policy = Policy.model_validate_json(json.dumps(value))
+    except RecursionError as error:
+        raise UsageError(f"{where} is nested too deeply", _HINT) from error
     except ValidationError as error:
         raise UsageError(f"{where}: {first_problem(error)}", _HINT) from error
     except TypeError as error:  # TOML has dates, JSON has none

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from nest_runtime.errors import NestError, SignatureError, UsageError
 from nest_runtime.home import nest_home
-from nest_runtime.registry.files import atomic_write
+from nest_runtime.io import atomic_write
 from nest_runtime.registry.keys import public_key_of
 from nest_runtime.registry.policy import KeyRule, Policy
 from nest_runtime.registry.signing import sign_files, verify_files
@@ -77,9 +77,12 @@ class RevocationList(Document):
             moment_of(entry.date, "date")
         return self
 
-    def find(self, digest: str) -> Revocation | None:
-        """The revocation of a patch, or None."""
-        return next((entry for entry in self.revoked if entry.digest == digest), None)
+    def find(self, digest: str, name: str) -> Revocation | None:
+        """The revocation of the patch that has this digest and this name, or None.
+
+        A digest under another patch's name revokes nothing: whoever may speak for that name could else speak for all.
+        """
+        return next((entry for entry in self.revoked if (entry.digest, entry.name) == (digest, name)), None)
 
     def check_follows(self, earlier: RevocationList) -> None:
         """Whether this list may replace an earlier one. Raises SignatureError: older, or something was taken off."""
@@ -159,7 +162,7 @@ def revoke(
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=_LOCK_SECONDS):
             old = _present(folder, mine)
-            if old is not None and old.find(patch.digest) is not None:
+            if old is not None and old.find(patch.digest, patch.name) is not None:
                 return old
             revoked = tuple(sorted((*(old.revoked if old else ()), entry), key=lambda e: e.digest))
             new = RevocationList(serial=old.serial + 1 if old else 1, updated=stamp(now), revoked=revoked)

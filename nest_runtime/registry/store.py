@@ -14,6 +14,8 @@ Signatures are kept beside (trust_store.py), and not checked here.
 from __future__ import annotations
 
 import builtins
+import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import Timeout
 
-from nest_runtime.errors import BaseMismatch, DigestMismatch, StoreError
+from nest_runtime.errors import BaseMismatch, StoreError
 from nest_runtime.home import nest_home
+from nest_runtime.io import atomic_write
 from nest_runtime.registry import chain
 from nest_runtime.registry.entries import (
     Entry,
@@ -33,8 +36,8 @@ from nest_runtime.registry.entries import (
     entry_of,
     match,
 )
-from nest_runtime.registry.files import atomic_write, sync_folder
-from nest_runtime.registry.index import Index, read_index
+from nest_runtime.registry.index import Index, read_index, undone
+from nest_runtime.registry.objects import read_object, write_object
 from nest_runtime.registry.trust_store import drop_signatures, is_signed
 
 if TYPE_CHECKING:
@@ -57,6 +60,8 @@ class Store:
         self._index_path = self.root / "index.json"
         self._lock_path = self.root / "lock"
         self._log = chain.ChainLog(self.root / "history.jsonl")
+        self._thread = threading.RLock()  # a transaction keeps other threads out, as the lock file does processes
+        self._open: Index | None = None  # of the transaction under way
 
     def list(self, model_hash: str | None = None) -> list[Entry]:
         """Everything stored and built in, by base model, name and serial; of one base if ``model_hash`` is given."""
@@ -75,7 +80,7 @@ class Store:
 
         Raises PatchNotFound, UsageError (ambiguous), DigestMismatch or PatchFormatError.
         """
-        return self._read(self.find(ref, model_hash=model_hash))
+        return self.read(self.find(ref, model_hash=model_hash))
 
     def active(self, model_hash: str) -> Entry | None:
         """The entry of the patch that is active for a model, or None."""
@@ -91,7 +96,7 @@ class Store:
     def active_patch(self, model_hash: str) -> Patch | None:
         """The patch that is active for a model, verified like ``get``, or None."""
         entry = self.active(model_hash)
-        return self._read(entry) if entry else None
+        return self.read(entry) if entry else None
 
     def add(self, source: Patch | str | Path, *, who: str = "", why: str = "") -> Entry:
         """Keep a patch, or a patch file, under its name and version.
@@ -118,7 +123,7 @@ class Store:
                     f"{entry.key} is already {known.digest[:19]} for this model; this file is {entry.digest[:19]}",
                     "a version never changes: give the new patch another version",
                 )
-            self._write_object(entry.digest, data)
+            write_object(self.root, entry.digest, data)
             index.patches.append(entry)
             self._commit(index, "add", entry, who, why)
         return entry
@@ -154,9 +159,9 @@ class Store:
                     f"{entry.key} is for model {entry.base_hash}, not for {model_hash}",
                     "activate a patch of this model; `nest-runtime list` shows them",
                 )
-            patch = self._read(entry)
+            patch = self.read(entry)
             if entry.builtin:  # its bytes are kept, so that an update of the package cannot take an active patch away
-                self._write_object(entry.digest, to_bytes(patch))
+                write_object(self.root, entry.digest, to_bytes(patch))
             stack = index.active.setdefault(entry.base_hash, [])
             if not stack or stack[-1].digest != entry.digest:
                 stack.append(entry)
@@ -182,10 +187,46 @@ class Store:
                     f"{now} for model {model[:19]}: nothing to roll back to", "activate a patch by name instead"
                 )
             entry = stack[-2]
-            self._read(entry)
+            self.read(entry)
             stack.pop()
             self._commit(index, "rollback", entry, who, why)
         return entry.marked(active=True)
+
+    @contextmanager
+    def transaction(self, *, who: str = "", why: str = "") -> Iterator[None]:
+        """All changes of the block hold, or none does: an error puts names and active patches back as they were.
+
+        Nobody else changes the store meanwhile. The history keeps what was done, and then has one entry more,
+        ``undo``. A process that is killed inside leaves what it had done.
+
+        Raises what the block raises, and StoreError where putting back fails as well: it then says what is active.
+        """
+        with self._writing() as index:
+            before = index.copy()
+            self._open = index
+            try:
+                yield
+            except BaseException as error:
+                self._put_back(before, who, why, error)
+                raise
+            finally:
+                self._open = None
+
+    def _put_back(self, before: Index, who: str, why: str, error: BaseException) -> None:
+        reason = f"{type(error).__name__}: {getattr(error, 'message', '') or error}"[:500]
+        event = {"who": who or chain.actor(), "what": "undo", "why": f"{why} ({reason})" if why else reason}
+        try:
+            restored = undone(self._load(), before, self._log.last(), event)
+            if restored is not None:
+                self._save(restored)
+        except (OSError, StoreError) as failed:
+            raise StoreError(
+                f"{error}; and undoing it failed: {failed}",
+                "the store may name what was refused: look at `nest-runtime list`, then activate what you want",
+            ) from error
+        if restored is not None and restored.pending:
+            with contextlib.suppress(OSError):  # it is owed: the next command writes it
+                self._pay(restored)
 
     def history(self, model_hash: str | None = None) -> builtins.list[dict[str, Any]]:
         """All changes, oldest first: seq, at, who, what, why, name, version, digest, base_hash, prev, hash."""
@@ -229,39 +270,9 @@ class Store:
         built_in = [entry for entry, _ in builtin_entries().values() if (entry.base_hash, entry.key) not in taken]
         return index.patches + built_in
 
-    def _object_path(self, digest: str) -> Path:
-        algorithm, _, digits = digest.partition(":")
-        return self.root / "objects" / algorithm / digits[:2] / f"{digits}.safetensors"
-
-    def _read(self, entry: Entry) -> Patch:
-        from nest_runtime.patchfile import read_patch
-
-        path = self._object_path(entry.digest)
-        if not path.exists():
-            built_in = builtin_entries().get(entry.digest)
-            if built_in is None:
-                raise StoreError(
-                    f"the bytes of {entry.key} ({entry.digest[:19]}) are gone from {path}",
-                    "add its file again with `nest-runtime add FILE`",
-                )
-            path = built_in[1]
-        patch = read_patch(path)
-        if patch.digest != entry.digest:
-            raise DigestMismatch(
-                f"{path} holds {patch.digest}; the store expects {entry.digest}",
-                "the file was changed or replaced: remove it and add the patch again from its source",
-            )
-        return patch
-
-    def _write_object(self, digest: str, data: bytes) -> None:
-        """Write an object, or write it anew: one that a failing disk damaged is healed by adding it again."""
-        path = self._object_path(digest)
-        if path.exists() and path.read_bytes() == data:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, data, workdir=self.root / "tmp")
-        for folder in (path.parent.parent, path.parent.parent.parent, self.root):
-            sync_folder(folder)
+    def read(self, entry: Entry) -> Patch:
+        """The patch of an entry, its bytes checked against its digest. Raises as ``get``."""
+        return read_object(self.root, entry)
 
     def _load(self) -> Index:
         return read_index(self._index_path)
@@ -269,6 +280,15 @@ class Store:
     @contextmanager
     def _writing(self) -> Iterator[Index]:
         """The index, with the lock held and whatever a killed process still owed to the history written."""
+        with self._thread:
+            if self._open is not None:
+                yield self._open
+                return
+            with self._locked() as index:
+                yield index
+
+    @contextmanager
+    def _locked(self) -> Iterator[Index]:
         try:
             (self.root / "tmp").mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -199,18 +199,18 @@ def check_trust(
 
 
 def check_revoked(name: str, version: str, digest: str, policy: Policy, state: TrustState) -> frozenset[str]:
-    """Whether a patch is revoked by a key that the policy lets speak about its name; gives all revoked digests.
+    """Whether a patch is revoked by a key that the policy lets speak about its name; gives the name's revoked digests.
 
     Raises Revoked, or SignatureError where a list that this machine accepted is gone or damaged.
     """
-    known = state.revocations(policy)
+    known = [(entry, rule) for entry, rule in state.revocations(policy) if entry.name == name]
     for entry, rule in known:
-        if entry.digest == digest and rule.allows("revocations", name):
+        if entry.digest == digest:
             raise Revoked(
                 f"{name}@{version} was revoked on {entry.date[:10]} by {rule.name}: {entry.reason}",
                 "use another version",
             )
-    return frozenset(entry.digest for entry, rule in known if rule.allows("revocations", entry.name))
+    return frozenset(entry.digest for entry, _ in known)
 
 
 def remember(verified: Verified, state: TrustState, *, who: str = "", why: str = "") -> None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nest_runtime.errors import NestError, SignatureError
 from nest_runtime.framing import FramingError, parse_object
+from nest_runtime.io import read_bytes
 
 MAX_DOCUMENT = 16 * 1024 * 1024  # bytes
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -75,13 +76,11 @@ def first_problem(error: ValidationError) -> str:
 def read_file(path: Path, what: str) -> bytes:
     """The bytes of a signed file of bounded size. Raises SignatureError where there is none to read."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_DOCUMENT + 1)
+        return read_bytes(path, MAX_DOCUMENT)
     except FileNotFoundError as error:
         raise SignatureError(f"there is no {what} at {path}", "ask its publisher to sign it") from error
     except OSError as error:
         raise NestError(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from error
-    return data
 
 
 def stamp(moment: datetime | None = None) -> str:

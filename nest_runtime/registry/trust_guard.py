@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nest_runtime.errors import NestError
+from nest_runtime.errors import NestError, SignatureError
 from nest_runtime.registry.entries import builtin_entries
 from nest_runtime.registry.policy import Policy, policy_for
 from nest_runtime.registry.trust import Verified, check_trust, remember
 from nest_runtime.registry.trust_material import Material, patch_path, read_material
 from nest_runtime.registry.trust_state import TrustState
-from nest_runtime.registry.trust_store import keep_signature, kept_signature
+from nest_runtime.registry.trust_store import keep_signature, kept_signatures
 from nest_runtime.resolve import is_path
 
 if TYPE_CHECKING:
@@ -55,32 +55,42 @@ class Guard:
             ref: the reference it was loaded by; where that is a path, what lies beside it is used.
             allow_downgrade: somebody says that going back is meant.
         """
-        material = self.material(patch, ref)
-        verified = check_trust(
-            patch, material, self.policy, self.state, allow_downgrade=allow_downgrade or self.allow_downgrade
-        )
-        if material is not None:
-            self._seen[patch.digest] = material
-        else:
-            log.warning("%s@%s is not signed; the trust policy lets it pass", patch.name, patch.version)
-        return verified
+        first: SignatureError | None = None
+        candidates: list[Material | None] = [*self._materials(patch, ref)]
+        for material in candidates or [None]:
+            try:
+                verified = check_trust(
+                    patch, material, self.policy, self.state, allow_downgrade=allow_downgrade or self.allow_downgrade
+                )
+            except SignatureError as error:  # another key's may stand beside one that does not count
+                first = first or error
+                continue
+            if material is not None:
+                self._seen[patch.digest] = material
+            else:
+                log.warning("%s@%s is not signed; the trust policy lets it pass", patch.name, patch.version)
+            return verified
+        assert first is not None  # there is always something to judge by
+        raise first
 
     def accept(self, patch: Patch, verified: Verified, *, who: str = "", why: str = "") -> None:
-        """Remember a patch that is put in force now, and keep its signature in the store for the next start."""
-        remember(verified, self.state, who=who, why=why)
+        """Keep a patch's signature in the store for the next start, and remember that it is put in force now."""
         if (material := self._seen.get(patch.digest)) is not None:
-            keep_signature(self._store.root, patch, material)
+            keep_signature(self._store.root, patch, material, verified=True)
+        remember(verified, self.state, who=who, why=why)
 
     def material(self, patch: Patch, ref: str | Path | None = None) -> Material | None:
-        """The manifest and signature to judge a patch by, or None for an unsigned one; nothing is verified here."""
+        """The manifest and signature that come first, or None for an unsigned patch; nothing is verified here."""
+        return next(iter(self._materials(patch, ref)), None)
+
+    def _materials(self, patch: Patch, ref: str | Path | None) -> list[Material]:
+        """What to judge a patch by: what lies beside its file alone, else all that is known of it."""
         if ref is not None and is_path(ref):
             beside = read_material(patch_path(Path(ref).expanduser()))
             if beside is not None:
-                return beside
-        seen = self._seen.get(patch.digest)
-        if seen is not None:
-            return seen
-        return kept_signature(self._store.root, patch, self.policy) or _builtin_material(patch)
+                return [beside]
+        found = [self._seen.get(patch.digest), *kept_signatures(self._store.root, patch, self.policy)]
+        return [material for material in (*found, _builtin_material(patch)) if material is not None]
 
     def newest_good(self, base_hash: str, name: str, *, but: Iterable[str] = ()) -> tuple[Patch, Verified] | None:
         """The stored patch of that name with the highest serial that passes, or None.

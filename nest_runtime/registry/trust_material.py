@@ -11,14 +11,17 @@ The manifest follows from the patch alone; who may sign it is decided in trust.p
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from pydantic import Field
 
 from nest_runtime.errors import PatchFormatError, PatchNotFound, SignatureError
-from nest_runtime.registry.files import atomic_write
+from nest_runtime.io import Unfit, atomic_write, open_file
 from nest_runtime.registry.signing import read_bundle
 from nest_runtime.registry.trust_documents import Digest, Document, Label, Serial, read_file
 
@@ -94,26 +97,29 @@ def patch_path(path: Path) -> Path:
 
 def read_patch_file(path: Path) -> bytes:
     """A patch file's bytes. Raises as ``patch_size``."""
-    patch_size(path)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise PatchNotFound(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from error
+    with _opened(path) as file:
+        return file.read()
 
 
 def patch_size(path: Path) -> int:
-    """A patch file's size. Raises PatchNotFound, or PatchFormatError for one that no patch has."""
+    """A patch file's size. Raises PatchNotFound, or PatchFormatError for what is no file, or larger than a patch is."""
+    with _opened(path) as file:
+        return os.fstat(file.fileno()).st_size
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     from nest_runtime.patchfile import MAX_FILE
 
     try:
-        size = path.stat().st_size
+        with open_file(path, MAX_FILE) as file:
+            yield file
+    except Unfit as error:
+        raise PatchFormatError(f"{path} is no patch: {error.strerror}", "name a .safetensors patch file") from error
     except (FileNotFoundError, NotADirectoryError) as error:
         raise PatchNotFound(f"there is no patch file {path}", "check the path") from error
     except OSError as error:
         raise PatchNotFound(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from error
-    if size > MAX_FILE:
-        raise PatchFormatError(f"{path} has {size} bytes; the limit is {MAX_FILE}", "name a patch")
-    return size
 
 
 def material_paths(path: Path) -> tuple[Path, Path]:
@@ -129,7 +135,7 @@ def read_material(path: Path) -> Material | None:
     Raises SignatureError where only one of the two files is there.
     """
     manifest, signature = material_paths(path)
-    present = [item for item in (manifest, signature) if item.exists()]
+    present = [item for item in (manifest, signature) if os.path.lexists(item)]  # a link to nowhere is no "unsigned"
     if not present:
         return None
     if len(present) == 1:

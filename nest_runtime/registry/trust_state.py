@@ -24,12 +24,14 @@ from filelock import Timeout
 
 from nest_runtime.errors import Downgrade, SignatureError, StoreError
 from nest_runtime.home import nest_home
+from nest_runtime.io import atomic_write, parse_json, read_bytes
 from nest_runtime.registry import chain
-from nest_runtime.registry.files import atomic_write
 from nest_runtime.registry.policy import KeyRule, Policy
 from nest_runtime.registry.revocations import Revocation, RevocationList, verify_list
+from nest_runtime.registry.trust_documents import MAX_DOCUMENT
 
 STATE_FORMAT = 1
+MAX_STATE = 64 * 1024 * 1024  # bytes of state.json
 _FETCH = "fetch the list again with `nest-runtime revocations FOLDER`"
 
 log = logging.getLogger("nest_runtime.trust")
@@ -129,7 +131,7 @@ class TrustState:
             )
 
     def revocations(self, policy: Policy) -> list[tuple[Revocation, KeyRule]]:
-        """Every revocation known from keys that the policy trusts with them, lists verified anew.
+        """Every revocation known from keys that the policy trusts with that patch's name, lists verified anew.
 
         Raises SignatureError where a list that was accepted is gone, older or damaged: nothing is accepted then.
         """
@@ -139,7 +141,7 @@ class TrustState:
             if rule is None or "revocations" not in rule.may:
                 continue
             known, rule = self._stored(key_id, serial, digest, policy)
-            found += [(entry, rule) for entry in known.revoked]
+            found += [(entry, rule) for entry in known.revoked if rule.allows("revocations", entry.name)]
         return found
 
     def update_revocations(self, data: bytes, signature: bytes, policy: Policy, *, who: str = "") -> RevocationList:
@@ -190,7 +192,7 @@ class TrustState:
     def _stored(self, key_id: str, serial: int, digest: str, policy: Policy) -> tuple[RevocationList, KeyRule]:
         data_path, signature_path = self._files(key_id, serial)
         try:
-            data, signature = data_path.read_bytes(), signature_path.read_bytes()
+            data, signature = (read_bytes(path, MAX_DOCUMENT, follow=False) for path in (data_path, signature_path))
         except OSError as error:
             raise SignatureError(f"the revocation list {data_path} is gone: {error.strerror}", _FETCH) from error
         if _sha256(data) != digest:
@@ -204,7 +206,7 @@ class TrustState:
 
     def _read(self) -> _State:
         try:
-            return _parse(json.loads(self._path.read_bytes()))
+            return _parse(parse_json(read_bytes(self._path, MAX_STATE)))
         except FileNotFoundError:
             return _State()
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:

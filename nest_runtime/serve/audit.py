@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import StoreError
+from nest_runtime.io import atomic_write
 from nest_runtime.registry.chain import ChainLog
-from nest_runtime.registry.files import atomic_write
 
 log = logging.getLogger("nest_runtime.serve.audit")
 

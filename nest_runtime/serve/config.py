@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nest_runtime.errors import EngineError, UsageError
 from nest_runtime.names import did_you_mean
+from nest_runtime.secret_files import secret_lines
 from nest_runtime.serve.served import POLICIES, SwapPolicy
 
 ENGINES = ("transformers", "vllm")
@@ -204,21 +205,11 @@ def read_tokens(path: Path, what: str, *, secret: bool = False) -> Tokens:
     Args:
         path: the file.
         what: how to call it in errors, e.g. "admin token file".
-        secret: refuse it where everybody on the machine may read it.
+        secret: refuse it where others on the machine may read it.
 
     Raises UsageError where the file cannot be read, holds none, or others may write it.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        mode = os.stat(path).st_mode
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the {what} {path} cannot be read: {error}", "write one token per line into it") from error
-    if os.name == "posix" and mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UsageError(f"the {what} {path} can be written by others (mode {mode & 0o777:o})", f"chmod 600 {path}")
-    if os.name == "posix" and secret and mode & stat.S_IROTH:
-        raise UsageError(f"the {what} {path} can be read by everybody (mode {mode & 0o777:o})", f"chmod 600 {path}")
-    lines = (line.strip() for line in text.splitlines())
-    secrets = tuple(line for line in lines if line and not line.startswith("#"))
+    secrets = tuple(line for _, line in secret_lines(Path(path), what, secret=secret))
     if not secrets:
         raise UsageError(f"the {what} {path} holds no token", "write one token per line into it")
     return Tokens(secrets)

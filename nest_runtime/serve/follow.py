@@ -23,6 +23,7 @@ from nest_runtime.serve.gate import Gate, make_gate
 from nest_runtime.serve.patches import Served
 
 if TYPE_CHECKING:
+    from nest_runtime.patch import Patch
     from nest_runtime.registry.store import Store
     from nest_runtime.registry.trust_guard import Guard
 
@@ -58,6 +59,7 @@ class Following:
             base_hash=table.model_hash,
             store=store,
             active=lambda: table.active.digest if table.active.key is not None else None,
+            held=self._active_patch,
             switch=self._switch,
             leave=self._leave,
             heed=self._heed,
@@ -114,6 +116,10 @@ class Following:
         """From the polling thread: do something on the event loop, and wait for it."""
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _active_patch(self, digest: str) -> Patch:
+        patch = self._service.table.active.patch
+        return patch if patch is not None and patch.digest == digest else self._store.get(digest)
 
     def _switch(self, fetched: Fetched) -> None:
         self._on_loop(self._activate(fetched.patch.digest))

@@ -6,12 +6,12 @@ everything; it is no evaluation. Refusals are known by how answers begin (evalua
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import DataError, GateRefused, UsageError
+from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
 from nest_runtime.serve.engine import Engine, Work
 from nest_runtime.serve.patches import Served
 from nest_runtime.serve.sampling import SamplingParams
@@ -106,7 +106,7 @@ def make_gate(model_name: str, file: Path | None, min_refused: float, max_refuse
 def _read_probes(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     hint = 'write {"harmful": ["…"], "benign": ["…"]}'
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = parse_json(read_text(file, MAX_SETTINGS))
     except (OSError, ValueError) as error:
         raise DataError(f"the probes {file} cannot be read: {error}", hint) from error
     if not isinstance(value, dict) or set(value) - {"harmful", "benign"}:

@@ -229,8 +229,9 @@ class PatchTable:
             self._runtime.remove(served.digest)
 
     async def _switch(self, what: str, served: Served, started: float, who: str, policy: SwapPolicy) -> Switch:
-        previous, verified = self.active, self._verified.get(served.digest)
-        await asyncio.to_thread(self._durable.write, what, served, previous, verified, who)
+        previous = self.active
+        if served.patch is not None:
+            await asyncio.to_thread(self._durable.write, what, served.patch, who)
         if what == "rollback":
             self._before = self._before[:-1]
         elif previous != served:

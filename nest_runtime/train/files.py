@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from nest_runtime.io import atomic_write, replacing
 from nest_runtime.patch import canonical_json
 
 _KEY = "[0-9a-f]" * 16  # as a glob
@@ -50,8 +49,9 @@ def remove_stages(workdir: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write a text file atomically; its folder is made where missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, text)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -68,7 +68,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], notes: Any = 
     """Write a safetensors file atomically; ``notes`` is kept with it as JSON."""
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     metadata = {"notes": json.dumps(notes)}
-    _replace(path, lambda temporary: save_file(plain, temporary, metadata=metadata))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        save_file(plain, temporary, metadata=metadata)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], Any] | None:
@@ -80,17 +82,3 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], Any] | None:
     with safe_open(path, framework="pt") as file:
         notes = json.loads((file.metadata() or {}).get("notes", "null"))
     return load_file(path), notes
-
-
-def _replace(path: Path, write: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

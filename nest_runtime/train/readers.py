@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import DataError
+from nest_runtime.io import open_file
 
 Row = tuple[int, dict[str, Any]]
 
@@ -65,7 +66,8 @@ def check_file(path: Path) -> None:
 
 def read_text(path: Path) -> str:
     """The file as text; DataError names the line of the first byte that is not UTF-8."""
-    data = path.read_bytes()
+    with open_file(path) as file:
+        data = file.read()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

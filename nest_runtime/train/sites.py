@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import DataError
+from nest_runtime.io import MAX_RESULT, parse_json, read_text
 from nest_runtime.train.files import write_json
 
 FORMAT = 1
@@ -100,7 +100,7 @@ def read_sites(path: str | Path) -> SitesFile:
         DataError: no such file, not JSON, another format, or a site that contradicts itself.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(read_text(path, MAX_RESULT))
     except FileNotFoundError:
         raise DataError(f"no such sites file: {path}", "make one with `nest-runtime locate`") from None
     except (ValueError, OSError) as error:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,14 +147,24 @@ def check_arguments(args: Namespace) -> None:
         )
 
 
+def switch_of(environ: Mapping[str, str], key: str) -> bool:
+    """Whether a variable switches something on; unset and empty mean off. Raises UsageError for any other word."""
+    word = environ.get(key, "").strip().lower()
+    if word in ("1", "true", "yes", "on", "y", "t"):
+        return True
+    if word in ("", "0", "false", "no", "off", "n", "f"):
+        return False
+    raise UsageError(f"{key} is {environ[key]!r:.60}; expected true or false", "write 1 or 0")
+
+
 def config_from(args: Namespace, environ: Any) -> ServeConfig:
     """The settings of a vLLM that was started the ordinary way.
 
     Args:
         args: vLLM's own; its model, host, port and limits count.
-        environ: ``NEST_PATCH``, ``NEST_EXPOSE`` (versions, with commas between), ``NEST_EXPOSE_BASE`` (1),
+        environ: ``NEST_PATCH``, ``NEST_EXPOSE`` (versions, with commas between), ``NEST_EXPOSE_BASE`` (a switch),
             ``NEST_ADMIN_TOKEN_FILE``, ``NEST_API_KEY_FILE``, ``NEST_AUDIT_FILE``, ``NEST_TRUST`` (files, with commas),
-            ``NEST_REQUIRE_SIGNATURE`` (1), ``NEST_SWAP_POLICY``.
+            ``NEST_REQUIRE_SIGNATURE`` (a switch), ``NEST_SWAP_POLICY``.
 
     Raises UsageError where values make no sense.
     """
@@ -171,14 +181,14 @@ def config_from(args: Namespace, environ: Any) -> ServeConfig:
         engine="vllm",
         patch=environ.get("NEST_PATCH") or None,
         expose=parts("NEST_EXPOSE"),
-        expose_base=environ.get("NEST_EXPOSE_BASE") == "1",
+        expose_base=switch_of(environ, "NEST_EXPOSE_BASE"),
         host=args.host or "0.0.0.0",
         port=args.port,
         admin_token_file=path("NEST_ADMIN_TOKEN_FILE"),
         api_key_file=path("NEST_API_KEY_FILE"),
         audit_file=path("NEST_AUDIT_FILE"),
         trust=tuple(Path(part) for part in parts("NEST_TRUST")),
-        require_signature=environ.get("NEST_REQUIRE_SIGNATURE") == "1",
+        require_signature=switch_of(environ, "NEST_REQUIRE_SIGNATURE"),
         swap_policy=environ.get("NEST_SWAP_POLICY") or "drain",
         trust_remote_code=bool(args.trust_remote_code),
         limits=Limits(running=args.max_num_seqs or Limits().running, drain_seconds=float(args.shutdown_timeout or 30)),

@@ -25,6 +25,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from nest_runtime.errors import EngineError, NestError, UsageError
+from nest_runtime.io import atomic_write
 from nest_runtime.serve.config import Tokens, read_tokens
 from nest_runtime.serve.problems import ApiError, from_nest
 from nest_runtime.serve.vllm.fleet import Member, Switchboard
@@ -70,8 +71,7 @@ class Child:
         self._token = secrets.token_hex(16)
         self._folder = tempfile.TemporaryDirectory(prefix="nest-replica-")
         token_file = Path(self._folder.name) / "token"
-        token_file.touch(mode=0o600)
-        token_file.write_text(self._token + "\n")
+        atomic_write(token_file, self._token + "\n", secret=True)
         command = [sys.executable, "-m", "nest_runtime.cli.main", "serve", "--engine", "vllm", "--json", "--port", "0"]
         command += ["--model", config.model, "--patch", config.patch, "--admin-token-file", str(token_file)]
         command += ["--audit-file", str(Path(self._folder.name) / "audit.jsonl"), *config.options]
