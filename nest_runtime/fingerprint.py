@@ -31,6 +31,7 @@ from nest_runtime.gguf_header import find_gguf, read_header
 from nest_runtime.gguf_identity import hash_gguf
 from nest_runtime.hashcache import HashCache
 from nest_runtime.hashing import Job, Progress, Row, digest_of, given, hash_all, mapped
+from nest_runtime.home import expand
 
 RowReader = Callable[[nn.Module, Projection, torch.Tensor], torch.Tensor]
 
@@ -179,7 +180,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ModelError: there are none, the index is damaged, or a file it names is missing.
     """
-    folder = folder.expanduser()
+    folder = expand(folder)
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}", "name a folder with config.json and *.safetensors")
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"

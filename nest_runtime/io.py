@@ -91,6 +91,11 @@ def lines_of(text: str) -> list[str]:
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n") if text else []
 
 
+def is_text(value: str) -> bool:
+    """Whether a string is text: without lone surrogates, which stand for half a character or for bytes of none."""
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text. Raises ValueError, for one that is nested beyond measure as well."""
     try:
@@ -158,16 +163,21 @@ def check_target(target: Path) -> None:
 
 
 def check_writable(target: str | os.PathLike[str]) -> None:
-    """Find out before the work whether a file can be written at the end of it: its folder is made, and tried.
+    """Find out before the work whether a file can be written at the end of it.
 
     Raises OSError, as the writing would.
     """
     target = Path(target)
     check_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    trial = _beside(target, None)
-    os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    os.unlink(trial)
+    _try_out(target.absolute().parent)
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Find out before the work whether a folder can be made, or written to where it is there. Raises OSError."""
+    folder = Path(folder).absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    _try_out(folder)
 
 
 def sync_folder(folder: Path) -> None:
@@ -186,6 +196,12 @@ def sync_folder(folder: Path) -> None:
 
 def _beside(target: Path, workdir: Path | None) -> Path:
     return (workdir or target.parent) / f".{target.name[:MAX_OUTPUT_NAME]}.{secrets.token_hex(8)}.tmp"
+
+
+def _try_out(folder: Path) -> None:
+    trial = folder / f".{secrets.token_hex(8)}.tmp"
+    os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    os.unlink(trial)
 
 
 def _settle(path: Path, mode: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from nest_runtime.errors import ModelError
 from nest_runtime.gguf_header import find_gguf, read_header
+from nest_runtime.home import expand
 from nest_runtime.model_hub import fetch_model, quiet
 from nest_runtime.names import did_you_mean
 
@@ -81,7 +82,7 @@ def resolve_model(ref: str | Path, *, trust_remote_code: bool = False, config_on
                 "build it with `nest-runtime reference build`, or reinstall nest-runtime",
             )
         return REFERENCE, REFERENCE_FOLDER
-    folder = Path(ref).expanduser()
+    folder = expand(ref)
     if folder.exists() and (gguf := find_gguf(folder)) is not None:
         return gguf.name, gguf.absolute()
     if folder.is_dir():

@@ -17,6 +17,7 @@ from typing import Any
 
 from nest_runtime.errors import DigestMismatch, NestError, PatchFormatError, PatchNotFound
 from nest_runtime.framing import Entry, Frame, FramingError, header_length, parse_frame, parse_object
+from nest_runtime.home import expand
 from nest_runtime.io import Unfit, atomic_write, open_file
 from nest_runtime.patch import FORMAT_VERSION, Patch
 from nest_runtime.site import PARTS, REQUIRED_PARTS, Site, check_parts
@@ -59,7 +60,7 @@ def save_patch(patch: Patch, path: str | os.PathLike[str]) -> Path:
         PatchFormatError: the patch cannot be a file (no rows digest, header or file too large).
         NestError: the path cannot be written.
     """
-    target, data = Path(path).expanduser(), to_bytes(patch)
+    target, data = expand(path), to_bytes(patch)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(target, data)
@@ -76,7 +77,7 @@ def read_patch(path: str | os.PathLike[str]) -> Patch:
         PatchFormatError: it breaks the format.
         DigestMismatch: its content is not what its digest says.
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     try:
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size

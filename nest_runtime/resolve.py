@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nest_runtime.errors import PatchNotFound
+from nest_runtime.home import expand
 
 if TYPE_CHECKING:
     from nest_runtime.patch import Patch
@@ -42,7 +43,7 @@ def load_patch(ref: str | Path, *, model_hash: str | None = None, store: Store |
 
         return load(text, store)
     if is_path(ref):
-        return _from_file(Path(text).expanduser())
+        return _from_file(expand(text))
     if store is None:
         from nest_runtime.registry.store import Store
 

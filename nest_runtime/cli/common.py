@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nest_runtime.errors import UsageError
@@ -15,6 +17,29 @@ def examples(*lines: str) -> str:
     r"""The epilog of a command's help: example lines of at most 78 characters; one that goes on ends in ``\``."""
     escaped = [line.replace("[", r"\[") for line in lines]
     return "\n\n".join(["[bold]Examples[/bold]" if len(lines) > 1 else "[bold]Example[/bold]", *escaped])
+
+
+def writable_file(path: Path, option: str = "--out") -> None:
+    """Refuse a file that could not be written in the end, before the work. Raises UsageError."""
+    from nest_runtime.io import check_writable
+
+    _tried(check_writable, path, option)
+
+
+def writable_folder(path: Path, option: str = "--out") -> None:
+    """Refuse a folder that could not be made or written to in the end, before the work. Raises UsageError."""
+    from nest_runtime.io import check_folder
+
+    _tried(check_folder, path, option)
+
+
+def _tried(check: Callable[[Path], None], path: Path, option: str) -> None:
+    try:
+        check(path)
+    except OSError as error:
+        raise UsageError(
+            f"{option} {path} cannot be written: {error.strerror or error}", "name a place where you may write"
+        ) from error
 
 
 def base_hash_of(model: str | None) -> str | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import examples
+from nest_runtime.cli.common import examples, writable_folder
 from nest_runtime.cli.measuring import cases_of, change, interval
 from nest_runtime.cli.output import (
     DeviceOption,
@@ -148,6 +148,7 @@ def compare(
     asked = Asked(model, harmful, benign, suite, behaviors, attacks, judge, limit, device, dtype)
     from nest_runtime.evaluate.compare import Plan
 
+    writable_folder(out_folder)
     comparison = _comparison(out, asked, out_folder, resume)
     finished = _finished(patch, comparison)
     recipe, values = _settings(out, settings, comparison, steps)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import choose_patch, examples
+from nest_runtime.cli.common import choose_patch, examples, writable_file, writable_folder
 from nest_runtime.cli.evaluate_view import render
 from nest_runtime.cli.measuring import cases_of
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output
@@ -122,6 +122,10 @@ def evaluate(
     out = Output.of(ctx, as_json)
     if out_file is not None and not out_file.absolute().parent.is_dir():
         raise UsageError(f"--out {out_file} lies in a folder that does not exist", "make the folder first")
+    if out_file is not None:
+        writable_file(out_file)
+    if workdir is not None:
+        writable_folder(workdir, "--workdir")
     from nest_runtime.evaluate.harness import load_tasks, split_suites
 
     suites, names = split_suites(suite or [])

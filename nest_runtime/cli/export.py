@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import base_hash_of, examples
+from nest_runtime.cli.common import base_hash_of, examples, writable_folder
 from nest_runtime.cli.output import JsonOption, Output, size
 from nest_runtime.cli.patches import PatchArgument
 from nest_runtime.errors import BaseMismatch, UsageError
+from nest_runtime.home import expand
 
 if TYPE_CHECKING:
     from nest_runtime.export.measure import Measured, Reference
@@ -72,7 +73,8 @@ def export(
     from nest_runtime.resolve import load_patch
 
     loaded = load_patch(patch, model_hash=base_hash_of(model))
-    check_target(out_folder.expanduser().absolute(), overwrite)
+    check_target(expand(out_folder).absolute(), overwrite)
+    writable_folder(expand(out_folder).absolute().parent)
     job = _Job(out, loaded, _base_of(loaded, model), form, out_folder, overwrite, check)
     document = job.run()
     out.result(document, lambda: _render(out, document))

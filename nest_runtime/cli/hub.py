@@ -13,6 +13,7 @@ from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, short
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption, WhoseModel, passphrase_of
+from nest_runtime.home import expand
 
 if TYPE_CHECKING:
     from nest_runtime.patch import Patch
@@ -177,7 +178,7 @@ def patch_and_material(ref: str, store: Store, model: str | None, key: Path | No
     from nest_runtime.resolve import is_path, load_patch
 
     if is_path(ref):
-        path = Path(ref).expanduser()
+        path = expand(ref)
         named = path.with_name(f"{path.name}.safetensors")
         ref = str(named if not path.exists() and named.exists() else patch_path(path))
     patch = load_patch(ref, model_hash=base_hash_of(model), store=store)
@@ -199,7 +200,7 @@ def repository(text: str) -> RepoRef:
 def signing_key(given: Path | None) -> Path | None:
     named = os.environ.get(KEY_VARIABLE, "")
     chosen = given if given is not None else Path(named) if named else None
-    return None if chosen is None else chosen.expanduser()
+    return None if chosen is None else expand(chosen)
 
 
 def _results(path: Path | None) -> Mapping[str, Any] | None:

@@ -36,7 +36,8 @@ from nest_runtime.cli import (
     trust,
 )
 from nest_runtime.cli.output import Interrupted, Settings, print_error, print_nest_error, print_usage_error
-from nest_runtime.errors import NestError
+from nest_runtime.errors import NestError, UsageError
+from nest_runtime.io import is_text
 
 INTERRUPTED = 130
 _GLOBAL_FLAGS = ("--debug", "--quiet")
@@ -99,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     _calm_libraries(debug, "--quiet" in given)
     try:
+        _check_text(given)
         status = _run(_flags_first(given) or ["--help"])
         sys.stdout.flush()
     except BrokenPipeError:
@@ -124,6 +126,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if status == INTERRUPTED:
         print("interrupted", file=sys.stderr)
     return status
+
+
+def _check_text(arguments: Sequence[str]) -> None:
+    """Refuse words that are no text: bytes that are not UTF-8 come as lone surrogates, and no model can take them."""
+    for number, word in enumerate(arguments, start=1):
+        if not is_text(word):
+            raise UsageError(
+                f"argument {number} is not UTF-8: {word!a:.80}", "set the terminal to UTF-8, or rename the file"
+            )
 
 
 def _run(arguments: list[str]) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import base_hash_of, examples
+from nest_runtime.cli.common import base_hash_of, examples, writable_folder
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output
 from nest_runtime.errors import UsageError
 from nest_runtime.names import did_you_mean
@@ -95,6 +95,7 @@ def plot(
     if (harmful is None) != (benign is None):
         raise UsageError("--harmful and --benign go together", "give both, or neither")
     require_matplotlib()
+    writable_folder(out_folder)
     found = read_sources(sources, model_hash=base_hash_of(model))
     scans: list[Scan] = []
     if harmful is not None and benign is not None:

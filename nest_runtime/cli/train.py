@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import examples
+from nest_runtime.cli.common import examples, writable_file
 from nest_runtime.cli.output import DeviceOption, DtypeOption, Interrupted, JsonOption, ModelOption, Output, short, size
 from nest_runtime.errors import UsageError
 from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
@@ -261,6 +261,7 @@ def check_out(path: Path, suffix: str) -> Path:
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
         raise UsageError(f"--out {path} {what}", "make the folder, or name a file elsewhere")
+    writable_file(path)
     return path.with_name(path.name + ".work")
 
 

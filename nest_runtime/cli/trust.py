@@ -12,6 +12,7 @@ import typer
 from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, short
+from nest_runtime.home import expand
 
 if TYPE_CHECKING:
     from nest_runtime.registry.policy import Policy
@@ -92,7 +93,7 @@ def keygen(
     passphrase = os.environ.get(PASSPHRASE, "")
     if encrypt and not passphrase:
         passphrase = _ask(confirm=True)
-    private, public, key = generate_keys(folder.expanduser(), name, passphrase if encrypt else "")
+    private, public, key = generate_keys(expand(folder), name, passphrase if encrypt else "")
 
     def render() -> None:
         out.pairs({"private key": private, "public key": public, "key id": key.id})
@@ -114,7 +115,7 @@ def sign(
     """
     from nest_runtime.registry.trust import sign_patch
 
-    out, path, key = Output.of(ctx, as_json), _path(patch), key.expanduser()
+    out, path, key = Output.of(ctx, as_json), _path(patch), expand(key)
     passphrase = passphrase_of(key)
     if path is not None:
         signed, *written = sign_patch(path, key, passphrase)
@@ -182,7 +183,7 @@ def revocations(
 
     out, policy, state = Output.of(ctx, as_json), _only(trust, trust_policy), TrustState()
     if folder is not None:
-        state.update_revocations(*read_list(folder.expanduser()), policy)
+        state.update_revocations(*read_list(expand(folder)), policy)
     known = state.revocations(policy)
     rows: list[dict[str, Any]] = [{**entry.model_dump(), "revoked_by": rule.name} for entry, rule in known]
 
@@ -232,9 +233,9 @@ def _only(keys: list[Path] | None, file: Path | None) -> Policy:
         raise UsageError("--trust and --trust-policy exclude each other here", "give one of them")
     if keys:
         return with_keys(
-            Policy(require_signature=False), [read_public_key(key.expanduser()) for key in keys], require_signature=True
+            Policy(require_signature=False), [read_public_key(expand(key)) for key in keys], require_signature=True
         )
-    policy = read_policy(file.expanduser()) if file is not None else default_policy()
+    policy = read_policy(expand(file)) if file is not None else default_policy()
     if policy is None or not policy.keys:
         raise UsageError("no key is trusted", "give --trust KEY.pub, or write $NEST_HOME/trust.toml")
     return with_keys(policy, [], require_signature=True)
@@ -247,7 +248,7 @@ def _path(ref: str) -> Path | None:
 
     if ref.startswith("hf://"):
         raise UsageError(f"{ref} is on the Hub; expected a file, a folder or a stored patch", "pull it first")
-    return Path(ref).expanduser() if is_path(ref) else None
+    return expand(ref) if is_path(ref) else None
 
 
 def passphrase_of(key: Path) -> str:

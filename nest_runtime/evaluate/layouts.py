@@ -15,6 +15,7 @@ from typing import Any
 
 from nest_runtime.errors import DataError
 from nest_runtime.evaluate.cases import Case, user
+from nest_runtime.home import expand
 from nest_runtime.train.data import load_examples
 from nest_runtime.train.readers import read_rows
 
@@ -42,7 +43,7 @@ def read_behaviors(ref: str | Path, *, kind: str | None = None) -> list[Case]:
     Raises:
         DataError: no such file, no rows, a missing column, an empty prompt: with file and line.
     """
-    path = Path(str(ref)).expanduser()
+    path = expand(str(ref))
     if path.suffix.lower() in (".csv", ".json", ".jsonl", ".ndjson"):
         rows = read_rows(path)
         layout = find_layout(rows[0][1])

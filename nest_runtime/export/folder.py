@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import ExportError
+from nest_runtime.home import expand
 from nest_runtime.patch import Patch
 
 NOTE = "nest_export.json"
@@ -28,7 +29,7 @@ def new_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     Raises:
         ExportError: there is something else at ``target``, or it cannot be written.
     """
-    target = Path(target).expanduser().absolute()
+    target = expand(target).absolute()
     check_target(target, overwrite)
     name = f".{target.name}.{secrets.token_hex(6)}"
     work, old = target.with_name(name + ".tmp"), target.with_name(name + ".old")

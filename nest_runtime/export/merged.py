@@ -21,6 +21,7 @@ from nest_runtime.errors import BaseMismatch, ExportError
 from nest_runtime.export.folder import NOTE, check_target, new_folder, write_note
 from nest_runtime.fingerprint import model_hash, rows_digest, rows_fit, tensor_digests
 from nest_runtime.gguf_header import find_gguf
+from nest_runtime.home import expand
 from nest_runtime.models import skeleton
 from nest_runtime.patch import Patch, check_sites
 from nest_runtime.projection import Projection
@@ -77,7 +78,7 @@ def export_merged(
         ModelError: the checkpoint is damaged, quantized, or keeps no single rows.
         SiteMismatch: the model has other sites.
     """
-    source, target = Path(model_folder).resolve(), Path(folder).expanduser().absolute()
+    source, target = Path(model_folder).resolve(), expand(folder).absolute()
     if target == source or source in target.parents:
         raise ExportError(f"{target} lies in the base's own folder {source}", "export to a folder beside it")
     check_target(target, overwrite)

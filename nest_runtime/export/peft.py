@@ -22,6 +22,7 @@ from torch import nn
 from nest_runtime.errors import DigestMismatch, ExportError, PatchFormatError
 from nest_runtime.export.folder import NOTE, new_folder, write_note
 from nest_runtime.export.lora import Pair, b_index, layout_of, pairs_of
+from nest_runtime.home import expand
 from nest_runtime.io import replacing
 from nest_runtime.patch import FORMAT_VERSION, Patch, Site
 from nest_runtime.projection import Projection
@@ -128,7 +129,7 @@ def import_peft(folder: str | Path) -> Patch:
         PatchFormatError: no adapter, or none that came from a patch, or its matrices are not the patch's any more.
         DigestMismatch: its numbers were changed since.
     """
-    path = Path(folder).expanduser() / WEIGHTS
+    path = expand(folder) / WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

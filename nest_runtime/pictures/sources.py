@@ -9,6 +9,7 @@ from typing import Any
 
 from nest_runtime.errors import DataError
 from nest_runtime.evaluate.report import EvalResult
+from nest_runtime.home import expand
 from nest_runtime.io import MAX_RESULT, parse_json, read_text
 from nest_runtime.pictures.view import View, view_of_patch, view_of_sites
 
@@ -48,7 +49,7 @@ def read_sources(refs: Sequence[str], *, model_hash: str | None = None) -> Sourc
 
             views.append(view_of_patch(load_patch(ref, model_hash=model_hash)))
             continue
-        value = _read(Path(ref).expanduser())
+        value = _read(expand(ref))
         if "records" in value:
             results.append(EvalResult.from_json(value))
         elif "rows" in value and "claims" in value:

@@ -15,10 +15,10 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 from nest_runtime.errors import HubError, UsageError
+from nest_runtime.home import expand
 from nest_runtime.registry.trust_documents import MAX_DOCUMENT
 from nest_runtime.registry.trust_material import PATCH_FILE
 
@@ -128,12 +128,12 @@ def parse_repo(text: str) -> RepoRef:
     split = _SUFFIX.fullmatch(text)
     place, revision = (split["place"], split["revision"]) if split and "/" not in split["revision"] else (text, None)
     place = place.removeprefix("file://") if place.startswith("file:///") else place
-    named = _NAMED.fullmatch(place) if revision is not None and not os.path.isdir(Path(place).expanduser()) else None
+    named = _NAMED.fullmatch(place) if revision is not None and not os.path.isdir(expand(place)) else None
     place, name = (named["place"], named["name"]) if named else (place, None)
     if _URL.fullmatch(place):
         return RepoRef(place.rstrip("/"), revision, name)
     if place.startswith((".", "~", os.sep)) or os.path.isabs(place):
-        return RepoRef(str(Path(place).expanduser().absolute()), revision, name)
+        return RepoRef(str(expand(place).absolute()), revision, name)
     raise UsageError(
         f"{text!r} names no repository; expected org/name, a folder such as ./mirror, or a URL",
         "for a folder write ./name",

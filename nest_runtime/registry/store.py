@@ -216,7 +216,7 @@ class Store:
         reason = f"{type(error).__name__}: {getattr(error, 'message', '') or error}"[:500]
         event = {"who": who or chain.actor(), "what": "undo", "why": f"{why} ({reason})" if why else reason}
         try:
-            restored = undone(self._load(), before, self._log.last(), event)
+            restored = undone(self._load(), before, self._last_written(), event)
             if restored is not None:
                 self._save(restored)
         except (OSError, StoreError) as failed:
@@ -227,6 +227,13 @@ class Store:
         if restored is not None and restored.pending:
             with contextlib.suppress(OSError):  # it is owed: the next command writes it
                 self._pay(restored)
+
+    def _last_written(self) -> dict[str, Any] | None:
+        """The last entry of the history file; None where it cannot be read, for then it could not be written either."""
+        try:
+            return self._log.last()
+        except OSError:
+            return None
 
     def history(self, model_hash: str | None = None) -> builtins.list[dict[str, Any]]:
         """All changes, oldest first: seq, at, who, what, why, name, version, digest, base_hash, prev, hash."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import Downgrade, NestError, PatchFormatError, Revoked, SignatureError
+from nest_runtime.home import expand
 from nest_runtime.registry.entries import builtin_entries
 from nest_runtime.registry.keys import PublicKey
 from nest_runtime.registry.policy import KeyRule, Policy
@@ -114,8 +115,8 @@ def sign_patch(path: str | Path, key: str | Path, passphrase: str = "") -> tuple
 
     Raises PatchNotFound, what ``sign_bytes`` raises, and NestError where the files cannot be written.
     """
-    file = patch_path(Path(path).expanduser())
-    signed = sign_bytes(read_patch_file(file), Path(key).expanduser(), passphrase, str(file))
+    file = patch_path(expand(path))
+    signed = sign_bytes(read_patch_file(file), expand(key), passphrase, str(file))
     try:
         return signed, *write_material(file, signed.material)
     except OSError as error:
@@ -134,7 +135,7 @@ def verify_patch(path: str | Path, policy: Policy, state: TrustState | None = No
 
     Raises PatchNotFound, PatchFormatError, DigestMismatch, and what ``check_trust`` raises.
     """
-    file = patch_path(Path(path).expanduser())
+    file = patch_path(expand(path))
     size, material = patch_size(file), read_material(file)
     if material is None:  # both before a file of any size is read
         _unsigned(policy, str(file))

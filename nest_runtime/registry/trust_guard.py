@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nest_runtime.errors import NestError, SignatureError
+from nest_runtime.home import expand
 from nest_runtime.registry.entries import builtin_entries
 from nest_runtime.registry.policy import Policy, policy_for
 from nest_runtime.registry.trust import Verified, check_trust, remember
@@ -86,7 +87,7 @@ class Guard:
     def _materials(self, patch: Patch, ref: str | Path | None) -> list[Material]:
         """What to judge a patch by: what lies beside its file alone, else all that is known of it."""
         if ref is not None and is_path(ref):
-            beside = read_material(patch_path(Path(ref).expanduser()))
+            beside = read_material(patch_path(expand(ref)))
             if beside is not None:
                 return [beside]
         found = [self._seen.get(patch.digest), *kept_signatures(self._store.root, patch, self.policy)]
@@ -135,7 +136,7 @@ def keep_beside(store: Store, patch: Patch, ref: str | Path) -> bool:
     """
     if not is_path(ref):
         return False
-    material = read_material(patch_path(Path(ref).expanduser()))
+    material = read_material(patch_path(expand(ref)))
     if material is None:
         return False
     keep_signature(store.root, patch, material)

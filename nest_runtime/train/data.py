@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import DataError
+from nest_runtime.home import expand
 from nest_runtime.patch import canonical_json
 from nest_runtime.train.content import images_of, plain_content, text_of
 from nest_runtime.train.images import PromptImages, prompt_images, read_parts
@@ -64,7 +65,7 @@ def load_examples(ref: str | Path) -> list[Example]:
         DataError: naming file, line, what was found and what was expected.
     """
     name, wanted = _split_selection(str(ref))
-    path = _download(name) if name.startswith("hf://") else Path(name).expanduser()
+    path = _download(name) if name.startswith("hf://") else expand(name)
     rows = read_rows(path)
     _check_columns(path, rows)
     if wanted:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import DataError
-from nest_runtime.io import open_file
+from nest_runtime.io import is_text, lines_of, open_file, parse_json
 
 Row = tuple[int, dict[str, Any]]
 
+MAX_CELL = 1 << 26  # characters of a CSV file's cell; Python's own limit is 131,072
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".txt", ".parquet")
 
 
@@ -71,7 +72,7 @@ def read_text(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = len(lines_of(data[: error.start].decode("latin-1") + "."))
         encoding = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "another encoding"
         raise DataError(
             f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8",
@@ -80,7 +81,7 @@ def read_text(path: Path) -> str:
 
 
 def _jsonl(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines_of(text), 1):
         if line.strip():
             yield number, _row(path, number, _parse(path, line, number))
 
@@ -100,7 +101,9 @@ def _json(path: Path, text: str) -> Iterator[Row]:
 
 def _parse(path: Path, text: str, line: int) -> Any:
     try:
-        return json.loads(text)
+        value = parse_json(text)
+        _check_text(value)
+        return value
     except json.JSONDecodeError as error:
         where = line + error.lineno - 1
         raise DataError(
@@ -109,6 +112,21 @@ def _parse(path: Path, text: str, line: int) -> Any:
             if line > 1 or path.suffix != ".json"
             else "expected a list of objects",
         ) from None
+    except ValueError as error:  # nested beyond measure, a number of thousands of digits, half a character
+        raise DataError(f"{path}:{line}: this JSON cannot be used: {error}", "mend that row, or leave it out") from None
+
+
+def _check_text(value: Any) -> None:
+    r"""Refuse text that is none: half of a surrogate pair (``\ud83d`` alone), which no tokenizer can take."""
+    texts = [value]
+    while texts:
+        item = texts.pop()
+        if isinstance(item, dict):
+            texts += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            texts += item
+        elif isinstance(item, str) and not is_text(item):
+            raise ValueError(f"{item!a:.60} holds half of a surrogate pair")
 
 
 def _row(path: Path, number: int, value: Any, unit: str = "") -> dict[str, Any]:
@@ -128,26 +146,31 @@ def _kind(value: Any) -> str:
 
 
 def _csv(path: Path, text: str) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    csv.field_size_limit(MAX_CELL)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    start = 1  # the line on which the next row begins; a row may go over several, and empty ones count
     try:
-        start = reader.line_num + 1
-        for fields in reader:
-            line = max(start, 2)
-            start = reader.line_num + 1
-            if None in fields:
+        for cells in reader:
+            line, start = start, reader.line_num + 1
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                continue
+            if len(cells) > len(header):
                 raise DataError(
-                    f"{path}:{line}: {len(reader.fieldnames or ()) + len(fields[None])} cells; "
-                    f"the header has {len(reader.fieldnames or ())}",
+                    f"{path}:{line}: {len(cells)} cells; the header has {len(header)}",
                     "put quotes around cells that hold commas",
                 )
-            if any((value or "").strip() for value in fields.values()):
-                yield line, dict(fields)
+            if any(cell.strip() for cell in cells):
+                yield line, {**dict.fromkeys(header), **dict(zip(header, cells, strict=False))}
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: broken CSV: {error}", "check the quotes of that line") from None
 
 
 def _txt(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines_of(text), 1):
         if line.strip():
             yield number, {"prompt": line.strip()}
 

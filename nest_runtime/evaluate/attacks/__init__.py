@@ -19,6 +19,7 @@ from nest_runtime.evaluate.attacks.framing import FRAMINGS
 from nest_runtime.evaluate.attacks.gcg import gcg
 from nest_runtime.evaluate.attacks.templates import read_templates
 from nest_runtime.evaluate.cases import Case
+from nest_runtime.home import expand
 from nest_runtime.names import did_you_mean
 
 __all__ = [
@@ -75,7 +76,7 @@ def _parse(spec: str) -> list[Attack]:
         return [attack for attack in ATTACKS.values() if not attack.white_box]
     if spec in ATTACKS:
         return [ATTACKS[spec]]
-    if Path(spec).expanduser().is_file():
+    if expand(spec).is_file():
         return read_templates(spec)
     if "," in spec:
         return [attack for part in spec.split(",") if part.strip() for attack in _parse(part.strip())]

@@ -12,6 +12,7 @@ from typing import Any
 
 from nest_runtime.errors import DataError
 from nest_runtime.evaluate.attacks.base import Attack, text_attack
+from nest_runtime.home import expand
 from nest_runtime.train.readers import read_rows
 
 SLOT = "{prompt}"
@@ -23,7 +24,7 @@ def read_templates(path: str | Path) -> list[Attack]:
     Raises:
         DataError: no such file, no rows, no ``template`` column, no slot or more than one, or a name twice.
     """
-    file = Path(path).expanduser()
+    file = expand(path)
     attacks: dict[str, Attack] = {}
     for line, fields in read_rows(file):
         attack = _template(file, line, {str(key).strip().lower(): value for key, value in fields.items()})

@@ -19,6 +19,7 @@ from nest_runtime.errors import EvaluationError, NestError, UsageError
 from nest_runtime.evaluate.cases import Case, digest_of
 from nest_runtime.evaluate.judges.base import Judge, Verdict, answered, whole_answer
 from nest_runtime.evaluate.judges.phrases import PhraseJudge, is_refusal
+from nest_runtime.home import expand
 from nest_runtime.names import did_you_mean
 
 _SLOT = re.compile(r"\{(behavior|prompt|context|answer)\}")
@@ -43,7 +44,7 @@ def find_format(model: str, layout: str | None) -> tuple[str, dict[str, Any] | N
         return name, shipped.get(name)
     if layout in shipped:
         return layout, shipped[layout]
-    path = Path(layout).expanduser()
+    path = expand(layout)
     if not path.is_file():
         raise UsageError(
             f"there is no judge format {layout!r}",
