@@ -68,9 +68,9 @@ def header_length(prefix: bytes, file_size: int, limit: int) -> int:
         raise FramingError(f"truncated: {file_size} bytes, less than the 8 of the header's length")
     length = int.from_bytes(prefix[:8], "little")
     if length > limit:
-        raise FramingError(f"header of {length} bytes is over the limit of {limit}")
+        raise FramingError(f"its first 8 bytes announce a header that is over the limit of {limit} bytes")
     if 8 + length > file_size:
-        raise FramingError(f"truncated: a header of {length} bytes is announced, the file has {file_size}")
+        raise FramingError(f"truncated: a longer header is announced than the {file_size} bytes of the file")
     return length
 
 

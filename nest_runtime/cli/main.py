@@ -37,6 +37,7 @@ from nest_runtime.cli import (
 )
 from nest_runtime.cli.output import Interrupted, Settings, print_error, print_nest_error, print_usage_error
 from nest_runtime.errors import NestError, UsageError
+from nest_runtime.escape import visible
 from nest_runtime.io import is_text
 
 INTERRUPTED = 130
@@ -176,7 +177,7 @@ def _calm_libraries(debug: bool, quiet: bool) -> None:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """A warning as one line on stderr, without the source line that raised it."""
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"warning: {visible(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def _close_stdout() -> int:

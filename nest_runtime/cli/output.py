@@ -17,6 +17,7 @@ import typer
 
 from nest_runtime.cli import complete
 from nest_runtime.errors import NestError
+from nest_runtime.escape import clean, visible
 from nest_runtime.names import alike
 from nest_runtime.progress import Bars
 
@@ -43,7 +44,6 @@ DtypeOption = Annotated[
 
 
 _NO_CHOICE = re.compile(r"'([^']*)' is not one of (.+)")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Interrupted(Exception):
@@ -129,7 +129,7 @@ class Output:
         for column in columns:
             table.add_column(column, justify="right" if column in right else "left", overflow="fold")
         for row in rows:
-            cells = [clean(_cell(value)) for value in row]
+            cells = [visible(_cell(value)) for value in row]
             table.add_row(*(Text(cell, style=(styles or {}).get(cell, "")) for cell in cells))
         if console.is_terminal:
             console.print(table)
@@ -142,7 +142,7 @@ class Output:
         """Print ``name  value`` lines, aligned; values are not wrapped, so that they can be copied."""
         width = max(len(name) for name in rows)
         for name, value in rows.items():
-            self.line(f"{name:<{width}}  {_cell(value)}")
+            self.line(f"{name:<{width}}  {visible(_cell(value))}")
 
     def bars(self) -> Bars:
         """A progress callback that draws on stderr; a context manager."""
@@ -204,11 +204,6 @@ def _choice_meant(message: str) -> list[str]:
     """The choice that the parser's ``'pfet' is not one of 'peft', 'vllm'`` was meant to be, or nothing."""
     found = _NO_CHOICE.search(message)
     return alike(found[1], re.findall(r"'([^']*)'", found[2]), limit=1) if found else []
-
-
-def clean(text: str) -> str:
-    """Text from models and files without control characters, which could steer the terminal; tabs and newlines stay."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def short(digest: str | None) -> str:

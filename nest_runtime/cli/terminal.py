@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.cli.conversation import BASE, Conversation
-from nest_runtime.cli.output import Output, clean, print_nest_error
+from nest_runtime.cli.output import Output, print_nest_error
 from nest_runtime.errors import NestError, UsageError
+from nest_runtime.escape import clean
 
 HISTORY_LINES = 1000
 COMMANDS = ("/patch", "/base", "/compare", "/history", "/clear", "/help", "/quit")

@@ -10,6 +10,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.demo.backend import BASE
+from nest_runtime.escape import clean
 
 if TYPE_CHECKING:
     from nest_runtime.demo.talk import Reply, Talk, Turn
@@ -21,7 +22,7 @@ SHORT = 19  # characters of a digest: commands accept as many
 
 def text(value: object) -> str:
     """Text as HTML. Braces and dollars are written as entities, so that no template engine reads them."""
-    return escape(str(value)).replace("$", "&#36;").replace("{", "&#123;").replace("}", "&#125;")
+    return escape(clean(str(value))).replace("$", "&#36;").replace("{", "&#123;").replace("}", "&#125;")
 
 
 def wrap(*parts: str) -> str:

@@ -1,7 +1,8 @@
 """The admin routes: load, activate, roll back and remove patches, and read the audit log.
 
-Who may call them is decided in middleware.py, which also writes calls that change nothing into the audit log;
-every change goes through patches.py, which writes its own line.
+Every route of the router asks the listener's access layer (middleware.py) whether it was called by an operator, and
+answers nobody else: a route that is added is closed. Calls that change nothing are written into the audit log by that
+layer; every change goes through patches.py, which writes its own line.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Security
+from fastapi import APIRouter, Depends, Query, Request, Security
 from fastapi.security import HTTPBearer
 
 from nest_runtime.serve.api import ERRORS, Service
 from nest_runtime.serve.audit import AuditLog
+from nest_runtime.serve.middleware import Access
+from nest_runtime.serve.problems import ApiError
 from nest_runtime.serve.schemas import Activation, PatchRef, SwitchRef
 from nest_runtime.serve.served import Served, Switch
 
@@ -22,8 +25,8 @@ MAX_ENTRIES = 10_000
 
 def admin_routes(service: Service, audit: AuditLog) -> APIRouter:
     """The routes of the admin API."""
-    shown = Security(HTTPBearer(auto_error=False, description="An admin token."))  # the check is in middleware.py
-    router = APIRouter(responses=ERRORS, dependencies=[shown])
+    shown = Security(HTTPBearer(auto_error=False, description="An admin token."))
+    router = APIRouter(responses=ERRORS, dependencies=[shown, Depends(_operators_only)])
     table, engine = service.table, service.engine
 
     @router.get("/v1/patches")
@@ -62,6 +65,14 @@ def admin_routes(service: Service, audit: AuditLog) -> APIRouter:
         return {"object": "list", **found}
 
     return router
+
+
+async def _operators_only(request: Request) -> None:
+    """Raises ApiError for everybody else, and where no access layer stands in front to say who asks."""
+    access: Access | None = getattr(request.state, "access", None)
+    refusal = ApiError(401, "No admin token provided.") if access is None else await access.admit(request.scope)
+    if refusal is not None:
+        raise refusal
 
 
 def _asker(request: Request) -> str:

@@ -66,19 +66,32 @@ class Access:
     _denied_at: float = field(default=-DENIAL_SECONDS, init=False)
 
     async def check(self, scope: Scope) -> ApiError | None:
-        """The refusal for a request, or None; sets ``who`` for admin calls."""
+        """The refusal for a request, or None; sets ``operator`` for whoever holds an admin token.
+
+        Who is no operator is refused here on the admin API's known paths, before a body is read, and by every admin
+        route itself (admin.py): a path that nobody thought of here is no way in.
+        """
         path, token = scope["path"], _bearer(Headers(scope=scope).get("authorization", ""))
         host = scope["client"][0] if scope.get("client") else "unknown"
         keys, admin = self.secrets.api_keys, self.secrets.admin
+        scope["state"]["access"], scope["state"]["operator"] = self, None
+        if admin is not None and self.admin_here and admin.matches(token):
+            scope["state"]["operator"] = f"admin {hashlib.sha256(token.encode()).hexdigest()[:8]} from {host}"
         if _is_admin(path):
             if admin is None or not self.admin_here:
                 return ApiError(404, f"Invalid URL ({scope['method']} {path})")
-            if not admin.matches(token):
-                await self._denied(host, scope["method"], path)
-                return _unauthorized("admin token", token)
-            scope["state"]["who"] = f"admin {hashlib.sha256(token.encode()).hexdigest()[:8]} from {host}"
-        elif path.startswith("/v1/") and keys is not None and not keys.matches(token):
+            return await self.admit(scope)
+        if path.startswith("/v1/") and keys is not None and not keys.matches(token):
             return _unauthorized("API key", token)
+        return None
+
+    async def admit(self, scope: Scope) -> ApiError | None:
+        """Let an operator on to an admin route, and set ``who`` for the audit log; else give the refusal."""
+        if scope["state"].get("operator") is None:
+            host = scope["client"][0] if scope.get("client") else "unknown"
+            await self._denied(host, scope["method"], scope["path"])
+            return _unauthorized("admin token", _bearer(Headers(scope=scope).get("authorization", "")))
+        scope["state"]["who"] = scope["state"]["operator"]
         return None
 
     async def note(self, scope: Scope, status: int) -> None:
