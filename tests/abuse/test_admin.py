@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,12 +22,12 @@ OPEN |= {"/openapi.json"}
 
 
 @pytest.fixture(scope="module")
-def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
     folder = tmp_path_factory.mktemp("admin")
     token = folder / "token"
     token.write_text(f"{TOKEN}\n")
     token.chmod(0o600)
-    yield build(
+    return build(
         ServeConfig(
             model=str(tiny_llama),
             port=0,
