@@ -210,3 +210,23 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5e6
+
+
+def test_what_the_patch_does_not_change_is_kept_and_what_is_left_out_is_said(tiny_llama: Path, tmp_path: Path) -> None:
+    base = tmp_path / "with-folders"
+    shutil.copytree(tiny_llama, base)
+    patch = make_patch(load(base))
+    kept = {
+        "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+        "original/params.json": "{}",
+        "original/deeper/notes.txt": "notes",
+    }
+    left = ("original/consolidated.00.pth", "onnx/model.onnx", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    for name in (*kept, *left, ".cache/huggingface/lock"):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(kept.get(name, "{}"))
+    made = export_merged(patch, base, tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_text() for name in kept} == kept
+    assert set(made.left_out) == set(left)
+    assert not any((tmp_path / "out" / name).exists() for name in (*left, ".cache"))
+    assert set(kept) <= set(made.files)

@@ -100,7 +100,7 @@ class _Job:
         figures = asdict(self.measured) if self.measured else {"max_abs_error": None, "max_abs_change": None}
         facts = {key: getattr(made, key) for key in ("rank", "modules", "hash") if hasattr(made, key)}
         if facts.get("hash"):
-            facts["changed"] = len(made.tensors)
+            facts |= {"changed": len(made.tensors), "left_out": list(made.left_out)}
         return {
             "to": self.form.value,
             "patch": f"{self.patch.name}@{self.patch.version}",
@@ -224,6 +224,8 @@ def _render(out: Output, document: dict[str, Any]) -> None:
             "logits": compared,
         }
     )
+    if document.get("left_out"):
+        out.note(f"left out, being unpatched weights in other forms: {', '.join(document['left_out'])}")
     out.note(f"next: {_next(document)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import platform
@@ -15,8 +16,9 @@ from typing import Any
 from nest_runtime import __version__
 
 PACKAGE = Path(__file__).parents[1]
+_DATA = (".json", ".jsonl", ".txt", ".csv")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scikit-learn", "peft")
-# What decides how a method is fitted and answers; judging has identities of its own.
+# Where methods are fitted and answers are made; with all that these import it decides. Judging has identities of its own.
 _DECIDES = ("train", "baselines", "runtime", "generate.py")
 
 
@@ -60,14 +62,51 @@ def _git(*args: str) -> str:
 
 
 @cache
-def code_digest() -> str:
+def code_digest(package: Path = PACKAGE) -> str:
     """``sha256:<hex>`` over the source that fits methods and makes answers: another digest, perhaps other figures."""
     digest = hashlib.sha256()
-    for name in _DECIDES:
-        place = PACKAGE / name
-        for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
-            digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in deciding_files(package):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return f"sha256:{digest.hexdigest()}"
+
+
+def deciding_files(package: Path = PACKAGE) -> list[Path]:
+    """The modules that fit methods and make answers, every module that they import, and the data beside them.
+
+    Imports are read from the source, those inside functions too; those for type checkers alone do not count.
+    """
+    roots = [package / name for name in _DECIDES]
+    todo = [path for root in roots for path in ([root] if root.is_file() else root.rglob("*.py"))]
+    found: set[Path] = set()
+    while todo:
+        path = todo.pop()
+        if path not in found:
+            found.add(path)
+            names = _imported(ast.parse(path.read_text(encoding="utf-8")), package.name)
+            todo += [file for name in names if (file := _module_file(package, name)) is not None]
+    beside = {item for folder in {path.parent for path in found} for item in folder.iterdir() if item.is_file()}
+    data = {item for item in beside if item.suffix in _DATA}
+    return sorted(found | data)
+
+
+def _imported(node: ast.AST, package: str) -> set[str]:
+    """The package's modules, and names in them, that some source imports when it runs."""
+    found: set[str] = set()
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            continue
+        if isinstance(child, ast.ImportFrom) and child.module and child.module.split(".")[0] == package:
+            found |= {child.module, *(f"{child.module}.{alias.name}" for alias in child.names)}
+        elif isinstance(child, ast.Import):
+            found |= {alias.name for alias in child.names if alias.name.split(".")[0] == package}
+        found |= _imported(child, package)
+    return found
+
+
+def _module_file(package: Path, name: str) -> Path | None:
+    place = package.joinpath(*name.split(".")[1:])
+    choices = (place / "__init__.py", place.with_suffix(".py"))
+    return next((path for path in choices if path.is_file()), None)
 
 
 def packages() -> dict[str, str]:

@@ -30,6 +30,8 @@ Progress = Callable[[str, int, int], None]
 # Weights in other forms would be the base's, unpatched, under the patched model's name.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".safetensors")
 
+_OTHER_INDEXES = (".bin.index.json", ".h5.index.json")
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -41,6 +43,7 @@ class Merged:
         hash: model hash of the result.
         tensors: names of the stored tensors that differ from the base's.
         exact: whether the checkpoint's dtypes hold the sums without rounding beyond float32's.
+        left_out: files of the base that were not copied: weights in other forms, which would be unpatched.
     """
 
     folder: Path
@@ -48,6 +51,7 @@ class Merged:
     hash: str
     tensors: tuple[str, ...]
     exact: bool
+    left_out: tuple[str, ...] = ()
 
 
 def export_merged(
@@ -93,7 +97,7 @@ def export_merged(
     checkpoint = Checkpoint(source, model)
     _check_base(patch, source, model, checkpoint, progress)
     with new_folder(target, overwrite=overwrite) as work:
-        _copy(source, work, checkpoint, progress)
+        left_out = _copy(source, work, checkpoint, progress)
         changed = fold_rows(patch, layout, checkpoint, work)
         _check_rest(source, work, changed, progress)
         result = model_hash(work, progress=progress)
@@ -102,7 +106,7 @@ def export_merged(
             check(work)
         files = tuple(sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file()))
     dtypes = {checkpoint.tensors[name][1].dtype for name in changed}
-    return Merged(target, files, result, tuple(sorted(changed)), dtypes <= {"F32", "F64"})
+    return Merged(target, files, result, tuple(sorted(changed)), dtypes <= {"F32", "F64"}, left_out)
 
 
 def fold_rows(patch: Patch, layout: dict[str, Projection], checkpoint: Checkpoint, copy: Path) -> set[str]:
@@ -143,17 +147,18 @@ def _check_base(
         )
 
 
-def _copy(source: Path, work: Path, checkpoint: Checkpoint, progress: Progress | None) -> None:
-    """The weights, and everything beside them that is not weights in another form."""
+def _copy(source: Path, work: Path, checkpoint: Checkpoint, progress: Progress | None) -> tuple[str, ...]:
+    """Copy the weights, and everything beside and below them that is not weights in another form.
+
+    Gives what was left out, as paths relative to the source: it would be the base's, unpatched.
+    """
     weights = {path.resolve() for path in checkpoint.files} | set(checkpoint.files)
-    rest = [
-        path
-        for path in source.iterdir()
-        if path.is_file() and path not in weights and path.suffix not in _OTHER_WEIGHTS and path.name[0] != "."
-    ]
-    rest = [
-        path for path in rest if path.name != NOTE and not path.name.endswith((".bin.index.json", ".h5.index.json"))
-    ]
+    rest, left_out = [], []
+    for path in _below(source):
+        if path in weights or path.name == NOTE:
+            continue
+        other = path.suffix in _OTHER_WEIGHTS or path.name.endswith(_OTHER_INDEXES)
+        (left_out if other or not path.is_file() else rest).append(path)
     files = [*checkpoint.files, *rest]
     for number, path in enumerate(files):
         target = work / path.relative_to(checkpoint.folder)
@@ -161,6 +166,17 @@ def _copy(source: Path, work: Path, checkpoint: Checkpoint, progress: Progress |
         shutil.copyfile(path, target)
         if progress is not None:
             progress("copy", number + 1, len(files))
+    return tuple(str(path.relative_to(source)) for path in left_out)
+
+
+def _below(folder: Path) -> list[Path]:
+    """Everything in a folder and its folders but what is hidden; links to folders are not followed."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        found += _below(path) if path.is_dir() and not path.is_symlink() else [path]
+    return found
 
 
 def _check_rest(source: Path, work: Path, changed: set[str], progress: Progress | None) -> None:
