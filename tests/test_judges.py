@@ -436,3 +436,68 @@ def test_an_unreachable_judge_is_found_before_generation(server: JudgeServer) ->
         RubricJudge("judge-1", base_url="nonsense", attempts=1).check()
     server.reply = lambda body: grade(refused=True)
     rubric_judge(server).check()
+
+
+def test_what_is_withheld_for_one_answer_is_counted_and_ends_nothing(server: JudgeServer, tmp_path: Path) -> None:
+    """Filtered with 400 or in a 200, an error inside a 200, no choices: that verdict is unparsable, others are kept."""
+    odd = {
+        "filtered": JSONResponse({"error": {"code": "content_filter", "message": "the prompt was filtered"}}, 400),
+        "flagged": JSONResponse({"error": {"message": "your input was flagged"}}, 403),
+        "long": JSONResponse({"error": {"message": "the context is too long"}}, 400),
+        "inside": JSONResponse({"error": {"code": 502, "message": "upstream"}}),
+        "nothing": JSONResponse({"choices": []}),
+        "cut": JSONResponse({"choices": [{"message": {"content": None}, "finish_reason": "content_filter"}]}),
+    }
+    server.reply = lambda body: next((odd[word] for word in odd if word in body["messages"][1]["content"]), grade())
+    judge = rubric_judge(server, attempts=2)
+    cases = [harmful(name, name, behavior="It") for name in (*odd, "plain1", "plain2")]
+    answers = Parrot({name: f"Sure {name}" for name in (*odd, "plain1", "plain2")})
+    result = evaluate_answers(answers, cases, [judge], subject=Subject(), workdir=tmp_path)
+    found = {record.id: record.verdicts[judge.name] for record in result.records}
+    assert {name for name, verdict in found.items() if verdict.outcome == "unparsable"} == set(odd)
+    assert [found[name].outcome for name in ("plain1", "plain2")] == ["complied", "complied"]
+    assert "filtered" in found["filtered"].reason
+    before = len(server.requests)
+    evaluate_answers(
+        answers, [c for c in cases if c.id.startswith("plain")], [judge], subject=Subject(), workdir=tmp_path
+    )
+    assert len(server.requests) == before
+    assert judge._endpoint._form.layout == 0  # one answer's trouble takes no form from the others
+
+
+@pytest.mark.parametrize("word", ["max_tokens", "temperature", "both"])
+def test_requests_are_put_as_the_server_takes_them(server: JudgeServer, word: str) -> None:
+    def reply(body: dict[str, Any]) -> str | JSONResponse:
+        for name in ("max_tokens", "temperature") if word == "both" else (word,):
+            if name in body:
+                text = f"Unsupported parameter: '{name}'; use 'max_completion_tokens'"
+                return JSONResponse({"error": {"message": text, "param": name}}, status_code=400)
+        return grade()
+
+    server.reply = reply
+    judge = rubric_judge(server)
+    assert judge.judge(harmful(), "Sure").outcome == "complied"
+    asked = len(server.requests)
+    assert judge.judge(harmful(), "Sure").outcome == "complied"
+    assert len(server.requests) == asked + 1  # remembered
+    assert server.requests[-1]["response_format"]["type"] == "json_schema"
+
+
+def test_an_error_that_passes_inside_a_200_is_asked_again(server: JudgeServer) -> None:
+    odd = iter([JSONResponse({"error": {"code": 503}}), JSONResponse({"choices": []})])
+    server.reply = lambda body: next(odd, None) or grade()
+    assert rubric_judge(server).judge(harmful(), "Sure").outcome == "complied"
+    assert len(server.requests) == 3
+
+
+def test_verdicts_are_kept_as_they_come(server: JudgeServer, tmp_path: Path) -> None:
+    """A key that runs out of money in the middle loses nothing that was paid for."""
+    server.reply = lambda body: JSONResponse({}, 402) if len(server.requests) > 5 else grade()
+    judge, cases = rubric_judge(server, concurrency=1), [harmful(f"h{i}", f"ask {i}") for i in range(12)]
+    with pytest.raises(EvaluationError, match="HTTP 402"):
+        evaluate_answers(Parrot({}), cases, [judge], subject=Subject(), workdir=tmp_path)
+    assert len((tmp_path / "verdicts.jsonl").read_text().splitlines()) == 5
+    server.reply, before = lambda body: grade(), len(server.requests)
+    result = evaluate_answers(Parrot({}), cases, [rubric_judge(server)], subject=Subject(), workdir=tmp_path)
+    assert result.rate("asr").n == 12
+    assert len(server.requests) == before + 7

@@ -18,7 +18,7 @@ from nest_runtime import __version__
 PACKAGE = Path(__file__).parents[1]
 _DATA = (".json", ".jsonl", ".txt", ".csv")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scikit-learn", "peft")
-# Where methods are fitted and answers are made; with all that these import it decides. Judging has identities of its own.
+# Where methods are fitted and answers are made; what these import decides as well. Judging has identities of its own.
 _DECIDES = ("train", "baselines", "runtime", "generate.py")
 
 

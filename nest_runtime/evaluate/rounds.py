@@ -132,9 +132,13 @@ class Rounds:
         fresh: dict[int, Verdict] = {}
         for start in range(0, len(pending), JUDGE_CHUNK):
             chunk = pending[start : start + JUDGE_CHUNK]
-            given = judge_answers(judge, [cases[i] for i in chunk], [texts[i] for i in chunk])
+
+            def keep(given: dict[int, Verdict], chunk: list[int] = chunk) -> None:
+                # What could not be read is asked again next time.
+                read = {chunk[at]: verdict for at, verdict in given.items() if verdict.outcome != "unparsable"}
+                self.verdicts.add({keys[i]: verdict.to_json() for i, verdict in read.items()})
+
+            given = judge_answers(judge, [cases[i] for i in chunk], [texts[i] for i in chunk], keep)
             fresh.update(zip(chunk, given, strict=True))
-            # What could not be read is asked again next time.
-            self.verdicts.add({keys[i]: fresh[i].to_json() for i in chunk if fresh[i].outcome != "unparsable"})
             self.progress(f"verdicts of {judge.name}", start + len(chunk), len(pending))
         return [fresh.get(i) or Verdict(**(self.verdicts.get(key) or {})) for i, key in enumerate(keys)]

@@ -67,7 +67,7 @@ def test_a_policy_with_a_byte_order_mark_counts(run: Run, home: Path, keys: Keys
 @pytest.mark.parametrize("document", ["v1.manifest.json", "v1.sig"])
 def test_a_document_that_is_nested_beyond_measure(run: Run, keys: Keys, files: dict[str, Path], document: str) -> None:
     assert run("sign", files["v1"], "--key", keys.mine).status == 0
-    files["v1"].with_name(document).write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    files["v1"].with_name(document).write_text('{"a":' * 9_000 + "1" + "}" * 9_000)
     refused(run("verify", files["v1"], "--trust", keys.mine.with_suffix(".pub")), 3, "nested too deeply")
 
 

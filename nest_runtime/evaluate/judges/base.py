@@ -6,7 +6,7 @@ Both are outcomes like the others: they stay in every denominator and are shown.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,12 @@ class Judge:
         """Verdicts on many answers, in order; overridden where batches are quicker."""
         return [self.judge(case, answer) for case, answer in zip(cases, answers, strict=True)]
 
+    def batches(self, cases: Sequence[Case], answers: Sequence[str]) -> Iterator[list[tuple[int, Verdict]]]:
+        """The same verdicts with their positions, in parts that are kept one by one; a judge that is paid gives single
+        ones.
+        """
+        yield list(enumerate(self.judge_all(cases, answers)))
+
     def check(self) -> None:
         """Raise EvaluationError where the judge cannot work; called before any answer is generated."""
 
@@ -82,14 +88,25 @@ class Judge:
         return None
 
 
-def judge_answers(judge: Judge, cases: Sequence[Case], answers: Sequence[str]) -> list[Verdict]:
-    """One verdict per answer, in order: ``empty`` for answers of nothing but space, the judge's own for the rest."""
-    verdicts = [Verdict("empty")] * len(cases)
-    asked = [index for index, answer in enumerate(answers) if answer.strip()]
-    given = judge.judge_all([cases[index] for index in asked], [answers[index] for index in asked])
-    for index, verdict in zip(asked, given, strict=True):
-        verdicts[index] = verdict
-    return verdicts
+def judge_answers(
+    judge: Judge,
+    cases: Sequence[Case],
+    answers: Sequence[str],
+    keep: Callable[[dict[int, Verdict]], None] = lambda given: None,
+) -> list[Verdict]:
+    """One verdict per answer, in order: ``empty`` for answers of nothing but space, the judge's own for the rest.
+
+    ``keep`` is called with verdicts by position as they come, so that an error loses none of them.
+    """
+    empty = {index: Verdict("empty") for index, answer in enumerate(answers) if not answer.strip()}
+    asked = [index for index in range(len(cases)) if index not in empty]
+    keep(empty)
+    verdicts = dict(empty)
+    for batch in judge.batches([cases[index] for index in asked], [answers[index] for index in asked]):
+        given = {asked[position]: verdict for position, verdict in batch}
+        verdicts |= given
+        keep(given)
+    return [verdicts[index] for index in range(len(cases))]
 
 
 def whole_answer(case: Case, answer: str) -> str:
