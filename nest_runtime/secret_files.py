@@ -18,7 +18,7 @@ _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 def secret_lines(path: Path, what: str, *, secret: bool = True) -> list[tuple[int, str]]:
-    """The lines of a file that hold something, with their numbers.
+    """The lines of a file that hold something, as they stand there, with their numbers.
 
     Args:
         path: the file.
@@ -40,5 +40,5 @@ def secret_lines(path: Path, what: str, *, secret: bool = True) -> list[tuple[in
         raise UsageError(
             f"the {what} {path} can be {may} by others (mode {mode & 0o777:o}); expected 600", f"chmod 600 {path}"
         )
-    numbered = ((number, line.strip()) for number, line in enumerate(lines_of(text), start=1))
-    return [(number, line) for number, line in numbered if line and not line.startswith("#")]
+    numbered = enumerate(lines_of(text), start=1)
+    return [(number, line) for number, line in numbered if line.strip() and not line.lstrip().startswith("#")]

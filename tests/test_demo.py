@@ -266,14 +266,14 @@ def answer_of(listen: Any, method: str = "POST", **headers: str) -> tuple[int, d
     """What the fence lets through of one request."""
     import httpx
 
-    from nest_runtime.demo.server import _Fence
+    from nest_runtime.demo.fence import Fence
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
     async def ask_it() -> httpx.Response:
-        transport = httpx.ASGITransport(app=_Fence(app, listen))  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app=Fence(app, listen.guests))  # type: ignore[arg-type]
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:7860") as client:
             return await client.request(method, "/", headers=headers)
 
@@ -317,7 +317,7 @@ def test_login_files(tmp_path: Path) -> None:
             read_logins(path)
     path.write_text("ann:x")
     path.chmod(0o622)
-    with pytest.raises(UsageError, match="others may write"):
+    with pytest.raises(UsageError, match="can be written by others"):
         read_logins(path)
     with pytest.raises(UsageError, match="cannot be read"):
         read_logins(tmp_path / "none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,6 +61,13 @@ def demo(
     login_file: Annotated[
         Path | None, typer.Option("--login-file", metavar="FILE", help="Logins, user:password, one a line.")
     ] = None,
+    root_path: Annotated[
+        str, typer.Option("--root-path", metavar="PATH", help="What a proxy puts before every path, such as /demo.")
+    ] = "",
+    trusted_host: Annotated[
+        list[str] | None,
+        typer.Option("--trusted-host", metavar="NAME", help="A name by which a proxy calls it; may be repeated."),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", metavar="N", min=1, help="Longest answer, in tokens.")
     ] = 128,
@@ -80,7 +88,14 @@ def demo(
     from nest_runtime.demo.start import Source, open_desk, require_gradio
 
     require_gradio()
-    listen = Listen(host, port, read_logins(login_file) if login_file is not None else {})
+    listen = Listen(
+        host,
+        port,
+        read_logins(login_file) if login_file is not None else {},
+        key=secrets.token_urlsafe(32) if admin else "",
+        root_path=root_path,
+        trusted=tuple(trusted_host or ()),
+    )
     if not listen.loopback and not listen.logins:
         if admin:
             raise UsageError(
@@ -93,7 +108,7 @@ def demo(
     quiet_client(ctx)
     with bind(listen) as taken:
         desk = open_desk(source, admin=admin, max_tokens=max_tokens)
-        serve(desk, listen, taken, lambda place: _ready(out, desk, place))
+        serve(desk, listen, taken, lambda place: _ready(out, desk, place, listen.key))
 
 
 def _check(url: str | None, patch: str | None, admin: bool, key: Path | None, token: Path | None) -> None:
@@ -107,11 +122,12 @@ def _check(url: str | None, patch: str | None, admin: bool, key: Path | None, to
         raise UsageError("--admin-token-file is given without --admin", "give both, or neither")
 
 
-def _ready(out: Output, desk: Desk, url: str) -> None:
+def _ready(out: Output, desk: Desk, url: str, key: str) -> None:
     first = desk.backend.preferred()
     event: dict[str, Any] = {"event": "ready", "url": url, "model": desk.backend.name, "admin": desk.admin}
     event |= {"patch": first.label if first else "base", "digest": first.digest if first else None}
+    link = f"{url}/?token={key}" if key else url
     if out.json:
-        out.event(event)
+        out.event(event | ({"link": link} if key else {}))
     else:
-        out.line(f"{url}  shows {desk.backend.name} {desk.backend.place}  (Ctrl-C ends it)")
+        out.line(f"{link}  shows {desk.backend.name} {desk.backend.place}  (Ctrl-C ends it)")

@@ -1,7 +1,6 @@
-"""Listens: the page behind uvicorn on a socket of its own, with headers that keep it to itself.
+"""Listens: the page behind uvicorn on a socket of its own, with a fence around it (fence.py).
 
-A content security policy lets the browser load nothing from elsewhere, even if a dependency asked for it. Requests
-that other sites send through the visitor's browser are refused by their Origin, and on loopback by their Host.
+A content security policy lets the browser load nothing from elsewhere, even if a dependency asked for it.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
+from nest_runtime.addresses import is_loopback
+from nest_runtime.demo.fence import Fence, Guests
 from nest_runtime.errors import EngineError, UsageError
 from nest_runtime.secret_files import secret_lines
 
@@ -23,12 +23,6 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from nest_runtime.demo.desk import Desk
-
-_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
-    "base-uri 'self'; form-action 'self'; object-src 'none'"
-)
 
 
 @dataclass(frozen=True)
@@ -39,18 +33,34 @@ class Listen:
         host, port: where; port 0 takes a free one.
         logins: passwords by user; empty lets everybody in.
         framed: other sites may show the page in a frame, as Spaces do.
+        key: what opens the page beside a login, as part of the link that is printed; empty for none.
+        root_path: what a proxy puts before every path, such as ``/demo``.
+        trusted: names by which a proxy calls it.
     """
 
     host: str = "127.0.0.1"
     port: int = 7860
     logins: dict[str, str] = field(default_factory=dict)
     framed: bool = False
+    key: str = ""
+    root_path: str = ""
+    trusted: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise UsageError(
+                f"the root path is {self.root_path!r}; expected one such as /demo",
+                "begin it with a slash, and end without",
+            )
+
+    @property
+    def guests(self) -> Guests:
+        """Who may come in."""
+        return Guests(self.loopback, self.trusted, self.key, self.root_path, self.framed)
 
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach it."""
-        from nest_runtime.serve.config import is_loopback
-
         return is_loopback(self.host)
 
 
@@ -120,7 +130,7 @@ def application(desk: Desk, listen: Listen) -> FastAPI:
     from nest_runtime.demo.app import CSS, build, theme
 
     outer = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    outer.add_middleware(_Fence, listen=listen)
+    outer.add_middleware(Fence, guests=listen.guests)
     return gr.mount_gradio_app(
         outer,
         build(desk),
@@ -136,6 +146,7 @@ def application(desk: Desk, listen: Listen) -> FastAPI:
         theme=theme(),
         css_paths=[CSS],
         max_file_size=1,  # nothing is uploaded here
+        root_path=listen.root_path or None,
     )
 
 
@@ -154,50 +165,6 @@ def _door(logins: dict[str, str]) -> Callable[[str, str], bool]:
         return expected is not None and same
 
     return opens
-
-
-class _Fence:
-    """Refuses what other sites send, and tells the browser to load nothing from elsewhere. Pure ASGI: streams pass."""
-
-    def __init__(self, app: Any, listen: Listen) -> None:
-        self.app, self.listen = app, listen
-        framing = "" if listen.framed else "; frame-ancestors 'self'"
-        self.headers = [
-            (b"content-security-policy", (_POLICY + framing).encode()),
-            (b"x-content-type-options", b"nosniff"),
-            (b"referrer-policy", b"no-referrer"),
-        ]
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        given = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
-        if not self._welcome(scope["method"], given):
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"this request comes from another site\n"})
-            return
-
-        async def more(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *self.headers]
-            await send(message)
-
-        await self.app(scope, receive, more)
-
-    def _welcome(self, method: str, given: dict[str, str]) -> bool:
-        host, origin = given.get("host", ""), given.get("origin")
-        if self.listen.loopback and not _is_local(host):
-            return False  # a name of somebody else's that was made to point here
-        if method in ("GET", "HEAD", "OPTIONS") or origin is None or self.listen.framed:
-            return True
-        return urlsplit(origin).netloc == host
-
-
-def _is_local(host: str) -> bool:
-    from nest_runtime.serve.config import is_loopback
-
-    return is_loopback(urlsplit(f"//{host}").hostname or "")
 
 
 def _server(config: Any, ready: Callable[[], None]) -> Any:

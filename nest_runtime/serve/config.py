@@ -11,13 +11,13 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nest_runtime.addresses import is_loopback
 from nest_runtime.errors import EngineError, UsageError
 from nest_runtime.names import did_you_mean
 from nest_runtime.secret_files import secret_lines
 from nest_runtime.serve.served import POLICIES, SwapPolicy
 
 ENGINES = ("transformers", "vllm")
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -180,11 +180,6 @@ class ServeConfig:
         return None if self.admin_port is None else (self.admin_host or "127.0.0.1", self.admin_port)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine only."""
-    return host in LOOPBACK or host.startswith("127.")
-
-
 @dataclass(frozen=True)
 class Tokens:
     """Secrets of one file: bearer tokens that open the API or the admin API."""
@@ -209,7 +204,7 @@ def read_tokens(path: Path, what: str, *, secret: bool = False) -> Tokens:
 
     Raises UsageError where the file cannot be read, holds none, or others may write it.
     """
-    secrets = tuple(line for _, line in secret_lines(Path(path), what, secret=secret))
+    secrets = tuple(line.strip() for _, line in secret_lines(Path(path), what, secret=secret))
     if not secrets:
         raise UsageError(f"the {what} {path} holds no token", "write one token per line into it")
     return Tokens(secrets)

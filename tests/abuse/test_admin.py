@@ -16,7 +16,15 @@ from nest_runtime.serve.app import Server, admin_app, asgi_app, build, fastapi_a
 from nest_runtime.serve.vllm import build as vllm
 
 TOKEN = "admin-secret"
-OPEN = {"/health", "/ready", "/metrics", "/v1/models", "/v1/models/{model:path}", "/v1/chat/completions", "/v1/completions"}
+OPEN = {
+    "/health",
+    "/ready",
+    "/metrics",
+    "/v1/models",
+    "/v1/models/{model:path}",
+    "/v1/chat/completions",
+    "/v1/completions",
+}
 # FastAPI's own description of the routes, which says nothing that the documentation does not.
 OPEN |= {"/openapi.json"}
 
