@@ -80,6 +80,12 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", metavar="FILE", help="Keys, one a line; clients must send one.")
     ] = None,
+    trusted_proxy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--trusted-proxy", metavar="ADDRESS", help="A proxy's address or network whose X-Forwarded-For counts."
+        ),
+    ] = None,
     swap_policy: Annotated[
         str,
         typer.Option(
@@ -203,6 +209,7 @@ def serve(
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        trusted_proxies=tuple(trusted_proxy or ()),
         audit_file=audit_file,
         trust=tuple(trust or ()),
         require_signature=require_signature,

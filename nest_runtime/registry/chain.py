@@ -177,7 +177,8 @@ class ChainLog:
 
 
 def _canonical(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace")  # half of a surrogate pair stays JSON, and is read back as it was
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
 from nest_runtime import __version__
+from nest_runtime.addresses import networks_of
 from nest_runtime.errors import HubError, NestError, TrustError, UsageError
 from nest_runtime.home import nest_home
 from nest_runtime.models import load_model
@@ -198,7 +199,7 @@ def fastapi_app(routers: list[APIRouter], lifespan: Any = None) -> FastAPI:
 
 def framed(server: Server, app: ASGIApp, *, admin_here: bool) -> ASGIApp:
     """An app behind the server's access checks, with the patch headers, metrics and log around it."""
-    access = Access(server.secrets, server.audit, admin_here)
+    access = Access(server.secrets, server.audit, admin_here, networks_of(server.config.trusted_proxies))
     return Frame(app, server.service.table, access, server.service.metrics, server.config.limits)
 
 

@@ -1,8 +1,10 @@
 """The server's audit log: every load, activation, rollback, removal and refusal, and who asked.
 
 An append-only, hash-chained JSONL file (registry/chain.py). Beside it stands a small head file
-with the last line's number and hash, so that lines missing at the end are noticed as well.
-Prompts and answers are never in it.
+with the last line's number and hash, so that lines missing at the end are noticed as well. Before a change
+stands an ``intent``, on the disk; after it what came of it, which names the intent: a disk that is full in between
+leaves an intent without an outcome, never a word of something that did not happen. Words of others are escaped and
+cut to a length. Prompts and answers are never in it.
 """
 
 from __future__ import annotations
@@ -15,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import StoreError
+from nest_runtime.escape import visible
 from nest_runtime.io import atomic_write
 from nest_runtime.registry.chain import ChainLog
+
+MAX_TEXT = 1000  # characters of any one field
 
 log = logging.getLogger("nest_runtime.serve.audit")
 
@@ -39,11 +44,22 @@ class AuditLog:
         """Whether there is, or was, such a log: its file or the head beside it."""
         return self.path.exists() or self._head.exists()
 
+    def intend(self, event: Mapping[str, Any]) -> int:
+        """Write down what is about to be done; gives the number that the outcome names. Raises as ``record``."""
+        return int(self.record({**event, "what": "intent", "of": event["what"], "done": False})["seq"])
+
+    def unfinished(self) -> list[dict[str, Any]]:
+        """The intents that no outcome names: the process ended in between, or the disk was full."""
+        entries = self._chain.read()
+        named = {entry.get("intent") for entry in entries}
+        return [entry for entry in entries if entry.get("what") == "intent" and entry["seq"] not in named]
+
     def record(self, event: Mapping[str, Any]) -> dict[str, Any]:
         """Append an event; gives the sealed entry. Raises StoreError where the disk refuses."""
+        shown = {key: visible(value, MAX_TEXT) if isinstance(value, str) else value for key, value in event.items()}
         try:
             with self._guard:
-                entry = self._chain.append(event)
+                entry = self._chain.append(shown)
                 head = {"seq": entry["seq"], "hash": entry["hash"]}
                 atomic_write(self._head, json.dumps(head).encode() + b"\n")
                 return entry

@@ -11,7 +11,7 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nest_runtime.addresses import is_loopback
+from nest_runtime.addresses import is_loopback, networks_of
 from nest_runtime.errors import EngineError, UsageError
 from nest_runtime.names import did_you_mean
 from nest_runtime.secret_files import secret_lines
@@ -107,6 +107,7 @@ class ServeConfig:
         engine_args: more of vLLM's own arguments, as one would type them.
         device, dtype: as in models.load_model.
         trust_remote_code: run code that comes with the model; only when the user asked for it by this name.
+        trusted_proxies: addresses and networks of proxies whose X-Forwarded-For counts, for the audit log.
         audit_file: the audit log; None means ``audit.jsonl`` in the store's home.
         trust: public keys whose signatures on patches count, beside those of the trust policy.
         require_signature: refuse unsigned patches.
@@ -135,6 +136,7 @@ class ServeConfig:
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    trusted_proxies: tuple[str, ...] = ()
     audit_file: Path | None = None
     trust: tuple[Path, ...] = ()
     require_signature: bool = False
@@ -145,6 +147,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "expose", tuple(self.expose))
         object.__setattr__(self, "trust", tuple(self.trust))
+        object.__setattr__(self, "trusted_proxies", tuple(self.trusted_proxies))
         if self.engine not in ENGINES:
             raise EngineError(
                 f"there is no engine {self.engine!r} here; known: {', '.join(ENGINES)}",
@@ -166,6 +169,7 @@ class ServeConfig:
         if self.swap_policy not in POLICIES:
             near = did_you_mean(self.swap_policy, POLICIES)
             raise UsageError(f"the swap policy is {self.swap_policy!r}", f"{near}give one of {', '.join(POLICIES)}")
+        networks_of(self.trusted_proxies)  # raises for what is no address
         if self.max_queue < 0:
             raise UsageError(f"max_queue is {self.max_queue}", "give zero or more")
 

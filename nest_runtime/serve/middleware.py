@@ -20,8 +20,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nest_runtime.addresses import Network
 from nest_runtime.errors import StoreError
+from nest_runtime.escape import visible
 from nest_runtime.serve.audit import AuditLog
+from nest_runtime.serve.clients import client_of
 from nest_runtime.serve.config import Limits, Tokens
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.patches import PatchTable
@@ -57,11 +60,13 @@ class Access:
         secrets: shared by all listeners.
         audit: where admin calls are written, and attempts with a wrong token.
         admin_here: whether this listener answers admin calls; elsewhere they are unknown paths.
+        proxies: whose word on who asks is taken.
     """
 
     secrets: Secrets
     audit: AuditLog
     admin_here: bool = True
+    proxies: tuple[Network, ...] = ()
     _denials: int = field(default=0, init=False)
     _denied_at: float = field(default=-DENIAL_SECONDS, init=False)
 
@@ -72,7 +77,7 @@ class Access:
         route itself (admin.py): a path that nobody thought of here is no way in.
         """
         path, token = scope["path"], _bearer(Headers(scope=scope).get("authorization", ""))
-        host = scope["client"][0] if scope.get("client") else "unknown"
+        host = client_of(scope, self.proxies)
         keys, admin = self.secrets.api_keys, self.secrets.admin
         scope["state"]["access"], scope["state"]["operator"] = self, None
         if admin is not None and self.admin_here and admin.matches(token):
@@ -88,8 +93,7 @@ class Access:
     async def admit(self, scope: Scope) -> ApiError | None:
         """Let an operator on to an admin route, and set ``who`` for the audit log; else give the refusal."""
         if scope["state"].get("operator") is None:
-            host = scope["client"][0] if scope.get("client") else "unknown"
-            await self._denied(host, scope["method"], scope["path"])
+            await self._denied(client_of(scope, self.proxies), scope["method"], scope["path"])
             return _unauthorized("admin token", _bearer(Headers(scope=scope).get("authorization", "")))
         scope["state"]["who"] = scope["state"]["operator"]
         return None
@@ -100,14 +104,14 @@ class Access:
         if "who" not in state or state.get("audited"):
             return
         state["audited"] = True
-        event = {"what": "call", "who": state["who"], "path": f"{scope['method']} {scope['path'][:200]}"}
+        event = {"what": "call", "who": state["who"], "path": _call(scope["method"], scope["path"])}
         await self._record({**event, "status": status, "done": status < 400})
 
     async def _denied(self, host: str, method: str, path: str) -> None:
         self._denials += 1
         if time.monotonic() - self._denied_at < DENIAL_SECONDS:
             return
-        event = {"what": "denied", "who": host, "path": f"{method} {path[:200]}", "count": self._denials, "done": False}
+        event = {"what": "denied", "who": host, "path": _call(method, path), "count": self._denials, "done": False}
         self._denials, self._denied_at = 0, time.monotonic()
         await self._record(event)
 
@@ -216,6 +220,11 @@ class Frame:
             "patch": pin.label,
         }
         log.log(level, " ".join(f"{key}={value}" for key, value in fields.items()), extra={"fields": fields})
+
+
+def _call(method: str, path: str) -> str:
+    """A method and a path of bounded length, as a line of the audit log has them."""
+    return f"{visible(method, 16)} {visible(path, 200)}"
 
 
 def _is_admin(path: str) -> bool:

@@ -279,6 +279,11 @@ class PatchTable:
                 full = StoreError(f"the disk refuses: {error}", "nothing was changed: free space or fix permissions")
                 await self._refused(event, full)
                 raise full from error
+            except Exception as error:  # nothing that was foreseen, and written down all the same
+                await self._refused(event, NestError(f"{type(error).__name__}: {error}"))
+                raise
+            else:
+                await self._done(event)
 
     async def _refused(self, event: dict[str, Any], error: NestError) -> None:
         refusal = {**event, "done": False, "error": type(error).__name__, "reason": error.message}
@@ -288,14 +293,21 @@ class PatchTable:
         except StoreError as unwritten:
             log.error("a refused %s could not be audited: %s", event["what"], unwritten)
 
-    async def _record(self, event: dict[str, Any], served: Served) -> None:
-        """Write the change down just before it is made: nothing is changed without an audit entry.
+    async def _done(self, event: dict[str, Any]) -> None:
+        """Write down that a change was made. Where the disk refuses, its intent stands there, and the log says more."""
+        try:
+            await asyncio.to_thread(self._audit.record, {**event, "done": True})
+        except StoreError as unwritten:
+            log.error("a %s was made, and its outcome could not be audited: %s", event["what"], unwritten)
 
-        Where it then fails, the entry of the failure names this one under ``undoes``.
+    async def _record(self, event: dict[str, Any], served: Served) -> None:
+        """Write down what is about to be done: nothing is changed without an audit entry.
+
+        What comes of it is an entry of its own, which names this one under ``intent``.
         """
-        entry = {**event, "version": served.label, "digest": served.digest, "done": True}
+        event |= {"version": served.label, "digest": served.digest}
         if event["what"] in ("activate", "rollback"):
-            entry["previous"] = self.active.label
+            event["previous"] = self.active.label
         if served.digest in self._verified:
-            entry["signed_by"] = self._verified[served.digest].signed_by
-        event["undoes"] = (await asyncio.to_thread(self._audit.record, entry))["seq"]
+            event["signed_by"] = self._verified[served.digest].signed_by
+        event["intent"] = await asyncio.to_thread(self._audit.intend, event)

@@ -25,6 +25,7 @@ from nest_runtime.errors import (
     TrustError,
     UsageError,
 )
+from nest_runtime.escape import clean
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _CODES = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
@@ -75,7 +76,7 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON body."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": clean(self.message), "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """The whole answer."""
