@@ -9,6 +9,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+from nest_runtime.escape import visible
+
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
 
@@ -50,7 +52,7 @@ def sentence(event: Event) -> None:
         "followed": lambda: f"following {event['ref']}: patch {event['patch']} is on",
         "stopped": lambda: "stopped",
     }[kind]()
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def _ready_sentence(event: Event) -> str:
@@ -65,9 +67,21 @@ def set_up_logging(as_json: bool) -> None:
         return
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(Escaped())
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     logging.getLogger("uvicorn.error").addHandler(handler)
+
+
+class Escaped(logging.Filter):
+    """Lets every record pass, on one line: names and errors of others neither forge a line nor steer the terminal."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = visible(record.getMessage()), ()
+        fields = getattr(record, "fields", None)
+        if isinstance(fields, dict):
+            record.fields = {key: visible(value) if isinstance(value, str) else value for key, value in fields.items()}
+        return True
 
 
 class _JsonFormatter(logging.Formatter):
