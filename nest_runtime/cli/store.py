@@ -219,6 +219,8 @@ def history(
             out.line(f"the chain is whole: {count} entries")
         if audited is not None:
             out.line(f"the audit log is whole: {audited['entries']} entries in {audited['path']}")
+            if audited["unfinished"]:
+                out.note(f"{audited['unfinished']} intents have no outcome: the server ended, or its disk was full")
 
     document: dict[str, Any] = {"entries": entries}
     out.result(document if count is None else {**document, "verified": count, "audit": audited}, render)
@@ -244,7 +246,7 @@ def _verify_audit(file: Path | None) -> dict[str, Any] | None:
         if file is None:
             return None
         raise StoreError(f"there is no audit log {file}", "give the file that the server was started with")
-    return {"path": str(log.path), "entries": log.verify()}
+    return {"path": str(log.path), "entries": log.verify(), "unfinished": len(log.unfinished())}
 
 
 def _origin(entry: Any) -> str:
