@@ -47,6 +47,7 @@ def register() -> None:
     """Let workers learn our methods; called by vLLM in every process, more than once."""
     if not named(os.environ.get("VLLM_PLUGINS")):
         return
+    os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # who asks is for clients.py to say, and not for uvicorn
     from vllm.engine.arg_utils import EngineArgs
 
     keep_weights_in_place()
@@ -164,7 +165,7 @@ def config_from(args: Namespace, environ: Any) -> ServeConfig:
         args: vLLM's own; its model, host, port and limits count.
         environ: ``NEST_PATCH``, ``NEST_EXPOSE`` (versions, with commas between), ``NEST_EXPOSE_BASE`` (a switch),
             ``NEST_ADMIN_TOKEN_FILE``, ``NEST_API_KEY_FILE``, ``NEST_AUDIT_FILE``, ``NEST_TRUST`` (files, with commas),
-            ``NEST_REQUIRE_SIGNATURE`` (a switch), ``NEST_SWAP_POLICY``.
+            ``NEST_REQUIRE_SIGNATURE`` (a switch), ``NEST_SWAP_POLICY``, ``NEST_TRUSTED_PROXY`` (addresses, commas).
 
     Raises UsageError where values make no sense.
     """
@@ -190,6 +191,7 @@ def config_from(args: Namespace, environ: Any) -> ServeConfig:
         trust=tuple(Path(part) for part in parts("NEST_TRUST")),
         require_signature=switch_of(environ, "NEST_REQUIRE_SIGNATURE"),
         swap_policy=environ.get("NEST_SWAP_POLICY") or "drain",
+        trusted_proxies=parts("NEST_TRUSTED_PROXY"),
         trust_remote_code=bool(args.trust_remote_code),
         limits=Limits(running=args.max_num_seqs or Limits().running, drain_seconds=float(args.shutdown_timeout or 30)),
     )
