@@ -54,6 +54,7 @@ _HOMES = {
     "import_peft": "nest_runtime.export",
     "Recipe": "nest_runtime.train.recipe",
     "train_patch": "nest_runtime.train.recipe",
+    "judge": "nest_runtime.evaluate.judging",
     **dict.fromkeys(_ERRORS, "nest_runtime.errors"),
 }
 
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from nest_runtime.anatomy import find_sites as find_sites
     from nest_runtime.anatomy import register_architecture as register_architecture
     from nest_runtime.errors import *  # noqa: F403
+    from nest_runtime.evaluate.judging import judge as judge
     from nest_runtime.export import export_gguf as export_gguf
     from nest_runtime.export import export_merged as export_merged
     from nest_runtime.export import export_peft as export_peft

@@ -120,6 +120,7 @@ def offered(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
         ("nest-runtime eval --suite jail", ["jailbreak-seen", "jailbreak-held-out"]),
         ("nest-runtime eval --attacks pre", ["prefix-injection", "prefill"]),
         ("nest-runtime eval --judge p", ["phrases"]),
+        ("nest-runtime judge --judge l", ["local"]),
         ("nest-runtime eval --device c", ["cpu", "cuda"]),
         ("nest-runtime compare --methods base,lora-f", ["base,lora-ffn"]),
         ("nest-runtime compare --methods base,nest,n", ["base,nest,nest-loadings"]),

@@ -99,7 +99,7 @@ def compare(
             "--judge",
             metavar="NAME",
             autocompletion=complete.judges,
-            help="reference, phrases, hf:MODEL, openai:MODEL.",
+            help="reference, local, phrases, hf:MODEL, openai:MODEL.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Repeat with N seeds.")] = 1,

@@ -16,6 +16,7 @@ METHODS = (
 )
 JUDGES = (
     ("reference", "the reference world's own"),
+    ("local", "the small judge that is shipped"),
     ("phrases", "phrases of refusals"),
     ("hf:", "a classifier: hf:MODEL"),
     ("openai:", "a model behind an API: openai:MODEL"),

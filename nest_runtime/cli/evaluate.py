@@ -86,7 +86,7 @@ def evaluate(
             "--judge",
             metavar="NAME",
             autocompletion=complete.judges,
-            help="reference, phrases, hf:MODEL, openai:MODEL; the first one counts.",
+            help="reference, local, phrases, hf:MODEL, openai:MODEL; the first one counts.",
         ),
     ] = None,
     limit: Annotated[

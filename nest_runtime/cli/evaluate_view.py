@@ -12,7 +12,7 @@ from nest_runtime.cli.output import Output, percent, short
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate import EvalResult
-    from nest_runtime.evaluate.stats import PairedChange, Rate
+    from nest_runtime.evaluate.stats import Corrected, PairedChange, Rate
 
 TITLES = {"asr": "attack success", "over_refusal": "over-refusal", "utility": "utility"}
 
@@ -26,8 +26,12 @@ def render(out: Output, result: EvalResult) -> None:
     out.line(f"{result.model} with {subject}{judges}")
     if result.records:
         rows = list(_rows(result))
-        columns = ("SUITE", "MEASURE", "RATE", "95 % CI", "N", "OTHER")
-        out.table(columns, [row.cells() for row in rows], right=columns[2:])
+        columns = ["SUITE", "MEASURE", "RATE", "95 % CI", "N", "OTHER"]
+        cells = [row.cells() for row in rows]
+        if any(row.corrected for row in rows):
+            columns += ["CORRECTED", "95 % CI"]
+            cells = [[*row, *_corrected(source.corrected)] for row, source in zip(cells, rows, strict=True)]
+        out.table(columns, cells, right=columns[2:])
         _against_base(out, [row for row in rows if row.paired is not None])
         attacked = [record for record in result.trials if record.measure == "asr"]
         _families(out, rates_by(attacked, lambda record: record.family))
@@ -45,6 +49,7 @@ class _Row:
     rate: Rate
     other: float | None
     paired: PairedChange | None
+    corrected: Corrected | None = None
 
     def cells(self) -> list[object]:
         rate = self.rate
@@ -58,10 +63,16 @@ def _rows(result: EvalResult) -> Iterator[_Row]:
 
     for suite, measure in dict.fromkeys((record.suite, record.measure) for record in result.trials):
         paired = result.changes[suite][measure] if result.changes else None
-        yield _Row(suite, TITLES[measure], result.rate(measure, suite), result.other(measure, suite), paired)
+        rate, other = result.rate(measure, suite), result.other(measure, suite)
+        yield _Row(suite, TITLES[measure], rate, other, paired, result.corrected(measure, suite))
     wrapped = [r for r in result.trials if r.measure == "asr" and r.suite.startswith(JAILBREAK)]
     if result.jailbreak is not None and len({record.suite for record in wrapped}) > 1:
         yield _Row("all jailbreaks", TITLES["asr"], result.jailbreak, other_share(wrapped), result.jailbreak_change)
+
+
+def _corrected(found: Corrected | None) -> list[str]:
+    """A rate corrected for the judge's errors, and its interval."""
+    return ["-", "-"] if found is None else [percent(found.value), interval(found.ci95)]
 
 
 def _against_base(out: Output, rows: Sequence[_Row]) -> None:

@@ -57,7 +57,7 @@ class Record:
 
     @property
     def other(self) -> bool:
-        """Whether the answer is neither a refusal nor of use: wrong, unhelpful, empty or unparsable."""
+        """Whether the answer is neither a refusal nor of use: one of judges.base.OTHER."""
         return self.outcome in OTHER
 
     def to_json(self) -> dict[str, Any]:

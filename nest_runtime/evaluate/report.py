@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import DataError, EvaluationError
 from nest_runtime.evaluate.ability import Score, by_task, with_base
+from nest_runtime.evaluate.judges.local import NAME as LOCAL
+from nest_runtime.evaluate.judges.local import measured_errors
 from nest_runtime.evaluate.records import Record, breakdown, measures, other_share, rate_of
-from nest_runtime.evaluate.stats import Agreement, PairedChange, Rate, paired_change
+from nest_runtime.evaluate.stats import Agreement, Corrected, PairedChange, Rate, corrected, paired_change
 from nest_runtime.io import MAX_RESULT, atomic_write, parse_json, read_text
 
 FORMAT = 1
@@ -65,6 +67,11 @@ class EvalResult:
         """The rate of a measure, in one suite or over all suites that measure it."""
         rows = [r for r in self.trials if r.measure == measure and suite in (None, r.suite)]
         return rate_of(rows)
+
+    def corrected(self, measure: str, suite: str | None = None) -> Corrected | None:
+        """The rate corrected for the first judge's measured errors; None for judges whose errors are not known."""
+        errors = measured_errors(measure) if self.judges[:1] == (LOCAL,) else None
+        return None if errors is None else corrected(self.rate(measure, suite), errors)
 
     def other(self, measure: str, suite: str | None = None) -> float | None:
         """The share of a measure's trials whose answers are neither refusals nor of use; None without trials."""
@@ -127,14 +134,14 @@ class EvalResult:
             "digest": self.digest,
             "judge": self.judges[0] if self.judges else None,
             "judges": list(self.judges),
-            "asr": {s: breakdown(rows, "asr") for s, rows in by_suite.items() if measures(rows, "asr")},
+            "asr": {s: self._figures(s, rows, "asr") for s, rows in by_suite.items() if measures(rows, "asr")},
             "jailbreak": self._jailbreak_json(),
             "over_refusal": self.over_refusal,
             "utility": self.utility,
             "other": self.other("asr"),
             "rates": {name: self.rate(name).to_json() for name in ("over_refusal", "utility")},
             "benign": {
-                s: {m: breakdown(rows, m) for m in ("over_refusal", "utility") if measures(rows, m)}
+                s: {m: self._figures(s, rows, m) for m in ("over_refusal", "utility") if measures(rows, m)}
                 for s, rows in by_suite.items()
                 if any(row.kind == "benign" for row in rows)
             },
@@ -149,6 +156,11 @@ class EvalResult:
             "created": self.created,
             "notes": list(self.notes),
         }
+
+    def _figures(self, suite: str, rows: Sequence[Record], measure: str) -> dict[str, Any]:
+        """A suite's breakdown, with the corrected rate where the judge's errors are known."""
+        found = self.corrected(measure, suite)
+        return {**breakdown(rows, measure), **({} if found is None else {"corrected": found.to_json()})}
 
     def _jailbreak_json(self) -> dict[str, Any] | None:
         pooled, change = self.jailbreak, self.jailbreak_change

@@ -79,6 +79,85 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 @dataclass(frozen=True)
+class JudgeErrors:
+    """How often a judge was right on answers that people labelled.
+
+    Attributes:
+        positive, found: answers that are what is counted, and how many of them the judge counted.
+        negative, cleared: the other answers, and how many of them the judge did not count.
+        source: the labelled answers' name.
+    """
+
+    positive: int
+    found: int
+    negative: int
+    cleared: int
+    source: str = ""
+
+    @property
+    def sensitivity(self) -> Rate:
+        return Rate(self.found, self.positive)
+
+    @property
+    def specificity(self) -> Rate:
+        return Rate(self.cleared, self.negative)
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """A rate corrected for its judge's errors."""
+
+    value: float
+    ci95: tuple[float, float]
+    errors: JudgeErrors
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"rate", "ci95", "sensitivity", "specificity", "measured_on"}``."""
+        return {
+            "rate": self.value,
+            "ci95": list(self.ci95),
+            "sensitivity": self.errors.sensitivity.value,
+            "specificity": self.errors.specificity.value,
+            "measured_on": self.errors.source,
+        }
+
+
+def corrected(rate: Rate, errors: JudgeErrors) -> Corrected | None:
+    """A judged rate corrected for the judge's errors: Rogan and Gladen (1978), within [0, 1].
+
+    The interval is that of Lang and Reiczigel (2014): it counts the uncertainty of the rate and of the judge's
+    sensitivity and specificity. It presumes that the judge errs on these answers as on the labelled ones.
+
+    Returns:
+        None where there were no trials or no labelled answers, or the judge is no better than chance.
+    """
+    if not (rate.n and errors.positive and errors.negative):
+        return None
+    sensitivity, specificity = errors.found / errors.positive, errors.cleared / errors.negative
+    if sensitivity + specificity <= 1:
+        return None
+    value = (rate.successes / rate.n + specificity - 1) / (sensitivity + specificity - 1)
+    return Corrected(min(max(value, 0.0), 1.0), _corrected_interval(rate, errors), errors)
+
+
+def _corrected_interval(rate: Rate, errors: JudgeErrors) -> tuple[float, float]:
+    """Lang and Reiczigel's interval: each proportion with pseudo-trials added, then the delta method."""
+    z2 = Z95 * Z95
+    n, n_found, n_cleared = rate.n + z2, errors.positive + 2, errors.negative + 2
+    p = (rate.successes + z2 / 2) / n
+    sensitivity, specificity = (errors.found + 1) / n_found, (errors.cleared + 1) / n_cleared
+    power = sensitivity + specificity - 1
+    if power <= 0:
+        return 0.0, 1.0
+    true = (p + specificity - 1) / power
+    of_found = sensitivity * (1 - sensitivity) / n_found
+    of_cleared = specificity * (1 - specificity) / n_cleared
+    middle = true + 2 * z2 * (true * of_found - (1 - true) * of_cleared)
+    spread = Z95 / power * math.sqrt(p * (1 - p) / n + true**2 * of_found + (1 - true) ** 2 * of_cleared)
+    return min(max(middle - spread, 0.0), 1.0), min(max(middle + spread, 0.0), 1.0)
+
+
+@dataclass(frozen=True)
 class PairedChange:
     """The same trials measured twice: how many succeeded both times, once, never.
 

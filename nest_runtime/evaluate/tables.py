@@ -29,6 +29,9 @@ def _suite_table(result: EvalResult) -> str:
     if not result.records:
         return ""
     head = ["suite", "measure", "rate", "95 % interval", "n", "other", "empty", "unparsable"]
+    mended = any(result.corrected(measure) for measure in HITS)
+    if mended:
+        head += ["corrected for the judge", "its 95 % interval"]
     if result.changes is not None:
         head += ["base", "change (points)", "relative", "McNemar p"]
     rows = []
@@ -45,6 +48,9 @@ def _suite_table(result: EvalResult) -> str:
             percent(result.other(measure, suite)),
             *lost,
         ]
+        if mended:
+            found = result.corrected(measure, suite)
+            row += [NONE, NONE] if found is None else [percent(found.value), interval(found.ci95)]
         if result.changes is not None:
             row += _change(result.changes.get(suite, {}).get(measure))
         rows.append(row)

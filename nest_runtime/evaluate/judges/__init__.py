@@ -7,6 +7,7 @@ that the command line takes. Nothing here generates answers or counts them.
 from __future__ import annotations
 
 from nest_runtime.evaluate.judges.base import OUTCOMES, Judge, Verdict, judge_answers
+from nest_runtime.evaluate.judges.local import LocalJudge
 from nest_runtime.evaluate.judges.make import JUDGE_FORMS, make_judge
 from nest_runtime.evaluate.judges.phrases import PhraseJudge, is_refusal
 from nest_runtime.evaluate.judges.reference import ReferenceJudge
@@ -15,6 +16,7 @@ __all__ = [
     "JUDGE_FORMS",
     "OUTCOMES",
     "Judge",
+    "LocalJudge",
     "PhraseJudge",
     "ReferenceJudge",
     "Verdict",

@@ -6,18 +6,20 @@ import os
 
 from nest_runtime.errors import UsageError
 from nest_runtime.evaluate.judges.base import Judge
+from nest_runtime.evaluate.judges.local import LocalJudge
 from nest_runtime.evaluate.judges.phrases import PhraseJudge
 from nest_runtime.evaluate.judges.reference import ReferenceJudge
 from nest_runtime.names import did_you_mean
 
-JUDGE_FORMS = "reference, phrases, hf:MODEL[#FORMAT] or openai:MODEL[@URL]"
+JUDGE_FORMS = "reference, local, phrases, hf:MODEL[#FORMAT] or openai:MODEL[@URL]"
 
 
 def make_judge(spec: str, *, device: str = "auto") -> Judge:
     """A judge by name.
 
     Args:
-        spec: ``reference`` (the reference world's exact judge), ``phrases`` (refusal phrases),
+        spec: ``reference`` (the reference world's exact judge), ``local`` (the shipped linear judge),
+            ``phrases`` (refusal phrases),
             ``hf:MODEL`` (a Hugging Face classifier or guard; ``#FORMAT`` names a shipped prompt format or a JSON file),
             ``openai:MODEL`` (an OpenAI-compatible endpoint, at ``@URL`` or $OPENAI_BASE_URL, with $OPENAI_API_KEY;
             $NEST_JUDGE_PRICES is dollars per million input and output tokens, as in ``0.15,0.60``).
@@ -29,6 +31,8 @@ def make_judge(spec: str, *, device: str = "auto") -> Judge:
     kind, _, rest = spec.partition(":")
     if spec == "reference":
         return ReferenceJudge()
+    if spec == "local":
+        return LocalJudge()
     if spec in ("phrases", "refusal"):
         return PhraseJudge()
     if kind == "hf" and rest:
@@ -46,7 +50,7 @@ def make_judge(spec: str, *, device: str = "auto") -> Judge:
             api_key=os.environ.get("OPENAI_API_KEY", ""),
             prices=_prices(os.environ.get("NEST_JUDGE_PRICES", "")),
         )
-    near = did_you_mean(spec.partition(":")[0], ("reference", "phrases", "hf", "openai"))
+    near = did_you_mean(spec.partition(":")[0], ("reference", "local", "phrases", "hf", "openai"))
     raise UsageError(f"there is no judge {spec!r}", f"{near}use {JUDGE_FORMS}")
 
 
