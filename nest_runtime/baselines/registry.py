@@ -6,13 +6,13 @@ one recipe, the chosen value of every method's knob, with the figures that chose
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nest_runtime.baselines.base import Method
 from nest_runtime.errors import DataError, UsageError
+from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
 from nest_runtime.names import did_you_mean
 
 DEFAULTS = Path(__file__).with_name("defaults.json")
@@ -77,7 +77,7 @@ def read_settings(path: Path = DEFAULTS) -> Mapping[str, Any]:
         DataError: no such file, or not a settings file.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_text(path, MAX_SETTINGS))
         if not isinstance(values["values"], dict) or not isinstance(values["recipe"], dict):
             raise TypeError("values and recipe must be objects")
     except FileNotFoundError:

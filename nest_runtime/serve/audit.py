@@ -18,7 +18,7 @@ from typing import Any
 
 from nest_runtime.errors import StoreError
 from nest_runtime.escape import visible
-from nest_runtime.io import atomic_write
+from nest_runtime.io import MAX_SETTINGS, atomic_write, parse_json, read_bytes
 from nest_runtime.registry.chain import ChainLog
 
 MAX_TEXT = 1000  # characters of any one field
@@ -105,7 +105,7 @@ class AuditLog:
 
     def _read_head(self) -> dict[str, Any] | None:
         try:
-            head = json.loads(self._head.read_bytes())
+            head = parse_json(read_bytes(self._head, MAX_SETTINGS))
         except FileNotFoundError:
             return None
         except ValueError as error:

@@ -20,6 +20,7 @@ from nest_runtime.evaluate.cases import Case, digest_of
 from nest_runtime.evaluate.judges.base import Judge, Verdict, answered, whole_answer
 from nest_runtime.evaluate.judges.phrases import PhraseJudge, is_refusal
 from nest_runtime.home import expand
+from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
 from nest_runtime.names import did_you_mean
 
 _SLOT = re.compile(r"\{(behavior|prompt|context|answer)\}")
@@ -55,7 +56,9 @@ def find_format(model: str, layout: str | None) -> tuple[str, dict[str, Any] | N
 
 def _read_format(path: Path) -> dict[str, Any]:
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
+        entry = parse_json(read_text(path, MAX_SETTINGS))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", "name a JSON file of one format") from error
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}", "see docs/evaluation.md for the form") from error
     required = {"generate": ("complied", "other"), "classify": ("text", "labels")}
