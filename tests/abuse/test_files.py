@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nest_runtime.baselines.registry import read_settings
 from nest_runtime.evaluate.attacks import read_templates
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.io import atomic_write, check_folder, check_writable, lines_of, read_bytes, replacing
@@ -121,6 +122,8 @@ def test_no_file_for_prompts_templates_and_results(tmp_path: Path, kind: str) ->
         read_templates(special(tmp_path / "templates.jsonl", kind))
     with pytest.raises(DataError):
         EvalResult.load(special(tmp_path / "eval.json", kind))
+    with pytest.raises(DataError):
+        read_settings(special(tmp_path / "settings.json", kind))
 
 
 def test_a_file_that_grows_and_a_link_where_none_may_be(tmp_path: Path) -> None:
