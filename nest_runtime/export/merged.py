@@ -153,7 +153,8 @@ def _copy(source: Path, work: Path, checkpoint: Checkpoint, progress: Progress |
     Gives what was left out, as paths relative to the source: it would be the base's, unpatched.
     """
     weights = {path.resolve() for path in checkpoint.files} | set(checkpoint.files)
-    rest, left_out = [], []
+    rest: list[Path] = []
+    left_out: list[Path] = []
     for path in _below(source):
         if path in weights or path.name == NOTE:
             continue
