@@ -198,6 +198,33 @@ def test_damaged_bytes_are_never_given_out(store: Store) -> None:
         store.get("v1")
 
 
+def test_builtin_patches_of_several_bases_stand_in_folders_of_their_own(store: Store, no_builtin: Path) -> None:
+    """Versions repeat: each base has its v1, and the model at hand decides."""
+    ours = small_patch("v1", base=BASE_A).save(no_builtin / "v1.safetensors")
+    folder = no_builtin / "tiny-b"
+    folder.mkdir()
+    theirs = small_patch("v1", base=BASE_B, name="tiny-b-safety", seed=1)
+    theirs.save(folder / "v1.safetensors")
+    assert ours.exists()
+    assert [(e.base_hash, e.key, e.builtin) for e in store.list()] == [
+        (BASE_A, "test@v1", True),
+        (BASE_B, "tiny-b-safety@v1", True),
+    ]
+    assert store.get("v1", model_hash=BASE_B) == theirs
+    assert store.get("v1", model_hash=BASE_A).base_hash == BASE_A
+    assert store.get("tiny-b-safety@v1") == theirs
+    with pytest.raises(UsageError, match="of the models tiny-a, tiny-b") as caught:
+        store.get("v1")
+    assert "--model" in caught.value.hint
+    with pytest.raises(PatchNotFound, match="'v2' for model sha256:bbbb"):
+        store.get("v2", model_hash=BASE_B)
+    with pytest.raises(PatchNotFound, match="'v1' for model sha256:dddd") as missing:
+        store.get("v1", model_hash="sha256:" + "d" * 64)
+    assert "tiny-a, tiny-b" in missing.value.hint
+    entry = store.activate("v1", model_hash=BASE_B)
+    assert (entry.digest, store.active(BASE_A)) == (theirs.digest, None)
+
+
 def test_builtin_patches_are_listed_used_and_never_written(store: Store, no_builtin: Path) -> None:
     small_patch("v1").save(no_builtin / "v1.safetensors")
     small_patch("v2", seed=2).save(no_builtin / "v2.safetensors")

@@ -97,7 +97,8 @@ def check_names(entry: Entry) -> None:
 def builtin_patches_dir() -> Path | None:
     """The folder of the patches that come with the package, or None where there is none.
 
-    ``nest_runtime/_patches`` in an installed wheel, ``patches`` beside the package in a checkout.
+    ``nest_runtime/_patches`` in an installed wheel, ``patches`` beside the package in a checkout. The reference
+    model's stand in it, those of other bases in a folder of the base's name: ``smollm2-135m-instruct/v1.safetensors``.
     """
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "_patches", package.parent / "patches"):
@@ -107,9 +108,9 @@ def builtin_patches_dir() -> Path | None:
 
 
 def builtin_files() -> list[Path]:
-    """The built-in patch files, by name."""
+    """The built-in patch files: the reference model's by name, then those of other bases, folder by folder."""
     folder = builtin_patches_dir()
-    return sorted(folder.glob("*.safetensors")) if folder else []
+    return [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*/*.safetensors"))] if folder else []
 
 
 def builtin_entries() -> dict[str, tuple[Entry, Path]]:
@@ -200,11 +201,11 @@ def _by_digest(ref: str, entries: Sequence[Entry]) -> list[Entry]:
 
 def _ambiguous(ref: str, found: Sequence[Entry], where: str) -> UsageError:
     keys = sorted({entry.key for entry in found})
-    if len(keys) > 1:
-        return UsageError(f"{ref!r} names several patches{where}: {', '.join(keys)}", f"say which, e.g. {keys[0]}")
     models = sorted({entry.base_model or entry.base_hash[:19] for entry in found})
-    digests = " or ".join(sorted({entry.digest[:19] for entry in found}))
-    return UsageError(
-        f"{ref!r} names several patches{where}, of the models {', '.join(models)}",
-        f"say which with --model, or by digest: {digests}",
-    )
+    if len({entry.base_hash for entry in found}) > 1:
+        digests = sorted({entry.digest[:19] for entry in found})
+        return UsageError(
+            f"{ref!r} names several patches{where}, of the models {', '.join(models)}",
+            f"say which with --model, or: {' or '.join(keys if len(keys) == len(found) else digests)}",
+        )
+    return UsageError(f"{ref!r} names several patches{where}: {', '.join(keys)}", f"say which, e.g. {keys[0]}")
