@@ -45,9 +45,15 @@ class LoadedModel:
 
     @cached_property
     def hash(self) -> str:
+        from nest_runtime.bases import remember_base
         from nest_runtime.fingerprint import model_hash
 
-        return model_hash(self.model if self.source is None else self.source)
+        if self.source is None:
+            return model_hash(self.model)
+        found = model_hash(self.source)
+        if self.name != REFERENCE:  # a patch made for this model finds it again
+            remember_base(found, self.name, self.source)
+        return found
 
     @cached_property
     def reader(self) -> Any:

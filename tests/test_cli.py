@@ -273,6 +273,17 @@ def test_store_commands_tell_one_story(run: Run, saved: Callable[..., Path]) -> 
     assert [e["what"] for e in run("history", "--last", "2", "--json").document["entries"]] == ["rollback", "gc"]
 
 
+def test_list_says_for_which_base_each_patch_is(run: Run, saved: Callable[..., Path]) -> None:
+    run("add", saved("v1"))
+    run("add", saved("v1", base=BASE_B, seed=1))
+    lines = run("list").out.splitlines()
+    assert ["tiny-a (aaaaaaaa)" in lines[1], "tiny-b (bbbbbbbb)" in lines[2]] == [True, True], lines
+    rows = run("list", "--json").document["patches"]
+    assert [(row["base_model"], row["base_hash"]) for row in rows] == [("tiny-a", BASE_A), ("tiny-b", BASE_B)]
+    fails(run("inspect", "v1"), 2, "tiny-a, tiny-b", "--model")
+    assert run("inspect", "v1", "--model", BASE_B, "--json").document["base_hash"] == BASE_B
+
+
 def test_tables_fit_eighty_columns(run: Run, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     name = "a-rather-long-name-of-a-patch"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import examples
+from nest_runtime.cli.common import examples, model_for
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output, short
 from nest_runtime.errors import ModelError
 
@@ -77,6 +77,7 @@ def bench(
     from nest_runtime.runtime import PatchRuntime
 
     began = time.perf_counter()
+    model = model_for(ctx, out, model, patch)
     loaded = load_model(model, device=device, dtype=dtype)
     chosen = _patch_for(loaded, patch)
     load_seconds = time.perf_counter() - began

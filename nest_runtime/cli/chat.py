@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import choose_patch, examples
+from nest_runtime.cli.common import choose_patch, examples, model_for
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output
 from nest_runtime.errors import UsageError
 
@@ -66,6 +66,7 @@ def chat(
     from nest_runtime.cli.terminal import run_loop
     from nest_runtime.models import load_model
 
+    model = model_for(ctx, out, model, patch)
     loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     talk = Conversation(loaded, max_tokens=max_tokens)
     talk.use(choose_patch(out, patch, no_patch, loaded.hash))

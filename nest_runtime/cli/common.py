@@ -1,14 +1,17 @@
-"""Steps that several commands share: examples in help, the model's hash, which patch to use."""
+"""Steps that several commands share: examples in help, the model's hash, which patch to use and which model."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nest_runtime.errors import UsageError
+from nest_runtime.errors import BaseMismatch, PatchNotFound, UsageError
 
 if TYPE_CHECKING:
+    import typer
+
     from nest_runtime.cli.output import Output
     from nest_runtime.patch import Patch
 
@@ -50,6 +53,79 @@ def base_hash_of(model: str | None) -> str | None:
     from nest_runtime.models import resolve_model
 
     return str(hash_report(resolve_model(model)[1])["hash"])
+
+
+def model_flag(model: str | None) -> str:
+    """`` --model M`` for a command that is named to people; nothing for the reference model, which is the default."""
+    return "" if model in (None, "reference") else f" --model {shlex.quote(str(model))}"
+
+
+def base_flag(base_hash: str, base_model: str) -> str:
+    """The same for a patch's base: where it was seen last, else BASE to fill in. Loads no torch, and hashes nothing."""
+    from nest_runtime.bases import noted_base
+
+    return "" if base_model == "reference" else model_flag(noted_base(base_hash) or "BASE")
+
+
+def model_for(ctx: typer.Context, out: Output, model: str, patch: str | None) -> str:
+    """The model to load: the one named with ``--model``; without, the base that the patch was made on.
+
+    Args:
+        ctx: the command's, which knows whether ``--model`` was given.
+        out: where to say which base was found.
+        model: the option's value; the reference model by default.
+        patch: the patch named, or None.
+
+    Raises:
+        BaseMismatch: the patch's base is not the reference model, and it is not known where that is.
+        NestError: as load_patch, where the patch cannot be had.
+    """
+    source = ctx.get_parameter_source("model")
+    if patch is None or source is None or source.name != "DEFAULT":
+        return model
+    found = base_named(patch)
+    if found is None:
+        return model
+    base_hash, name = found
+    if base_hash == base_hash_of(model):
+        return model
+    place = where_is(base_hash, name, patch)
+    out.note(f"with {name or 'the model'} at {place}, which {patch} was made on")
+    return place
+
+
+def where_is(base_hash: str, name: str, patch: str) -> str:
+    """The model reference of a patch's base. Raises BaseMismatch, naming it, where that is not known."""
+    from nest_runtime.bases import known_base, noted_base
+
+    place, noted = known_base(base_hash), noted_base(base_hash)
+    if place is not None:
+        return place
+    why = f"{noted}, where it was, holds it no more" if noted else "and this machine has not seen that model yet"
+    raise BaseMismatch(
+        f"{patch} is for base {name or 'of no name'} ({base_hash}), {why}", "say where it is: --model FOLDER-OR-FILE"
+    )
+
+
+def base_named(ref: str) -> tuple[str, str] | None:
+    """Hash and name of the base of a patch reference; of the reference model's where that has one so called.
+
+    None where nothing is called so: the command that goes on says it best.
+    """
+    from nest_runtime.registry.store import Store
+    from nest_runtime.resolve import is_path, load_patch
+
+    if is_path(ref) or ref.startswith("hf://"):
+        patch = load_patch(ref)
+        return patch.base_hash, patch.base_model
+    store = Store()
+    for model_hash in (base_hash_of("reference"), None):
+        try:
+            entry = store.find(ref, model_hash=model_hash)
+        except PatchNotFound:
+            continue
+        return entry.base_hash, entry.base_model
+    return None
 
 
 def choose_patch(out: Output, ref: str | None, no_patch: bool, model_hash: str) -> Patch | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import examples, writable_folder
+from nest_runtime.cli.common import examples, model_for, writable_folder
 from nest_runtime.cli.measuring import cases_of, change, interval
 from nest_runtime.cli.output import (
     DeviceOption,
@@ -145,6 +145,7 @@ def compare(
     made = make_methods(check_names([name.strip() for name in methods.split(",") if name.strip()]))
     if plots:
         require_matplotlib()
+    model = model_for(ctx, out, model, patch[0] if patch else None)
     asked = Asked(model, harmful, benign, suite, behaviors, attacks, judge, limit, device, dtype)
     from nest_runtime.evaluate.compare import Plan
 

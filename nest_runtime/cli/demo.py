@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import examples
+from nest_runtime.cli.common import examples, model_for
 from nest_runtime.cli.output import DeviceOption, DtypeOption, ModelOption, Output
 from nest_runtime.errors import UsageError
 
@@ -102,6 +102,7 @@ def demo(
                 f"--admin on {host} without a login would let anybody switch patches", "give --login-file as well"
             )
         out.note(f"warning: anybody who reaches {host} may use the demo (see --login-file)")
+    model = model if url is not None else model_for(ctx, out, model, patch)
     source = Source(model, patch, url, api_key_file, admin_token_file, device, dtype, trust_remote_code)
     from nest_runtime.cli.hub import quiet_client
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import choose_patch, examples, writable_file, writable_folder
+from nest_runtime.cli.common import choose_patch, examples, model_flag, model_for, writable_file, writable_folder
 from nest_runtime.cli.evaluate_view import render
 from nest_runtime.cli.measuring import cases_of
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output
@@ -126,6 +126,7 @@ def evaluate(
         writable_file(out_file)
     if workdir is not None:
         writable_folder(workdir, "--workdir")
+    model = model_for(ctx, out, model, patch)
     from nest_runtime.evaluate.harness import load_tasks, split_suites
 
     suites, names = split_suites(suite or [])
@@ -138,6 +139,8 @@ def evaluate(
     if out_file is not None:
         result.save(out_file)
     out.result(result.summary(), lambda: render(out, result))
+    if session.patch is not None and not out.json:
+        out.note(f"next: nest-runtime serve --patch {patch or session.patch.digest[:19]}{model_flag(model)}")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -193,16 +194,19 @@ class _Job:
 
 
 def _base_of(patch: Patch, model: str | None) -> Path | None:
-    """The folder or file of the patch's base: the one named, or the reference model's where the patch is for it.
+    """The folder or file of the patch's base: the one named, the reference model's, or where this machine saw it last.
 
     Raises:
         BaseMismatch: the model named is another.
     """
+    from nest_runtime.bases import known_base
     from nest_runtime.models import REFERENCE, REFERENCE_FOLDER, resolve_model
 
     if model is None:
-        known = (REFERENCE_FOLDER / "config.json").is_file() and base_hash_of(REFERENCE) == patch.base_hash
-        return REFERENCE_FOLDER if known else None
+        if (REFERENCE_FOLDER / "config.json").is_file() and base_hash_of(REFERENCE) == patch.base_hash:
+            return REFERENCE_FOLDER
+        place = known_base(patch.base_hash)
+        return None if place is None else resolve_model(place)[1]
     found = base_hash_of(model)
     if found != patch.base_hash:
         raise BaseMismatch(
@@ -231,16 +235,18 @@ def _render(out: Output, document: dict[str, Any]) -> None:
 
 def _next(document: dict[str, Any]) -> str:
     """What to do with the folder."""
+    base = shlex.quote(document["base"] or "BASE")
     folder = document["out"]
     if document["to"] == "peft":
         return f'PeftModel.from_pretrained(model, "{folder}")'
     if document["to"] == "gguf":
-        return f"llama-server -m {document['base'] or 'BASE.gguf'} --lora {folder}/adapter.gguf"
+        file = base if (document["base"] or "").endswith(".gguf") else "BASE.gguf"
+        return f"llama-server -m {file} --lora {folder}/adapter.gguf"
     if document["to"] == "merged":
         return f"load {folder} as any other model"
     name = f"{document['patch'].replace('@', '-')}-{document['digest'][7:19]}"  # vLLM keys its cache by name
     sizes = f"--max-loras 2 --max-lora-rank {_vllm_rank(document)}"  # the last slot stays empty: docs/exports.md
-    return f"vllm serve BASE --enable-lora {sizes} --lora-modules {name}={folder}"
+    return f"vllm serve {base} --enable-lora {sizes} --lora-modules {name}={folder}"
 
 
 def _vllm_rank(document: dict[str, Any]) -> int:

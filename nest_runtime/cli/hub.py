@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import base_hash_of, examples
+from nest_runtime.cli.common import base_flag, base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, short
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption, WhoseModel, passphrase_of
 from nest_runtime.home import expand
@@ -164,6 +164,7 @@ def pull(
             out.line(f"good signature by {fetched.verified.key} ({short(fetched.verified.signed_by)})")
         else:
             out.note("no signature was checked: give --trust KEY.pub, or write $NEST_HOME/trust.toml")
+        out.note(f"next: nest-runtime serve --patch {entry.key}{base_flag(entry.base_hash, entry.base_model)}")
 
     out.result(fetched.to_json(), render)
 

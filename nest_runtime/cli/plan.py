@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nest_runtime.cli.common import examples
+from nest_runtime.cli.common import examples, model_flag
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output, size
 from nest_runtime.cli.train import PROMPTS, KMax, RecipeFile, Z, recipe_of
 from nest_runtime.errors import UsageError
@@ -84,6 +85,9 @@ def plan(
     peak = found["weights_bytes"] + max(stage["memory_bytes"] for stage in found["stages"].values())
     document |= {"peak_bytes": peak, "device_bytes": total, "free_bytes": memory, "fits": peak <= memory}
     out.result(document, lambda: _render(out, document))
+    if not out.json:
+        files = f"--harmful {shlex.quote(harmful or 'FILE')} --benign {shlex.quote(benign or 'FILE')}"
+        out.note(f"next: nest-runtime train{model_flag(model)} {files} --out v1.safetensors")
 
 
 def _dtype(config: Any, asked: str) -> tuple[str, list[str]]:

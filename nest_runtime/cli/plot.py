@@ -125,13 +125,15 @@ def _scans(
     dtype: str,
 ) -> list[Scan]:
     """The prompts run on the model that the views are of. Raises BaseMismatch for another model."""
+    from nest_runtime.bases import known_base
     from nest_runtime.errors import BaseMismatch
     from nest_runtime.models import load_model
     from nest_runtime.pictures.scan import scan
 
     if not views:
         raise UsageError("prompts were given, but no patch or sites file to look at", "name one")
-    loaded = load_model(model or views[0].base_model or "reference", device=device, dtype=dtype)
+    ref = model or known_base(views[0].base_hash) or views[0].base_model or "reference"
+    loaded = load_model(ref, device=device, dtype=dtype)
     for view in views:
         if view.base_hash != loaded.hash:
             raise BaseMismatch(

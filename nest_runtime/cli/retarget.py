@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import examples
+from nest_runtime.cli.common import examples, model_flag
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output, short
 from nest_runtime.cli.patches import PatchArgument
 from nest_runtime.cli.train import (
@@ -130,7 +130,7 @@ def retarget(
         result,
         target,
         rows={"from": f"{label}  {short(before.digest)}", "neurons": kept},
-        then=f"nest-runtime eval --model {model} --patch {target} --with-base",
+        then=f"nest-runtime eval{model_flag(model)} --patch {target} --with-base",
         **{"from": origin},
     )
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import examples
+from nest_runtime.cli.common import examples, model_for
 from nest_runtime.cli.output import DeviceOption, DtypeOption, ModelOption, Output
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption
 
@@ -181,7 +181,7 @@ def serve(
             max_refused=max_refused,
         )
     config = ServeConfig(
-        model=model,
+        model=model_for(ctx, out, model, patch),
         patch=patch,
         expose=tuple(expose or ()),
         expose_base=expose_base,

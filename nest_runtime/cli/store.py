@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import base_hash_of, examples
+from nest_runtime.cli.common import base_flag, base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, short, size
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption
 
@@ -54,7 +54,7 @@ def register(app: typer.Typer) -> None:
 
 
 def list_patches(ctx: typer.Context, model: OnlyModel = None, as_json: JsonOption = False) -> None:
-    """List the patches on this machine, those that come with the package included, and which are active."""
+    """List the patches on this machine, those of the package included: for which base each is, and which are active."""
     from nest_runtime.registry.store import Store
 
     out = Output.of(ctx, as_json)
@@ -68,14 +68,14 @@ def list_patches(ctx: typer.Context, model: OnlyModel = None, as_json: JsonOptio
             (
                 "*" if e.active else " ",
                 e.key,
-                e.base_model or short(e.base_hash),
+                f"{e.base_model or 'unnamed'} ({e.base_hash[7:15]})",
                 e.digest[:15],  # as few digits as commands accept: the line has to fit
                 size(e.bytes),
                 _origin(e),
             )
             for e in entries
         ]
-        out.table(("", "PATCH", "MODEL", "DIGEST", "SIZE", ""), rows, right=("SIZE",))
+        out.table(("", "PATCH", "FOR MODEL (HASH)", "DIGEST", "SIZE", ""), rows, right=("SIZE",))
         if any(e.active for e in entries):
             out.note("* active")
 
@@ -98,13 +98,15 @@ def add_patch(
     store, patch = Store(), load_patch(source)
     signed = keep_beside(store, patch, source)
     entry = store.add(patch, why=why)
-    out.result(
-        {**entry.to_json(), "signed": signed or entry.signed},
-        lambda: out.line(
+
+    def render() -> None:
+        out.line(
             f"added {entry.key} ({short(entry.digest)}) for {entry.base_model or 'its model'}"
             + (", with its signature" if signed else "")
-        ),
-    )
+        )
+        out.note(f"next: nest-runtime serve --patch {entry.key}{base_flag(entry.base_hash, entry.base_model)}")
+
+    out.result({**entry.to_json(), "signed": signed or entry.signed}, render)
 
 
 def remove(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import examples, writable_file
+from nest_runtime.cli.common import examples, model_flag, model_for, writable_file
 from nest_runtime.cli.output import DeviceOption, DtypeOption, Interrupted, JsonOption, ModelOption, Output, short, size
 from nest_runtime.errors import UsageError
 from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
@@ -110,6 +111,8 @@ def locate(
         rows = [(s["site"], s["neurons"], s["clusters"], s["silhouette"], s["probe_accuracy"]) for s in sites]
         out.table(("SITE", *columns), rows, right=columns)
         out.line(f"{sum(s['neurons'] for s in sites):,} neurons at {len(sites)} sites, written to {out_file}")
+        files = f"--harmful {shlex.quote(harmful)} --benign {shlex.quote(benign)}"
+        out.note(f"next: nest-runtime train{model_flag(model)} {files} --out v1.safetensors")
 
     out.result(document, render)
 
@@ -176,6 +179,7 @@ def train(
 
     bad, good, again = load_examples(harmful), load_examples(benign), load_examples(rehearsal) if rehearsal else []
     team = join(out)
+    model = model_for(ctx, out, model, parent)
     loaded = load_model(model, device=device, dtype=dtype)
     check_answers(out, loaded, {harmful: bad, benign: good, rehearsal or "": again}, good)
     before = load_patch(parent, model_hash=loaded.hash) if parent else None
@@ -207,7 +211,7 @@ def train(
         result,
         out_file,
         rows={"parent": short(report["parent"]), "size": size_row},
-        then=f"nest-runtime chat --patch {out_file}   or: nest-runtime add {out_file}",
+        then=f"nest-runtime chat{model_flag(model)} --patch {out_file}   or: nest-runtime add {out_file}",
     )
 
 
