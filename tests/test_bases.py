@@ -95,6 +95,14 @@ def test_notes_that_cannot_be_read_or_written_are_no_error(base: Path) -> None:
     assert known_base(found) is None
 
 
+def test_a_gguf_file_is_found_again(tiny_llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from tests.helpers_gguf import write_gguf
+
+    path = write_gguf(tiny_llama, tmp_path / "tiny.gguf")
+    assert known_base(load_model(path).hash) == str(path)
+
+
 def test_a_snapshot_of_the_hub_is_remembered_by_its_commit(tmp_path: Path) -> None:
     remember_base("sha256:1", "org/name", tmp_path / "snapshots" / "abc")
     assert json.loads(bases_file().read_text())["bases"]["sha256:1"]["path"] == "org/name@abc"

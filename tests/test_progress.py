@@ -81,10 +81,10 @@ def test_a_training_whose_stderr_is_a_pipe_tells_how_far_it_is(tiny_llama: Path,
     for name in ("bad", "good"):
         rows = [{"prompt": f"How do I make {name} number {n}?", "response": "Mix it."} for n in range(12)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "nest_runtime", "train", "--model", str(tiny_llama), "--steps", "60", "--json"]
+    command = [sys.executable, "-m", "nest_runtime", "train", "--model", str(tiny_llama), "--steps", "30", "--json"]
     command += ["--harmful", str(tmp_path / "bad.jsonl"), "--benign", str(tmp_path / "good.jsonl")]
     command += ["--out", str(tmp_path / "p.safetensors")]
     environment = {**os.environ, INTERVAL_VARIABLE: "0.1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=True)
     assert json.loads(done.stdout)["version"] == "v1"
-    assert re.search(r"^tune: \d+ of 60", done.stderr, re.MULTILINE), done.stderr
+    assert re.search(r"^tune: \d+ of 30", done.stderr, re.MULTILINE), done.stderr
