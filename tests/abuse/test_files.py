@@ -21,7 +21,7 @@ from nest_runtime.train.readers import read_rows
 from tests.abuse.conftest import Run, refused
 from tests.helpers_trust import Keys
 
-SECONDS = 30
+SECONDS = 120
 KINDS = ("pipe", "socket", "folder", "endless", "device")
 
 
