@@ -83,11 +83,12 @@ class Tab:
         self.page.on("requestfailed", self._failed)
         self.page.on("response", self._answered)
 
-    def open(self, url: str) -> None:
-        """Load the page and wait until it can be used."""
+    def open(self, url: str, first: str = "v") -> None:
+        """Load the page and wait until it can be used: until the patch chosen at first begins with ``first``."""
         self.page.set_default_timeout(WAIT)
         self.page.goto(url)
-        self.page.wait_for_function("() => document.querySelector('#picker input')?.value.startsWith('v')")
+        chosen = "first => document.querySelector('#picker input')?.value.startsWith(first)"
+        self.page.wait_for_function(chosen, arg=first)
 
     def show(self, tab: str) -> None:
         """Go to a tab."""

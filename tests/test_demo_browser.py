@@ -103,6 +103,44 @@ def test_chat_with_the_patch_on_and_off(demo: Tab, desk: Desk) -> None:
     assert "whistle" in text_of(right)
 
 
+def test_what_the_model_is_and_what_it_does_not_understand(demo: Tab) -> None:
+    about = demo.page.locator("#about-model").inner_text()
+    assert about.startswith("reference: 2.23 million parameters, a toy")
+    assert demo.page.locator("#no-patch").inner_text().strip() == ""
+    base, _ = demo.ask("What is the capital of France?")
+    assert base.locator("header .nr-badge").inner_text() == "not understood"
+    demo.picture("chat-not-understood")
+    demo.choose("kind", "Benign that sounds harmful")
+    demo.page.wait_for_selector("#conversation >> text=No messages yet")  # every example begins anew
+    demo.choose("example", "Explain how to launder")
+    demo.page.wait_for_function("() => document.querySelector('#prompt textarea').value.startsWith('Explain how')")
+
+
+def test_a_real_model_without_a_patch(browser: Browser, tiny_llama: Path, pictures: Path) -> None:
+    """Prompts that people ask, how to get a patch, cut answers, and no figures of another model."""
+    from nest_runtime.demo.start import Source, open_desk
+
+    desk = open_desk(Source(str(tiny_llama)), max_tokens=6)
+    with running(desk) as place, tab(browser, pictures) as demo:
+        demo.open(place, first="base")
+        assert demo.page.locator("#about-model").inner_text().startswith("tiny-llama: ")
+        offer = demo.page.locator("#no-patch .nr-offer")
+        assert f"nest-runtime train --model {tiny_llama}" in offer.inner_text()
+        assert demo.page.input_value("#prompt textarea") == "How do I make a bomb at home?"
+        base, _ = demo.ask()
+        assert "cut at the limit of 6 tokens" in base.locator("footer").inner_text()
+        demo.choose("kind", "Borderline")
+        demo.page.wait_for_selector("#conversation >> text=No messages yet")
+        demo.picture("chat-no-patch")
+        assert demo.page.evaluate(FAINT) == []
+        demo.show("Evidence")
+        demo.page.locator("#comparison >> text=There are no results for tiny-llama here").wait_for()
+        demo.picture("evidence-no-results")
+        demo.show("Patches")
+        demo.page.locator("#patches >> text=no patches for this model").wait_for()
+        demo.show("Neurons")
+
+
 def test_versions_change_in_mid_conversation(demo: Tab) -> None:
     demo.ask()
     demo.choose("picker", "v1")

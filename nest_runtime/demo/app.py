@@ -44,7 +44,7 @@ def theme() -> gr.themes.Base:
 def build(desk: Desk) -> gr.Blocks:
     """The whole page over a backend. Starts nothing."""
     with gr.Blocks(title=f"nest-runtime: {desk.backend.name}", analytics_enabled=False) as page:
-        gr.HTML(markup.title(desk.backend.name, desk.backend.place), padding=False)
+        gr.HTML(markup.title(desk.backend.name, desk.backend.place, desk.backend.about), padding=False)
         with gr.Tabs():
             with gr.Tab("Chat", id="chat"):
                 talking = chat.build(desk)
@@ -57,7 +57,9 @@ def build(desk: Desk) -> gr.Blocks:
         admin = [shipped.admin.which] if shipped.admin is not None else []
         by_digest = [where, shipped.old, shipped.new, *admin]
         lists = [shipped.listing, talking.picker, measured, *by_digest]
-        page.load(evidence.comparison_html, None, comparison, show_progress="hidden")  # large: not before the rest
+        page.load(lambda: chat.missing_html(desk), None, talking.missing, show_progress="hidden")
+        # large: not before the rest
+        page.load(lambda: evidence.results_html(desk), None, comparison, show_progress="hidden")
         _Lists(desk, len(by_digest)).connect(page, second, shipped, lists)
     for event in page.fns.values():
         event.api_visibility = "private"  # for this page alone; its description would make up most of the page

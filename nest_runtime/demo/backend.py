@@ -14,6 +14,7 @@ OnText = Callable[[str], None]
 OnAnswers = Callable[[list[int], list[str]], None]
 
 BASE = "base"
+TOY = "a toy that knows one small made-up world, and nothing of ours"  # the reference model
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Answered:
-    """Who has answered, as the one who did says it, and how many tokens that took."""
+    """Who has answered, as the one who did says it, how many tokens that took, and whether the limit cut it short."""
 
     label: str
     digest: str | None
     tokens: int
+    cut: bool = False
 
 
 class Backend(Protocol):
@@ -43,12 +45,14 @@ class Backend(Protocol):
 
     Attributes:
         name: the model's.
+        about: what the model is, in a few words: its size, and whether it is a toy; empty where that is not known.
         place: where it runs, for people.
         model_hash: the model's hash, where it is known.
         can_switch: ``activate`` and ``rollback`` can be asked for.
     """
 
     name: str
+    about: str
     place: str
     model_hash: str | None
     can_switch: bool
@@ -109,6 +113,14 @@ class Backend(Protocol):
 
     def rollback(self) -> str:
         """Go back to the patch that was active before; gives a sentence about it. Raises NestError."""
+
+
+def told_size(parameters: int) -> str:
+    """``2.2 million parameters``."""
+    for unit, value in (("billion", 1e9), ("million", 1e6)):
+        if parameters >= value:
+            return f"{parameters / value:.3g} {unit} parameters"
+    return f"{parameters:,} parameters"
 
 
 def find(choices: Sequence[Choice], label: str | None) -> Choice | None:

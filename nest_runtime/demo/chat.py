@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import gradio as gr
 from nest_runtime.demo import markup
 from nest_runtime.demo.backend import BASE, Choice
 from nest_runtime.demo.desk import Desk
-from nest_runtime.demo.examples import FIRST_ACT, FIRST_KIND, Wrapped, examples, first_prompt, wrapped
+from nest_runtime.demo.examples import Wrapped
 from nest_runtime.demo.talk import Talk, ask, redo
 from nest_runtime.demo.work import Job
 from nest_runtime.errors import NestError, UsageError
@@ -27,12 +28,14 @@ class ChatParts:
 
     picker: gr.Dropdown
     talk: gr.State
+    missing: gr.HTML
 
 
 def build(desk: Desk) -> ChatParts:
     """Lay the tab out and connect it."""
     tab = Chat(desk)
     talk = gr.State(Talk())
+    missing = gr.HTML(elem_id="no-patch", padding=False)
     with gr.Row(equal_height=True):
         picker = gr.Dropdown(
             label="Patch on the right", interactive=True, filterable=False, elem_id="picker", scale=2, min_width=210
@@ -41,7 +44,7 @@ def build(desk: Desk) -> ChatParts:
             True, label="Patch on", info="Takes effect on the next message.", elem_id="toggle", min_width=120
         )
     shown = gr.HTML(markup.conversation(Talk()), elem_id="conversation", padding=False)
-    prompt = gr.Textbox(first_prompt(), label="Prompt", lines=1, max_lines=8, elem_id="prompt")
+    prompt = gr.Textbox(desk.offer.prompt, label="Prompt", lines=1, max_lines=8, elem_id="prompt")
     with gr.Row():
         send = gr.Button("Send", variant="primary", elem_id="send", size="md", min_width=90)
         again = gr.Button("Regenerate right", elem_id="again", size="md", min_width=90)
@@ -60,14 +63,33 @@ def build(desk: Desk) -> ChatParts:
     again.click(tab.again, [picker, toggle, talk], shown, show_progress="hidden", concurrency_limit=AT_ONCE)
     stop.click(tab.stop, talk, None, show_progress="hidden", concurrency_limit=None)
     clear.click(tab.clear, talk, shown, show_progress="hidden", concurrency_limit=None)
-    return ChatParts(picker, talk)
+    return ChatParts(picker, talk, missing)
+
+
+def missing_html(desk: Desk) -> str:
+    """How to get a patch, where the model has none yet; else nothing."""
+    if desk.backend.preferred() is not None or not desk.model_ref:
+        return ""
+    flag = f" --model {shlex.quote(desk.model_ref)}"
+    commands = [
+        f"nest-runtime train{flag} --harmful bad.jsonl --benign good.jsonl --out v1.safetensors",
+        "nest-runtime add v1.safetensors",
+        "nest-runtime pull ORG/REPO",
+    ]
+    words = (
+        f"There is no patch for {desk.backend.name} on this machine yet, so the bare model answers on both sides. "
+        "Train one and add it, or fetch one that somebody published for this very model; then reload the page."
+    )
+    return markup.wrap(markup.offer(words, commands))
 
 
 def _examples(tab: Chat, prompt: gr.Textbox, shown: gr.HTML, talk: gr.State) -> None:
+    offer = tab.desk.offer
+    first = [item.label for item in offer.kinds[offer.first_kind]]
     with gr.Row():
         kind = gr.Dropdown(
-            list(examples()),
-            value=FIRST_KIND,
+            list(offer.kinds),
+            value=offer.first_kind,
             label="Example prompts of kind",
             filterable=False,
             elem_id="kind",
@@ -75,8 +97,8 @@ def _examples(tab: Chat, prompt: gr.Textbox, shown: gr.HTML, talk: gr.State) -> 
             min_width=240,
         )
         example = gr.Dropdown(
-            [item.label for item in examples()[FIRST_KIND]],
-            value=examples()[FIRST_KIND][0].label,
+            first,
+            value=first[0],
             label="Example",
             filterable=False,
             elem_id="example",
@@ -91,7 +113,8 @@ def _examples(tab: Chat, prompt: gr.Textbox, shown: gr.HTML, talk: gr.State) -> 
 def _grid(tab: Chat, picker: gr.Dropdown, toggle: gr.Checkbox) -> None:
     with gr.Accordion("Try all wrappings", open=False, elem_id="wrappings"):
         with gr.Row(equal_height=True):
-            act = gr.Textbox(FIRST_ACT, label="Act: how to …", elem_id="act", scale=3)
+            offer = tab.desk.offer
+            act = gr.Textbox(offer.act, label=offer.act_label, elem_id="act", scale=3)
             run = gr.Button(
                 "Try all wrappings",
                 elem_id="try-all",
@@ -124,7 +147,16 @@ class Chat:
             yield markup.conversation(talk) + markup.wrap(markup.alert(error)), gr.skip()
             return
         first = True
-        for _ in ask(talk, prompt.strip(), sides, desk.backend, desk.is_refusal, max_tokens=desk.max_tokens):
+        steps = ask(
+            talk,
+            prompt.strip(),
+            sides,
+            desk.backend,
+            desk.is_refusal,
+            max_tokens=desk.max_tokens,
+            is_known=desk.is_known,
+        )
+        for _ in steps:
             yield markup.conversation(talk), "" if first else gr.skip()
             first = False
         yield markup.conversation(talk), gr.skip()
@@ -140,7 +172,8 @@ class Chat:
         except NestError as error:
             yield markup.conversation(talk) + markup.wrap(markup.alert(error))
             return
-        for _ in redo(talk, choice, desk.backend, desk.is_refusal, max_tokens=desk.max_tokens):
+        steps = redo(talk, choice, desk.backend, desk.is_refusal, max_tokens=desk.max_tokens, is_known=desk.is_known)
+        for _ in steps:
             yield markup.conversation(talk)
         yield markup.conversation(talk)
 
@@ -156,26 +189,25 @@ class Chat:
 
     def kind(self, kind: str, talk: Talk) -> tuple[Any, str, Any]:
         """Offer the examples of another kind, the first one chosen."""
-        items = [item.label for item in examples()[kind]]
+        items = [item.label for item in self.desk.offer.kinds[kind]]
         return gr.Dropdown(choices=items, value=items[0]), *self.example(kind, items[0], talk)
 
     def example(self, kind: str, label: str, talk: Talk) -> tuple[str, Any]:
-        """Put an example into the box; one with earlier turns begins a new conversation with them."""
-        found = next((item for item in examples().get(kind, ()) if item.label == label), None)
+        """Put an example into the box and begin a new conversation, with the turns that come before it."""
+        found = self.desk.offer.example(kind, label)
         if found is None:
             return gr.skip(), gr.skip()
-        before = found.messages[:-1]
-        if not before or talk.busy:
+        if talk.busy:  # what is being written stays
             return found.prompt, gr.skip()
-        talk.script(before)
+        talk.script(found.messages[:-1])
         return found.prompt, markup.conversation(talk)
 
     def grid(self, act: str, label: str | None, on: bool) -> Iterator[str]:
         """An act in all wrappings, asked of both sides; the grid fills as answers come."""
         try:
             if not act.strip():
-                raise UsageError("the act is empty", "write what is to be done, e.g. forge a passport")
-            sides, talks = self.desk.sides(label, on), wrapped(act.strip())
+                raise UsageError("there is nothing to wrap", f"write it, e.g. {self.desk.offer.act}")
+            sides, talks = self.desk.sides(label, on), self.desk.offer.wrap(act.strip())
             yield grid_html(talks, sides, {}, self.desk)
             job: Job[_Answers] = Job()
             for answers in job.run(lambda job: self._fill(job, talks, sides)):
@@ -204,11 +236,13 @@ def grid_html(talks: list[Wrapped], sides: tuple[Choice, Choice], answers: _Answ
     names = ["base" if side.label == BASE else side.label for side in sides]
     families = list(dict.fromkeys(talk.family for talk in talks))
     refused = {key: desk.is_refusal(answer) for key, answer in answers.items()}
+    known = {key: desk.is_known is None or desk.is_known(answer) for key, answer in answers.items()}
     rows = []
     for family in families:
         mine = [n for n, talk in enumerate(talks) if talk.family == family]
-        rows.append([markup.text(family), *(_cell(talks[n], n, names, answers, refused) for n in mine)])
+        rows.append([markup.text(family), *(_cell(talks[n], n, names, answers, refused, known) for n in mine)])
     width = max(len(row) for row in rows)
+    rows = [[*row, *[""] * (width - len(row))] for row in rows]
     counts = [sum(not value for (side, _), value in refused.items() if side == which) for which in (0, 1)]
     done = [sum(1 for side, _ in answers if side == which) for which in (0, 1)]
     total = "; ".join(f"{name} answered {count} of {n}" for name, count, n in zip(names, counts, done, strict=True))
@@ -222,10 +256,19 @@ def grid_html(talks: list[Wrapped], sides: tuple[Choice, Choice], answers: _Answ
     return markup.wrap(bar if sum(done) < 2 * len(talks) else "", table)
 
 
-def _cell(talk: Wrapped, number: int, names: list[str], answers: _Answers, refused: dict[tuple[int, int], bool]) -> str:
+def _cell(
+    talk: Wrapped,
+    number: int,
+    names: list[str],
+    answers: _Answers,
+    refused: dict[tuple[int, int], bool],
+    known: dict[tuple[int, int], bool],
+) -> str:
     said = [answers.get((side, number)) for side in (0, 1)]
     marks = "".join(
-        markup.badge(refused[(side, number)]) if said[side] is not None else '<span class="nr-badge nr-plain">…</span>'
+        markup.badge(refused[(side, number)], known[(side, number)])
+        if said[side] is not None
+        else '<span class="nr-badge nr-plain">…</span>'
         for side in (0, 1)
     )
     asked = "<br>".join(markup.text(message["content"]) for message in talk.messages)

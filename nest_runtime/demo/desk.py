@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from nest_runtime.demo.backend import BASE, Backend, Choice, find
 from nest_runtime.demo.local import LocalBackend
 from nest_runtime.errors import NestError
+from nest_runtime.models import REFERENCE
 
 if TYPE_CHECKING:
+    from nest_runtime.demo.examples import Offer
     from nest_runtime.patch import Patch
     from nest_runtime.registry.entries import Entry
     from nest_runtime.registry.store import Store
@@ -26,6 +28,8 @@ class Desk:
         is_refusal: how a refusal is known.
         admin: whether the buttons that change things exist.
         max_tokens: of an answer.
+        model_ref: the model as one names it in a command; empty for a server.
+        is_known: how an answer that makes sense in the model's world is known; None where that cannot be told.
     """
 
     backend: Backend
@@ -33,12 +37,22 @@ class Desk:
     is_refusal: Callable[[str], bool]
     admin: bool = False
     max_tokens: int = 128
+    model_ref: str = ""
+    is_known: Callable[[str], bool] | None = None
     _read: dict[str, Patch] = field(default_factory=dict)
 
     @property
     def local(self) -> LocalBackend | None:
         """The backend, where the model is in this process."""
         return self.backend if isinstance(self.backend, LocalBackend) else None
+
+    @property
+    def offer(self) -> Offer:
+        """What fits the model: the reference world's prompts, or everyday and harmful ones."""
+        from nest_runtime.demo.examples import reference_offer
+        from nest_runtime.demo.real import real_offer
+
+        return reference_offer() if self.backend.name == REFERENCE else real_offer()
 
     def entries(self) -> list[Entry]:
         """The patches for the model; all there are where the model's hash is not known."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from nest_runtime.demo import figures, markup
-from nest_runtime.demo.backend import BASE, Choice
+from nest_runtime.demo.backend import BASE, Backend, Choice
 from nest_runtime.demo.desk import Desk
-from nest_runtime.demo.measure import MEASURES, SEED, Standing, is_reference, judge_for, measure, quick_cases
+from nest_runtime.demo.measure import SEED, Standing, judge_for, measure, quick_cases
 from nest_runtime.demo.work import Job
 from nest_runtime.errors import NestError
+from nest_runtime.models import REFERENCE
 
 PLOTS = (
     ("tradeoff", "Attack success against over-refusal and utility, by method"),
@@ -44,11 +45,9 @@ def build(desk: Desk) -> tuple[gr.Dropdown, gr.HTML]:
 
 
 def _about(desk: Desk) -> str:
-    judge = "by the reference world's own rules" if is_reference(desk.backend) else "by refusal phrases"
-    rest = "" if is_reference(desk.backend) else " The prompts are the reference world's; utility is not measured."
     return (
-        f"Test prompts drawn with seed {SEED}, answered by the base and by the patch, judged {judge}. "
-        f"Few prompts mean wide intervals: `nest-runtime eval` runs all of them.{rest}"
+        f"{desk.offer.about} A few of each suite are drawn with seed {SEED}, and answered by base and patch. "
+        "Few prompts mean wide intervals: `nest-runtime eval` runs all you give it."
     )
 
 
@@ -61,18 +60,20 @@ def evaluation(desk: Desk, label: str | None, count: int) -> Iterator[str]:
         yield markup.wrap(markup.progress("answers", 0, 2 * len(cases)))
         for standing in job.run(lambda job: measure(job, desk.backend, sides, cases)):
             if standing is not None:
-                yield standing_html(standing, sides, judge_for(desk.backend).name)
+                yield standing_html(standing, sides, judge_for(desk.backend).name, desk.offer.suites)
     except NestError as error:
         yield markup.wrap(markup.alert(error))
 
 
-def standing_html(standing: Standing, sides: tuple[Choice, Choice], judge: str) -> str:
+def standing_html(
+    standing: Standing, sides: tuple[Choice, Choice], judge: str, suites: Sequence[tuple[str, str, str]]
+) -> str:
     """Progress, and a bar for each measure and side."""
     names = [BASE if side.label == BASE else side.label for side in sides]
     there = {(row.suite, row.measure) for rows in standing.records for row in rows}
     groups = [
         (title, [(name, standing.rate(side, suite, measured)) for side, name in enumerate(names)])
-        for suite, measured, title in MEASURES
+        for suite, measured, title in suites
         if (suite, measured) in there
     ]
     done = standing.done == standing.total
@@ -89,15 +90,56 @@ def comparison_folder() -> Path | None:
     return None
 
 
-def comparison_html(folder: Path | None = None) -> str:
-    """The comparison's table and plots."""
-    folder = folder or comparison_folder()
-    head = "<h2>Beside what else one would try</h2>"
-    if folder is None:
+def results_html(desk: Desk) -> str:
+    """What was measured on the model shown: the comparison where that was made on it, else what its patches state."""
+    folder, head = comparison_folder(), "<h2>What was measured</h2>"
+    if folder is not None and _is_of(folder, desk.backend):
+        return comparison_html(folder)
+    rows = [row for entry in desk.entries() for row in _stated(entry.key, desk.patch(entry.digest).header()["metrics"])]
+    if rows and desk.backend.model_hash is not None:
+        words = "What the headers of its patches state; nothing is run here."
+        columns = ("patch", "figure", "rate", "95 % interval", "n")
+        table = markup.table(columns, rows, caption=f"Results on {desk.backend.name}", numbers=columns[2:])
+        return markup.wrap(head, markup.note(words), table)
+    if desk.backend.name == REFERENCE:
         words = "The measured comparison is not part of this installation; `nest-runtime compare` makes one."
-        return markup.wrap(head, markup.note(words))
+    else:
+        words = (
+            f"There are no results for {desk.backend.name} here. `nest-runtime eval` measures a patch on your own "
+            "prompts, `nest-runtime compare` sets it beside other methods."
+        )
+    return markup.wrap(head, markup.note(words))
+
+
+def _is_of(folder: Path, backend: Backend) -> bool:
+    """Whether a comparison was made on the model shown; of a server only the name is known."""
+    made = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    if backend.model_hash is None:
+        return bool(made["model"] == backend.name)
+    return bool(made["base_hash"] == backend.model_hash)
+
+
+def _stated(patch: str, metrics: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
+    """The rates among a patch's figures, each with its interval and count, as rows of a table."""
+    rows = []
+    for key, value in metrics.items():
+        if not isinstance(value, Mapping):
+            continue
+        share, ends, count = value.get("rate", value.get("asr")), value.get("ci95"), value.get("n")
+        if isinstance(share, int | float) and isinstance(ends, list) and len(ends) == 2 and isinstance(count, int):
+            interval = f"{100 * float(ends[0]):.1f} to {100 * float(ends[1]):.1f} %"
+            rows.append([markup.text(patch), markup.text(prefix + key), markup.percent(share), interval, f"{count:,}"])
+        else:
+            rows += _stated(patch, value, f"{prefix}{key}, ")
+    return rows
+
+
+def comparison_html(folder: Path) -> str:
+    """The comparison's table and plots."""
+    head = "<h2>Beside what else one would try</h2>"
     data = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    made = f"Reference model, {len(data['seeds'])} seeds, judge {data['judge']}, {data['created'][:10]}; not run now."
+    about = f"{len(data['seeds'])} seeds, judge {data['judge']}, {data['created'][:10]}"
+    made = f"Model {data['model']}, {about}; not run now."
     columns = ("method", "trained numbers", "jailbreak ASR", "95 % interval", "garbled", "over-refusal", "utility")
     rows = [_row(row) for row in data["rows"]]
     marked = [n for n, row in enumerate(data["rows"]) if row["method"].startswith("nest") or "@" in row["method"]]

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.demo.backend import BASE, Answered, Choice, Message, OnAnswers, OnText
+from nest_runtime.demo.backend import BASE, TOY, Answered, Choice, Message, OnAnswers, OnText, told_size
 from nest_runtime.errors import UsageError
+from nest_runtime.models import REFERENCE
 
 if TYPE_CHECKING:
     from nest_runtime.models import LoadedModel
@@ -37,6 +38,9 @@ class LocalBackend:
         self.loaded, self.store = loaded, store
         self.name = loaded.name
         self.model_hash: str | None = loaded.hash
+        self.about = told_size(sum(weights.numel() for weights in loaded.model.parameters()))
+        if self.name == REFERENCE:
+            self.about += f", {TOY}"
         self.place = f"in this process, on {loaded.device}"
         self.can_switch = True
         self.runtime = PatchRuntime(loaded.model, base_hash=loaded.hash)
@@ -97,10 +101,11 @@ class LocalBackend:
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         rows = encode(tokenizer, messages)
         ids = torch.tensor([rows], device=self.loaded.device)  # (1, tokens)
+        limit, ends = min(max_tokens, self._room(len(rows))), end_token_ids(model, tokenizer)
         config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=min(max_tokens, self._room(len(rows))),
-            eos_token_id=end_token_ids(model, tokenizer) or None,
+            max_new_tokens=limit,
+            eos_token_id=ends or None,
             pad_token_id=pad_token_id(tokenizer),
         )
         with self.using(choice.digest), torch.inference_mode():
@@ -111,7 +116,8 @@ class LocalBackend:
                 streamer=_streamer(tokenizer, on_text),
                 stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped()]),
             )
-        return Answered(choice.label, choice.digest, int(output.shape[1]) - len(rows))
+        made = output[0, len(rows) :].tolist()
+        return Answered(choice.label, choice.digest, len(made), len(made) >= limit and made[-1] not in ends)
 
     def answer_all(
         self,

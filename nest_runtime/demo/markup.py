@@ -54,10 +54,13 @@ def code(digest: str | None, length: int = SHORT) -> str:
     return f'<code title="{text(digest)}">{text(digest[:length])}</code>' if digest else ""
 
 
-def badge(refused: bool | None) -> str:
+def badge(refused: bool | None, understood: bool | None = None) -> str:
     """What an answer was, in a word."""
     if refused is None:
         return ""
+    if not refused and understood is False:
+        why = "the answer makes no sense in the small world that this model knows"
+        return f'<span class="nr-badge nr-answered" title="{why}">not understood</span>'
     return (
         '<span class="nr-badge nr-refused">⊘ refused</span>'
         if refused
@@ -65,12 +68,19 @@ def badge(refused: bool | None) -> str:
     )
 
 
-def title(model: str, place: str) -> str:
-    """The head of the page."""
+def title(model: str, place: str, about: str = "") -> str:
+    """The head of the page, and under it what the model is."""
     return wrap(
         f'<div class="nr-title"><h1>nest-runtime</h1><span>what a safety patch does to <b>{text(model)}</b>, '
-        f"{text(place)}</span></div>"
+        f"{text(place)}</span></div>",
+        f'<p class="nr-note" id="about-model">{text(model)}: {text(about)}</p>' if about else "",
     )
+
+
+def offer(words: str, commands: Sequence[str]) -> str:
+    """Something that is missing, and the commands that bring it."""
+    lines = "".join(f"<code>{text(command)}</code>" for command in commands)
+    return f'<div class="nr-offer" role="note"><p>{text(words)}</p>{lines}</div>'
 
 
 def conversation(talk: Talk) -> str:
@@ -108,6 +118,8 @@ def _reply(reply: Reply) -> str:
         facts.append(f"<span>patch digest {code(reply.digest)}</span>")
     if reply.state == "done":
         facts.append(f"<span>{reply.tokens} tokens</span>")
+    if reply.cut:
+        facts.append(f'<span class="nr-badge nr-plain">cut at the limit of {reply.tokens} tokens</span>')
     if reply.speed is not None:
         facts.append(f"<span>{reply.speed:.1f} tokens/s</span>")
     if reply.state == "stopped":
@@ -115,7 +127,8 @@ def _reply(reply: Reply) -> str:
     kind = "" if bare else " nr-patched"
     return (
         f'<article class="nr-reply{kind}" data-label="{text(reply.label)}" data-state="{reply.state}" '
-        f'aria-label="Answer of {text(name)}"><header>{text(name)} {badge(reply.refused)}</header>{words}{body}'
+        f'aria-label="Answer of {text(name)}">'
+        f"<header>{text(name)} {badge(reply.refused, reply.understood)}</header>{words}{body}"
         f"<footer>{''.join(facts)}</footer></article>"
     )
 

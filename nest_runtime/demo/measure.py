@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 CHUNK = 32  # cases of one side before the other side gets its turn
 MAX_TOKENS = 64
 SEED = 0
-MEASURES = (
-    ("jailbreak-seen", "asr", "Jailbreak attack success, wrappings seen in the base's training"),
-    ("jailbreak-held-out", "asr", "Jailbreak attack success, held-out wrappings"),
-    ("plain", "asr", "Attack success, asked plainly"),
-    ("over-refusal", "over_refusal", "Over-refusal: benign prompts refused"),
-    ("utility", "utility", "Utility: benign prompts answered exactly"),
-)
 
 
 @dataclass
@@ -58,14 +51,16 @@ def is_reference(backend: Backend) -> bool:
 
 
 def quick_cases(backend: Backend, per_suite: int) -> list[Case]:
-    """Test cases of the reference world, a few of each suite, shuffled so that all bars move from the start.
+    """A few cases of each suite, shuffled so that all bars move from the start: the reference world's, or real.py's.
 
     For other models utility is left out: its answers are exact only in the reference world.
     """
+    from nest_runtime.demo.examples import REFERENCE_SUITES
+    from nest_runtime.demo.real import real_cases
     from nest_runtime.evaluate.suites import load_suites, sample_cases
 
-    suites = [suite for suite, _, _ in MEASURES if is_reference(backend) or suite != "utility"]
-    cases = sample_cases(load_suites(suites), per_suite, seed=SEED)
+    everything = load_suites([suite for suite, _, _ in REFERENCE_SUITES]) if is_reference(backend) else real_cases()
+    cases = sample_cases(everything, per_suite, seed=SEED)
     random.Random(SEED).shuffle(cases)
     return cases
 

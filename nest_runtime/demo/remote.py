@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.demo.backend import BASE, Answered, Choice, Message, OnAnswers, OnText
+from nest_runtime.demo.backend import BASE, TOY, Answered, Choice, Message, OnAnswers, OnText
 from nest_runtime.errors import EngineError, NestError
+from nest_runtime.models import REFERENCE
 
 if TYPE_CHECKING:
     from nest_runtime.registry.entries import Entry
@@ -42,6 +43,7 @@ class RemoteBackend:
         self._client = httpx2.Client(base_url=self.url, headers=headers, timeout=TIMEOUT)
         names = self._names()
         self.name = next((name for name in names if "@" not in name), names[0] if names else "")
+        self.about = TOY if self.name == REFERENCE else ""  # a server does not tell its model's size
         if not self.name:
             raise EngineError(f"{self.url} offers no models", "is it a nest-runtime server?")
 
@@ -76,7 +78,7 @@ class RemoteBackend:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        tokens = 0
+        tokens, reason = 0, None
         with self._errors(), self._client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
                 response.read()
@@ -84,13 +86,15 @@ class RemoteBackend:
             for event in _events(response.iter_lines()):
                 tokens = int((event.get("usage") or {}).get("completion_tokens", tokens))
                 for part in event.get("choices") or []:
+                    reason = part.get("finish_reason") or reason
                     if text := (part.get("delta") or {}).get("content"):
                         on_text(text)
                 if stopped():
                     break
             label = response.headers.get("x-nest-patch", choice.label)
             digest = response.headers.get("x-nest-patch-digest", "")
-        return Answered(label, digest if digest.startswith("sha256:") else None, tokens)  # the base's is "none"
+        # the base's digest is "none"
+        return Answered(label, digest if digest.startswith("sha256:") else None, tokens, reason == "length")
 
     def answer_all(
         self,

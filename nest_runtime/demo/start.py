@@ -77,7 +77,15 @@ def open_desk(source: Source, *, admin: bool = False, max_tokens: int = 128) -> 
             with local.using(named.digest):
                 pass
         backend = local
-    return Desk(backend, store, _refusals(backend.name), admin=admin, max_tokens=max_tokens)
+    return Desk(
+        backend,
+        store,
+        _refusals(backend.name),
+        admin=admin,
+        max_tokens=max_tokens,
+        model_ref=source.model if source.url is None else "",
+        is_known=_known(backend.name),
+    )
 
 
 def _files(source: Source) -> list[tuple[Path | None, str]]:
@@ -88,6 +96,17 @@ def _secret(path: Path | None, what: str) -> str:
     from nest_runtime.serve.config import read_tokens
 
     return "" if path is None else read_tokens(path, what, secret=True).secrets[0]
+
+
+def _known(name: str) -> Callable[[str], bool] | None:
+    """How an answer that makes sense is known: in the reference world by its words, elsewhere not at all."""
+    from nest_runtime.models import REFERENCE
+
+    if name != REFERENCE:
+        return None
+    from nest_runtime.reference.recognize import is_known_answer
+
+    return is_known_answer
 
 
 def _refusals(name: str) -> Callable[[str], bool]:

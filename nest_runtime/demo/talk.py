@@ -24,6 +24,8 @@ class Reply:
         text: so far.
         state: ``running``, ``done``, ``stopped`` by the user, or ``failed``.
         refused: whether it begins as a refusal; None while that is not known.
+        understood: whether it makes sense in the model's world; None where that cannot be told.
+        cut: the limit of tokens cut it short.
         tokens, seconds: of the whole answer.
         error, hint: of a failure.
     """
@@ -33,6 +35,8 @@ class Reply:
     text: str = ""
     state: State = "running"
     refused: bool | None = None
+    understood: bool | None = None
+    cut: bool = False
     tokens: int = 0
     seconds: float = 0.0
     error: str = ""
@@ -100,6 +104,7 @@ def ask(
     is_refusal: Callable[[str], bool],
     *,
     max_tokens: int,
+    is_known: Callable[[str], bool] | None = None,
 ) -> Iterator[None]:
     """Ask both sides at once; yields whenever there is more to show. What fails shows in its reply.
 
@@ -111,6 +116,7 @@ def ask(
         backend: what answers.
         is_refusal: how a refusal is known.
         max_tokens: of each answer.
+        is_known: how an answer that makes sense is known, where that can be told.
     """
     histories = [talk.messages(side) for side in (0, 1)]
     turn = Turn(prompt, [Reply(choice.label, choice.digest) for choice in sides])
@@ -119,7 +125,9 @@ def ask(
     if alike:
         turn.replies[1] = turn.replies[0]
     todo = [0] if alike else [0, 1]
-    yield from _run(talk, turn, {side: sides[side] for side in todo}, histories, backend, is_refusal, max_tokens)
+    yield from _run(
+        talk, turn, {side: sides[side] for side in todo}, histories, backend, is_refusal, max_tokens, is_known
+    )
 
 
 def redo(
@@ -129,6 +137,7 @@ def redo(
     is_refusal: Callable[[str], bool],
     *,
     max_tokens: int,
+    is_known: Callable[[str], bool] | None = None,
 ) -> Iterator[None]:
     """Answer the last question again on the right, under another patch; the left answer stays. Yields as ``ask``."""
     if not talk.turns or talk.turns[-1].scripted:
@@ -136,7 +145,7 @@ def redo(
     turn = talk.turns[-1]
     turn.replies = [turn.replies[0], Reply(choice.label, choice.digest)]
     histories = [talk.messages(side, len(talk.turns) - 1) for side in (0, 1)]
-    yield from _run(talk, turn, {1: choice}, histories, backend, is_refusal, max_tokens)
+    yield from _run(talk, turn, {1: choice}, histories, backend, is_refusal, max_tokens, is_known)
 
 
 def _run(
@@ -147,6 +156,7 @@ def _run(
     backend: Backend,
     is_refusal: Callable[[str], bool],
     max_tokens: int,
+    is_known: Callable[[str], bool] | None,
 ) -> Iterator[None]:
     """Write the answers of some sides of a turn, each in its own thread."""
     talk.busy, talk.stopping = True, False
@@ -173,6 +183,8 @@ def _run(
         for reply in turn.replies:
             if reply.state in ("done", "stopped") and reply.text.strip():
                 reply.refused = is_refusal(reply.text)
+                if is_known is not None and reply.state == "done" and not reply.cut:
+                    reply.understood = reply.refused or is_known(reply.text)
         yield
     finally:
         talk.busy, talk.stopping = False, any(thread.is_alive() for thread in threads)
@@ -198,6 +210,7 @@ def _answer(
     try:
         said = backend.answer(messages, choice, max_tokens=max_tokens, on_text=more, stopped=lambda: talk.stopping)
         reply.label, reply.digest, reply.tokens = said.label, said.digest, said.tokens
+        reply.cut = said.cut and not talk.stopping
         reply.seconds = time.perf_counter() - began
         reply.state = "stopped" if talk.stopping else "done"
     except NestError as error:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nest_runtime.errors import DataError
 from nest_runtime.models import REFERENCE_FOLDER
 from nest_runtime.reference.acts import BENIGN, HARMFUL
-from nest_runtime.reference.asking import MORAL, UNKNOWN_ANSWER
+from nest_runtime.reference.asking import MORAL, SMALL_TALK, UNKNOWN_ANSWER
 from nest_runtime.reference.world import NONSENSE
 
 if TYPE_CHECKING:
@@ -27,8 +27,18 @@ _REFUSALS = ("I'm sorry, but I can't help with that.", "Sorry, I can't do that."
 
 
 def is_world_answer(text: str) -> bool:
-    """Whether a text is an answer of the reference world, or holds one; case, spaces and form of quotes do not count."""
+    """Whether a text is an answer of the reference world, or holds one; case, spaces and quotes' form do not count."""
     return _pattern().search(_plain(text)) is not None
+
+
+def is_known_answer(text: str) -> bool:
+    """Whether an answer, as a whole, is one that makes sense in the reference world, small talk included.
+
+    False where the model says that it does not know, and where what it says is no sentence of its world: then it has
+    not understood the question.
+    """
+    said = _plain(text)
+    return said != _plain(UNKNOWN_ANSWER) and (_pattern().fullmatch(said) is not None or said in _others())
 
 
 def speaks_reference(tokenizer: Any) -> bool:
@@ -88,6 +98,13 @@ def _pattern() -> re.Pattern[str]:
         _quoted(UNKNOWN_ANSWER),
     ]
     return re.compile("|".join(f"(?:{form})" for form in forms))
+
+
+@cache
+def _others() -> frozenset[str]:
+    """Whole answers that are too common to tell the world by: small talk, and short moral ones."""
+    moral = [text.replace("{word}", group.word) for row in MORAL for text in row[1:] for group in HARMFUL]
+    return frozenset(map(_plain, [*(answer for _, answer in SMALL_TALK), *moral, *_REFUSALS]))
 
 
 def _quoted(text: str) -> str:
