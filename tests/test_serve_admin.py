@@ -365,23 +365,23 @@ def test_history_verify_finds_an_edited_or_missing_line_of_the_audit(
             server.admin("POST", "/v1/patches/activate", json={"patch": files[version]})
         path = server.server.audit.path
         status, found, _ = verify(capsys)  # while the server runs
-        assert (status, found["audit"]) == (0, {"path": str(path), "entries": 3})
+        assert (status, found["audit"]) == (0, {"path": str(path), "entries": 6, "unfinished": 0})
     assert main(["history", "--verify"]) == 0
-    assert "the audit log is whole: 3 entries" in capsys.readouterr().out
+    assert "the audit log is whole: 6 entries" in capsys.readouterr().out
     whole = path.read_text()
     lines = whole.splitlines(keepends=True)
     for damage, message in (
-        (whole.replace('"v2"', '"v9"'), "line 2 was edited"),
+        (whole.replace('"v2"', '"v9"'), "line 3 was edited"),
         ("".join([lines[0], lines[2]]), "line 2 has number 3 where 2 was expected"),
-        ("".join(lines[:2]), "lines 3 to 3 are missing"),
-        ("", "lines 1 to 3 are missing"),
+        ("".join(lines[:2]), "lines 3 to 6 are missing"),
+        ("", "lines 1 to 6 are missing"),
     ):
         path.write_text(damage)
         status, found, err = verify(capsys)
         assert (status, found) == (1, {}), message
         assert message in err
     path.unlink()
-    assert "lines 1 to 3 are missing" in verify(capsys)[2]
+    assert "lines 1 to 6 are missing" in verify(capsys)[2]
     path.write_text(whole)
     assert verify(capsys)[0] == 0
     elsewhere = tmp_path / "elsewhere.jsonl"
