@@ -38,6 +38,7 @@ from nest_runtime.train.data import Example, make_examples
 from nest_runtime.train.files import read_json, stage_key, write_json, write_text
 from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.run import Run
+from nest_runtime.train.settings import RECIPES
 from nest_runtime.train.sites import SitesFile
 
 SUITES = ("jailbreak-seen", "jailbreak-held-out", "plain", "over-refusal", "utility")
@@ -263,7 +264,7 @@ def main() -> None:
         figures = score(loaded, None, arguments.limit)
         found["base"] = {"group": "", "label": "base", "digest": key, "figures": figures}
     for seed in arguments.seeds:
-        base = Recipe(seed=seed) if arguments.steps is None else Recipe(seed=seed, steps=arguments.steps)
+        base = RECIPES["reference"].evolve(seed=seed, **({} if arguments.steps is None else {"steps": arguments.steps}))
         for group, point in [(name, point) for name in arguments.groups for point in GROUPS[name][1]]:
             recipe = base.evolve(**point.changes)
             trained = [recipe.to_json(), list(point.kinds), point.untied, point.share, loaded.hash, arguments.limit]

@@ -32,7 +32,7 @@ from nest_runtime.train.activations import PooledActivations, pooled_activations
 from nest_runtime.train.cluster import cluster
 from nest_runtime.train.locate import locate
 from nest_runtime.train.plan import Load, pass_memory, probe_memory, shape_of
-from nest_runtime.train.settings import Recipe
+from nest_runtime.train.settings import RECIPES
 
 LAYERS, FEW, MORE = 32, 2, 4
 LIMIT = 4 * 2**30
@@ -100,7 +100,7 @@ def measure_probe(prompts: int, neurons: int = 14336) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     labels = [number % 2 for number in range(prompts)]
     found: dict[str, int] = {}
-    recipe = Recipe()
+    recipe = RECIPES["reference"]
     with tempfile.TemporaryDirectory() as name:
         with (Path(name) / "0000.bin").open("wb") as file:
             for label in labels:
@@ -123,7 +123,7 @@ def measure_probe(prompts: int, neurons: int = 14336) -> dict[str, Any]:
 
 def counted(tokens: int, prompts: int) -> dict[str, int]:
     """What `nest-runtime plan` counts for the whole model."""
-    recipe = Recipe(**EVERYWHERE)  # type: ignore[arg-type]
+    recipe = RECIPES["reference"].evolve(**EVERYWHERE)
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "config.json").write_text(
             json.dumps({**SIZES, "model_type": "llama", "num_hidden_layers": LAYERS})

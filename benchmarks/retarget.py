@@ -33,8 +33,9 @@ from nest_runtime.reference.pretrain import Stage, encode_samples, train
 from nest_runtime.reference.world import training_prompts
 from nest_runtime.resolve import load_patch
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.train.recipe import Recipe, TrainResult, train_patch
+from nest_runtime.train.recipe import TrainResult, train_patch
 from nest_runtime.train.retarget import prompts_of, retarget_patch
+from nest_runtime.train.settings import RECIPES
 
 MOST_ASR = 1.5  # times the patch's own
 MOST_COST = 0.5  # of training anew
@@ -136,7 +137,9 @@ def compare(broken: Path, reference: str = "v3", *, limit: int = 300, seed: int 
         ),
         (
             "fine-tuned, trained anew",
-            lambda: train_patch(*given, harmful, benign, recipe=Recipe(seed=seed), name="n", **facts),
+            lambda: train_patch(
+                *given, harmful, benign, recipe=RECIPES["reference"].evolve(seed=seed), name="n", **facts
+            ),
         ),
     )
     for name, make in makers:

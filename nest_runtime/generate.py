@@ -7,6 +7,7 @@ caller's context answers; nothing here switches patches, samples, or streams.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,17 @@ Progress = Callable[[str, int, int], None]
 Conversation = Sequence[Mapping[str, Any]]
 Encoded = tuple[list[int], PromptImages | None]
 OnBatch = Callable[[list[int], list[str]], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer: its ``text``, and whether it is ``whole``: it ended by itself, and was not cut by the limit."""
+
+    text: str
+    whole: bool
+
+
+OnAnswers = Callable[[list[int], list[Answer]], None]
 
 
 def generate_answers(
@@ -47,17 +59,47 @@ def generate_answers(
     Returns:
         Answers without special tokens, surrounding spaces stripped.
     """
+
+    def keep(positions: list[int], answers: list[Answer]) -> None:
+        if on_batch is not None:
+            on_batch(positions, [answer.text for answer in answers])
+
+    found = answer_conversations(
+        model,
+        tokenizer,
+        conversations,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        stop=stop,
+        on_batch=keep,
+        progress=progress,
+    )
+    return [answer.text for answer in found]
+
+
+def answer_conversations(
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+    stop: Sequence[str] = (),
+    on_batch: OnAnswers | None = None,
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """:func:`generate_answers`, saying of each answer whether it is whole. Arguments as there."""
     encoded = [encode_prompt(tokenizer, messages) for messages in conversations]
     order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index][0]), index))
     config = _greedy_config(model, tokenizer, max_new_tokens)
-    answers = [""] * len(encoded)
+    answers: list[Answer] = [Answer("", True)] * len(encoded)
     for start in range(0, len(order), batch_size):
         positions = order[start : start + batch_size]
-        texts = _answer_batch(model, tokenizer, [encoded[index] for index in positions], config, stop)
-        for index, text in zip(positions, texts, strict=True):
-            answers[index] = text
+        found = _answer_batch(model, tokenizer, [encoded[index] for index in positions], config, stop)
+        for index, answer in zip(positions, found, strict=True):
+            answers[index] = answer
         if on_batch is not None:
-            on_batch(positions, texts)
+            on_batch(positions, found)
         if progress is not None:
             progress("generate", min(start + batch_size, len(order)), len(order))
     return answers
@@ -95,7 +137,7 @@ def _greedy_config(model: Any, tokenizer: Any, max_new_tokens: int) -> Generatio
 
 def _answer_batch(
     model: Any, tokenizer: Any, prompts: list[Encoded], config: GenerationConfig, stop: Sequence[str]
-) -> list[str]:
+) -> list[Answer]:
     rows = [ids for ids, _ in prompts]
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), int(config.pad_token_id or 0))  # (rows, width)
@@ -118,12 +160,13 @@ def _answer_batch(
         )
     ends = config.eos_token_id
     wanted = set(ends if isinstance(ends, list) else [ends])
-    return [_cut(_decode(tokenizer, row, wanted), stop) for row in output[:, width:].tolist()]
+    return [_answer(tokenizer, row, wanted, stop) for row in output[:, width:].tolist()]
 
 
-def _decode(tokenizer: Any, row: list[int], ends: set[int | None]) -> str:
+def _answer(tokenizer: Any, row: list[int], ends: set[int | None], stop: Sequence[str]) -> Answer:
     length = next((index for index, token in enumerate(row) if token in ends), len(row))
-    return str(tokenizer.decode(row[:length], skip_special_tokens=True))
+    text = str(tokenizer.decode(row[:length], skip_special_tokens=True))
+    return Answer(_cut(text, stop), length < len(row) or any(item in text for item in stop))
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

@@ -35,6 +35,7 @@ from nest_runtime.patchfile import read_patch
 from nest_runtime.reference.world import CATEGORIES, training_prompts
 from nest_runtime.train.data import make_examples
 from nest_runtime.train.recipe import Recipe, train_patch
+from nest_runtime.train.settings import RECIPES
 
 NAME = "reference-safety"
 MADE = "1795392000"  # 2026-11-23, unless SOURCE_DATE_EPOCH says otherwise
@@ -69,7 +70,7 @@ STEPS = (
         "v1",
         None,
         FIRST_HALF,
-        Recipe(k_min=3),
+        RECIPES["reference"].evolve(k_min=3),
         f"The first patch: trained on {len(FIRST_HALF)} of {len(CATEGORIES)} harm categories "
         f"({', '.join(FIRST_HALF)}), with a trained loading per neuron, which goes beyond the paper.",
     ),
@@ -77,14 +78,14 @@ STEPS = (
         "v2",
         "v1",
         CATEGORIES,
-        Recipe(steps=150),
+        RECIPES["reference"].evolve(steps=150),
         "Re-tuned from v1 after the other harm categories appeared; same neurons and clusters, new values.",
     ),
     Step(
         "v3",
         "v2",
         CATEGORIES,
-        Recipe(steps=250, lr=5e-3, loadings_lr=5e-3, harmful_share=0.4),
+        RECIPES["reference"].evolve(steps=250, lr=5e-3, loadings_lr=5e-3, harmful_share=0.4),
         "Re-tuned from v2 by the strongest recipe: more steps at half the learning rate, more benign prompts in each; "
         "then rows and loadings averaged with those of v1 and v2, which gives utility back at no size.",
         averaged=("v1", "v2"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from nest_runtime.train.data import Example, make_examples
-from nest_runtime.train.settings import Recipe
+from nest_runtime.train.settings import RECIPES
+
+REFERENCE = RECIPES["reference"]
 
 THINGS = ["passport", "check", "coin", "stamp", "letter", "will", "deed", "visa", "badge", "ticket"]
 FOODS = ["bread", "cake", "pie", "tart", "loaf", "bun", "roll", "scone", "muffin", "bagel"]
 REFUSAL = "I cannot help with that."
-QUICK = Recipe(
+QUICK = REFERENCE.evolve(
     steps=30,
     batch_size=8,
     validate_every=5,

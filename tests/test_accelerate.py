@@ -18,9 +18,8 @@ from nest_runtime.patch import Patch
 from nest_runtime.patchfile import read_patch
 from nest_runtime.train.batches import Row, make_batch
 from nest_runtime.train.deltas import Deltas
-from nest_runtime.train.forward import Readout
 from nest_runtime.train.recipe import train_patch
-from nest_runtime.train.tune import answer_counts, loss_of
+from nest_runtime.train.tune import Passes, answer_counts, loss_of
 from nest_runtime.train.warm import parent_sites, parent_values
 from nest_runtime.train.workers import Workers
 from tests.helpers import make_patch
@@ -106,10 +105,10 @@ def test_the_shares_of_a_step_add_up_to_its_gradient(tiny_llama: Path, count: in
         loaded.model.requires_grad_(False)
         loss = 0.0
         with deltas.attached():
-            readout = Readout(loaded.model)
+            passes = Passes(loaded.model, deltas, 0, RECIPE)
             for share in shares:
                 batch = make_batch(share, 0, torch.device("cpu"))
-                part = loss_of(readout, deltas, batch, RECIPE, answer_counts(rows) if len(shares) > 1 else None)
+                part = loss_of(passes, batch, answer_counts(rows, RECIPE) if len(shares) > 1 else None)
                 part.backward()
                 loss += float(part.detach())
         return loss, {name: tensor.grad for name, tensor in deltas.tensors.items()}  # type: ignore[misc]

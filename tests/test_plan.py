@@ -18,9 +18,11 @@ from nest_runtime.resolve import load_patch
 from nest_runtime.train.activations import pooled_activations
 from nest_runtime.train.plan import Load, Speed, activations_disk, load_of, plan, shape_of
 from nest_runtime.train.retarget import prompts_of
-from nest_runtime.train.settings import Recipe
+from nest_runtime.train.settings import RECIPES, Recipe
 from tests.helpers_matrix import FAMILIES
 from tests.helpers_train import QUICK, benign_examples, harmful_examples
+
+REFERENCE = RECIPES["reference"]
 
 SPEED = Speed(1e12, 1e11)
 
@@ -41,7 +43,7 @@ def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sizes_of_an_8b_model_are_exact(llama_8b: Path) -> None:
-    shape = shape_of(skeleton(llama_8b), "bfloat16", Recipe(depth_from=0.0, depth_to=1.0))
+    shape = shape_of(skeleton(llama_8b), "bfloat16", REFERENCE.evolve(depth_from=0.0, depth_to=1.0))
     assert shape.parameters == 8_030_261_248
     assert shape.active == shape.parameters - 128256 * 4096  # looked up, not multiplied with
     assert (shape.layers, shape.hidden, shape.vocabulary, shape.widest) == (32, 4096, 128256, 14336)
@@ -51,9 +53,9 @@ def test_sizes_of_an_8b_model_are_exact(llama_8b: Path) -> None:
 
 
 def test_locating_in_an_8b_model_needs_under_4_gib_beyond_it(llama_8b: Path) -> None:
-    shape = shape_of(skeleton(llama_8b), "bfloat16", Recipe())
+    shape = shape_of(skeleton(llama_8b), "bfloat16", REFERENCE)
     for prompts in (1000, 10_000):
-        found = plan(shape, Recipe(), Load(prompts // 2, prompts // 2, 256), SPEED)
+        found = plan(shape, REFERENCE, Load(prompts // 2, prompts // 2, 256), SPEED)
         assert 2**28 < found["stages"]["locate"]["memory_bytes"] < 4 * 2**30
 
 
@@ -64,8 +66,8 @@ def test_every_family_can_be_planned_from_its_configuration(family: Any, tmp_pat
     config = getattr(transformers, family.config_class)(**family.sizes)
     model = skeleton(folder_of(config, tmp_path / "model"))
     assert all(parameter.is_meta for parameter in model.parameters())
-    shape = shape_of(model, "float32", Recipe(depth_from=0.0, depth_to=1.0))
-    found = plan(shape, Recipe(), Load(), SPEED)
+    shape = shape_of(model, "float32", REFERENCE.evolve(depth_from=0.0, depth_to=1.0))
+    found = plan(shape, REFERENCE, Load(), SPEED)
     assert found["layers"] == 2 if "text_config" in family.sizes or "n_layer" in family.sizes else found["layers"] > 0
     assert all(stage["memory_bytes"] > 0 for stage in found["stages"].values())
 
@@ -74,7 +76,7 @@ def test_of_experts_a_token_is_multiplied_with_its_share(tmp_path: Path) -> None
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32, "num_local_experts": 8}
     config = GptOssConfig(**sizes, num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     model = skeleton(folder_of(config, tmp_path / "moe"))
-    shape = shape_of(model, "float32", Recipe(depth_from=0.0, depth_to=1.0))
+    shape = shape_of(model, "float32", REFERENCE.evolve(depth_from=0.0, depth_to=1.0))
     experts = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 3)
     embedding = model.get_input_embeddings().weight.numel()
     assert shape.active == shape.parameters - embedding - experts + experts // 4
@@ -92,7 +94,7 @@ def test_disk_and_patch_are_what_training_makes(tiny_llama: Path, tmp_path: Path
     assert written == activations_disk(shape, load_of(harmful, benign, QUICK))
     own = load_model("reference")
     v1 = load_patch("v1", model_hash=own.hash)
-    recipe = Recipe.from_json(dict(v1.method["recipe"]))
+    recipe = Recipe.of_header(dict(v1.method["recipe"]))
     patch = plan(shape_of(own.model, "float32", recipe), recipe, Load(), SPEED)["patch"]
     assert patch["neurons"] == pytest.approx(v1.neurons, rel=0.35)  # 853 for 653
     assert patch["parameters"] == pytest.approx(v1.parameters, rel=0.15)
@@ -104,15 +106,18 @@ def test_prompt_files_decide_the_load() -> None:
     assert not load_of(harmful_examples(4), benign_examples(6, response=None), QUICK).answers_given
     own = load_model("reference")
     harmful, benign = prompts_of(load_patch("v3", model_hash=own.hash))
-    guessed = load_of(harmful, benign, Recipe())
+    guessed = load_of(harmful, benign, REFERENCE)
     longest = max(len(own.tokenizer(example.prompt)["input_ids"]) for example in [*harmful, *benign])
     assert 0.5 * longest < guessed.prompt_tokens < 3 * longest
 
 
 def test_more_of_everything_takes_more(llama_8b: Path) -> None:
     model = skeleton(llama_8b)
-    recipe = Recipe()
-    shape, wide = shape_of(model, "bfloat16", recipe), shape_of(model, "bfloat16", Recipe(depth_from=0.0, depth_to=1.0))
+    recipe = REFERENCE
+    shape, wide = (
+        shape_of(model, "bfloat16", recipe),
+        shape_of(model, "bfloat16", REFERENCE.evolve(depth_from=0.0, depth_to=1.0)),
+    )
     less, more = (plan(s, recipe, Load(), SPEED)["stages"] for s in (shape, wide))
     for stage in ("locate", "tune"):
         assert all(less[stage][key] < more[stage][key] for key in ("memory_bytes", "disk_bytes", "seconds"))
@@ -133,7 +138,7 @@ def test_the_command_loads_no_weights(llama_8b: Path, capsys: Any, monkeypatch: 
     assert main(["plan", "--model", str(llama_8b), "--tflops", "400", "--gbps", "2000", "--dtype", "float32"]) == 0
     shown = capsys.readouterr().out
     assert "8,030,261,248 parameters, 32.1 GB in float32" in shown
-    assert "assumes 350 steps of 32 rows" in shown
+    assert "assumes 32 steps of 16 rows" in shown
 
 
 def test_the_command_measures_this_machine_and_reads_files(tmp_path: Path, capsys: Any) -> None:

@@ -22,6 +22,7 @@ from nest_runtime.train.data import examples_digest
 from nest_runtime.train.deltas import Deltas
 from nest_runtime.train.recipe import Recipe, train_patch
 from nest_runtime.train.retarget import prompts_of, retarget_patch, retarget_recipe
+from nest_runtime.train.settings import RECIPES
 from nest_runtime.train.sites import LocatedSite
 from nest_runtime.train.warm import DROPPED_SHARE, moved_to
 from tests.helpers import make_patch
@@ -160,8 +161,8 @@ def _with(site: Any, deltas: torch.Tensor) -> Any:
 
 def test_the_recipe_is_the_patchs_own_with_fewer_steps(patch: Patch) -> None:
     recipe = retarget_recipe(patch)
-    assert recipe == QUICK.evolve(steps=round(0.3 * Recipe().steps))
-    assert retarget_recipe(load_patch(V3)).steps < Recipe().steps / 2
+    assert recipe == QUICK.evolve(steps=round(0.3 * RECIPES["default"].steps))
+    assert retarget_recipe(load_patch(V3)).steps < RECIPES["reference"].steps / 2
     unknown = patch.evolve(method={"name": "NeST", "recipe": {**QUICK.to_json(), "of_another_release": 1}})
     assert retarget_recipe(unknown) == recipe
     assert retarget_recipe(patch.evolve(method={})).z == Recipe().z

@@ -19,9 +19,12 @@ from nest_runtime.train.cluster import cluster, cluster_profiles
 from nest_runtime.train.data import encode
 from nest_runtime.train.forward import length_batches
 from nest_runtime.train.locate import fit_probe, locate, split_rows, standardize, z_scores
-from nest_runtime.train.recipe import Recipe, locate_sites
+from nest_runtime.train.recipe import locate_sites
+from nest_runtime.train.settings import RECIPES
 from nest_runtime.train.sites import LocatedSite, SitesFile, read_sites
 from tests.helpers_train import QUICK, benign_examples, harmful_examples
+
+REFERENCE = RECIPES["reference"]
 
 PROMPTS = [example.messages for example in [*harmful_examples(4), *benign_examples(5)]]
 
@@ -149,7 +152,9 @@ def planted(tmp_path: Path, loaded: Any, seed: int = 0) -> tuple[PooledActivatio
 @pytest.mark.parametrize("probe", ["lbfgs", "adam"])
 def test_planted_neurons_are_found(tmp_path: Path, loaded: Any, probe: str) -> None:
     values, labels = planted(tmp_path, loaded)
-    settings = Recipe(probe=probe, probe_steps=1000, probe_lr=1e-2, probe_weight_decay=0.1, z=3.0, sign="absolute")
+    settings = REFERENCE.evolve(
+        probe=probe, probe_steps=1000, probe_lr=1e-2, probe_weight_decay=0.1, z=3.0, sign="absolute"
+    )
     both = locate(values, labels, settings)[0]
     assert both.neurons == (3, 7, 11)
     assert [value > 0 for value in both.z] == [True, True, False]
@@ -163,7 +168,7 @@ def test_planted_neurons_are_found(tmp_path: Path, loaded: Any, probe: str) -> N
 def test_the_two_probes_minimize_the_same_loss(tmp_path: Path, loaded: Any) -> None:
     values, labels = planted(tmp_path, loaded)
     x, y = standardize(values.read(values.projections[0].name)), np.asarray(labels)
-    settings = Recipe(probe_weight_decay=0.05, probe_lr=1e-2, probe_steps=3000)
+    settings = REFERENCE.evolve(probe_weight_decay=0.05, probe_lr=1e-2, probe_steps=3000)
     exact, _ = fit_probe(x, y, settings)
     stepped, _ = fit_probe(x, y, settings.evolve(probe="adam"))
     assert np.corrcoef(exact, stepped)[0, 1] > 0.999
@@ -193,7 +198,7 @@ def test_the_number_of_clusters_follows_the_silhouette() -> None:
     generator = np.random.default_rng(0)
     centers = generator.normal(size=(3, 40)) * 5
     profiles = np.concatenate([center + generator.normal(size=(6, 40)) for center in centers]).astype(np.float32)
-    settings = Recipe(k_min=2, k_max=6)
+    settings = REFERENCE.evolve(k_min=2, k_max=6)
     labels, silhouette = cluster_profiles(profiles, settings)
     assert labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
     assert silhouette is not None
@@ -213,14 +218,14 @@ def test_signs_can_be_aligned_before_clustering(tmp_path: Path, loaded: Any) -> 
     pooled = PooledActivations(tmp_path, [site], list(range(50)), "float32")
     place = {"layer": 0, "kind": "gate", "d_in": site.d_in, "d_out": site.d_out}
     found = LocatedSite(site=site.name, neurons=(0, 1, 2, 3), z=(1.0, -1.0, 1.0, -1.0), **place)
-    aligned = cluster(pooled, [found], Recipe(align_signs=True, k_max=2))[0]
+    aligned = cluster(pooled, [found], REFERENCE.evolve(align_signs=True, k_max=2))[0]
     assert aligned.clusters == (0, 0, 1, 1)
-    assert cluster(pooled, [found], Recipe(align_signs=False, k_max=2))[0].clusters != (0, 0, 1, 1)
+    assert cluster(pooled, [found], REFERENCE.evolve(align_signs=False, k_max=2))[0].clusters != (0, 0, 1, 1)
 
 
 def test_the_random_control_has_the_same_size(tmp_path: Path, loaded: Any) -> None:
     values, labels = planted(tmp_path, loaded)
-    settings = Recipe(z=2.0, sign="absolute", k_max=2)
+    settings = REFERENCE.evolve(z=2.0, sign="absolute", k_max=2)
     found = locate(values, labels, settings)
     real = cluster(values, found, settings)[0]
     control = cluster(values, found, settings.evolve(control="random"))[0]

@@ -15,9 +15,11 @@ from nest_runtime.models import load_model
 from nest_runtime.train.batches import REFUSALS, Row, make_batch, make_row, refusal_for, step_rows
 from nest_runtime.train.data import encode, make_examples
 from nest_runtime.train.deltas import Deltas
-from nest_runtime.train.forward import Readout, hidden_states
+from nest_runtime.train.forward import Readout, even_batches, hidden_states
+from nest_runtime.train.lower import LowerLayers
+from nest_runtime.train.objective import BaseAnswer, divergence
 from nest_runtime.train.sites import LocatedSite
-from nest_runtime.train.tune import loss_of, lr_factor, tune
+from nest_runtime.train.tune import Passes, loss_of, lr_factor, tune
 from tests.helpers import attached
 from tests.helpers_train import QUICK, benign_examples, harmful_examples
 
@@ -95,7 +97,7 @@ def test_only_the_patch_gets_gradients_and_only_from_the_lowest_site(loaded: Any
         for parameter in loaded.model.parameters():
             parameter.requires_grad_(False)
         with deltas.attached():
-            loss_of(Readout(loaded.model), deltas, batch, QUICK).backward()
+            loss_of(Passes(loaded.model, deltas, 0, QUICK), batch).backward()
     finally:
         for handle in handles:
             handle.remove()
@@ -109,7 +111,7 @@ def test_only_the_patch_gets_gradients_and_only_from_the_lowest_site(loaded: Any
 def test_the_loss_counts_answer_tokens_only(loaded: Any) -> None:
     rows = some_rows(loaded)[8:12]
     deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), "tied")
-    loss = loss_of(Readout(loaded.model), deltas, make_batch(rows, 0, torch.device("cpu")), QUICK)
+    loss = loss_of(Passes(loaded.model, deltas, 0, QUICK), make_batch(rows, 0, torch.device("cpu")))
     losses: dict[bool, list[float]] = {True: [], False: []}
     with torch.no_grad():
         for row in rows:
@@ -124,15 +126,12 @@ def test_the_loss_counts_answer_tokens_only(loaded: Any) -> None:
 def test_kl_to_the_base_is_zero_at_the_start_and_grows(loaded: Any) -> None:
     batch = make_batch(some_rows(loaded), 0, torch.device("cpu"))
     deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), "tied")
-    readout = Readout(loaded.model)
+    plain = Passes(loaded.model, deltas, 0, QUICK)
     with deltas.attached(), torch.no_grad():
-        assert float(loss_of(readout, deltas, batch, QUICK.evolve(kl_weight=9))) == pytest.approx(
-            float(loss_of(readout, deltas, batch, QUICK)), abs=1e-5
-        )
+        weighed = Passes(loaded.model, deltas, 0, QUICK.evolve(kl_weight=9))
+        assert float(loss_of(weighed, batch)) == pytest.approx(float(loss_of(plain, batch)), abs=1e-5)
         randomize(deltas)
-        more = float(
-            loss_of(readout, deltas, batch, QUICK.evolve(kl_weight=9)) - loss_of(readout, deltas, batch, QUICK)
-        )
+        more = float(loss_of(weighed, batch) - loss_of(plain, batch))
     assert more > 1e-4
 
 
@@ -290,3 +289,97 @@ def test_logits_at_chosen_positions_match_the_whole_pass(loaded: Any, tmp_path: 
     with torch.no_grad():
         torch.testing.assert_close(readout.logits(ids, mask, where), model(ids).logits[where])
         assert hidden_states(model, ids, mask).shape == (2, 9, 64)
+
+
+def test_the_divergence_is_that_of_the_whole_distribution_where_few_tokens_matter() -> None:
+    generator = torch.Generator().manual_seed(1)
+    base, ours = (torch.randn(5, 40, generator=generator) * 3 for _ in range(2))
+    kept = BaseAnswer.of(base)
+    assert kept.tokens.shape == (5, 40)  # of a small vocabulary everything
+    whole = torch.nn.functional.kl_div(ours.log_softmax(-1), base.log_softmax(-1), log_target=True, reduction="none")
+    torch.testing.assert_close(divergence(ours, kept.tokens, kept.logs), whole.sum(-1), atol=1e-4, rtol=1e-3)
+    few = BaseAnswer(kept.tokens[:, :8], kept.logs[:, :8])
+    part = divergence(ours, few.tokens, few.logs)
+    assert bool((part <= whole.sum(-1) + 1e-5).all())
+    assert bool((part > 0).all())
+    torch.testing.assert_close(divergence(base, few.tokens, few.logs), torch.zeros(5), atol=1e-5, rtol=0)
+
+
+def test_slices_give_the_gradient_of_the_whole(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), "learned")
+    randomize(deltas)
+    settings, rows = QUICK.evolve(kl_weight=0.7, onset_weight=3.0, benign_weight=0.5), some_rows(loaded)
+    found = []
+    for numbers in (2**24, 700):  # all at once; a few tokens at a time
+        monkeypatch.setattr("nest_runtime.train.objective.SLICE_NUMBERS", numbers)
+        for parameter in loaded.model.parameters():
+            parameter.requires_grad_(False)
+        try:
+            with deltas.attached():
+                loss = loss_of(Passes(loaded.model, deltas, 0, settings), make_batch(rows, 0, torch.device("cpu")))
+                gradients = torch.autograd.grad(loss, list(deltas.tensors.values()))
+        finally:
+            for parameter in loaded.model.parameters():
+                parameter.requires_grad_(True)
+        found.append((loss.detach(), *gradients))
+    for whole, sliced in zip(*found, strict=True):
+        torch.testing.assert_close(sliced, whole, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model_class", ["LlamaForCausalLM", "Gemma2ForCausalLM", "GPT2LMHeadModel", "FalconForCausalLM"]
+)
+def test_lower_layers_run_once_and_change_nothing(tmp_path: Path, model_class: str) -> None:
+    from tests.conftest import save_tiny
+
+    config = {"GPT2LMHeadModel": "GPT2Config"}.get(model_class, model_class.replace("ForCausalLM", "Config"))
+    extra = {"head_dim": 16} if model_class.startswith("Gemma") else {}
+    loaded = load_model(save_tiny(tmp_path / "m", model_class, config, **extra), dtype="float32")
+    top = find_sites(loaded.model)[-1]
+    lower = LowerLayers(loaded.model, top)
+    assert lower.usable
+    assert lower.count == top.layer > 0
+    calls = []
+    handle = lower.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    rows = [Row(tuple(range(3, 9)), (7, 9, 2), True), Row(tuple(range(4, 8)), (5, 2), False)]
+    batch = make_batch(rows, 0, torch.device("cpu"))
+    with torch.no_grad():
+        whole = hidden_states(loaded.model, batch.ids, batch.mask)
+        first, second = lower.hidden(batch, rows), lower.hidden(batch, rows)
+    handle.remove()
+    assert len(calls) == 3  # the whole pass, and one for each row
+    for found in (first, second):
+        torch.testing.assert_close(found[batch.where], whole[batch.where], atol=1e-5, rtol=1e-4)
+
+
+def test_rows_of_like_length_share_a_pass() -> None:
+    lengths = [5, 300, 40, 42, 6, 41, 200]
+    batches = even_batches(lengths, tokens=256)
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    for batch in batches:
+        widest, narrowest = max(lengths[i] for i in batch), min(lengths[i] for i in batch)
+        assert widest <= 1.3 * narrowest + 8
+        assert len(batch) == 1 or widest * len(batch) <= 256
+
+
+def test_a_cut_answer_teaches_no_end(loaded: Any) -> None:
+    example = make_examples([{"prompt": "Hello?"}])[0]
+    whole, cut = (make_row(loaded.tokenizer, example, "Hi there", False, [2], whole=value) for value in (True, False))
+    assert whole.answer == (*cut.answer, 2)
+
+
+def test_ablation_takes_the_direction_from_harmful_rows_alone(loaded: Any) -> None:
+    deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), "learned")
+    rows, settings = some_rows(loaded), QUICK.evolve(ablation=1.0)
+    with deltas.attached(), torch.no_grad():
+        passes = Passes(loaded.model, deltas, 0, settings)
+        passes.prepare(rows)
+        assert passes.ablation is not None
+        batch = make_batch([rows[0], rows[-1]], 0, torch.device("cpu"))
+        plain = hidden_states(loaded.model, batch.ids, batch.mask)
+        with passes.ablation.during(batch, 3):
+            ablated = hidden_states(loaded.model, batch.ids, batch.mask)
+        after = hidden_states(loaded.model, batch.ids, batch.mask)
+    assert not torch.allclose(plain[0], ablated[0], atol=1e-4)
+    torch.testing.assert_close(plain[1], ablated[1])
+    torch.testing.assert_close(plain, after)

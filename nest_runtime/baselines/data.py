@@ -14,7 +14,7 @@ from nest_runtime.anatomy import find_sites
 from nest_runtime.baselines.base import FitData, Progress, Target
 from nest_runtime.train.batches import refusal_for
 from nest_runtime.train.data import Example, make_examples
-from nest_runtime.train.run import Run, hold_out
+from nest_runtime.train.run import Run
 from nest_runtime.train.settings import Recipe
 
 
@@ -47,23 +47,18 @@ def prepare_data(
     """
     sites = find_sites(target.model)
     run = Run(target.model, target.tokenizer, sites, recipe, target.base_hash, target.name, workdir, progress)
-    refusing = [replace(example, response=refusal_for(example, recipe.refusals)) for example in harmful]
-    answers = run.answers(benign)
-    answered = [replace(example, response=answer) for example, answer in zip(benign, answers, strict=True)]
-    train_bad, held_bad = hold_out(refusing, recipe, 1)
-    train_good, held_good = hold_out(answered, recipe, 0)
-    rows = [
-        run.rows([(example, example.response or "") for example in part], is_harmful)
-        for part, is_harmful in ((train_bad, True), (train_good, False), (held_bad, True), (held_good, False))
-    ]
-    recoveries = run.recoveries(train_bad, rows[0])
+    teaching = run.teaching(harmful, benign)
+
+    def refused(examples: Sequence[Example]) -> tuple[Example, ...]:
+        return tuple(replace(example, response=refusal_for(example, recipe.refusals)) for example in examples)
+
     return FitData(
-        harmful=tuple(refusing),
-        benign=tuple(answered),
-        train_harmful=tuple(train_bad),
-        train_benign=tuple(train_good),
-        held_harmful=tuple(held_bad),
-        held_benign=tuple(held_good),
-        train=(*rows[0], *rows[1], *recoveries),
-        validation=(*rows[2], *rows[3]),
+        harmful=refused(harmful),
+        benign=(*teaching.benign.train, *teaching.benign.held),
+        train_harmful=refused(teaching.harmful.train),
+        train_benign=teaching.benign.train,
+        held_harmful=refused(teaching.harmful.held),
+        held_benign=teaching.benign.held,
+        train=teaching.train,
+        validation=teaching.validation,
     )

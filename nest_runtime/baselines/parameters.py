@@ -56,6 +56,11 @@ class ParameterSet(Deltas):
         return sum(parameter.numel() for parameter in self._parameters.values())
 
     @property
+    def lowest(self) -> None:
+        """Nothing is known of where they act, so no layer's output is kept."""
+        return None
+
+    @property
     def enabled(self) -> bool:
         return self._on
 

@@ -88,6 +88,7 @@ suites, judges, methods = offer(lambda: SUITES), offer(lambda: JUDGES), _methods
 devices = offer(lambda: ("auto", "cpu", "cuda", "mps"))
 dtypes = offer(lambda: ("auto", "float32", "bfloat16", "float16"))
 formats = offer(lambda: ("png", "svg"))
+recipes = offer(lambda: ("default", "paper", "fast", "reference"))
 controls = offer(lambda: ("random",))
 engines = offer(lambda: ("transformers", "vllm"))
 swap_policies = offer(lambda: ("drain", "enforce"))

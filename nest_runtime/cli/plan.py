@@ -9,7 +9,7 @@ import typer
 
 from nest_runtime.cli.common import examples, model_flag
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output, size
-from nest_runtime.cli.train import PROMPTS, KMax, RecipeFile, Z, recipe_of
+from nest_runtime.cli.train import PROMPTS, KMax, RecipeRef, Z, borderline_of, recipe_of
 from nest_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def plan(
     steps: Annotated[int | None, typer.Option("--steps", metavar="N", min=0, help="Training steps.")] = None,
     z: Z = None,
     k_max: KMax = None,
-    recipe_file: RecipeFile = None,
+    recipe_name: RecipeRef = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
@@ -70,7 +70,7 @@ def plan(
     from nest_runtime.train.plan import plan as estimate
     from nest_runtime.train.plan import shape_of
 
-    recipe = recipe_of(recipe_file, z=z, k_max=k_max, steps=steps)
+    recipe = recipe_of(recipe_name, model, z=z, k_max=k_max, steps=steps)
     place = pick_device(device)
     name, source = resolve_model(model, config_only=True)
     empty = skeleton(source)
@@ -78,7 +78,7 @@ def plan(
         empty.config.dtype = gguf_dtype(place)
     kind, notes = _dtype(empty.config, dtype)
     shape = shape_of(empty, kind, recipe)
-    load = _load(harmful, benign, prompt_tokens, recipe)
+    load = _load(harmful, benign, model, prompt_tokens, recipe)
     found = estimate(shape, recipe, load, _speed(place, kind, tflops, gbps))
     memory, total = _memory(place)
     document = {"model": name, "dtype": kind, "device": place, **found, "notes": notes}
@@ -106,13 +106,13 @@ def _dtype(config: Any, asked: str) -> tuple[str, list[str]]:
     return kind, notes
 
 
-def _load(harmful: str | None, benign: str | None, prompt_tokens: int, recipe: Recipe) -> Load:
+def _load(harmful: str | None, benign: str | None, model: str, prompt_tokens: int, recipe: Recipe) -> Load:
     from nest_runtime.train.data import load_examples
     from nest_runtime.train.plan import Load, load_of
 
     if harmful is None or benign is None:
         return Load(prompt_tokens=prompt_tokens, answer_tokens=recipe.answer_tokens)
-    return load_of(load_examples(harmful), load_examples(benign), recipe)
+    return load_of(load_examples(harmful), [*load_examples(benign), *borderline_of(None, model, recipe)], recipe)
 
 
 def _speed(device: str, dtype: str, tflops: float | None, gbps: float | None) -> Speed:

@@ -13,7 +13,7 @@ from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Outpu
 from nest_runtime.cli.patches import PatchArgument
 from nest_runtime.cli.train import (
     PROMPTS,
-    RecipeFile,
+    RecipeRef,
     Resume,
     Seed,
     check_answers,
@@ -75,7 +75,7 @@ def retarget(
         int | None, typer.Option("--steps", metavar="N", min=0, help="Training steps; 3 in 10 of training anew.")
     ] = None,
     seed: Seed = None,
-    recipe_file: RecipeFile = None,
+    recipe_name: RecipeRef = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     resume: Resume = True,
@@ -94,7 +94,7 @@ def retarget(
 
     before = load_patch(patch)
     bad, good = _prompts(before, harmful, benign)
-    recipe = _settings(before, recipe_file, steps, seed)
+    recipe = _settings(before, recipe_name, steps, seed)
     team = join(out)
     loaded = load_model(model, device=device, dtype=dtype)
     check_answers(out, loaded, {harmful or "its prompts": bad, benign or "its benign prompts": good}, good)
@@ -144,11 +144,11 @@ def _prompts(patch: Patch, harmful: str | None, benign: str | None) -> tuple[lis
     return load_examples(harmful), load_examples(benign)
 
 
-def _settings(patch: Patch, path: Path | None, steps: int | None, seed: int | None) -> Recipe:
-    """The recipe of a file, else the patch's own, shortened; the command line's settings on top."""
+def _settings(patch: Patch, name: str | None, steps: int | None, seed: int | None) -> Recipe:
+    """The recipe named, else the patch's own, shortened; the command line's settings on top."""
     from nest_runtime.train.retarget import retarget_recipe
 
-    if path is not None:
-        return recipe_of(path, steps=steps, seed=seed)
+    if name is not None:
+        return recipe_of(name, steps=steps, seed=seed)
     given = {key: value for key, value in {"steps": steps, "seed": seed}.items() if value is not None}
     return retarget_recipe(patch).evolve(**given)

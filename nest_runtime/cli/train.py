@@ -25,12 +25,25 @@ if TYPE_CHECKING:
     from nest_runtime.train.settings import Recipe
     from nest_runtime.train.workers import Workers
 
-PROMPTS = "JSONL, CSV, TXT, or hf://datasets/org/name\\[:split]."
+PROMPTS = "JSONL, CSV, TXT, hf://datasets/org/name\\[:split], or everyday, borderline (bundled)."
 Harmful = Annotated[str, typer.Option("--harmful", metavar="FILE", help=f"Prompts to refuse: {PROMPTS}")]
 Benign = Annotated[str, typer.Option("--benign", metavar="FILE", help=f"Prompts to answer as before: {PROMPTS}")]
-RecipeFile = Annotated[
-    Path | None,
-    typer.Option("--recipe", metavar="FILE.json", help="All settings, as `inspect --json` shows under method."),
+RecipeRef = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME|FILE.json",
+        autocompletion=complete.recipes,
+        help="default, paper, fast, or a file of settings, as `inspect --json` shows under method.",
+    ),
+]
+Borderline = Annotated[
+    str | None,
+    typer.Option(
+        "--borderline",
+        metavar="FILE",
+        help="Benign prompts that look harmful, answered as before; none leaves them out. Default: the bundled ones.",
+    ),
 ]
 Z = Annotated[
     float | None, typer.Option("--z", metavar="Z", help="Keep neurons whose probe weight has a z-score above this.")
@@ -70,7 +83,7 @@ def locate(
     z: Z = None,
     k_max: KMax = None,
     seed: Seed = None,
-    recipe_file: RecipeFile = None,
+    recipe_name: RecipeRef = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     resume: Resume = True,
@@ -78,7 +91,7 @@ def locate(
 ) -> None:
     """Find the safety neurons of a model, and their clusters, without training anything."""
     out = Output.of(ctx, as_json)
-    recipe = recipe_of(recipe_file, z=z, k_max=k_max, seed=seed)
+    recipe = recipe_of(recipe_name, model, z=z, k_max=k_max, seed=seed)
     workdir = check_out(out_file, ".json")
     from nest_runtime.models import load_model
     from nest_runtime.train.data import load_examples
@@ -123,6 +136,7 @@ def train(
     benign: Benign,
     out_file: Annotated[Path, typer.Option("--out", metavar="FILE", help="The patch to write, a .safetensors file.")],
     model: ModelOption = "reference",
+    borderline: Borderline = None,
     parent: Annotated[
         str | None, typer.Option("--from", metavar="PATCH", autocompletion=complete.patches, help="Re-tune this patch.")
     ] = None,
@@ -153,7 +167,7 @@ def train(
         ),
     ] = None,
     seed: Seed = None,
-    recipe_file: RecipeFile = None,
+    recipe_name: RecipeRef = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     resume: Resume = True,
@@ -166,7 +180,8 @@ def train(
     """
     out = Output.of(ctx, as_json)
     kind = None if loadings is None else ("learned" if loadings else "tied")
-    recipe = recipe_of(recipe_file, z=z, k_max=k_max, steps=steps, lr=lr, control=control, seed=seed, loadings=kind)
+    given = {"z": z, "k_max": k_max, "steps": steps, "lr": lr, "control": control, "seed": seed, "loadings": kind}
+    recipe = recipe_of(recipe_name, model, **given)
     workdir = check_out(out_file, ".safetensors")
     if rehearsal and not parent:
         raise UsageError(
@@ -177,7 +192,8 @@ def train(
     from nest_runtime.train.data import load_examples
     from nest_runtime.train.recipe import train_patch
 
-    bad, good, again = load_examples(harmful), load_examples(benign), load_examples(rehearsal) if rehearsal else []
+    bad, again = load_examples(harmful), load_examples(rehearsal) if rehearsal else []
+    good = [*load_examples(benign), *borderline_of(borderline, model, recipe)]
     team = join(out)
     model = model_for(ctx, out, model, parent)
     loaded = load_model(model, device=device, dtype=dtype)
@@ -237,23 +253,45 @@ def join(out: Output) -> Workers:
     return team
 
 
-def recipe_of(path: Path | None, **given: Any) -> Recipe:
-    """The recipe of a file, or the default one, with the command line's settings on top."""
-    from nest_runtime.train.settings import Recipe
+def recipe_of(name: str | None, model: str = "", **given: Any) -> Recipe:
+    """The recipe of a name or a file, else the model's usual one, with the command line's settings on top.
 
-    recipe = Recipe()
-    if path is not None:
+    Args:
+        name: ``default``, ``paper``, ``fast``, ``reference``, or a JSON file, whose missing settings are those of the
+            model's usual recipe: ``reference`` for the built-in model, which is a world of its own, ``default`` for
+            every other.
+        model: the model's reference.
+        given: settings by field; None leaves the recipe's.
+    """
+    from nest_runtime.train.settings import RECIPES, Recipe, named_recipe
+
+    path, usual = Path(name or ""), RECIPES["reference" if model == "reference" else "default"]
+    if name is not None and name not in RECIPES and path.suffix == ".json":
         try:
             values = parse_json(read_text(path, MAX_SETTINGS))
         except (OSError, ValueError) as error:
             raise UsageError(f"the recipe {path} cannot be read: {error}", "give a JSON object of settings") from error
         if not isinstance(values, dict):
             raise UsageError(f"the recipe {path} is a JSON {type(values).__name__}", "give a JSON object of settings")
-        recipe = Recipe.from_json(values)
+        recipe = Recipe.from_json({**usual.to_json(), **values})
+    else:
+        recipe = usual if name is None else named_recipe(name)
     changes = {key: value for key, value in given.items() if value is not None}
     if "k_max" in changes:  # --k-max 1 means one cluster, also where the recipe starts at two
         changes["k_min"] = min(recipe.k_min, changes["k_max"])
     return recipe.evolve(**changes)
+
+
+def borderline_of(ref: str | None, model: str, recipe: Recipe) -> list[Example]:
+    """The borderline-benign prompts to train on: those named, or the bundled ones where the recipe asks in framings.
+
+    The reference model's world knows nothing of them.
+    """
+    from nest_runtime.train.data import load_examples
+
+    if ref == "none" or (ref is None and (model == "reference" or not recipe.framings)):
+        return []
+    return load_examples(ref or "borderline")
 
 
 def check_out(path: Path, suffix: str) -> Path:

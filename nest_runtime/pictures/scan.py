@@ -72,7 +72,7 @@ def scan(
     from nest_runtime.train.activations import pooled_activations
     from nest_runtime.train.settings import Recipe
 
-    recipe = Recipe.from_json(view.recipe) if view.recipe else Recipe()
+    recipe = Recipe.of_header(view.recipe) if view.recipe else Recipe()
     kept = {site.name: site for site in view.sites if len(site.neurons)}
     projections = [projection for projection in find_sites(model) if projection.name in kept]
     labels = np.array([1] * len(harmful) + [0] * len(benign))

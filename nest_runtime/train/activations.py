@@ -21,7 +21,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def _run(
         ids, mask = pad_rows([prompts[index][0] for index in batch], pad_token_id(tokenizer), device_of(model))
         inputs = batch_inputs([prompts[index][1] for index in batch], ids, [0] * len(batch), dtype_of(model))
         pooled: dict[int, torch.Tensor] = {}
-        with _pooling_hooks(model, projections, mask, pooling, pooled), torch.no_grad():
+        with _pooling_hooks(model, projections, mask, pooling, pooled), torch.no_grad(), suppress(_Pooled):
             hidden_states(model, ids, mask, inputs)
         for index, values in sorted(pooled.items()):  # values (rows of the batch, d_out)
             _append(folder, index, offset, values, dtype)
@@ -170,6 +170,8 @@ def _pooling_hooks(
             keep(module, pool_experts(module, routed(args, kwargs), mask, pooling).float().cpu())
         else:  # some models flatten rows and tokens before their FFN
             keep(module, pool(output.reshape(*mask.shape, -1), mask, pooling).float().cpu())
+        if len(pooled) == len(projections):
+            raise _Pooled
 
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in by_module]
     try:
@@ -177,6 +179,10 @@ def _pooling_hooks(
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Pooled(Exception):
+    """All projections are pooled: the layers above them need not run."""
 
 
 def pool(values: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -55,6 +55,8 @@ class Batch:
         targets: (answer tokens,) int64: those next tokens, in the order of ``where``.
         harmful: (answer tokens,) bool: whether each belongs to a harmful row.
         row: (answer tokens,) int64: which row each belongs to.
+        place: (answer tokens,) int64: its place in the answer, from 0.
+        rows: the rows themselves, in order.
         inputs: what the model takes besides ids and mask, where prompts hold images.
     """
 
@@ -64,6 +66,8 @@ class Batch:
     targets: torch.Tensor
     harmful: torch.Tensor
     row: torch.Tensor
+    place: torch.Tensor
+    rows: tuple[Row, ...]
     inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -76,8 +80,13 @@ def refusal_for(example: Example, refusals: Sequence[str] = ()) -> str:
     return texts[number % len(texts)]
 
 
-def make_row(tokenizer: Any, example: Example, answer: str, harmful: bool, ends: Sequence[int]) -> Row:
-    """Tokens of one example; the answer ends with the model's first end token.
+def make_row(
+    tokenizer: Any, example: Example, answer: str, harmful: bool, ends: Sequence[int], whole: bool = True
+) -> Row:
+    """Tokens of one example; a whole answer ends with the model's first end token.
+
+    Args:
+        whole: False where the answer was cut: nothing is learned of how it ends.
 
     Raises:
         DataError: the answer has no tokens.
@@ -85,7 +94,7 @@ def make_row(tokenizer: Any, example: Example, answer: str, harmful: bool, ends:
     prompt, images = encode_prompt(tokenizer, example.messages)
     tokens = _answer_tokens(tokenizer, example, answer, prompt)
     cut = next((index for index, token in enumerate(tokens) if token in set(ends)), None)
-    tokens = tokens[: cut + 1] if cut is not None else [*tokens, *list(ends)[:1]]
+    tokens = [*tokens[:cut], *([tokens[cut]] if cut is not None else list(ends)[:1])] if whole else tokens[:cut]
     if not answer.strip() or not tokens:
         raise DataError(f"{example.id}: the answer to learn is empty", "give a response, or leave the field out")
     return Row(tuple(prompt), tuple(tokens), harmful, images)
@@ -159,4 +168,5 @@ def make_batch(rows: Sequence[Row], pad_id: int, device: torch.device, dtype: to
     harmful = torch.tensor([row.harmful for row in rows]).repeat_interleave(lengths).to(device)
     numbers = torch.arange(len(rows)).repeat_interleave(lengths).to(device)
     inputs = batch_inputs([row.images for row in rows], ids, [0] * len(rows), dtype)
-    return Batch(ids, mask, where.to(device), targets, harmful, numbers, inputs)
+    places = torch.cat([torch.arange(len(row.answer)) for row in rows]).to(device)
+    return Batch(ids, mask, where.to(device), targets, harmful, numbers, places, tuple(rows), inputs)

@@ -19,6 +19,8 @@ from typing import Any
 from nest_runtime.errors import DataError
 from nest_runtime.home import expand
 from nest_runtime.patch import canonical_json
+from nest_runtime.prompts import NAMES as BUNDLED
+from nest_runtime.prompts import bundled
 from nest_runtime.train.content import images_of, plain_content, text_of
 from nest_runtime.train.images import PromptImages, prompt_images, read_parts
 from nest_runtime.train.readers import SUFFIXES, Row, read_rows
@@ -59,18 +61,27 @@ def load_examples(ref: str | Path) -> list[Example]:
     """Read a prompt file.
 
     Args:
-        ref: a path, ``hf://datasets/org/name[@revision][:split]``, either with ``#column=value`` to select rows.
+        ref: a path, ``hf://datasets/org/name[@revision][:split]``, or the name of a bundled file (``everyday``,
+            ``borderline``); each with ``#column=value`` to select rows.
 
     Raises:
         DataError: naming file, line, what was found and what was expected.
     """
     name, wanted = _split_selection(str(ref))
-    path = _download(name) if name.startswith("hf://") else expand(name)
+    path = _located(name)
     rows = read_rows(path)
     _check_columns(path, rows)
     if wanted:
         rows = _select(path, rows, *wanted)
     return [_example(path, line, fields) for line, fields in rows]
+
+
+def _located(name: str) -> Path:
+    """The file of a reference; a file wins over a bundled one of that name."""
+    if name.startswith("hf://"):
+        return _download(name)
+    path = expand(name)
+    return bundled(name) if name in BUNDLED and not path.exists() else path
 
 
 def make_examples(rows: Sequence[Mapping[str, Any]], source: str = "rows") -> list[Example]:

@@ -1,7 +1,7 @@
 """The trained numbers: cluster rows and loadings in float32, added to the base by differentiable hooks.
 
-For every site, y[…, neurons] += a · (x Dᵀ)[…, clusters], computed as x Dᵀ Mᵀ with M [rows, K] holding the
-loadings: the base's weights are read by nobody but their own layer and get no gradient.
+For every site, y[…, neurons] += a · (x Dᵀ)[…, clusters]: the base's weights are read by nobody but their own layer
+and get no gradient.
 The hooks are training's own; serving's are in runtime/.
 """
 
@@ -32,12 +32,6 @@ class SiteDelta:
     neurons: torch.Tensor
     clusters: torch.Tensor
     scale: float
-
-    def membership(self, rows: int) -> torch.Tensor:
-        """M [rows, K] over the module's output rows, differentiable in the loadings."""
-        values = torch.ones(len(self.neurons), device=self.deltas.device) if self.loadings is None else self.loadings
-        matrix = torch.zeros(rows, len(self.deltas), device=self.deltas.device)
-        return matrix.index_put((self.projection.rows(self.neurons), self.clusters), values)
 
 
 class Deltas:
@@ -84,6 +78,11 @@ class Deltas:
         """How many numbers are trained."""
         return sum(tensor.numel() for tensor in self.tensors.values() if tensor.requires_grad)
 
+    @property
+    def lowest(self) -> Projection | None:
+        """A projection of the lowest layer that changes; None without any."""
+        return min((part.projection for part in self.parts), key=lambda found: found.layer, default=None)
+
     def copy(self) -> dict[str, torch.Tensor]:
         """A detached copy of every number."""
         return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
@@ -123,13 +122,22 @@ class Deltas:
                 handle.remove()
 
     def _hook(self, parts: list[SiteDelta]) -> Any:
+        places = [part.projection.rows(part.neurons) for part in parts]
+
         def add(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             if not self.enabled:
                 return output
-            x, rows = inputs[0], output.shape[-1]
+            x, low_from = inputs[0], 0
             stacked = torch.cat([part.deltas for part in parts]).to(x.dtype)  # (all clusters, d_in)
-            members = torch.cat([part.membership(rows) for part in parts], dim=1).to(x.dtype)  # (rows, all clusters)
-            return output + nn.functional.linear(nn.functional.linear(x, stacked), members)
+            low = nn.functional.linear(x, stacked)  # (…, all clusters)
+            for part, rows in zip(parts, places, strict=True):
+                values = low[..., low_from + part.clusters]  # (…, neurons)
+                if part.loadings is not None:
+                    values = values * part.loadings.to(x.dtype)
+                # In place: a copy as wide as the module's output would live until the backward pass.
+                output.index_add_(-1, rows, values)
+                low_from += len(part.deltas)
+            return output
 
         return add
 

@@ -20,7 +20,7 @@ from nest_runtime.io import atomic_write, replacing
 from nest_runtime.patch import canonical_json
 
 _KEY = "[0-9a-f]" * 16  # as a glob
-STAGES = ("answers", "activations", "probes", "clusters", "tune")
+STAGES = ("answers", "refusals", "activations", "probes", "clusters", "tune")
 
 
 def stage_key(**parts: Any) -> str:

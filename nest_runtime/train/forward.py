@@ -46,6 +46,19 @@ def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -
     return batches
 
 
+def even_batches(lengths: Sequence[int], tokens: int, stretch: float = 1.3) -> list[list[int]]:
+    """Positions in batches of like length: at most ``tokens`` padded tokens, hardly any of them padding."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
+        current = batches[-1] if batches else []
+        fits = current and (len(current) + 1) * lengths[index] <= tokens
+        if fits and lengths[index] <= stretch * lengths[current[0]] + 8:
+            current.append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
 def decoder_of(model: Any) -> nn.Module:
     """The model without its language-model head."""
     inner = unwrap(model)
@@ -121,11 +134,12 @@ class Readout:
     ) -> torch.Tensor:
         """Logits float32 (chosen, vocabulary) at the positions where ``where`` (rows, width) is true."""
         if self.sliced:
-            return self._head(hidden_states(self.model, ids, mask, inputs)[where]).float()
+            return self.head(hidden_states(self.model, ids, mask, inputs)[where])
         passed = dict(inputs or {})
         return self.model(input_ids=ids, attention_mask=mask, use_cache=False, **passed).logits[where].float()
 
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits float32 (n, vocabulary) of hidden states (n, d)."""
         config: Any = unwrap(self.model).config
         logits = unwrap(self.model).get_output_embeddings()(hidden)  # type: ignore[operator]
         if getattr(config, "logits_scaling", None):
@@ -133,7 +147,12 @@ class Readout:
         if getattr(config, "logit_scale", None):
             logits = logits * config.logit_scale
         cap = getattr(config, "final_logit_softcapping", None)
-        return torch.tanh(logits / cap) * cap if cap else logits
+        return (torch.tanh(logits / cap) * cap if cap else logits).float()
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits there are at a token."""
+        return int(unwrap(self.model).get_output_embeddings().weight.shape[0])  # type: ignore[operator]
 
     def _agrees(self) -> bool:
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
@@ -141,6 +160,6 @@ class Readout:
         mask = torch.ones_like(ids)
         with torch.no_grad():
             whole = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
-            ours = self._head(hidden_states(self.model, ids, mask)[0]).float()
+            ours = self.head(hidden_states(self.model, ids, mask)[0])
         scale = max(float(whole.abs().max()), 1e-6)
         return ours.shape == whole.shape and float((ours - whole).abs().max()) <= 1e-3 * scale

@@ -10,17 +10,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from nest_runtime.anatomy import Projection, find_sites, unwrap
+from nest_runtime.train.lower import KEPT_BYTES
+from nest_runtime.train.objective import SLICE_NUMBERS
 from nest_runtime.train.run import within_depth
 from nest_runtime.train.settings import Recipe
 
-EFFICIENCY = 0.4  # of a large matrix product's speed, in a whole model
+EFFICIENCY = 0.6  # of a large matrix product's speed, in a whole model
+REFUSAL_TOKENS = 12  # of the built-in ones, with their end
+FRAMED_TOKENS = 60  # that a framing adds to a prompt, on average of those within framed_characters (450)
 PROBE_PASSES = 60  # of the L-BFGS probe over its activations, each reading them twice
 SCALES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -33,6 +37,7 @@ class Load:
         harmful, benign: how many prompts.
         prompt_tokens, answer_tokens: of the longest prompt, and of the longest answer to learn: memory follows these.
         mean_tokens: of a prompt with its answer, which time follows; None: the sum of the two.
+        mean_answer: of an answer alone; None: ``answer_tokens``.
         answers_given: whether the benign file has responses; the base's own are generated otherwise.
     """
 
@@ -42,11 +47,22 @@ class Load:
     answer_tokens: int = 64
     answers_given: bool = False
     mean_tokens: float | None = None
+    mean_answer: float | None = None
 
     @property
     def mean(self) -> float:
         """Tokens of a prompt with its answer, on average."""
         return self.prompt_tokens + self.answer_tokens if self.mean_tokens is None else self.mean_tokens
+
+    @property
+    def answer(self) -> float:
+        """Tokens of an answer, on average."""
+        return self.answer_tokens if self.mean_answer is None else self.mean_answer
+
+    def located(self, recipe: Recipe) -> Load:
+        """The load of locating alone, which may take a part of the prompts."""
+        most = recipe.locate_prompts or max(self.harmful, self.benign)
+        return replace(self, harmful=min(self.harmful, most), benign=min(self.benign, most))
 
     @property
     def prompts(self) -> int:
@@ -68,6 +84,7 @@ class Shape:
 
     Attributes:
         parameters, active: all, and those that one token is multiplied with (of experts its share).
+        head: those of ``active`` that only tokens whose logits are wanted are multiplied with.
         weights: bytes.
         itemsize: bytes of one number.
         layers, hidden, vocabulary: as usual.
@@ -78,6 +95,7 @@ class Shape:
 
     parameters: int
     active: int
+    head: int
     weights: int
     itemsize: int
     layers: int
@@ -113,6 +131,7 @@ def shape_of(model: nn.Module, dtype: str, recipe: Recipe) -> Shape:
     return Shape(
         parameters=parameters,
         active=parameters - looked_up - stored + (stored * chosen // experts if experts else 0),
+        head=0 if head is None else head.weight.numel(),
         weights=parameters * itemsize,
         itemsize=itemsize,
         layers=layers,
@@ -127,7 +146,7 @@ def shape_of(model: nn.Module, dtype: str, recipe: Recipe) -> Shape:
 
 def plan(shape: Shape, recipe: Recipe, load: Load, speed: Speed) -> dict[str, Any]:
     """Memory beyond the model, disk and time of each stage, in bytes and seconds; and the patch to expect."""
-    patch = _patch(shape, recipe)
+    patch, located = _patch(shape, recipe), load.located(recipe)
     answers = 0.0 if load.answers_given else _answers_seconds(shape, recipe, load, speed)
     return {
         "parameters": shape.parameters,
@@ -139,9 +158,9 @@ def plan(shape: Shape, recipe: Recipe, load: Load, speed: Speed) -> dict[str, An
         "stages": {
             "answers": {"memory_bytes": _answers_memory(shape, recipe, load), "disk_bytes": 0, "seconds": answers},
             "locate": {
-                "memory_bytes": max(pass_memory(shape, recipe, load), probe_memory(shape, recipe, load)),
-                "disk_bytes": activations_disk(shape, load),
-                "seconds": _locate_seconds(shape, load, speed),
+                "memory_bytes": max(pass_memory(shape, recipe, located), probe_memory(shape, recipe, located)),
+                "disk_bytes": activations_disk(shape, located),
+                "seconds": _locate_seconds(shape, located, speed),
             },
             "tune": {
                 "memory_bytes": tune_memory(shape, recipe, load, patch["parameters"]),
@@ -179,11 +198,13 @@ def activations_disk(shape: Shape, load: Load) -> int:
 
 def tune_memory(shape: Shape, recipe: Recipe, load: Load, trained: int) -> int:
     """Of a step: what the backward pass keeps above the lowest patched layer, logits of answers, the optimizer."""
-    tokens = recipe.batch_size * (load.prompt_tokens + load.answer_tokens)
+    row = load.prompt_tokens + load.answer_tokens
+    tokens = min(recipe.batch_size * row, max(recipe.step_tokens, row))
     kept = tokens * shape.itemsize * (10 * shape.hidden + 3 * shape.widest)
     layers = max(round(shape.layers * shape.lowest), 1)
-    logits = recipe.batch_size * load.answer_tokens * shape.vocabulary * 4 * 3  # logits, softmax, gradient
-    return kept * layers + logits + trained * 4 * 5  # value, gradient, two moments, the best so far
+    logits = min(recipe.batch_size * load.answer_tokens * shape.vocabulary, SLICE_NUMBERS) * 4 * 4
+    states = min(KEPT_BYTES, _rows_seen(recipe, load) * load.mean * shape.hidden * shape.itemsize)
+    return int(kept * layers + logits + states + trained * 4 * 5)  # value, gradient, two moments, the best so far
 
 
 def kept_share(recipe: Recipe) -> float:
@@ -243,25 +264,57 @@ def _answers_memory(shape: Shape, recipe: Recipe, load: Load) -> int:
 
 
 def _answers_seconds(shape: Shape, recipe: Recipe, load: Load, speed: Speed) -> float:
-    batches = math.ceil(load.benign / recipe.prompt_batch)
+    prompts = load.benign
+    if recipe.framings:  # no more than the steps will see, and those held out
+        held = min(recipe.validation_fraction * load.benign, recipe.validation_most or load.benign)
+        prompts = round(
+            min(load.benign * (1 + recipe.framings), _rows_seen(recipe, load) * (1 - recipe.harmful_share)) + held
+        )
+    batches = math.ceil(prompts / recipe.prompt_batch)
     reading = shape.active * shape.itemsize / speed.bandwidth
-    step = max(reading, 2 * shape.active * recipe.prompt_batch / (speed.flops * EFFICIENCY))
-    return batches * load.answer_tokens * step + _forward(shape, load.benign * load.prompt_tokens, speed)
+    rows = prompts / max(batches, 1)
+    step = max(reading, 2 * shape.active * rows / (speed.flops * EFFICIENCY))
+    return batches * recipe.answer_tokens * step + _forward(shape, prompts * _prompt(recipe, load), speed)
 
 
 def _locate_seconds(shape: Shape, load: Load, speed: Speed) -> float:
     numbers = load.prompts * sum(site.d_out for site in shape.sites)
-    return _forward(shape, load.prompts * load.prompt_tokens, speed) + PROBE_PASSES * 2 * 4 * numbers / speed.bandwidth
+    highest = (max(site.layer for site in shape.sites) + 1) / shape.layers  # the pass ends there
+    passed = highest * _forward(shape, load.prompts * (load.mean - load.answer), speed)
+    return passed + PROBE_PASSES * 2 * 4 * numbers / speed.bandwidth
 
 
 def _tune_seconds(shape: Shape, recipe: Recipe, load: Load, speed: Speed) -> float:
-    step = _forward(shape, recipe.batch_size * load.mean, speed) * (1 + shape.lowest)  # no gradient of frozen weights
-    held = recipe.validation_fraction * load.prompts * load.mean
-    return recipe.steps * step + (recipe.steps / recipe.validate_every + 2) * _forward(shape, held, speed)
+    mean = _prompt(recipe, load) + load.answer
+    rows = recipe.batch_size * mean
+    upper = shape.lowest * _forward(shape, rows, speed)
+    base = (1 - recipe.harmful_share) * upper if recipe.kl_weight else 0.0  # the base's own distributions, once a row
+    once = (1 - shape.lowest) * _forward(shape, rows, speed)  # the layers below
+    new = min(_rows_seen(recipe, load) / max(recipe.steps * recipe.batch_size, 1), 1.0)
+    head = 2 * 2 * shape.head * recipe.batch_size * load.answer / (speed.flops * EFFICIENCY)
+    step = 2 * upper + new * (base + once) + head  # no gradient of frozen weights
+    fraction, most = recipe.validation_fraction, recipe.validation_most
+    held = sum(
+        min(fraction * count, most or count) for count in (load.harmful * (2 if recipe.framings else 1), load.benign)
+    )
+    measured = (recipe.steps / recipe.validate_every + 2) * shape.lowest * _forward(shape, held * mean, speed)
+    return recipe.steps * step + measured
 
 
 def _forward(shape: Shape, tokens: float, speed: Speed) -> float:
-    return 2 * shape.active * tokens / (speed.flops * EFFICIENCY)
+    """Through all layers, without the head."""
+    return 2 * (shape.active - shape.head) * tokens / (speed.flops * EFFICIENCY)
+
+
+def _prompt(recipe: Recipe, load: Load) -> float:
+    """Tokens of a prompt that is tuned on, framed ones among them, on average."""
+    framed = recipe.framings / (1 + recipe.framings)
+    return load.mean - load.answer + framed * FRAMED_TOKENS
+
+
+def _rows_seen(recipe: Recipe, load: Load) -> float:
+    """How many different rows the steps see at most."""
+    return min(recipe.steps * recipe.batch_size, (2 + recipe.framings) * load.prompts)
 
 
 def _assumptions(recipe: Recipe, load: Load, speed: Speed) -> dict[str, Any]:
@@ -287,10 +340,10 @@ def load_of(harmful: Sequence[Any], benign: Sequence[Any], recipe: Recipe) -> Lo
     longest = max(len(example.prompt.encode()) for example in examples)
     given = all(example.response for example in benign)
     told = [len((example.response or "").encode()) // 4 + 1 for example in examples]
-    answers = [
-        recipe.answer_tokens if not example.response else size for example, size in zip(examples, told, strict=True)
-    ]
-    mean = sum(len(example.prompt.encode()) / 4 + 16 for example in examples) / len(examples)
+    unknown = [REFUSAL_TOKENS] * len(harmful) + [recipe.answer_tokens] * len(benign)
+    answers = [size if example.response else own for example, size, own in zip(examples, told, unknown, strict=True)]
+    prompt = sum(len(example.prompt.encode()) / 4 + 16 for example in examples) / len(examples)
+    answer = sum(answers) / len(answers)
     return Load(
-        len(harmful), len(benign), longest // 4 + 16, max(answers), given, round(mean + sum(answers) / len(answers), 1)
+        len(harmful), len(benign), longest // 4 + 16, max(answers), given, round(prompt + answer, 1), round(answer, 1)
     )

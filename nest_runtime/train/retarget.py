@@ -16,7 +16,7 @@ from nest_runtime.errors import DataError
 from nest_runtime.patch import Patch
 from nest_runtime.train.data import Example, examples_digest, make_examples
 from nest_runtime.train.recipe import Progress, TrainResult, train_patch
-from nest_runtime.train.settings import Recipe
+from nest_runtime.train.settings import RECIPES, Recipe
 
 STEPS_SHARE = 0.3  # of the steps of training anew
 
@@ -82,9 +82,9 @@ def retarget_recipe(patch: Patch) -> Recipe:
     A patch that does not say how it was made (or names settings of another release) gets the default recipe.
     """
     told = patch.method.get("recipe")
-    known = set(Recipe().to_json())
-    own = Recipe.from_json({key: value for key, value in told.items() if key in known}) if told else Recipe()
-    steps = max(own.steps, Recipe().steps)  # re-tuned patches tell those of the last round
+    own = Recipe.of_header(told) if told else Recipe()
+    anew = RECIPES["reference"] if patch.base_model == "reference" else RECIPES["default"]
+    steps = max(own.steps, anew.steps)  # re-tuned patches tell those of the last round
     return own.evolve(steps=max(round(STEPS_SHARE * steps), 1), control="none", relocate=False)
 
 

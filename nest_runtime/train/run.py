@@ -14,16 +14,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from nest_runtime.anatomy import Projection, unwrap
-from nest_runtime.errors import DataError, UsageError
+from nest_runtime.errors import UsageError
 from nest_runtime.fingerprint import rows_digest
-from nest_runtime.generate import end_token_ids, generate_answers
+from nest_runtime.generate import Answer, answer_conversations, end_token_ids
 from nest_runtime.patch import Patch, Site
 from nest_runtime.train.activations import PooledActivations, pooled_activations
-from nest_runtime.train.batches import Row, make_row, recovery_row, refusal_for
 from nest_runtime.train.cluster import cluster
 from nest_runtime.train.data import Example, examples_digest
 from nest_runtime.train.deltas import Deltas
@@ -32,11 +30,13 @@ from nest_runtime.train.forward import device_of
 from nest_runtime.train.locate import locate
 from nest_runtime.train.settings import Recipe
 from nest_runtime.train.sites import LocatedSite, SitesFile
+from nest_runtime.train.teaching import ASKED, Teaching, own_refusals, teach
 from nest_runtime.train.tune import TuneResult, tune
 from nest_runtime.train.warm import Moved, Warm, carried_values, moved_to, parent_sites, parent_values
 from nest_runtime.train.workers import Workers
 
 Progress = Callable[[str, int, int], None]
+REFUSAL_TOKENS = 24  # of the base's answers that show how it refuses
 LITTLE_TO_LEARN = 0.05  # nats per token of the refusals, before tuning
 _LOCATE_FIELDS = ("pooling", "probe", "probe_lr", "probe_steps", "probe_weight_decay", "probe_holdout", "seed")
 
@@ -151,16 +151,9 @@ class Run:
         serial: int | None,
     ) -> TrainResult:
         with self.clock("answers"):
-            answered = self.answers(benign)
-        refusing = [(example, refusal_for(example, self.settings.refusals)) for example in harmful]
-        train_bad, held_bad = hold_out(refusing, self.settings, 1)
-        train_good, held_good = hold_out(list(zip(benign, answered, strict=True)), self.settings, 0)
-        train_bad += [(example, refusal_for(example, self.settings.refusals)) for example in rehearsal]
-        located = [example for example, _ in train_bad[: len(refusing) - len(held_bad)]]
-        sites, warm, carried = self.sites(located, [example for example, _ in train_good], parent)
-        rows = self.rows(train_bad, True) + self.rows(train_good, False)
-        rows += self.recoveries([example for example, _ in train_bad], rows)
-        held = self.rows(held_bad, True) + self.rows(held_good, False)
+            teaching = self.teaching(harmful, benign, rehearsal)
+        sites, warm, carried = self.sites(teaching.harmful.located, teaching.benign.located, parent)
+        rows, held = teaching.train, teaching.validation
         loadings = self.settings.loadings
         deltas = Deltas(self.model, self.projections, sites, loadings, warm)
         with self.clock("tune"):
@@ -189,43 +182,45 @@ class Run:
         if rehearsal:
             data["rehearsal"] = _data_note(rehearsal)
         patch = self.patch(deltas, sites, tuned, parent, data, name, version, serial)
-        return TrainResult(patch, self.report(patch, deltas, tuned, carried, [len(rows), len(held)]))
+        return TrainResult(patch, self.report(patch, deltas, tuned, carried, teaching))
 
-    def answers(self, benign: Sequence[Example]) -> list[str]:
-        """Each benign example's response, else the base's own greedy answer; saved batch by batch."""
-        missing = [index for index, example in enumerate(benign) if not example.response]
-        answers = {index: example.response or "" for index, example in enumerate(benign) if example.response}
-        if missing:
-            prompts = [list(benign[index].messages) for index in missing]
-            tokens, size = self.settings.answer_tokens, self.settings.prompt_batch
-            key = stage_key(base=self.base_hash, prompts=prompts, tokens=tokens, size=size)
-            with self.workers.main_first():
-                path = self.workers.file(stage_folder(self.folder, "answers", key), "answers.json")
-            known: dict[str, str] = read_json(path) or {}
-            left = [place for place in self.workers.share(range(len(prompts))) if str(place) not in known]
+    def teaching(
+        self, harmful: Sequence[Example], benign: Sequence[Example], rehearsal: Sequence[Example] = ()
+    ) -> Teaching:
+        """The rows to learn from, with the base's answers where the benign prompts bring none."""
+        settings, ends = self.settings, end_token_ids(self.model, self.tokenizer)
+        if settings.own_refusals and not settings.refusals:
+            shown = [example for example in harmful if not example.response][:ASKED]
+            asked = self.answers(shown, "refusals", REFUSAL_TOKENS) if shown else []
+            settings = settings.evolve(refusals=own_refusals(asked))
+        return teach(self.tokenizer, harmful, benign, rehearsal, settings, ends, self.answers)
 
-            def keep(positions: list[int], texts: list[str]) -> None:
-                known.update({str(left[position]): text for position, text in zip(positions, texts, strict=True)})
-                write_json(path, known)
+    def answers(self, examples: Sequence[Example], stage: str = "answers", tokens: int = 0) -> list[Answer]:
+        """The base's own greedy answers, at most ``tokens`` (or ``answer_tokens``) long; saved batch by batch."""
+        prompts = [list(example.messages) for example in examples]
+        tokens, size = tokens or self.settings.answer_tokens, self.settings.prompt_batch
+        key = stage_key(base=self.base_hash, prompts=prompts, tokens=tokens, size=size)
+        with self.workers.main_first():
+            path = self.workers.file(stage_folder(self.folder, stage, key), "answers.json")
+        known: dict[str, list[Any]] = read_json(path) or {}
+        left = [place for place in self.workers.share(range(len(prompts))) if str(place) not in known]
 
-            generate_answers(
-                self.model,
-                self.tokenizer,
-                [prompts[place] for place in left],
-                max_new_tokens=tokens,
-                batch_size=size,
-                on_batch=keep,
-                progress=self.progress,
-            )
-            everything = {place: text for part in self.workers.gather(known) for place, text in part.items()}
-            answers.update({index: everything[str(place)] for place, index in enumerate(missing)})
-        empty = [benign[index].id for index in range(len(benign)) if not answers[index].strip()]
-        if empty:
-            raise DataError(
-                f"the base answers {len(empty)} benign prompts with nothing, first {empty[0]}",
-                "leave those prompts out, or give their responses in the file",
-            )
-        return [answers[index] for index in range(len(benign))]
+        def keep(positions: list[int], answers: list[Answer]) -> None:
+            found = zip(positions, answers, strict=True)
+            known.update({str(left[position]): [answer.text, answer.whole] for position, answer in found})
+            write_json(path, known)
+
+        answer_conversations(
+            self.model,
+            self.tokenizer,
+            [prompts[place] for place in left],
+            max_new_tokens=tokens,
+            batch_size=size,
+            on_batch=keep,
+            progress=self.progress,
+        )
+        everything = {place: value for part in self.workers.gather(known) for place, value in part.items()}
+        return [Answer(*everything[str(place)]) for place in range(len(prompts))]
 
     def sites(
         self, harmful: Sequence[Example], benign: Sequence[Example], parent: Patch | None
@@ -243,17 +238,6 @@ class Run:
             return found, None, None
         warm, carried = carried_values(parent, found, self.settings.loadings)
         return found, warm, round(carried, 6)
-
-    def rows(self, pairs: Sequence[tuple[Example, str]], harmful: bool) -> list[Row]:
-        ends = end_token_ids(self.model, self.tokenizer)
-        return [make_row(self.tokenizer, example, answer, harmful, ends) for example, answer in pairs]
-
-    def recoveries(self, harmful: Sequence[Example], rows: Sequence[Row]) -> list[Row]:
-        """Rows that refuse after the beginning of a harmful answer, for the examples that bring one."""
-        pairs = zip(harmful, rows, strict=False)  # the harmful rows come first
-        most = self.settings.recovery_tokens
-        made = (recovery_row(self.tokenizer, example, row, most) for example, row in pairs)
-        return [row for row in made if row is not None]
 
     def patch(
         self,
@@ -293,7 +277,7 @@ class Run:
         return facts
 
     def report(
-        self, patch: Patch, deltas: Deltas, tuned: TuneResult, carried: float | None, counts: list[int]
+        self, patch: Patch, deltas: Deltas, tuned: TuneResult, carried: float | None, teaching: Teaching
     ) -> dict[str, Any]:
         moved = None if self.moved is None else {key: getattr(self.moved, key) for key in ("kept", "added", "dropped")}
         return {
@@ -305,25 +289,14 @@ class Run:
             "parent": patch.parent,
             "parent_kept": carried,
             **({"parent_neurons": moved} if moved else {}),
-            "rows": {"train": counts[0], "validation": counts[1]},
+            "rows": {"train": len(teaching.train), "validation": len(teaching.validation)},
             "validation": {"before": tuned.before, "after": tuned.after},
             "steps": tuned.steps,
             "best_step": tuned.best_step,
             "history": tuned.history,
-            "notes": notes_on(tuned),
+            "notes": [*teaching.notes, *notes_on(tuned)],
             "seconds": self.rounded_seconds(),
         }
-
-
-def hold_out(items: list[Any], settings: Recipe, kind: int) -> tuple[list[Any], list[Any]]:
-    """Split one class into training and validation by seed; at least one item stays for training."""
-    count = min(round(settings.validation_fraction * len(items)), len(items) - 1)
-    order = np.random.default_rng([settings.seed, 17, kind]).permutation(len(items))
-    held = set(order[:count].tolist())
-    return (
-        [item for index, item in enumerate(items) if index not in held],
-        [item for index, item in enumerate(items) if index in held],
-    )
 
 
 def created_now() -> str:

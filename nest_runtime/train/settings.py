@@ -1,8 +1,8 @@
-"""The recipe: every setting of training in one frozen value, with our defaults.
+"""The recipe: every setting of training in one frozen value, with our defaults, and recipes by name.
 
 The paper (arXiv 2602.16835) leaves its threshold, cluster range, learning rate, steps, loss details and
-refusal texts open. So every default here is ours; benchmarks/ablations.py measures them and
-docs/decisions/training-defaults.md keeps the results, bad ones included.
+refusal texts open. So every default here is ours, chosen on real models (docs/decisions/real-models.md); the reference
+world has a recipe of its own, which benchmarks/ablations.py measures (docs/decisions/training-defaults.md).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _CHOICES = {
     "optimizer": ("adam", "adamw"),
     "schedule": ("constant", "cosine", "linear"),
     "lr_unit": ("absolute", "row-rms"),
+    "select": ("loss", "decision"),
     "delta_dtype": ("bfloat16", "float32"),
 }
 _RANGES = {  # lowest and highest value allowed, both included
@@ -52,7 +53,15 @@ _RANGES = {  # lowest and highest value allowed, both included
     "grad_clip": (0.0, 1e6),
     "harmful_share": (0.01, 0.99),
     "recovery_tokens": (0, 1024),
+    "benign_weight": (0.0, 1e4),
     "kl_weight": (0.0, 1e4),
+    "onset_weight": (0.0, 1e4),
+    "ablation": (0.0, 1.0),
+    "framings": (0, 64),
+    "framed_characters": (1, 10**7),
+    "validation_most": (0, 10**7),
+    "locate_prompts": (0, 10**7),
+    "step_tokens": (1, 2**24),
     "validation_fraction": (0.0, 0.9),
     "validate_every": (1, 10**6),
     "patience": (0, 10**6),
@@ -90,16 +99,27 @@ class Recipe:
         steps, batch_size, harmful_share: how many steps, of how many examples, what share of them harmful.
         recovery_tokens: harmful examples with a ``target`` (the beginning of a harmful answer, as in AdvBench's column)
             are learned a second time after 1 to this many of its tokens; 0 leaves that out. Beyond the paper.
-        kl_weight: weight of KL(base ‖ patched) on the benign answers' tokens.
-        validation_fraction, validate_every, patience: held-out share, how often to measure in steps, and how many
-            measurements without a better one end the run (0: never).
+        benign_weight, kl_weight: weights of the cross-entropy and of KL(base ‖ patched) on the benign answers' tokens.
+        onset_weight: how much the first tokens of every answer count, where the choice to refuse is made.
+        ablation: probability, per layer and token, of taking the refusal direction away from harmful rows while
+            tuning (arXiv 2509.15202). Beyond the paper.
+        framings, framed_characters: copies of every prompt of either class in everyday framings (prompts/framings.py)
+            beside the plain one, and how long such a conversation may be.
+        select: what validation chooses the best state by: ``loss``, or the ``decision`` to refuse.
+        validation_fraction, validation_most, validate_every, patience: held-out share, the most prompts of a class
+            that it may be (0: no limit), how often to measure in steps, and how many measurements without a better
+            one end the run (0: never).
+        keep_refused: learn from benign prompts that the base refuses too; they are left out otherwise.
         answer_tokens: length of the base's own answers where the benign file gives none.
-        refusals: texts for harmful prompts without a response; empty takes the built-in list.
+        refusals, own_refusals: texts for harmful prompts without a response; empty takes, with ``own_refusals``, the
+            sentence that the base itself refuses with most often, where it does so at all, else the built-in list.
         delta_dtype: what the patch ships, and what the final validation measures.
         relocate: with a parent, locate anew and carry its rows over; otherwise its neurons are kept.
 
     Work:
+        locate_prompts: most prompts of each class to locate with; 0 takes all.
         prompt_batch, batch_tokens: prompts, and padded tokens, in one forward pass of locate.
+        step_tokens: padded tokens in one forward and backward pass of tuning; a step may take several.
         seed: of splits, k-means, batches and the random control.
     """
 
@@ -109,14 +129,14 @@ class Recipe:
     probe_steps: int = 5000
     probe_weight_decay: float = 1e-3
     probe_holdout: float = 0.2
-    z: float = 1.0
-    sign: str = "absolute"
+    z: float = 2.5
+    sign: str = "positive"
     normalization: str = "projection"
-    depth_from: float = 0.15
-    depth_to: float = 0.65
+    depth_from: float = 0.3
+    depth_to: float = 0.75
     control: str = "none"
     k_min: int = 2
-    k_max: int = 3
+    k_max: int = 2
     min_silhouette: float = 0.0
     align_signs: bool = True
     loadings: str = "learned"
@@ -124,24 +144,35 @@ class Recipe:
     lr_unit: str = "absolute"
     loadings_lr: float = 1e-2
     optimizer: str = "adamw"
-    weight_decay: float = 0.3
+    weight_decay: float = 0.0
     schedule: str = "cosine"
     warmup: float = 0.05
     grad_clip: float = 1.0
-    steps: int = 350
-    batch_size: int = 32
+    steps: int = 32
+    batch_size: int = 16
     harmful_share: float = 0.5
-    recovery_tokens: int = 3
-    kl_weight: float = 0.0
+    recovery_tokens: int = 8
+    benign_weight: float = 0.0
+    kl_weight: float = 1.0
+    onset_weight: float = 4.0
+    ablation: float = 0.0
+    framings: int = 2
+    framed_characters: int = 450
+    select: str = "decision"
     validation_fraction: float = 0.1
-    validate_every: int = 25
+    validation_most: int = 16
+    validate_every: int = 8
     patience: int = 0
-    answer_tokens: int = 64
+    keep_refused: bool = False
+    answer_tokens: int = 16
     refusals: tuple[str, ...] = ()
+    own_refusals: bool = False
     delta_dtype: str = "bfloat16"
     relocate: bool = False
+    locate_prompts: int = 100
     prompt_batch: int = 64
-    batch_tokens: int = 8192
+    batch_tokens: int = 4096
+    step_tokens: int = 2048
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -184,6 +215,16 @@ class Recipe:
             fields["refusals"] = tuple(fields["refusals"])
         return cls(**fields)
 
+    @classmethod
+    def of_header(cls, values: Mapping[str, Any]) -> Recipe:
+        """The recipe that a patch's header tells: settings that its release did not have yet are off.
+
+        Raises:
+            UsageError: as :meth:`from_json`, but settings of later releases are left out.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls.from_json({**_BEFORE, **{key: value for key, value in values.items() if key in known}})
+
     def evolve(self, **changes: Any) -> Recipe:
         """A copy with other settings, checked like a new one."""
         return self.from_json({**self.to_json(), **changes})
@@ -206,3 +247,64 @@ def _check(name: str, value: Any, kind: Any) -> None:
         low, high = _RANGES[name]
         if not math.isfinite(value) or not low <= value <= high:
             raise UsageError(f"recipe: {name} is {value}; expected {low} to {high}", "correct the recipe")
+
+
+# What training did before there were settings for it.
+_BEFORE = {
+    "benign_weight": 1.0,
+    "onset_weight": 1.0,
+    "ablation": 0.0,
+    "framings": 0,
+    "select": "loss",
+    "validation_most": 0,
+    "keep_refused": True,
+    "own_refusals": False,
+    "locate_prompts": 0,
+}
+
+RECIPES: Mapping[str, Recipe] = types.MappingProxyType(
+    {
+        "default": Recipe(),
+        "paper": Recipe(
+            loadings="tied",
+            z=3.0,
+            framings=0,
+            recovery_tokens=0,
+            benign_weight=1.0,
+            kl_weight=0.0,
+            onset_weight=1.0,
+            select="loss",
+        ),
+        "fast": Recipe(steps=16, framings=1, locate_prompts=60),
+        "reference": Recipe(
+            z=1.0,
+            sign="absolute",
+            depth_from=0.15,
+            depth_to=0.65,
+            k_max=3,
+            weight_decay=0.3,
+            steps=350,
+            batch_size=32,
+            recovery_tokens=3,
+            kl_weight=0.0,
+            validate_every=25,
+            answer_tokens=64,
+            batch_tokens=8192,
+            step_tokens=8192,
+            **_BEFORE,
+        ),
+    }
+)
+
+
+def named_recipe(name: str) -> Recipe:
+    """A recipe by name: ``default``, ``paper`` (as published), ``fast`` (half the steps), ``reference`` (its world's).
+
+    Raises:
+        UsageError: there is no such recipe.
+    """
+    if name not in RECIPES:
+        raise UsageError(
+            f"there is no recipe {name!r}", f"{did_you_mean(name, RECIPES)}use {', '.join(RECIPES)}, or a JSON file"
+        )
+    return RECIPES[name]

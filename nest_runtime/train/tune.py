@@ -1,8 +1,8 @@
 """Tuning: learn the cluster rows by supervised fine-tuning, everything else frozen.
 
-NeST step 3: refusals to harmful prompts, the base's own answers to benign ones, cross-entropy on answer
-tokens only. Gradients start at the lowest patched layer (nothing below needs any) and logits are
-computed at answer tokens only. The trained numbers are float32 on a base of any dtype.
+NeST step 3: refusals to harmful prompts, the base's own answers to benign ones; objective.py says what is minimized.
+Gradients start at the lowest patched layer (the layers below run once a row, lower.py) and logits are computed at
+answer tokens only, slice by slice. The trained numbers are float32 on a base of any dtype.
 Checkpoints hold everything a rerun needs to give the same bits. Several processes (workers.py) share each
 step's rows: every one adds up its part of the same loss, so that the sum of their gradients is one process's.
 """
@@ -10,21 +10,25 @@ step's rows: every one adds up its part of the same loss, so that the sum of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cross_entropy
 
 from nest_runtime.errors import TrainingError
 from nest_runtime.generate import pad_token_id
+from nest_runtime.train.ablation import RefusalAblation
 from nest_runtime.train.batches import Batch, Row, make_batch, step_rows
 from nest_runtime.train.deltas import Deltas
 from nest_runtime.train.files import read_tensors, write_tensors
-from nest_runtime.train.forward import Readout, device_of, dtype_of, length_batches
+from nest_runtime.train.forward import Readout, device_of, dtype_of, even_batches
+from nest_runtime.train.lower import LowerLayers, decoder_layers
+from nest_runtime.train.objective import ONSET, BaseAnswer, slices_of, summed, token_loss
 from nest_runtime.train.settings import Recipe
 from nest_runtime.train.workers import Workers
 
@@ -101,79 +105,171 @@ def tune(
     best = deltas.copy()
     path = workdir / CHECKPOINT if workdir else None
     with _frozen(model), deltas.attached():
-        readout, pad = Readout(model), pad_token_id(tokenizer)
+        passes = Passes(model, deltas, pad_token_id(tokenizer), settings)
+        passes.prepare(train)
         loaded = _load(path, deltas, optimizer)
         team.wait()  # nobody writes a checkpoint while another still reads one
         if loaded is not None:
             state, best = loaded
         else:
-            state.before = measure(readout, pad, validation, settings, team)
+            state.before = measure(passes, validation, team)
         while state.step < settings.steps and not state.stopped:
             rows = step_rows(train, state.step, settings.batch_size, settings.harmful_share, settings.seed)
-            state.losses.append(_step(readout, deltas, optimizer, rows, pad, settings, state.step, team))
+            state.losses.append(_step(passes, optimizer, rows, state.step, team))
             state.step += 1
             if state.step % settings.validate_every == 0 or state.step == settings.steps:
-                best = _validate(readout, pad, deltas, validation, settings, state, best, team)
+                best = _validate(passes, validation, state, best, team)
                 if path is not None and team.main:
                     _save(path, deltas, optimizer, state, best)
             if progress is not None:
                 progress("tune", state.step, settings.steps)
         deltas.load(best)
         deltas.round_to(getattr(torch, settings.delta_dtype))
-        after = measure(readout, pad, validation, settings, team)
+        after = measure(passes, validation, team)
     return TuneResult(state.before, after, state.history, state.best_step, state.step)
 
 
-def measure(
-    readout: Readout, pad: int, rows: Sequence[Row], settings: Recipe, workers: Workers | None = None
-) -> dict[str, float]:
-    """Loss per answer token and share of rows answered token for token, by class; empty without rows."""
-    team = workers or Workers()
-    totals: dict[str, list[float]] = {"harmful": [0.0, 0.0, 0.0, 0.0], "benign": [0.0, 0.0, 0.0, 0.0]}
-    lengths = [len(row.prompt) + len(row.answer) for row in rows]
-    for positions in team.share(length_batches(lengths, settings.prompt_batch, settings.batch_tokens)):
-        batch = make_batch([rows[index] for index in positions], pad, device_of(readout.model), dtype_of(readout.model))
+class Passes:
+    """How rows go through the model while it is tuned, and what of them is kept from pass to pass.
+
+    Args:
+        model: the frozen base, ``deltas`` attached.
+        deltas: what is trained.
+        pad: the padding token.
+        settings: the recipe.
+    """
+
+    def __init__(self, model: Any, deltas: Deltas, pad: int, settings: Recipe) -> None:
+        self.model, self.deltas, self.pad, self.settings = model, deltas, pad, settings
+        self.readout, self.lower = Readout(model), LowerLayers(model, deltas.lowest)
+        self.openers: tuple[int, ...] = ()
+        self.ablation: RefusalAblation | None = None
+        self._base: dict[tuple[int, ...], BaseAnswer] = {}  # of benign rows, by their tokens
+
+    def prepare(self, train: Sequence[Row]) -> None:
+        """Learn what the training rows say: how refusals begin, and the directions to ablate."""
+        self.openers = tuple(sorted({row.answer[0] for row in train if row.harmful}))
+        lowest, classes = self.deltas.lowest, {row.harmful for row in train}
+        layers, first = (None, 0) if lowest is None else decoder_layers(self.model, lowest)
+        if self.settings.ablation and layers is not None and len(classes) == 2:
+            self.ablation = RefusalAblation(self.model, layers, first, self.settings.ablation, self.settings.seed)
+            with self.base():
+                self.ablation.find(train, self.pad)
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """The bare base within it."""
+        self.deltas.enabled = False
+        try:
+            yield
+        finally:
+            self.deltas.enabled = True
+
+    def batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
+        """Rows of like length together, padded."""
+        lengths = [len(row.prompt) + len(row.answer) for row in rows]
+        for positions in even_batches(lengths, self.settings.step_tokens):
+            chosen = [rows[index] for index in positions]
+            yield make_batch(chosen, self.pad, device_of(self.model), dtype_of(self.model))
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Hidden states (answer tokens, d) that the head reads."""
+        return self.lower.hidden(batch, batch.rows)[batch.where]
+
+    def sum(self, batch: Batch, loss: Any) -> torch.Tensor:
+        """Σ ``loss(logits, part)`` over slices of the batch's answer tokens; ``logits`` are float32."""
+        if self.readout.sliced:
+            head = self.readout.head
+            return summed(self.hidden(batch), self.readout.vocabulary, lambda piece, part: loss(head(piece), part))
+        logits = self.readout.logits(batch.ids, batch.mask, batch.where, batch.inputs)
+        return loss(logits, slice(0, len(logits)))
+
+    def slices(self, batch: Batch) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits float32 (n, vocabulary) of the batch's answer tokens, slice by slice, without gradients."""
         with torch.no_grad():
-            logits = readout.logits(batch.ids, batch.mask, batch.where, batch.inputs)
-        losses = cross_entropy(logits, batch.targets, reduction="none")
-        wrong = torch.zeros(len(positions), device=losses.device)
-        wrong.index_add_(0, batch.row, (logits.argmax(-1) != batch.targets).float())
-        for kind, chosen in (("harmful", batch.harmful), ("benign", ~batch.harmful)):
-            exact = [float(wrong[i] == 0) for i, p in enumerate(positions) if rows[p].harmful == (kind == "harmful")]
-            for place, value in enumerate((float(losses[chosen].sum()), int(chosen.sum()), sum(exact), len(exact))):
-                totals[kind][place] += value
+            if not self.readout.sliced:
+                logits = self.readout.logits(batch.ids, batch.mask, batch.where, batch.inputs)
+                yield slice(0, len(logits)), logits
+                return
+            hidden = self.hidden(batch)
+            for part in slices_of(len(hidden), self.readout.vocabulary):
+                yield part, self.readout.head(hidden[part])
+
+    def base_answers(self, batch: Batch) -> BaseAnswer:
+        """The base's distributions at the batch's answer tokens; those of benign rows are kept, others hold zeros."""
+        for row in batch.rows:
+            if not row.harmful and _tokens(row) not in self._base:  # each alone, as in lower.py
+                (alone,) = self.batches([row])
+                with self.base():
+                    self._base[_tokens(row)] = BaseAnswer.join([BaseAnswer.of(part) for _, part in self.slices(alone)])
+        width = next((self._base[_tokens(row)].tokens.shape[1] for row in batch.rows if not row.harmful), 1)
+        joined = BaseAnswer.join(
+            [_nothing(len(row.answer), width) if row.harmful else self._base[_tokens(row)] for row in batch.rows]
+        )
+        return BaseAnswer(joined.tokens.to(batch.ids.device), joined.logs.to(batch.ids.device))
+
+
+def _parts(rows: Sequence[Row]) -> list[slice]:
+    """Where each row's answer is among the answer tokens of all."""
+    ends = list(accumulate(len(row.answer) for row in rows))
+    return [slice(end - len(row.answer), end) for row, end in zip(rows, ends, strict=True)]
+
+
+def _tokens(row: Row) -> tuple[int, ...]:
+    return (len(row.prompt), *row.prompt, *row.answer)
+
+
+def _nothing(count: int, width: int) -> BaseAnswer:
+    return BaseAnswer(torch.zeros(count, width, dtype=torch.long), torch.zeros(count, width))
+
+
+def measure(passes: Passes, rows: Sequence[Row], workers: Workers | None = None) -> dict[str, float]:
+    """Figures of held-out rows by class: empty without rows.
+
+    ``_loss`` is the loss per answer token, ``_exact`` the share of rows answered token for token, ``_refused`` the
+    mean probability that the answer begins as a refusal of the training rows does.
+    """
+    team = workers or Workers()
+    totals = {"harmful": [0.0] * 5, "benign": [0.0] * 5}
+    for batch in passes.batches(team.share(rows)):
+        loss, right, begun = (torch.zeros(len(batch.targets)) for _ in range(3))
+        for part, logits in passes.slices(batch):
+            loss[part] = cross_entropy(logits, batch.targets[part], reduction="none").cpu()
+            right[part] = (logits.argmax(-1) == batch.targets[part]).float().cpu()
+            begun[part] = logits.softmax(-1)[:, list(passes.openers)].sum(-1).cpu()
+        for row, part in zip(batch.rows, _parts(batch.rows), strict=True):
+            whole, opens = float(right[part].all()), float(begun[part][0])
+            values = (float(loss[part].sum()), len(row.answer), whole, opens, 1.0)
+            sums = totals["harmful" if row.harmful else "benign"]
+            for place, value in enumerate(values):
+                sums[place] += value
     figures = {}
     for kind, sums in totals.items():
-        loss, tokens, right, count = team.sum(sums)
+        loss_sum, tokens, right, refused, count = team.sum(sums)
         if count:
-            figures[f"{kind}_loss"], figures[f"{kind}_exact"] = loss / tokens, right / count
+            figures[f"{kind}_loss"], figures[f"{kind}_exact"] = loss_sum / tokens, right / count
+            figures[f"{kind}_refused"] = refused / count
     return figures
 
 
-def _step(
-    readout: Readout,
-    deltas: Deltas,
-    optimizer: torch.optim.Optimizer,
-    rows: Sequence[Row],
-    pad: int,
-    settings: Recipe,
-    step: int,
-    team: Workers,
-) -> float:
+def _step(passes: Passes, optimizer: torch.optim.Optimizer, rows: Sequence[Row], step: int, team: Workers) -> float:
     """One step on some rows, of which this process takes its share; gives the loss over all of them."""
+    settings = passes.settings
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * lr_factor(step, settings)
     optimizer.zero_grad()
-    share, loss = team.share(rows), None
-    if share:
-        batch = make_batch(share, pad, device_of(readout.model), dtype_of(readout.model))
-        with torch.enable_grad():
-            loss = loss_of(readout, deltas, batch, settings, answer_counts(rows))
-    value = team.sum([0.0 if loss is None else float(loss.detach())])[0]
+    counts, total = answer_counts(rows, settings), 0.0
+    for number, batch in enumerate(passes.batches(team.share(rows))):
+        ablated = nullcontext() if passes.ablation is None else passes.ablation.during(batch, 1000 * step + number)
+        base = passes.base_answers(batch) if settings.kl_weight else None
+        with torch.enable_grad(), ablated:
+            loss = loss_of(passes, batch, counts, base)
+        total += float(loss.detach())
+        if loss.requires_grad:
+            loss.backward()
+    value = team.sum([total])[0]
     if not math.isfinite(value):
         raise TrainingError(f"the loss is {value} at step {step}", "lower lr, or train in bfloat16 or float32")
-    if loss is not None:
-        loss.backward()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     team.sum_gradients(parameters)
     if settings.grad_clip:
@@ -182,41 +278,48 @@ def _step(
     return value
 
 
-def answer_counts(rows: Sequence[Row]) -> tuple[int, int]:
-    """Answer tokens of the harmful and of the benign rows."""
-    harmful, benign = (sum(len(row.answer) for row in rows if row.harmful is kind) for kind in (True, False))
+def answer_counts(rows: Sequence[Row], settings: Recipe) -> tuple[float, float]:
+    """Answer tokens of the harmful and of the benign rows, an answer's first ones counted ``onset_weight`` times."""
+
+    def counted(row: Row) -> float:
+        first = min(len(row.answer), ONSET)
+        return len(row.answer) + (settings.onset_weight - 1) * first
+
+    harmful, benign = (sum(counted(row) for row in rows if row.harmful is kind) for kind in (True, False))
     return harmful, benign
 
 
 def loss_of(
-    readout: Readout, deltas: Deltas, batch: Batch, settings: Recipe, counts: tuple[int, int] | None = None
+    passes: Passes, batch: Batch, counts: tuple[float, float] | None = None, base: BaseAnswer | None = None
 ) -> torch.Tensor:
-    """Mean cross-entropy of each class's answer tokens, added up, and kl_weight · KL(base ‖ patched) on benign ones.
+    """The batch's part of the loss of a step.
+
+    The mean cross-entropy of the harmful rows' answer tokens, ``benign_weight`` times that of the benign ones', and
+    ``kl_weight`` times the mean divergence from the base on benign answers, all with an answer's first tokens
+    weighted by ``onset_weight``.
 
     Args:
-        readout, deltas, settings: as in ``tune``.
+        passes: the model and the recipe.
         batch: rows.
-        counts: harmful and benign answer tokens of the whole step, where the batch is one process's share of it: the
-            shares' losses then add up to the step's. None: the batch is the step.
+        counts: ``answer_counts`` of the whole step, where the batch is a part of it: the parts' losses then add up to
+            the step's. None: the batch is the step.
+        base: the base's distributions at the batch's answer tokens; None makes them where ``kl_weight`` asks for them.
     """
-    whole = counts or (int(batch.harmful.sum()), int((~batch.harmful).sum()))
-    logits = readout.logits(batch.ids, batch.mask, batch.where, batch.inputs)  # (answer tokens, vocabulary)
-    losses = cross_entropy(logits, batch.targets, reduction="none")
-    loss = logits.new_zeros(())
-    for chosen, count in zip((batch.harmful, ~batch.harmful), whole, strict=True):
-        if bool(chosen.any()):
-            loss = loss + losses[chosen].sum() / count
-    benign = ~batch.harmful
-    if settings.kl_weight and bool(benign.any()):
-        deltas.enabled = False
-        try:
-            with torch.no_grad():
-                base = log_softmax(readout.logits(batch.ids, batch.mask, batch.where, batch.inputs)[benign], dim=-1)
-        finally:
-            deltas.enabled = True
-        patched = log_softmax(logits[benign], dim=-1)
-        loss = loss + settings.kl_weight * kl_div(patched, base, log_target=True, reduction="sum") / whole[1]
-    return loss
+    settings = passes.settings
+    harmful, benign = counts or answer_counts(batch.rows, settings)
+    if settings.kl_weight and base is None:
+        base = passes.base_answers(batch)
+    ones = torch.ones(len(batch.targets), device=batch.ids.device)
+    weights = torch.where(batch.place < ONSET, settings.onset_weight * ones, ones)
+    kept = torch.where(batch.harmful, 0.0, weights / max(benign, 1e-9))  # of each benign token
+    learned = torch.where(batch.harmful, weights / max(harmful, 1e-9), settings.benign_weight * kept)
+    divergent = settings.kl_weight * kept
+
+    def loss(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        own = None if base is None else BaseAnswer(base.tokens[part], base.logs[part])
+        return token_loss(logits, batch.targets[part], learned[part], own, divergent[part])
+
+    return passes.sum(batch, loss)
 
 
 def lr_factor(step: int, settings: Recipe) -> float:
@@ -232,27 +335,33 @@ def lr_factor(step: int, settings: Recipe) -> float:
 
 
 def _validate(
-    readout: Readout,
-    pad: int,
-    deltas: Deltas,
-    validation: Sequence[Row],
-    settings: Recipe,
-    state: _State,
-    best: dict[str, torch.Tensor],
-    team: Workers,
+    passes: Passes, validation: Sequence[Row], state: _State, best: dict[str, torch.Tensor], team: Workers
 ) -> dict[str, torch.Tensor]:
     """Measure, note, and give the best state so far; without validation rows that is the present one."""
-    figures = measure(readout, pad, validation, settings, team)
+    settings = passes.settings
+    figures = measure(passes, validation, team)
     loss = sum(state.losses) / max(len(state.losses), 1)
     state.history.append({"step": state.step, "loss": loss, **figures})
     state.losses = []
-    score = sum(value for key, value in figures.items() if key.endswith("_loss"))
+    score = score_of(figures, settings)
     if not figures or score < state.best_score:
         state.best_score, state.best_step, state.stale = score, state.step, 0
-        return deltas.copy()
+        return passes.deltas.copy()
     state.stale += 1
     state.stopped = bool(settings.patience) and state.stale >= settings.patience
     return best
+
+
+def score_of(figures: Mapping[str, float], settings: Recipe) -> float:
+    """What validation chooses the best state by, the lower the better.
+
+    ``decision``: harmful prompts that are not refused and benign ones that are, by how answers begin; ``loss``: the
+    losses of both classes.
+    """
+    if settings.select == "decision":
+        missed = 1 - figures["harmful_refused"] if "harmful_refused" in figures else 0.0
+        return missed + figures.get("benign_refused", 0.0)
+    return sum(value for key, value in figures.items() if key.endswith("_loss"))
 
 
 def _optimizer(deltas: Deltas, settings: Recipe) -> torch.optim.Optimizer:

@@ -1,0 +1,123 @@
+"""What tuning minimizes, over answer tokens, without ever holding their logits all at once.
+
+Cross-entropy on refusals to harmful prompts and on benign answers, and the divergence of the patched model from the
+base on benign ones. The head is frozen, so the gradient with respect to its input is found slice by slice in the
+forward pass, and the logits of a slice are gone before the next one's are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy, log_softmax
+
+SLICE_NUMBERS = 2**24  # logits in one slice: 64 MiB in float32
+TOP = 64  # tokens of the base's distribution that are kept by themselves; the rest count as one
+ONSET = 4  # tokens at an answer's beginning that Recipe.onset_weight is about
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BaseAnswer:
+    """The base's next-token distribution at an answer's tokens: its likeliest tokens, and what is left.
+
+    Attributes:
+        tokens: (answer tokens, TOP) int64.
+        logs: (answer tokens, TOP) float32, their log-probabilities.
+    """
+
+    tokens: torch.Tensor
+    logs: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor) -> BaseAnswer:
+        """From logits (answer tokens, vocabulary)."""
+        logs, tokens = log_softmax(logits.float(), dim=-1).topk(min(TOP, logits.shape[-1]), dim=-1)
+        return cls(tokens.cpu(), logs.cpu())
+
+    @classmethod
+    def join(cls, parts: Sequence[BaseAnswer]) -> BaseAnswer:
+        """Several answers, one after another."""
+        return cls(torch.cat([part.tokens for part in parts]), torch.cat([part.logs for part in parts]))
+
+
+def divergence(logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
+    """KL(base ‖ patched) a token, (n,), over the base's likeliest tokens and the rest taken together.
+
+    Taking the rest together can only make it smaller, so this is a lower bound of the whole divergence; 0 where equal.
+
+    Args:
+        logits: the patched model's, (n, vocabulary) float32.
+        tokens, logs: the base's, (n, TOP).
+    """
+    ours = log_softmax(logits, dim=-1).gather(-1, tokens)
+    probs = logs.exp()
+    rest, our_rest = _rest(probs), _rest(ours.exp())
+    return (probs * (logs - ours)).sum(-1) + rest * (rest.log() - our_rest.log())
+
+
+def _rest(probs: torch.Tensor) -> torch.Tensor:
+    return (1 - probs.sum(-1)).clamp(min=1e-6)
+
+
+class _Sliced(torch.autograd.Function):
+    """The sum of a loss over rows of hidden states, and its gradient, slice by slice."""
+
+    @staticmethod
+    def forward(ctx, hidden, slices, loss):  # type: ignore[no-untyped-def]
+        total, gradient = 0.0, torch.empty_like(hidden)
+        for part in slices:
+            with torch.enable_grad():
+                piece = hidden[part].detach().requires_grad_(True)
+                value = loss(piece, part)
+                (gradient[part],) = torch.autograd.grad(value, piece)
+            total += float(value.detach())
+        ctx.save_for_backward(gradient)
+        return hidden.new_tensor(total, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, given):  # type: ignore[no-untyped-def]
+        (gradient,) = ctx.saved_tensors
+        return gradient * given, None, None
+
+
+def slices_of(tokens: int, vocabulary: int) -> list[slice]:
+    """Slices of some tokens whose logits may be held at once."""
+    size = max(SLICE_NUMBERS // max(vocabulary, 1), 1)
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def summed(hidden: torch.Tensor, vocabulary: int, loss: Callable[[torch.Tensor, slice], torch.Tensor]) -> torch.Tensor:
+    """Σ ``loss(hidden[part], part)`` over slices of ``hidden`` (n, d), differentiable in ``hidden``."""
+    slices = slices_of(len(hidden), vocabulary)
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        return _Sliced.apply(hidden, slices, loss)  # type: ignore[no-untyped-call]
+    values = [loss(hidden[part], part) for part in slices]
+    return torch.stack(values).sum() if values else hidden.new_zeros((), dtype=torch.float32)
+
+
+def token_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    base: BaseAnswer | None,
+    base_weights: torch.Tensor | None,
+) -> torch.Tensor:
+    """Weighted cross-entropy of targets (n,), and weighted divergence from the base, added up.
+
+    Args:
+        logits: (n, vocabulary) float32.
+        targets: (n,) int64.
+        weights: (n,) of the cross-entropy; 0 leaves a token out.
+        base: the base's distributions at these tokens; rows with no weight may hold anything.
+        base_weights: (n,) of the divergence.
+    """
+    loss = (weights * cross_entropy(logits, targets, reduction="none")).sum()
+    if base is not None and base_weights is not None and bool((base_weights > 0).any()):
+        chosen = base_weights > 0
+        parted = divergence(logits[chosen], base.tokens[chosen], base.logs[chosen])
+        loss = loss + (base_weights[chosen] * parted).sum()
+    return loss

@@ -1,0 +1,102 @@
+"""Makes the patches that ship for real models, from public prompts and the ones that come with the package.
+
+    python patches/make_real.py --data ../shared/data --model M.gguf [--out patches] [--recipe default]
+
+Refused are AdvBench's goals, without those that JailbreakBench or HarmBench test with; answered as before are the
+bundled everyday and borderline prompts. No jailbreak text is among them. The patch goes to ``OUT/NAME/v1.safetensors``,
+and the prompts it was trained on, which are not this project's, stay where they are. ``benchmarks/real_models.py``
+measures it and writes its card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+from nest_runtime.models import load_model
+from nest_runtime.train.data import Example, load_examples
+from nest_runtime.train.recipe import train_patch
+from nest_runtime.train.settings import RECIPES, named_recipe
+
+MADE = "1795910400"  # 2026-11-29, unless SOURCE_DATE_EPOCH says otherwise
+HARMFUL, EACH_BENIGN = 280, 280
+
+
+def main() -> None:
+    """Train one patch and write it, with the report of its making beside the work folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--recipe", default="default", choices=list(RECIPES))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--report", type=Path, help="write the report of the run here, as JSON")
+    options = parser.parse_args()
+    os.environ.setdefault("SOURCE_DATE_EPOCH", MADE)
+    loaded = load_model(options.model)
+    name = short_name(loaded.name)
+    harmful, benign = training_prompts(options.data)
+    began, told = time.perf_counter(), [0.0]
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if time.perf_counter() - told[0] > 30 or done == total:
+            told[0] = time.perf_counter()
+            print(f"{told[0] - began:6.0f} s  {stage} {done}/{total}", file=sys.stderr, flush=True)
+
+    result = train_patch(
+        loaded.model,
+        loaded.tokenizer,
+        harmful,
+        benign,
+        recipe=named_recipe(options.recipe),
+        name=f"{name}-safety",
+        version="v1",
+        base_hash=loaded.hash,
+        base_model=loaded.name,
+        progress=progress,
+    )
+    folder = options.out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    path = result.patch.save(folder / "v1.safetensors")
+    print(f"{path}: {result.patch!r}; {json.dumps(result.report['seconds'])}", file=sys.stderr)
+    if options.report:
+        options.report.write_text(json.dumps(result.report, indent=1) + "\n", encoding="utf-8")
+
+
+def short_name(name: str) -> str:
+    """``qwen2.5-coder-0.5b-instruct-q4_k_m.gguf`` → ``qwen2.5-coder-0.5b-instruct``."""
+    return re.sub(r"[-.](q\d\w*|f16|f32|bf16)$", "", name.removesuffix(".gguf"), flags=re.IGNORECASE)
+
+
+def training_prompts(data: Path) -> tuple[list[Example], list[Example]]:
+    """Harmful prompts that no test uses, and benign ones, drawn by seed 0."""
+    tested = {normal(row["text"]) for row in _json(data / "jailbreakbench/harmful_and_benign/jailbreakbench.json")}
+    for part in ("val", "test"):
+        with (data / f"harmbench/harmbench_behaviors_text_{part}.csv").open(encoding="utf-8", newline="") as file:
+            tested |= {normal(row["Behavior"]) for row in csv.DictReader(file)}
+    goals = load_examples(data / "advbench/advbench.csv")
+    harmful = [example for example in goals if normal(example.prompt) not in tested]
+    everyday, borderline = load_examples("everyday"), load_examples("borderline")
+    order = random.Random(0)
+    for examples in (harmful, everyday, borderline):
+        order.shuffle(examples)
+    return harmful[:HARMFUL], [*everyday[:EACH_BENIGN], *borderline[:EACH_BENIGN]]
+
+
+def normal(text: str) -> str:
+    """Letters and digits, lower case, single spaces."""
+    return re.sub(r"\W+", " ", text.lower()).strip()
+
+
+def _json(path: Path) -> list[dict[str, str]]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
