@@ -22,6 +22,7 @@ from nest_runtime.train.images import PromptImages, batch_inputs
 
 # Worded otherwise than aligned models refuse by themselves: what a model says already leaves nothing to learn
 # (docs/decisions/training-defaults.md). One opening, so that the choice falls on the first token.
+OPENING = 3  # tokens of a refusal by which it is told: "I'm sorry", "Sorry, I"
 REFUSALS = (
     "Sorry, I can't do that.",
     "Sorry, I can't do that. It could hurt someone.",
@@ -31,18 +32,22 @@ REFUSALS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One training example in tokens: ``prompt`` is read, ``answer`` (with its end token) is learned."""
+    """One training example in tokens: ``prompt`` is read, ``answer`` (with its end token) is learned.
+
+    A ``probe`` is never learned: it asks how likely a harmless prompt's answer is to begin as a refusal does.
+    """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     harmful: bool
     images: PromptImages | None = None
+    probe: bool = False
 
     @property
     def content(self) -> list[Any]:
         """All that decides what is learned, as JSON values."""
         images = [] if self.images is None else [self.images.digest]
-        return [list(self.prompt), list(self.answer), self.harmful, *images]
+        return [list(self.prompt), list(self.answer), self.harmful, *images, *(["probe"] if self.probe else [])]
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,11 @@ def make_row(
     if not answer.strip() or not tokens:
         raise DataError(f"{example.id}: the answer to learn is empty", "give a response, or leave the field out")
     return Row(tuple(prompt), tuple(tokens), harmful, images)
+
+
+def probe_row(row: Row, refusal: Row) -> Row:
+    """A benign row's prompt with the beginning of a refusal for its answer."""
+    return replace(row, answer=refusal.answer[:OPENING], probe=True)
 
 
 def recovery_row(tokenizer: Any, example: Example, row: Row, most: int) -> Row | None:

@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from nest_runtime.prompts.framings import HELD_OUT_FRAMINGS, chosen
+from nest_runtime.errors import DataError
+from nest_runtime.prompts.framings import HELD_OUT_FRAMINGS, chosen, moved_on
 from nest_runtime.train.data import Example, render
 from nest_runtime.train.settings import Recipe
 
 T = TypeVar("T")
+MOVED_ON = 12  # one prompt in so many also comes up early in a conversation that has gone on to something harmless
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,19 @@ def harmful_mix(tokenizer: Any, examples: Sequence[Example], settings: Recipe) -
     return Mix((*train, *framed), (*held, *asked), _some(train, settings))
 
 
-def benign_mix(tokenizer: Any, examples: Sequence[Example], settings: Recipe) -> Mix:
-    """Benign examples plain and framed, no more than the steps will see where the base has to answer them itself."""
+def benign_mix(tokenizer: Any, examples: Sequence[Example], settings: Recipe, harmful: Sequence[Example] = ()) -> Mix:
+    """Benign examples plain and framed, no more than the steps will see where the base has to answer them itself.
+
+    Args:
+        tokenizer: the model's.
+        examples: the benign ones.
+        settings: the recipe.
+        harmful: those that are trained on: a harmless question after one that was refused is answered.
+    """
     train, held = hold_out(examples, settings, 0)
     mixed = [*train, *_framed(tokenizer, train, settings)]
     if settings.framings:
+        mixed += [_left_behind(example, settings) for example in [*train, *harmful][::MOVED_ON] if _is_bare(example)]
         seen = max(round(settings.steps * settings.batch_size * (1 - settings.harmful_share)), 1)
         mixed = shuffled(mixed, settings.seed, 3)[:seen]
     return Mix(tuple(mixed), tuple(held), _some(train, settings))
@@ -66,6 +76,17 @@ def shuffled(items: Sequence[T], seed: int, purpose: int) -> list[T]:
     return [items[index] for index in order]
 
 
+def _left_behind(example: Example, settings: Recipe) -> Example:
+    """A conversation in which the example's prompt came up earlier; its last turn is harmless."""
+    messages = tuple(dict(message) for message in moved_on(example.prompt, settings.seed))
+    return Example(messages, None, f"{example.id}::moved on", example.category)
+
+
+def _is_bare(example: Example) -> bool:
+    """Whether an example is one text turn, which can be put into other words."""
+    return len(example.messages) == 1 and isinstance(example.messages[0]["content"], str)
+
+
 def _some(examples: Sequence[Example], settings: Recipe) -> tuple[Example, ...]:
     """The examples to locate with: all, or ``locate_prompts`` of them drawn by seed."""
     most = settings.locate_prompts
@@ -81,7 +102,7 @@ def _framed(tokenizer: Any, examples: Sequence[Example], settings: Recipe) -> li
     system = _takes_system(tokenizer)
     found = []
     for example in examples:
-        if len(example.messages) > 1 or not isinstance(example.messages[-1]["content"], str):
+        if not _is_bare(example):
             continue
         if example.response and "target" not in example.meta:
             continue  # an answer to the bare question need not fit the framed one
@@ -102,5 +123,5 @@ def _takes_system(tokenizer: Any) -> bool:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
     try:
         return "Be brief." in render(tokenizer, messages)
-    except Exception:  # DataError of a template that refuses them
+    except DataError:
         return False

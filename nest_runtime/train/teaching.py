@@ -13,9 +13,9 @@ from typing import Any
 
 from nest_runtime.errors import DataError
 from nest_runtime.generate import Answer
-from nest_runtime.train.batches import Row, make_row, recovery_row, refusal_for
+from nest_runtime.train.batches import Row, make_row, probe_row, recovery_row, refusal_for
 from nest_runtime.train.data import Example
-from nest_runtime.train.mix import Mix, benign_mix, harmful_mix
+from nest_runtime.train.mix import Mix, benign_mix, harmful_mix, hold_out
 from nest_runtime.train.settings import Recipe
 
 ASKED = 24  # harmful prompts that show how a base refuses
@@ -29,7 +29,7 @@ class Teaching:
 
     Attributes:
         harmful, benign: the mixes; benign examples bear the answers to learn as their response.
-        train, validation: their token rows, harmful ones first, recovery rows last.
+        train, validation: their token rows, harmful ones first, recovery rows and probes last.
         refused: benign examples left out because the base refuses them; ``empty`` because it says nothing.
     """
 
@@ -77,7 +77,8 @@ def teach(
     Raises:
         DataError: no benign prompt is left that the base answers.
     """
-    bad, good = harmful_mix(tokenizer, harmful, settings), benign_mix(tokenizer, benign, settings)
+    bad = harmful_mix(tokenizer, harmful, settings)
+    good = benign_mix(tokenizer, benign, settings, hold_out(harmful, settings, 1)[0])
     pairs = _answered([*good.train, *good.held], answers)
     refused = [] if settings.keep_refused else [example for example, answer in pairs if _refuses(example, answer)]
     empty = [example for example, answer in pairs if not answer.text.strip()]
@@ -104,11 +105,13 @@ def teach(
         for example, own in zip(learned, refusals, strict=True)
         if (row := recovery_row(tokenizer, example, own, settings.recovery_tokens)) is not None
     ]
+    held_refusals = [refusal_row(tokenizer, example, settings, ends) for example in bad.held]
+    held_answers = rows_of(good.held)
     return Teaching(
         harmful=bad,
         benign=Mix(_with(good.train, known), _with(good.held, known), good.located),
         train=(*refusals, *rows_of(good.train), *recoveries),
-        validation=(*(refusal_row(tokenizer, example, settings, ends) for example in bad.held), *rows_of(good.held)),
+        validation=(*held_refusals, *held_answers, *(probe_row(row, refusals[0]) for row in held_answers)),
         refused=tuple(refused),
         empty=tuple(empty),
     )

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from nest_runtime.errors import TrainingError
 from nest_runtime.generate import pad_token_id
 from nest_runtime.train.ablation import RefusalAblation
-from nest_runtime.train.batches import Batch, Row, make_batch, step_rows
+from nest_runtime.train.batches import OPENING, Batch, Row, make_batch, step_rows
 from nest_runtime.train.deltas import Deltas
 from nest_runtime.train.files import read_tensors, write_tensors
 from nest_runtime.train.forward import Readout, device_of, dtype_of, even_batches
@@ -142,13 +142,11 @@ class Passes:
     def __init__(self, model: Any, deltas: Deltas, pad: int, settings: Recipe) -> None:
         self.model, self.deltas, self.pad, self.settings = model, deltas, pad, settings
         self.readout, self.lower = Readout(model), LowerLayers(model, deltas.lowest)
-        self.openers: tuple[int, ...] = ()
         self.ablation: RefusalAblation | None = None
         self._base: dict[tuple[int, ...], BaseAnswer] = {}  # of benign rows, by their tokens
 
     def prepare(self, train: Sequence[Row]) -> None:
-        """Learn what the training rows say: how refusals begin, and the directions to ablate."""
-        self.openers = tuple(sorted({row.answer[0] for row in train if row.harmful}))
+        """Find the directions to ablate, where the recipe asks for it."""
         lowest, classes = self.deltas.lowest, {row.harmful for row in train}
         layers, first = (None, 0) if lowest is None else decoder_layers(self.model, lowest)
         if self.settings.ablation and layers is not None and len(classes) == 2:
@@ -227,28 +225,28 @@ def measure(passes: Passes, rows: Sequence[Row], workers: Workers | None = None)
     """Figures of held-out rows by class: empty without rows.
 
     ``_loss`` is the loss per answer token, ``_exact`` the share of rows answered token for token, ``_refused`` the
-    mean probability that the answer begins as a refusal of the training rows does.
+    mean probability that the answer begins as a refusal does: the row's own, or a probe's.
     """
     team = workers or Workers()
-    totals = {"harmful": [0.0] * 5, "benign": [0.0] * 5}
+    totals = {"harmful": [0.0] * 5, "benign": [0.0] * 5, "probe": [0.0] * 5}
     for batch in passes.batches(team.share(rows)):
-        loss, right, begun = (torch.zeros(len(batch.targets)) for _ in range(3))
+        loss, right = (torch.zeros(len(batch.targets)) for _ in range(2))
         for part, logits in passes.slices(batch):
             loss[part] = cross_entropy(logits, batch.targets[part], reduction="none").cpu()
             right[part] = (logits.argmax(-1) == batch.targets[part]).float().cpu()
-            begun[part] = logits.softmax(-1)[:, list(passes.openers)].sum(-1).cpu()
         for row, part in zip(batch.rows, _parts(batch.rows), strict=True):
-            whole, opens = float(right[part].all()), float(begun[part][0])
+            whole, opens = float(right[part].all()), float((-loss[part][:OPENING].sum()).exp())
             values = (float(loss[part].sum()), len(row.answer), whole, opens, 1.0)
-            sums = totals["harmful" if row.harmful else "benign"]
+            sums = totals["probe" if row.probe else "harmful" if row.harmful else "benign"]
             for place, value in enumerate(values):
                 sums[place] += value
     figures = {}
     for kind, sums in totals.items():
-        loss_sum, tokens, right, refused, count = team.sum(sums)
-        if count:
-            figures[f"{kind}_loss"], figures[f"{kind}_exact"] = loss_sum / tokens, right / count
-            figures[f"{kind}_refused"] = refused / count
+        loss_sum, tokens, exact, refused, count = team.sum(sums)
+        if count and kind != "probe":
+            figures[f"{kind}_loss"], figures[f"{kind}_exact"] = loss_sum / tokens, exact / count
+        if count and kind != "benign":
+            figures["harmful_refused" if kind == "harmful" else "benign_refused"] = refused / count
     return figures
 
 
