@@ -80,7 +80,7 @@ def _valid(entry: Any) -> bool:
 
 
 def _write(text: str) -> None:
-    from nest_runtime.registry.files import atomic_write
+    from nest_runtime.io import atomic_write
 
     bases_file().parent.mkdir(parents=True, exist_ok=True)
     atomic_write(bases_file(), text.encode())
