@@ -199,19 +199,19 @@ NOWHERE = "/sys/nest-runtime"  # where nobody may write, root neither
         ("locate", "--harmful", "{prompts}", "--benign", "{prompts}", "--out", f"{NOWHERE}.json"),
         ("plot", "v3", "--out", NOWHERE),
         ("compare", "--out", NOWHERE),
-        ("export", "v3", "--to", "peft", "--out", NOWHERE),
+        ("export", "{patch}", "--to", "peft", "--no-check", "--out", NOWHERE),
     ],
     ids=lambda command: f"{command[0]} {command[-2]} {command[-1]}",
 )
 def test_what_cannot_be_written_is_found_before_the_work(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+    run: Run, tmp_path: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
     from nest_runtime import models
 
     monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("the work has begun"))
     prompts = tmp_path / "p.txt"
     prompts.write_text("one\ntwo\n")
-    given = [word.format(folder=tmp_path, prompts=prompts) for word in command]
+    given = [word.format(folder=tmp_path, prompts=prompts, patch=files["v1"]) for word in command]
     result = run(*given)
     refused(result, result.status, given[-1].removesuffix("/nest-runtime"))
     assert result.status in (1, 2), result

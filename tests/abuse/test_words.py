@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.demo import markup
-from nest_runtime.errors import NestError
+from nest_runtime.errors import NestError, PatchFormatError
 from nest_runtime.escape import clean, visible
 from nest_runtime.serve import events
 from tests.abuse.conftest import Run, refused
@@ -43,16 +43,16 @@ def test_a_file_name_in_an_error(run: Run, tmp_path: Path) -> None:
     assert sum(line.startswith("error:") for line in result.err.splitlines()) == 1
 
 
-def test_a_site_name_in_a_table(run: Run, tmp_path: Path) -> None:
+def test_names_in_a_header(run: Run, tmp_path: Path) -> None:
+    """A site's name and the base's are held to their form; what is free is escaped where it is shown."""
     evil = "layers.0\x1b[31m\u202e.gate_proj"
-    patch = small_patch("v1").evolve(sites=(random_site(evil, 8, 4, neurons=3),))
-    for extra in ((), ("--json",)):
-        result = run("inspect", patch.save(tmp_path / "x.safetensors"), *extra)
-        if extra:
-            assert "layers.0" in json.dumps(json.loads(result.out))
-            assert "\x1b" not in result.out
-        else:
-            harmless(result.out)
+    with pytest.raises(PatchFormatError):
+        small_patch("v1").evolve(sites=(random_site(evil, 8, 4, neurons=3),))
+    path = small_patch("v1").evolve(method={"note": evil}, data={evil: evil}).save(tmp_path / "x.safetensors")
+    harmless(run("inspect", path).out)
+    shown = run("inspect", path, "--json").out
+    json.loads(shown)
+    assert "\x1b" not in shown
 
 
 @pytest.fixture
