@@ -15,6 +15,7 @@ from nest_runtime.serve.generation import Generation, Restarted
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.observe import Watch
 from nest_runtime.serve.problems import ApiError
+from nest_runtime.serve.served import Served
 from nest_runtime.serve.text import AnswerText
 
 
@@ -56,8 +57,8 @@ class Choice:
 class Answer:
     """One request on its way: its generation, its tokenizer, and what has been counted.
 
-    Use ``whole`` or ``stream``, once; after that, whatever happened, ``generation.cancel()``. When either has
-    brought something, ``generation.work.pin`` is the patch that it came from.
+    Use ``whole`` or ``stream``, once, unless it is ``stale``; after that, whatever happened, ``generation.cancel()``.
+    When either has brought something, ``generation.work.pin`` is the patch that it came from.
     """
 
     generation: Generation
@@ -67,6 +68,7 @@ class Answer:
     metrics: Metrics
     usage: Usage = field(init=False)
     _until: float = field(init=False)
+    _pin: Served | None = field(default=None, init=False)  # whose words were given out last
 
     def __post_init__(self) -> None:
         self._until = asyncio.get_running_loop().time() + self.seconds
@@ -84,17 +86,26 @@ class Answer:
             except Restarted:
                 self._forget()
                 continue
+            self._pin = self.generation.work.pin
             return [Choice(index, text, reasons[index]) for index, text in enumerate(texts)]
 
+    @property
+    def stale(self) -> bool:
+        """Whether the patch was replaced after ``whole`` or ``stream`` last gave something, and before it was shown.
+
+        What they gave is to be thrown away then, and asked for again.
+        """
+        return self._pin != self.generation.work.pin
+
     async def stream(self) -> AsyncIterator[Piece]:
-        """Text as it becomes certain; what has been given out stays given out.
+        """Text as it becomes certain; once ``generation.shown`` is set, what has been given out stays given out.
 
         Raises EngineError, PatchReplaced among them, or ApiError 504 after ``seconds``.
         """
         while True:
             try:
                 async for piece in self._pieces():
-                    self.generation.shown = True
+                    self._pin = self.generation.work.pin
                     yield piece
             except Restarted:
                 self._forget()

@@ -17,8 +17,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from nest_runtime.errors import NestError
-from nest_runtime.serve.answers import Answer, Piece
+from nest_runtime.serve.answers import Answer, Choice, Piece
 from nest_runtime.serve.config import Limits
+from nest_runtime.serve.connections import Connection
 from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.generation import Work
 from nest_runtime.serve.metrics import Metrics
@@ -84,7 +85,10 @@ class Service:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events, the first of which is there; whatever ends them, ``closed`` is called."""
+    """Server-sent events, the first of which is there; whatever ends them, ``closed`` is called.
+
+    An event is asked for when the client has taken all before it, so that none waits where nobody can take it back.
+    """
 
     def __init__(self, content: AsyncIterator[bytes], closed: Callable[[], None]) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"cache-control": "no-cache"})
@@ -95,6 +99,19 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._closed()
+
+    async def stream_response(self, send: Any) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        body = {"type": "http.response.body", "more_body": True}
+        events = aiter(self.body_iterator)
+        while True:
+            await send({**body, "body": b""})  # nothing goes out; it returns when what did has been taken
+            try:
+                event = await anext(events)
+            except StopAsyncIteration:
+                break
+            await send({**body, "body": event})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def routes(service: Service) -> APIRouter:
@@ -197,7 +214,9 @@ async def _answer(
     try:
         if body.stream:
             return await _streamed(service, request, body, answer)
-        choices = await _unless_gone(request, answer.whole())
+        choices = await _unless_gone(request, _sendable(request, answer))
+        while choices is not None and answer.stale:
+            choices = await _unless_gone(request, _sendable(request, answer))
     except BaseException:
         _left(service, answer)
         raise
@@ -211,11 +230,29 @@ async def _streamed(service: Service, request: Request, body: Sampling, answer: 
     """A stream begins with its first text: until then the patch may still change, and an error has a status."""
     pieces = answer.stream()
     first = await _unless_gone(request, anext(pieces))
+    while first is not None and answer.stale:
+        first = await _unless_gone(request, anext(pieces))
     if first is None:
         _left(service, answer)
         return Response(status_code=GONE)
     wire = _wire(service, request, body, answer)
+    answer.generation.shown = True
+    if (connection := _connection(request)) is not None:
+        answer.generation.on_cut = connection.cut
     return EventStream(_events(answer, wire, first, pieces), lambda: _left(service, answer))
+
+
+async def _sendable(request: Request, answer: Answer) -> list[Choice]:
+    """The whole answer, when the client has taken all that it was sent before."""
+    choices = await answer.whole()
+    if (connection := _connection(request)) is not None:
+        await connection.writable()
+    return choices
+
+
+def _connection(request: Request) -> Connection | None:
+    """The request's connection, where the listener is our own."""
+    return getattr(request.state, "connection", None)
 
 
 def _wire(service: Service, request: Request, body: Sampling, answer: Answer) -> Wire:
@@ -230,7 +267,8 @@ async def _events(answer: Answer, wire: Wire, first: Piece, rest: AsyncIterator[
         if wire.chat:
             for index in range(answer.generation.work.choices):
                 yield wire.opening(index)
-        yield wire.piece(first)
+        if not answer.generation.failed:
+            yield wire.piece(first)
         async for piece in rest:
             yield wire.piece(piece)
         yield wire.last(answer.usage)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -25,6 +25,7 @@ from nest_runtime.serve.admin import admin_routes
 from nest_runtime.serve.api import Service, probes, routes
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.config import ServeConfig, Tokens, read_tokens
+from nest_runtime.serve.connections import ADMIN, Crowd, clients_share, descriptors
 from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.follow import Following
 from nest_runtime.serve.metrics import Metrics
@@ -38,13 +39,24 @@ log = logging.getLogger("nest_runtime.serve.server")
 
 @dataclass
 class Server:
-    """A loaded model with its engine, patches and app; ``start`` and ``stop`` it on one event loop."""
+    """A loaded model with its engine, patches and app; ``start`` and ``stop`` it on one event loop.
+
+    ``crowd`` are the clients' connections, ``admin_crowd`` those of a listener that is the admin API's own.
+    """
 
     config: ServeConfig
     service: Service
     audit: AuditLog
     secrets: Secrets
     following: Following | None = None
+    crowd: Crowd = field(init=False)
+    admin_crowd: Crowd = field(init=False)
+
+    def __post_init__(self) -> None:
+        limits = self.config.limits
+        times = (limits.header_seconds, limits.idle_seconds, limits.idle_seconds)
+        self.crowd = Crowd(limits.connections or clients_share(descriptors()), *times)
+        self.admin_crowd = Crowd(ADMIN, *times)
 
     async def start(self) -> Served:
         """Load the patches and start the engine; gives the active patch.

@@ -34,6 +34,9 @@ class Limits:
         drain_seconds: how long a shutdown waits for requests that are running.
         cache_tokens: keys and values kept, in tokens over all running sequences; None sizes it by the model.
         batch_tokens: tokens in one forward pass.
+        connections: that clients may have open; None takes what the process's file descriptors allow.
+        header_seconds: for the head of a request to come whole; the connection is closed then.
+        idle_seconds: that a client may be silent between requests, or take nothing of its answer; the same then.
     """
 
     running: int = 64
@@ -45,12 +48,23 @@ class Limits:
     drain_seconds: float = 30.0
     cache_tokens: int | None = None
     batch_tokens: int = 512
+    connections: int | None = None
+    header_seconds: float = 10.0
+    idle_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("running", "max_body_bytes", "max_choices", "request_seconds", "batch_tokens"):
+        for name in (
+            "running",
+            "max_body_bytes",
+            "max_choices",
+            "request_seconds",
+            "batch_tokens",
+            "header_seconds",
+            "idle_seconds",
+        ):
             if getattr(self, name) <= 0:
                 raise UsageError(f"the limit {name} is {getattr(self, name)}", "give a number above zero")
-        for name in ("max_prompt_tokens", "max_tokens"):
+        for name in ("max_prompt_tokens", "max_tokens", "connections"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UsageError(f"the limit {name} is {getattr(self, name)}", "give a number above zero, or none")
         if self.drain_seconds < 0:

@@ -52,7 +52,7 @@ class Engine:
         self._running = limits.running
         self._batch = ContinuousBatch(model, runtime, sizes, self._deliver)
         self._owners: dict[str, Generation] = {}
-        self._unread: set[Generation] = set()  # those whose answer is not all read: an enforced switch replaces them
+        self._unread: set[Generation] = set()  # those whose answer is not all sent: an enforced switch replaces them
         self._names = itertools.count()
         self._recent: deque[float] = deque(maxlen=32)  # seconds of the last requests
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -66,6 +66,7 @@ class Engine:
         probe = self.admit(Work(((0,),), (1,), 1, SamplingParams(), Served(None, BASE, NO_DIGEST)))
         async for _ in probe.events():
             pass
+        probe.cancel()
 
     async def stop(self, drain_seconds: float = 0.0) -> None:
         """Take no more requests, wait for those in flight, and end the thread. Once is enough; twice does no harm."""
@@ -115,7 +116,7 @@ class Engine:
         return len(found)
 
     def finished(self, generation: Generation) -> None:
-        """Called by a generation: its answer is all read, or nobody wants it."""
+        """Called by a generation: its answer is with the client, or nobody wants it."""
         self._unread.discard(generation)
 
     def drop(self, job: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -61,11 +61,15 @@ class ChoiceTokens:
 class Generation:
     """One request in the engine: its choices, and one queue of what comes back for them.
 
+    It can be replaced until ``cancel`` is called, when its answer is with the client or unwanted.
+
     Attributes:
         work: what is being done; after a restart, with another patch.
         started: when it was admitted (``time.perf_counter``).
         canceled: whether it was given up before its end.
         shown: set by the reader once the client has got a part of the answer: it cannot begin again then.
+        failed: whether all that is to come is an error: nothing that came before it is to be shown any more.
+        on_cut: called where an answer that the client has seen a part of is ended by a switch.
     """
 
     def __init__(self, engine: Engine, work: Work, jobs: Sequence[str]) -> None:
@@ -73,8 +77,9 @@ class Generation:
         self.started = time.perf_counter()
         self.canceled = False
         self.shown = False
+        self.failed = False
+        self.on_cut: Callable[[], None] = lambda: None
         self._engine = engine
-        self._failed = False
         self._open = _choices(jobs)
         self._events: asyncio.Queue[ChoiceTokens | EngineError | Restarted] = asyncio.Queue()
 
@@ -89,7 +94,6 @@ class Generation:
             if isinstance(event, EngineError | Restarted):
                 raise event
             yield event
-        self._engine.finished(self)
 
     def end_choice(self, index: int) -> None:
         """Stop generating one choice, for instance at a stop string."""
@@ -106,7 +110,7 @@ class Generation:
 
     def replaceable(self, pin: Served) -> bool:
         """Whether an enforced switch to ``pin`` concerns this request."""
-        return self.work.follows and self.work.pin != pin and not self._failed
+        return self.work.follows and self.work.pin != pin and not self.failed
 
     def replace(self, pin: Served) -> bool:
         """Stop at once, and make ready to begin again under another patch; gives whether it is to begin again.
@@ -116,11 +120,12 @@ class Generation:
         if self.shown:
             old = self.work.pin.label
             message = f"this answer ends here: while it was given, its patch {old} was replaced by {pin.label}"
+            self._forget()
             self.fail(PatchReplaced(message, "do not use the part that came, and ask again"))
+            self.on_cut()
             return False
         self._end()
-        while not self._events.empty():
-            self._events.get_nowait()
+        self._forget()
         self._events.put_nowait(Restarted())
         self.work = replace(self.work, pin=pin)
         return True
@@ -144,9 +149,14 @@ class Generation:
 
     def fail(self, error: EngineError) -> None:
         """End every choice with an error."""
-        self._failed = True
+        self.failed = True
         self._end()
         self._events.put_nowait(error)
+
+    def _forget(self) -> None:
+        """Throw away what came and was not read: it is the old patch's."""
+        while not self._events.empty():
+            self._events.get_nowait()
 
     def _end(self) -> None:
         for job in list(self._open):

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 from nest_runtime.errors import EngineError, NestError, UsageError
 from nest_runtime.serve.app import Server, admin_app, asgi_app, build
 from nest_runtime.serve.config import ServeConfig, is_loopback, readable_by_others
+from nest_runtime.serve.connections import BACKLOG, Crowd
 from nest_runtime.serve.events import Emit, Event, json_events, json_line, sentence, set_up_logging
 
 
@@ -140,7 +141,7 @@ async def run(
         if (await server.start()).key is None:
             emit({"event": "warning", "message": "no patch is active: answers come from the bare base model"})
         reread_on_hangup(server, emit)
-        web = _Uvicorn(_uvicorn_config(server, asgi_app(server)), ready, leaving)
+        web = _Uvicorn(_uvicorn_config(server, asgi_app(server), server.crowd), ready, leaving)
         watch = None if until is None else asyncio.create_task(web.leave_when(until))
         try:
             async with admin_listener(server, admin_port):
@@ -161,7 +162,7 @@ async def admin_listener(server: Server, port: socket.socket | None) -> AsyncIte
         yield
         return
     started = asyncio.Event()
-    web = _Uvicorn(_uvicorn_config(server, admin_app(server), lifespan="off"), started.set, None)
+    web = _Uvicorn(_uvicorn_config(server, admin_app(server), server.admin_crowd, lifespan="off"), started.set, None)
     task = asyncio.create_task(web.serve(sockets=[port]))
     try:
         waiting = asyncio.create_task(started.wait())
@@ -176,9 +177,14 @@ async def admin_listener(server: Server, port: socket.socket | None) -> AsyncIte
         await asyncio.gather(task, return_exceptions=True)
 
 
-def _uvicorn_config(server: Server, app: ASGIApp, lifespan: Literal["on", "off"] = "on") -> uvicorn.Config:
+def _uvicorn_config(
+    server: Server, app: ASGIApp, crowd: Crowd, lifespan: Literal["on", "off"] = "on"
+) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=crowd.protocol,  # type: ignore[arg-type]  # a factory is as good as a class
+        ws="none",
+        backlog=BACKLOG,
         log_config=None,
         access_log=False,
         proxy_headers=False,  # who asks is read from the connection, and from proxies that were named (clients.py)

@@ -1,0 +1,207 @@
+"""The connections of one listener: how many there may be, how long one may keep us waiting, and how one is cut off.
+
+uvicorn's own protocol (h11) with what it lacks. A connection that nobody asks anything on gives way to a new one,
+the one that has waited longest first: connections cost a stranger nothing, and must not keep others out. Where all
+are at work, a few more are let in for operators alone (middleware.py). Nothing here knows of routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+BACKLOG = 128  # connections that the system holds for us; as many may be taken in at once, and want descriptors
+KEPT = 16  # connections beyond the limit, where every other is at work: they are for operators
+ADMIN = 64  # connections of a listener that is the admin API's own
+MOST = 4096  # connections where descriptors are plenty
+UNSENT_BYTES = 4096  # that the system may hold for a client who does not take them; not all systems can be told so
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close at once, and send nothing more
+
+log = logging.getLogger("nest_runtime.serve.connections")
+
+
+def descriptors() -> int | None:
+    """How many files and connections the system lets this process open; None where it does not say."""
+    if os.name != "posix":
+        return None
+    import resource
+
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def clients_share(most: int | None) -> int:
+    """How many of ``most`` descriptors clients' connections may have; the rest is for operators, files and new ones."""
+    return MOST if most is None else max(8, min(MOST, most - max(256, most // 4) if most >= 512 else most // 4))
+
+
+@dataclass
+class Crowd:
+    """The connections of one listener.
+
+    Attributes:
+        limit: how many there may be.
+        header_seconds: for a request's head to come whole.
+        idle_seconds: that a connection may be silent between requests.
+        stall_seconds: that a client may leave an answer untaken.
+        turned_away: connections that were closed to keep to the limit.
+        slow: connections that were closed because their client was.
+    """
+
+    limit: int
+    header_seconds: float
+    idle_seconds: float
+    stall_seconds: float
+    turned_away: int = field(default=0, init=False)
+    slow: int = field(default=0, init=False)
+    _open: set[Connection] = field(default_factory=set, init=False)
+    _silent: dict[Connection, None] = field(default_factory=dict, init=False)  # wait for a request; longest first
+    _sending: dict[Connection, None] = field(default_factory=dict, init=False)  # wait for a request's body
+
+    @property
+    def protocol(self) -> Callable[..., Connection]:
+        """What makes the protocol of a new connection, for uvicorn."""
+        return partial(Connection, self)
+
+    @property
+    def open(self) -> int:
+        """Connections that are open."""
+        return len(self._open)
+
+    def enter(self, connection: Connection) -> None:
+        """Take a new connection in, at another's cost where need be, or turn it away."""
+        if len(self._open) >= self.limit:
+            waiting = self._silent or self._sending
+            if waiting:
+                self._turn_away(next(iter(waiting)))
+            elif len(self._open) >= self.limit + KEPT:
+                self._turn_away(connection)
+                return
+            else:
+                connection.spare = True
+        self._open.add(connection)
+        self._silent[connection] = None
+
+    def place(self, connection: Connection, state: Any) -> None:
+        """Note what a connection waits for, by what its client has sent (an h11 state)."""
+        if connection not in self._open:
+            return
+        for waiting, wanted in ((self._silent, state is h11.IDLE), (self._sending, state is h11.SEND_BODY)):
+            if not wanted:
+                waiting.pop(connection, None)
+            else:
+                waiting.setdefault(connection)
+
+    def leave(self, connection: Connection) -> None:
+        """Forget a connection."""
+        self._open.discard(connection)
+        self._silent.pop(connection, None)
+        self._sending.pop(connection, None)
+
+    def _turn_away(self, connection: Connection) -> None:
+        self.turned_away += 1
+        self.leave(connection)
+        log.warning("all %d connections are taken: one that waits for its client is closed for a new one", self.limit)
+        connection.transport.abort()
+
+
+class Connection(H11Protocol):
+    """One connection; the app finds it in the request's state.
+
+    Args:
+        crowd: the listener's connections.
+        settings: uvicorn's.
+
+    Attributes:
+        spare: it is one beyond the limit.
+    """
+
+    def __init__(self, crowd: Crowd, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.spare = False
+        self.timeout_keep_alive = crowd.idle_seconds  # type: ignore[assignment]  # uvicorn hands it to call_later
+        self.app_state = {**self.app_state, "connection": self}
+        self._crowd = crowd
+        self._head: asyncio.TimerHandle | None = None  # runs while a request's head is awaited
+        self._stall: asyncio.TimerHandle | None = None  # runs while the client takes nothing
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # what is not sent yet stays where it can be taken back: with us
+        port = transport.get_extra_info("socket")
+        if port is not None and hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            with suppress(OSError):  # no TCP
+                port.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        self._crowd.enter(self)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._crowd.leave(self)
+        self._stop_head()
+        self._stop_stall()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch(answered=True)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stall is None:
+            self._stall = self.loop.call_later(self._crowd.stall_seconds, self._too_slow)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_stall()
+
+    async def writable(self) -> None:
+        """Wait until the client has taken what it was sent, or has left."""
+        if self.flow.write_paused:
+            await self.flow.drain()
+
+    def cut(self) -> None:
+        """Close at once if the client has not taken all it was sent: what waits for it is thrown away."""
+        if not self.flow.write_paused or self.transport.is_closing():
+            return
+        port = self.transport.get_extra_info("socket")
+        with suppress(OSError):
+            port.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        self.transport.abort()
+
+    def _watch(self, *, answered: bool = False) -> None:
+        """Give a request's head its time from its first byte on, or from the connection's beginning."""
+        state = self.conn.their_state
+        self._crowd.place(self, state)
+        if state is not h11.IDLE or answered:  # after an answer, idle_seconds count
+            self._stop_head()
+        elif self._head is None:
+            self._head = self.loop.call_later(self._crowd.header_seconds, self._too_slow)
+
+    def _stop_head(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
+
+    def _stop_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+    def _too_slow(self) -> None:
+        self._crowd.slow += 1
+        self.transport.abort()
