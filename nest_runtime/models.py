@@ -93,7 +93,7 @@ def resolve_model(ref: str | Path, *, trust_remote_code: bool = False, config_on
         return gguf.name, gguf.absolute()
     if folder.is_dir():
         _check_folder(folder)
-        return folder.resolve().name, folder.resolve()
+        return _folder_name(folder), folder.resolve()
     if not _HUB_ID.fullmatch(ref) or ref.startswith((".", "/", "~")):
         raise ModelError(
             f"there is no model {ref!r}: not a folder, not a file, and not a Hub id",
@@ -104,6 +104,15 @@ def resolve_model(ref: str | Path, *, trust_remote_code: bool = False, config_on
     if found.is_dir():
         _check_folder(found)
     return ref.partition("@")[0], found
+
+
+def _folder_name(folder: Path) -> str:
+    """What a folder is called: as it was typed, a symbolic link too; a snapshot of the Hub's as its repository."""
+    typed = folder if folder.name not in ("", "..") else folder.resolve()
+    repo = typed.parent.parent.name
+    if typed.parent.name == "snapshots" and repo.startswith("models--"):
+        return repo.removeprefix("models--").replace("--", "/", 1)
+    return typed.name
 
 
 def _beside(folder: Path) -> list[str]:

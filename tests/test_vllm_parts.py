@@ -482,6 +482,18 @@ def test_arguments_that_are_ours_are_refused(more: str) -> None:
 def test_settings_of_the_other_engine_are_refused() -> None:
     with pytest.raises(UsageError, match="--cache-tokens"):
         engine_arguments(ServeConfig(engine="vllm", limits=Limits(cache_tokens=5)), Path("/m"), 1)
+    for flag, limits in (
+        ("--max-connections", Limits(connections=5)),
+        ("--header-timeout", Limits(header_seconds=5)),
+        ("--idle-timeout", Limits(idle_seconds=5)),
+    ):
+        with pytest.raises(UsageError, match=flag):
+            engine_arguments(ServeConfig(engine="vllm", limits=limits), Path("/m"), 1)
+
+
+def test_no_site_may_ask_vllm_past_us() -> None:
+    arguments = engine_arguments(ServeConfig(engine="vllm", cors_origins=("https://app.example",)), Path("/m"), 1)
+    assert arguments[arguments.index("--allowed-origins") + 1] == "[]"
     with pytest.raises(UsageError, match="the engine is transformers"):
         ServeConfig(engine_args="--max-loras 3")
 

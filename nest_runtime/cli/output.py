@@ -188,6 +188,8 @@ def print_usage_error(error: Any) -> int:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "nest-runtime"
     hint = f"see `{command} --help`"
+    if (variable := _variable_of(context, getattr(error, "param", None))) is not None:
+        hint = f"it comes from the environment, where {variable} is set; {hint}"
     message, _, suggestion = message.partition("Did you mean ")
     names = sorted(getattr(error, "possibilities", None) or []) or _choice_meant(message)
     if suggestion:
@@ -198,6 +200,16 @@ def print_usage_error(error: Any) -> int:
     message = message.replace("Value error, ", "").strip().rstrip(".")
     print_error(message[:1].lower() + message[1:], hint)
     return int(getattr(error, "exit_code", 2))
+
+
+def _variable_of(context: Any, option: Any) -> str | None:
+    """The environment variable that gave an option its value, or None."""
+    if context is None or option is None:
+        return None
+    source = context.get_parameter_source(option.name)
+    if getattr(source, "name", "") != "ENVIRONMENT":
+        return None
+    return option.envvar or f"{context.auto_envvar_prefix}_{option.name.upper()}"
 
 
 def _choice_meant(message: str) -> list[str]:

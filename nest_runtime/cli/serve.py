@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
             "nest-runtime serve --admin-token-file token --admin-port 8001",
             "nest-runtime serve --engine vllm --model org/name --patch v3",
         ),
+        context_settings={"auto_envvar_prefix": "NEST_SERVE"},  # --max-queue is NEST_SERVE_MAX_QUEUE
     )(serve)
 
 
@@ -86,6 +87,20 @@ def serve(
             "--trusted-proxy", metavar="ADDRESS", help="A proxy's address or network whose X-Forwarded-For counts."
         ),
     ] = None,
+    served_name: Annotated[
+        str | None,
+        typer.Option("--served-name", metavar="NAME", help="What clients call the model; its own name by default."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option("--cors-origin", metavar="URL", help="Let pages of this site ask from a browser; * for all."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host", metavar="NAME", help="A name of this machine's that a proxy here hands on, as loopback."
+        ),
+    ] = None,
     swap_policy: Annotated[
         str,
         typer.Option(
@@ -104,6 +119,9 @@ def serve(
     max_body: Annotated[
         int, typer.Option("--max-body", metavar="BYTES", min=1, help="Bytes of a request's body; more get 413.")
     ] = 4 * 1024 * 1024,
+    max_values: Annotated[
+        int, typer.Option("--max-values", metavar="N", min=1, help="Values in the lists and objects of a body.")
+    ] = 131_072,
     max_prompt_tokens: Annotated[
         int | None, typer.Option("--max-prompt-tokens", metavar="N", min=1, help="Tokens of a prompt; the context's.")
     ] = None,
@@ -118,6 +136,16 @@ def serve(
     ] = 600.0,
     drain_timeout: Annotated[
         float, typer.Option("--drain-timeout", metavar="SECONDS", help="For what runs when the server is stopped.")
+    ] = 30.0,
+    max_connections: Annotated[
+        int | None,
+        typer.Option("--max-connections", metavar="N", min=1, help="Of clients; by the open files that are allowed."),
+    ] = None,
+    header_timeout: Annotated[
+        float, typer.Option("--header-timeout", metavar="SECONDS", help="For the head of a request to come whole.")
+    ] = 10.0,
+    idle_timeout: Annotated[
+        float, typer.Option("--idle-timeout", metavar="SECONDS", help="For a client to ask again, or take its answer.")
     ] = 30.0,
     cache_tokens: Annotated[
         int | None,
@@ -145,24 +173,27 @@ def serve(
         typer.Option("--follow", metavar="REPO@CHANNEL", help="Keep to what a channel names: hf://org/repo@stable."),
     ] = None,
     every: Annotated[str, typer.Option("--every", metavar="TIME", help="How often to look: 30s, 5m.")] = "60s",
-    probes: Annotated[
+    gate_probes: Annotated[
         Path | None,
         typer.Option(
             "--gate-probes", metavar="FILE", help='JSON: {"harmful": […], "benign": […]}; built-in by default.'
         ),
     ] = None,
-    min_refused: Annotated[
+    gate_min_refused: Annotated[
         float, typer.Option("--gate-min-refused", min=0, max=1, help="Share of harmful probes a new patch must refuse.")
     ] = 0.75,
-    max_refused: Annotated[
+    gate_max_refused: Annotated[
         float, typer.Option("--gate-max-refused", min=0, max=1, help="Share of benign probes it may refuse.")
     ] = 0.25,
     no_gate: Annotated[bool, typer.Option("--no-gate", help="Switch to followed patches without trying them.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print events on stdout, one JSON line each.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", envvar="NEST_SERVE_JSON", help="Print events on stdout, one JSON line each.")
+    ] = False,
 ) -> None:
     """Serve a model with a safety patch, with OpenAI's API.
 
-    It says when it is ready. Ctrl-C lets running requests end, then stops.
+    It says when it is ready. Ctrl-C lets running requests end, then stops. Every option has an environment
+    variable: NEST_SERVE_MAX_QUEUE=64 is --max-queue 64.
     """
     out = Output.of(ctx, as_json)
     from nest_runtime.cli.channel import seconds_of
@@ -176,9 +207,9 @@ def serve(
             follow,
             every=seconds_of(every, "--every"),
             gate=not no_gate,
-            probes=probes,
-            min_refused=min_refused,
-            max_refused=max_refused,
+            probes=gate_probes,
+            min_refused=gate_min_refused,
+            max_refused=gate_max_refused,
         )
     config = ServeConfig(
         model=model_for(ctx, out, model, patch),
@@ -191,12 +222,16 @@ def serve(
         admin_host=admin_host,
         admin_port=admin_port,
         api_key_file=api_key_file,
+        served_name=served_name,
+        cors_origins=tuple(cors_origin or ()),
+        allowed_hosts=tuple(allowed_host or ()),
         swap_policy=swap_policy,  # type: ignore[arg-type]  # checked there
         log_prompts=log_prompts,
         max_queue=max_queue,
         limits=Limits(
             running=max_running,
             max_body_bytes=max_body,
+            max_values=max_values,
             max_prompt_tokens=max_prompt_tokens,
             max_tokens=max_tokens,
             max_choices=max_choices,
@@ -204,6 +239,9 @@ def serve(
             drain_seconds=drain_timeout,
             cache_tokens=cache_tokens,
             batch_tokens=batch_tokens,
+            connections=max_connections,
+            header_seconds=header_timeout,
+            idle_seconds=idle_timeout,
         ),
         json=as_json,
         device=device,

@@ -7,7 +7,6 @@ layer; every change goes through patches.py, which writes its own line.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Security
@@ -16,6 +15,7 @@ from fastapi.security import HTTPBearer
 from nest_runtime.serve.api import ERRORS, Service
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.middleware import Access
+from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.problems import ApiError
 from nest_runtime.serve.schemas import Activation, PatchRef, SwitchRef
 from nest_runtime.serve.served import Served, Switch
@@ -28,6 +28,7 @@ def admin_routes(service: Service, audit: AuditLog) -> APIRouter:
     shown = Security(HTTPBearer(auto_error=False, description="An admin token."))
     router = APIRouter(responses=ERRORS, dependencies=[shown, Depends(_operators_only)])
     table, engine = service.table, service.engine
+    reading = Pool("audit", 1)
 
     @router.get("/v1/patches")
     async def patches() -> dict[str, Any]:
@@ -61,7 +62,7 @@ def admin_routes(service: Service, audit: AuditLog) -> APIRouter:
     @router.get("/v1/audit")
     async def entries(limit: Annotated[int, Query(ge=0, le=MAX_ENTRIES)] = 1000) -> dict[str, Any]:
         """The last entries of the audit log, oldest first, and whether its chain holds."""
-        found = await asyncio.to_thread(lambda: {"verified": audit.intact(), "entries": audit.tail(limit)})
+        found = await reading.run(lambda: {"verified": audit.intact(), "entries": audit.tail(limit)})
         return {"object": "list", **found}
 
     return router

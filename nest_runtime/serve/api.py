@@ -24,6 +24,7 @@ from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.generation import Work
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.patches import PatchTable, Served
+from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.problems import ApiError, ErrorBody, from_nest, unknown_model
 from nest_runtime.serve.prompts import Tokens, chat_tokens, completion_tokens, new_token_limits
 from nest_runtime.serve.sampling import SamplingParams
@@ -40,6 +41,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer; with stream, its chunks as events.", "content": {"text/event-stream": {}}}
 }
 PLAIN: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+TOKENIZING = 2  # threads for that
 T = TypeVar("T")
 
 prompt_log = logging.getLogger("nest_runtime.serve.prompts")
@@ -62,6 +64,7 @@ class Service:
     following: Callable[[], dict[str, Any]] | None = None
     log_prompts: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
+    tokenizing: Pool = field(default_factory=lambda: Pool("tokenize", TOKENIZING))
 
     def pin(self, request: Request, model: str) -> Served:
         """The patch a model name stands for now; the response's headers will name it. Raises ApiError 404."""
@@ -122,7 +125,8 @@ def routes(service: Service) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         service.pin(request, body.model)
-        tokens = await _prepare(request, lambda: (chat_tokens(service.tokenizer, body),))
+        _check_choices(service, 1, body)
+        tokens = await _prepare(service, request, lambda: (chat_tokens(service.tokenizer, body),))
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         return await _answer(service, request, body, tokens, body.limit, param)
 
@@ -130,7 +134,8 @@ def routes(service: Service) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one text, or several."""
         service.pin(request, body.model)
-        tokens = await _prepare(request, lambda: completion_tokens(service.tokenizer, body))
+        _check_choices(service, len(body.prompts), body)
+        tokens = await _prepare(service, request, lambda: completion_tokens(service.tokenizer, body))
         return await _answer(service, request, body, tokens, body.max_tokens or 16, "max_tokens")
 
     @router.get("/v1/models")
@@ -187,12 +192,6 @@ def probes(service: Service, *, metrics: bool = True) -> APIRouter:
 async def _answer(
     service: Service, request: Request, body: Sampling, prompts: tuple[Tokens, ...], asked: int | None, param: str
 ) -> Response:
-    n = body.n or 1
-    if len(prompts) * n > service.limits.max_choices:
-        message = (
-            f"{len(prompts)} prompts times n = {n} were asked for; at most {service.limits.max_choices} are answered"
-        )
-        raise ApiError(400, message, code="invalid_value", param="n")
     chat = isinstance(body, ChatRequest)
     source = "messages" if chat else "prompt"
     most = new_token_limits(
@@ -207,7 +206,7 @@ async def _answer(
     # From here to the engine nothing awaits: an activation is either before this request or after it.
     pin = service.pin(request, body.model)
     follows = body.model == service.table.model_name
-    generation = service.engine.admit(Work(prompts, most, n, service.params(body), pin, follows))
+    generation = service.engine.admit(Work(prompts, most, body.n or 1, service.params(body), pin, follows))
     answer = Answer(generation, service.tokenizer, body.stops, service.limits.request_seconds, service.metrics)
     if service.log_prompts:
         _log_prompts(service, request, prompts)
@@ -281,7 +280,8 @@ async def _events(answer: Answer, wire: Wire, first: Piece, rest: AsyncIterator[
 def _log_prompts(service: Service, request: Request, prompts: tuple[Tokens, ...]) -> None:
     for prompt in prompts:
         fields = {"request_id": request.state.request_id, "prompt": service.tokenizer.decode(prompt)}
-        prompt_log.info("request_id=%(request_id)s prompt=%(prompt)r", fields, extra={"fields": fields})
+        extra = {"fields": fields, "kind": None}
+        prompt_log.info("request_id=%(request_id)s prompt=%(prompt)r", fields, extra=extra)
 
 
 def _left(service: Service, answer: Answer) -> None:
@@ -307,11 +307,19 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T | None:
         task.cancel()
 
 
-async def _prepare(request: Request, tokenize: Callable[[], T]) -> T:
+def _check_choices(service: Service, prompts: int, body: Sampling) -> None:
+    """Whether so many answers are given to one request; asked before anything is tokenized. Raises ApiError 400."""
+    n, most = body.n or 1, service.limits.max_choices
+    if prompts * n > most:
+        message = f"{prompts} prompts times n = {n} were asked for; at most {most} are answered"
+        raise ApiError(400, message, code="invalid_value", param="n")
+
+
+async def _prepare(service: Service, request: Request, tokenize: Callable[[], T]) -> T:
     """Tokenize here, or in a thread where the body is so long that others would wait for it."""
     if int(request.headers.get("content-length") or LONG_BODY) < LONG_BODY:
         return tokenize()
-    return await asyncio.to_thread(tokenize)
+    return await service.tokenizing.run(tokenize)
 
 
 def model_row(service: Service, name: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
 from nest_runtime import __version__
-from nest_runtime.addresses import networks_of
+from nest_runtime.addresses import is_loopback, networks_of
 from nest_runtime.errors import HubError, NestError, TrustError, UsageError
 from nest_runtime.home import nest_home
 from nest_runtime.models import load_model
@@ -31,6 +31,7 @@ from nest_runtime.serve.follow import Following
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.middleware import Access, Frame, Secrets
 from nest_runtime.serve.patches import PatchTable, Served, Switch
+from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.problems import install
 from nest_runtime.serve.sampling import SamplingParams
 
@@ -51,11 +52,17 @@ class Server:
     following: Following | None = None
     crowd: Crowd = field(init=False)
     admin_crowd: Crowd = field(init=False)
+    _rereading: Pool = field(default_factory=lambda: Pool("reread", 1), init=False)
 
     def __post_init__(self) -> None:
-        limits = self.config.limits
+        limits, most = self.config.limits, descriptors()
+        if limits.connections is not None and most is not None and limits.connections >= most:
+            raise UsageError(
+                f"{limits.connections} connections are to be taken, and the system lets this process open {most} files",
+                "allow more with `ulimit -n`, or give a lower --max-connections",
+            )
         times = (limits.header_seconds, limits.idle_seconds, limits.idle_seconds)
-        self.crowd = Crowd(limits.connections or clients_share(descriptors()), *times)
+        self.crowd = Crowd(limits.connections or clients_share(most), *times)
         self.admin_crowd = Crowd(ADMIN, *times)
 
     async def start(self) -> Served:
@@ -66,6 +73,7 @@ class Server:
         Raises NestError where a patch cannot be had: nothing is served then, and certainly not the bare base.
         """
         table, config = self.service.table, self.config
+        table.home = asyncio.get_running_loop()
         first = await asyncio.to_thread(_first_patch, config, table, Store())
         who = f"server start by {actor()}"
         if first is not None:
@@ -101,8 +109,8 @@ class Server:
         Raises UsageError; what was in force before stays so then.
         """
         table, config = self.service.table, self.config
-        api_keys, admin = await asyncio.to_thread(secrets_of, config)
-        guard = await asyncio.to_thread(guard_of, config, Store())
+        api_keys, admin = await self._rereading.run(secrets_of, config)
+        guard = await self._rereading.run(guard_of, config, Store())
         if (guard is None) != (table.guard is None) and (guard is None or self.following is not None):
             raise UsageError(
                 f"the trust policy {'is gone' if guard is None else 'is new, and a channel is followed without one'}",
@@ -114,7 +122,7 @@ class Server:
             table.guard = guard
         self.secrets.api_keys, self.secrets.admin = api_keys, admin
         event = {"what": "reload", "who": f"signal to {actor()}", "done": True}
-        await asyncio.to_thread(self.audit.record, event)
+        await self._rereading.run(self.audit.record, event)
         return await table.recheck()
 
 
@@ -127,10 +135,11 @@ def build(config: ServeConfig) -> Server:
         config.model, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
     runtime = PatchRuntime(loaded.model, base_hash=loaded.hash)
+    name = config.served_name or loaded.name
     audit = AuditLog(config.audit_file or nest_home() / "audit.jsonl")
     table = PatchTable(
         runtime,
-        loaded.name,
+        name,
         loaded.hash,
         store,
         audit,
@@ -149,10 +158,10 @@ def build(config: ServeConfig) -> Server:
         max_new_tokens=getattr(loaded.model.generation_config, "max_new_tokens", None),
         log_prompts=config.log_prompts,
     )
-    measure(service, loaded.name, loaded.hash)
+    measure(service, name, loaded.hash)
     following = None
     if config.follow is not None:
-        following = Following(config.follow, service, store, audit, guard)
+        following = Following(config.follow, service, store, audit, guard, model_name=loaded.name)
         service.following = following.state
     return Server(config, service, audit, Secrets(api_keys, admin), following)
 
@@ -181,16 +190,22 @@ def asgi_app(server: Server) -> ASGIApp:
         await server.stop()
 
     admin_here = server.config.admin_token_file is not None and server.config.admin_address is None
+    watch, crowd = server.service.metrics.watch, server.crowd
+    watch("nest_connections", "Connections of clients.", lambda: crowd.open)
+    watch("nest_connections_limit", "Connections that clients may have.", lambda: crowd.limit)
+    watch("nest_connections_turned_away", "Closed to keep to that limit, so far.", lambda: crowd.turned_away)
+    watch("nest_connections_slow", "Closed because their client was slow, so far.", lambda: crowd.slow)
     routers = [routes(server.service), probes(server.service)]
     if admin_here:
         routers.append(admin_routes(server.service, server.audit))
-    return framed(server, fastapi_app(routers, lifespan), admin_here=admin_here)
+    return framed(server, fastapi_app(routers, lifespan), server.config.host, admin_here=admin_here)
 
 
 def admin_app(server: Server) -> ASGIApp:
     """What operators are answered on a listener of their own: the admin API and the probes."""
     routers = [admin_routes(server.service, server.audit), probes(server.service)]
-    return framed(server, fastapi_app(routers), admin_here=True)
+    address = server.config.admin_address
+    return framed(server, fastapi_app(routers), server.config.host if address is None else address[0], admin_here=True)
 
 
 def fastapi_app(routers: list[APIRouter], lifespan: Any = None) -> FastAPI:
@@ -209,10 +224,23 @@ def fastapi_app(routers: list[APIRouter], lifespan: Any = None) -> FastAPI:
     return app
 
 
-def framed(server: Server, app: ASGIApp, *, admin_here: bool) -> ASGIApp:
-    """An app behind the server's access checks, with the patch headers, metrics and log around it."""
-    access = Access(server.secrets, server.audit, admin_here, networks_of(server.config.trusted_proxies))
-    return Frame(app, server.service.table, access, server.service.metrics, server.config.limits)
+def framed(server: Server, app: ASGIApp, host: str, *, admin_here: bool) -> ASGIApp:
+    """An app behind the access checks of a listener on ``host``, with the patch headers, metrics and log around it."""
+    config, service = server.config, server.service
+    names = tuple(name.lower() for name in config.allowed_hosts)
+
+    def welcome(name: str) -> bool:
+        return is_loopback(name) or name in names
+
+    return Frame(
+        app,
+        service.table,
+        Access(server.secrets, server.audit, admin_here, networks_of(config.trusted_proxies)),
+        service.metrics,
+        config.limits,
+        welcome=welcome if is_loopback(host) else None,
+        origins=config.cors_origins,
+    )
 
 
 def _first_patch(config: ServeConfig, table: PatchTable, store: Store) -> str | None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hmac
 import os
+import re
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from nest_runtime.addresses import is_loopback, networks_of
 from nest_runtime.errors import EngineError, UsageError
@@ -18,6 +20,9 @@ from nest_runtime.secret_files import secret_lines
 from nest_runtime.serve.served import POLICIES, SwapPolicy
 
 ENGINES = ("transformers", "vllm")
+_ORIGIN = re.compile(r"https?://[^/\s@?#]+")
+_HOST = re.compile(r"[A-Za-z0-9._-]+")
+_NAME = re.compile(r"[^\s@]{1,200}")
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Limits:
     Attributes:
         running: sequences in one batch of the engine.
         max_body_bytes: bytes of a request's body (413 beyond).
+        max_values: values in the lists and objects of a body (400 beyond); a prompt of token ids has one for each.
         max_prompt_tokens: tokens of one prompt, or None for the context length (400 beyond).
         max_tokens: new tokens of one choice, or None for what the context leaves (400 beyond).
         max_choices: prompts times n in one request (400 beyond).
@@ -41,6 +47,7 @@ class Limits:
 
     running: int = 64
     max_body_bytes: int = 4 * 1024 * 1024
+    max_values: int = 131_072
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None
     max_choices: int = 32
@@ -56,6 +63,7 @@ class Limits:
         for name in (
             "running",
             "max_body_bytes",
+            "max_values",
             "max_choices",
             "request_seconds",
             "batch_tokens",
@@ -112,6 +120,11 @@ class ServeConfig:
             The host is 127.0.0.1 unless given.
         admin_token_file: one token per line; None switches the admin API off.
         api_key_file: one key per line; None lets anyone who reaches the port ask.
+        served_name: what clients call the model; None takes the model's own name.
+        cors_origins: sites whose pages may ask from a browser, as ``https://app.example``, or ``*`` for all; none may
+            unless given.
+        allowed_hosts: host names that requests may be made to beside this machine's own, where the server listens on
+            loopback only; a proxy on the same machine may hand its own name on.
         swap_policy: what becomes of requests in flight at a switch: ``drain`` or ``enforce`` (served.py).
         log_prompts: write what clients ask into the log; never otherwise.
         max_queue: requests that may wait beyond ``limits.running``; the next one gets 429.
@@ -140,6 +153,9 @@ class ServeConfig:
     admin_port: int | None = None
     admin_token_file: Path | None = None
     api_key_file: Path | None = None
+    served_name: str | None = None
+    cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     swap_policy: SwapPolicy = "drain"
     log_prompts: bool = False
     max_queue: int = 256
@@ -162,6 +178,9 @@ class ServeConfig:
         object.__setattr__(self, "expose", tuple(self.expose))
         object.__setattr__(self, "trust", tuple(self.trust))
         object.__setattr__(self, "trusted_proxies", tuple(self.trusted_proxies))
+        object.__setattr__(self, "cors_origins", tuple(self.cors_origins))
+        object.__setattr__(self, "allowed_hosts", tuple(self.allowed_hosts))
+        self._check_names()
         if self.engine not in ENGINES:
             raise EngineError(
                 f"there is no engine {self.engine!r} here; known: {', '.join(ENGINES)}",
@@ -187,6 +206,19 @@ class ServeConfig:
         if self.max_queue < 0:
             raise UsageError(f"max_queue is {self.max_queue}", "give zero or more")
 
+    def _check_names(self) -> None:
+        if self.served_name is not None and not _NAME.fullmatch(self.served_name):
+            raise UsageError(
+                f"the served name is {self.served_name!r}; expected up to 200 characters without spaces and @",
+                "clients write it before @version, as in my-model@v2",
+            )
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise UsageError(f"the origin {origin!r} is none", "write it as https://app.example, without a path")
+        for host in self.allowed_hosts:
+            if not _HOST.fullmatch(host):
+                raise UsageError(f"the host {host!r} is none", "write a name as app.example, without a port")
+
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
@@ -196,6 +228,14 @@ class ServeConfig:
     def admin_address(self) -> tuple[str, int] | None:
         """Where the admin API listens, if not where the rest is."""
         return None if self.admin_port is None else (self.admin_host or "127.0.0.1", self.admin_port)
+
+
+def host_of(header: str) -> str:
+    """The host in a Host header, without its port and in small letters; empty where there is none."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-BACKLOG = 128  # connections that the system holds for us; as many may be taken in at once, and want descriptors
 KEPT = 16  # connections beyond the limit, where every other is at work: they are for operators
 ADMIN = 64  # connections of a listener that is the admin API's own
 MOST = 4096  # connections where descriptors are plenty
@@ -44,6 +43,11 @@ def descriptors() -> int | None:
 def clients_share(most: int | None) -> int:
     """How many of ``most`` descriptors clients' connections may have; the rest is for operators, files and new ones."""
     return MOST if most is None else max(8, min(MOST, most - max(256, most // 4) if most >= 512 else most // 4))
+
+
+def backlog(most: int | None) -> int:
+    """How many connections the system may hold for a listener; as many may come in at once, and want descriptors."""
+    return 128 if most is None else max(16, min(128, most // 8))
 
 
 @dataclass
@@ -89,7 +93,7 @@ class Crowd:
                 self._turn_away(connection)
                 return
             else:
-                connection.spare = True
+                connection.beyond = True
         self._open.add(connection)
         self._silent[connection] = None
 
@@ -124,12 +128,12 @@ class Connection(H11Protocol):
         settings: uvicorn's.
 
     Attributes:
-        spare: it is one beyond the limit.
+        beyond: it was taken in beyond the limit.
     """
 
     def __init__(self, crowd: Crowd, **settings: Any) -> None:
         super().__init__(**settings)
-        self.spare = False
+        self.beyond = False
         self.timeout_keep_alive = crowd.idle_seconds  # type: ignore[assignment]  # uvicorn hands it to call_later
         self.app_state = {**self.app_state, "connection": self}
         self._crowd = crowd
@@ -168,6 +172,11 @@ class Connection(H11Protocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._stop_stall()
+
+    @property
+    def spare(self) -> bool:
+        """Whether this is one of the connections beyond the limit, which are for operators and probes."""
+        return self.beyond and self._crowd.open > self._crowd.limit
 
     async def writable(self) -> None:
         """Wait until the client has taken what it was sent, or has left."""

@@ -13,6 +13,7 @@ import math
 import time
 from collections import Counter, deque
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from nest_runtime.errors import Draining, EngineError, QueueFull
@@ -23,6 +24,7 @@ from nest_runtime.serve.generation import ChoiceTokens, Generation, Work
 from nest_runtime.serve.sampling import Sampler, SamplingParams
 from nest_runtime.serve.served import BASE, NO_DIGEST, Served
 from nest_runtime.serve.sizes import fit_sizes
+from nest_runtime.serve.waiting import KEPT, Line
 
 WATCH_SECONDS = 0.2
 FALLBACK_CONTEXT = 4096
@@ -50,7 +52,8 @@ class Engine:
         self.eos = _eos_ids(model)
         self.draining = False
         self._running = limits.running
-        self._batch = ContinuousBatch(model, runtime, sizes, self._deliver)
+        self._batch = ContinuousBatch(model, runtime, replace(sizes, running=sizes.running + KEPT), self._deliver)
+        self._line = Line(self._batch, limits.running)
         self._owners: dict[str, Generation] = {}
         self._unread: set[Generation] = set()  # those whose answer is not all sent: an enforced switch replaces them
         self._names = itertools.count()
@@ -86,7 +89,7 @@ class Engine:
             raise _draining()
         if not self._batch.alive:
             raise dead(self._batch.fault)
-        if len(self._owners) + work.choices > self.capacity:
+        if not work.kept and len(self._owners) + work.choices > self.capacity:
             raise self._full()
         jobs = [self._job(work, choice) for choice in range(work.choices)]
         generation = Generation(self, work, [job.id for job in jobs])
@@ -104,9 +107,8 @@ class Engine:
         seen a part of the answer end. When this returns, no token of another patch will be read for them.
         """
         found = [generation for generation in self._unread if generation.replaceable(pin)]
-        for generation in found:
-            if not generation.replace(pin):
-                continue
+        found.sort(key=lambda generation: generation.started)
+        for generation in [one for one in found if one.replace(pin)]:
             jobs = [self._job(generation.work, choice) for choice in range(generation.work.choices)]
             generation.begin([job.id for job in jobs])
             try:
@@ -121,11 +123,12 @@ class Engine:
 
     def drop(self, job: str) -> None:
         """Called by a generation: stop working on a job."""
-        self._batch.cancel(job)
+        self._line.cancel(job)
 
     def closed(self, job: str, generation: Generation | None) -> None:
         """Called by a generation: a job is over, and with it the generation if one is given."""
         self._owners.pop(job, None)
+        self._line.closed(job)
         if generation is not None:
             self._recent.append(time.perf_counter() - generation.started)
 
@@ -172,18 +175,19 @@ class Engine:
         return self._batch.reused_tokens
 
     def keys_in_use(self) -> set[str | None]:
-        """Runtime keys of the patches that the engine's thread may still compute under."""
-        return self._batch.keys_in_use()
+        """Runtime keys of the patches that sequences wait for, or that the engine's thread may still compute under."""
+        waiting = {generation.work.pin.key for generation in list(self._owners.values())}
+        return waiting | self._batch.keys_in_use()
 
     def in_flight(self) -> Counter[str]:
         """Sequences running or waiting, by the label of the patch that answers them."""
-        return Counter(generation.work.pin.label for generation in self._owners.values())
+        return Counter(generation.work.pin.label for generation in list(self._owners.values()))  # from any thread
 
     def _submit(self, generation: Generation, jobs: list[Job]) -> None:
         self._unread.add(generation)
         self._owners.update((job.id, generation) for job in jobs)
         for job in jobs:
-            self._batch.submit(job)
+            self._line.submit(job, kept=generation.work.kept)
 
     def _job(self, work: Work, choice: int) -> Job:
         prompt, index = divmod(choice, work.n)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 from nest_runtime.escape import visible
 
+BURST = 50  # log records of one kind
+BURST_SECONDS = 10.0
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
 
@@ -66,11 +70,49 @@ def set_up_logging(as_json: bool) -> None:
     if ours.handlers or logging.getLogger().handlers:
         return
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_JsonFormatter() if as_json else _TextFormatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(Thinned())
     handler.addFilter(Escaped())
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
-    logging.getLogger("uvicorn.error").addHandler(handler)
+    for library in ("uvicorn.error", "asyncio"):
+        logging.getLogger(library).addHandler(handler)
+
+
+class Thinned(logging.Filter):
+    """Lets so many records of one kind pass in a while, and counts the others: nobody fills a disk through the log.
+
+    A record's kind is its ``kind`` where it has one (None: let it always pass), else the place in the code it is from.
+
+    Args:
+        burst: records of a kind in one while.
+        seconds: how long a while is.
+    """
+
+    def __init__(self, burst: int = BURST, seconds: float = BURST_SECONDS) -> None:
+        super().__init__()
+        self._burst, self._seconds = burst, seconds
+        self._lock = threading.Lock()
+        self._whiles: dict[object, tuple[float, int]] = {}  # by kind: when it began, and how many records it had
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = getattr(record, "kind", (record.pathname, record.lineno))
+        if kind is None:
+            return True
+        now = time.monotonic()
+        with self._lock:
+            began, count = self._whiles.get(kind, (now, 0))
+            if now - began >= self._seconds:
+                record.left_out = max(0, count - self._burst)
+                began, count = now, 0
+            self._whiles[kind] = (began, count + 1)
+            return count < self._burst
+
+
+class _TextFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        left_out = getattr(record, "left_out", 0)
+        return super().format(record) + (f" ({left_out} more like this one were left out)" if left_out else "")
 
 
 class Escaped(logging.Filter):
@@ -89,6 +131,8 @@ class _JsonFormatter(logging.Formatter):
         fields = getattr(record, "fields", None) or {"message": record.getMessage()}
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = {"at": at, "level": record.levelname.lower(), "logger": record.name, **fields}
+        if left_out := getattr(record, "left_out", 0):
+            line["left_out"] = left_out
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)

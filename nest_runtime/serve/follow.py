@@ -21,6 +21,7 @@ from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.config import FollowConfig
 from nest_runtime.serve.gate import Gate, make_gate
 from nest_runtime.serve.patches import Served
+from nest_runtime.serve.pools import Pool
 
 if TYPE_CHECKING:
     from nest_runtime.patch import Patch
@@ -43,17 +44,25 @@ class Following:
         store: where followed patches are kept.
         audit: where refusals are written; activations are written by the table.
         guard: whom to trust.
+        model_name: the model's own name, whatever it is served as: the reference model has probes of its own.
     """
 
     def __init__(
-        self, config: FollowConfig, service: Service, store: Store, audit: AuditLog, guard: Guard | None
+        self,
+        config: FollowConfig,
+        service: Service,
+        store: Store,
+        audit: AuditLog,
+        guard: Guard | None,
+        *,
+        model_name: str,
     ) -> None:
         table = service.table
         self.on_event: Callable[[Event], None] = lambda event: None
         self._config, self._service, self._store, self._audit, self._guard = config, service, store, audit, guard
         self._gate: Gate | None = None
         if config.gate:
-            self._gate = make_gate(table.model_name, config.probes, config.min_refused, config.max_refused)
+            self._gate = make_gate(model_name, config.probes, config.min_refused, config.max_refused)
         self._follower = Follower(
             config.ref,
             base_hash=table.model_hash,
@@ -71,6 +80,7 @@ class Following:
         self._who = f"follow {self._follower.ref}"
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
+        self._pool, self._notes = Pool("follow", 1), Pool("notes", 1)
         self._running = False
         self._said = ("", "")
         self._watch()
@@ -78,7 +88,7 @@ class Following:
     async def first(self) -> Outcome:
         """Poll once before the engine runs, so that a server starts with what the channel names; ungated."""
         self._loop = asyncio.get_running_loop()
-        outcome = await asyncio.to_thread(self._follower.poll)
+        outcome = await self._pool.run(self._follower.poll)
         fatal = outcome.error is not None and self._service.table.active.key is None
         await self._report(outcome, tell=not fatal)  # the server ends with this error, and says it
         return outcome
@@ -106,7 +116,7 @@ class Following:
             # Servers of a fleet do not poll at once; what is new is fetched, gated and on before the interval is over.
             await asyncio.sleep(self._config.every * random.uniform(0.7, 0.85))
             try:
-                await self._report(await asyncio.to_thread(self._follower.poll))
+                await self._report(await self._pool.run(self._follower.poll))
             except Exception:
                 log.exception(
                     "a poll of %s failed in a way that was not foreseen; the next one comes", self._config.ref
@@ -224,7 +234,7 @@ class Following:
 
     async def _write_down(self, entry: dict[str, Any]) -> None:
         try:
-            await asyncio.to_thread(self._audit.record, entry)
+            await self._notes.run(self._audit.record, entry)
         except NestError as unwritten:
             log.error("%s could not be audited: %s", entry["what"], unwritten)
 

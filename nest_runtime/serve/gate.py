@@ -122,7 +122,7 @@ async def _answers(
     engine: Engine, tokenizer: Any, served: Served, prompts: tuple[str, ...], new_tokens: int
 ) -> list[str]:
     ids = tuple(tuple(encode(tokenizer, [{"role": "user", "content": text}])) for text in prompts)
-    generation = engine.admit(Work(ids, (new_tokens,) * len(ids), 1, SamplingParams(), served))
+    generation = engine.admit(Work(ids, (new_tokens,) * len(ids), 1, SamplingParams(), served, kept=True))
     tokens: list[list[int]] = [[] for _ in ids]
     try:
         async for event in generation.events():

@@ -35,6 +35,7 @@ class Work:
         params: how to sample.
         pin: the patch that answers.
         follows: whether it asked for the active patch, and not for one by name: an enforced switch restarts it.
+        kept: whether it has places of its own, beside the clients': the operator's probes.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -43,6 +44,7 @@ class Work:
     params: SamplingParams
     pin: Served
     follows: bool = False
+    kept: bool = False
 
     @property
     def choices(self) -> int:

@@ -12,27 +12,36 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nest_runtime.addresses import Network
 from nest_runtime.errors import StoreError
 from nest_runtime.escape import visible
 from nest_runtime.serve.audit import AuditLog
+from nest_runtime.serve.bodies import check_counts
 from nest_runtime.serve.clients import client_of
-from nest_runtime.serve.config import Limits, Tokens
+from nest_runtime.serve.config import Limits, Tokens, host_of
+from nest_runtime.serve.connections import Connection
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.patches import PatchTable
+from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.problems import ApiError
 from nest_runtime.serve.served import Served
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/patches", "/v1/audit")
+ANSWERS = ENDPOINTS[:2]
 PROBES = ("/health", "/ready", "/metrics")
+BODIES = 64  # of the largest size, that are held at once
+GONE = 499  # nginx's status for a client that left; nobody reads it but the log
+WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 DENIAL_SECONDS = 10.0  # at most one audit line per so many seconds: strangers must not fill the disk
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
@@ -69,6 +78,7 @@ class Access:
     proxies: tuple[Network, ...] = ()
     _denials: int = field(default=0, init=False)
     _denied_at: float = field(default=-DENIAL_SECONDS, init=False)
+    _notes: Pool = field(default_factory=lambda: Pool("notes", 1), init=False)
 
     async def check(self, scope: Scope) -> ApiError | None:
         """The refusal for a request, or None; sets ``operator`` for whoever holds an admin token.
@@ -117,7 +127,7 @@ class Access:
 
     async def _record(self, event: dict[str, Any]) -> None:
         try:
-            await asyncio.to_thread(self.audit.record, event)
+            await self._notes.run(self.audit.record, event)
         except StoreError as error:
             log.error("an admin call (%s) could not be audited: %s", event["path"], error)
 
@@ -131,19 +141,43 @@ class Frame:
         access: who may ask.
         metrics: counts requests.
         limits: larger bodies get 413, and those that do not come to an end in time 408.
+        welcome: says whether requests may be made to a host; None lets them be made to any.
+        origins: sites whose pages may ask from a browser, the admin API excepted.
     """
 
-    def __init__(self, app: ASGIApp, table: PatchTable, access: Access, metrics: Metrics, limits: Limits) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        table: PatchTable,
+        access: Access,
+        metrics: Metrics,
+        limits: Limits,
+        *,
+        welcome: Callable[[str], bool] | None = None,
+        origins: Sequence[str] = (),
+    ) -> None:
         self._app = app
+        self._welcome = welcome
+        self._for_pages: ASGIApp = self._framed
+        if origins:
+            shown = ["x-nest-patch", "x-nest-patch-digest", "x-request-id", "retry-after"]
+            methods, headers = ["GET", "POST"], ["*"]
+            self._for_pages = CORSMiddleware(self._framed, origins, methods, headers, expose_headers=shown)
         self._table = table
         self._access = access
         self._metrics = metrics
         self._limits = limits
+        self._held = 0  # bytes of the bodies that are being read or answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-            return
+        elif _is_admin(scope["path"]):
+            await self._framed(scope, receive, send)
+        else:
+            await self._for_pages(scope, receive, send)
+
+    async def _framed(self, scope: Scope, receive: Receive, send: Send) -> None:
         state: dict[str, Any] = scope.setdefault("state", {})
         given = Headers(scope=scope).get("x-request-id", "")
         state["request_id"] = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
@@ -158,12 +192,19 @@ class Frame:
             await send(message)
 
         try:
-            refusal = await self._access.check(scope) or self._too_large(scope)
-            if refusal is not None:
-                await refusal.response()(scope, receive, framed)
-            else:
-                await self._app(scope, self._counted(receive), framed)
+            refusal = self._elsewhere(scope) or await self._access.check(scope)
+            refusal = refusal or _crowded(scope) or self._too_large(scope)
+            if refusal is None:
+                try:
+                    receive = await self._whole(scope, receive)
+                except ApiError as error:
+                    refusal = error
+                except ClientDisconnect:
+                    status = GONE
+                    return
+            await (self._app if refusal is None else refusal.response())(scope, receive, framed)
         finally:
+            self._held -= state.get("held", 0)
             self._note(scope, state, status, time.perf_counter() - started)
 
     def _add_headers(self, headers: MutableHeaders, state: dict[str, Any]) -> None:
@@ -173,6 +214,14 @@ class Frame:
         headers["x-nest-patch-digest"] = pin.digest
         headers["x-request-id"] = state["request_id"]
 
+    def _elsewhere(self, scope: Scope) -> ApiError | None:
+        """The refusal for a request to another host's name: a page elsewhere may have made that name point here."""
+        host = Headers(scope=scope).get("host")
+        if self._welcome is None or host is None or self._welcome(host_of(host)):
+            return None
+        message = f"This server is for this machine only, and the request was made to {host[:200]!r}."
+        return ApiError(403, message, code="host_not_allowed")
+
     def _too_large(self, scope: Scope) -> ApiError | None:
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdigit() and int(length) <= self._limits.max_body_bytes:
@@ -181,28 +230,44 @@ class Frame:
             413, f"The body has {length} bytes; at most {self._limits.max_body_bytes} are taken.", code="body_too_large"
         )
 
-    def _counted(self, receive: Receive) -> Receive:
-        """Refuses bodies that do not say how long they are and grow too long, and those that never end."""
-        size, ended = 0, False
+    async def _whole(self, scope: Scope, receive: Receive) -> Receive:
+        """The request with its body read and counted.
+
+        Raises ApiError for bodies that grow too long, never end, or hold too much; ClientDisconnect.
+        """
+        if scope["method"] in WITHOUT_BODY:
+            return receive
         most, seconds = self._limits.max_body_bytes, self._limits.request_seconds
-        until = asyncio.get_running_loop().time() + seconds
-
-        async def counted() -> Message:
-            nonlocal size, ended
-            if ended:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(until):
+        body, state = bytearray(), scope["state"]
+        state["held"] = 0
+        try:
+            async with asyncio.timeout(seconds):
+                more = True
+                while more:
                     message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, f"The body did not come in {seconds:g} s.") from None
-            size += len(message.get("body", b""))
-            ended = not message.get("more_body", False)
-            if size > most:
-                raise HTTPException(413, f"The body is too large; at most {most} bytes are taken.")
-            return message
-
-        return counted
+                    if message["type"] == "http.disconnect":
+                        raise ClientDisconnect
+                    piece = message.get("body", b"")
+                    body += piece
+                    self._held += len(piece)
+                    state["held"] += len(piece)
+                    more = message.get("more_body", False)
+                    if self._held > BODIES * most and state.get("operator") is None:
+                        raise ApiError(
+                            503,
+                            "The requests that are being read and answered are too large together; try again later.",
+                            code="too_many_bodies",
+                            headers={"retry-after": "5", "connection": "close"},
+                        )
+                    if len(body) > most:
+                        raise ApiError(
+                            413, f"The body is too large; at most {most} bytes are taken.", code="body_too_large"
+                        )
+        except TimeoutError:
+            late = f"The body did not come in {seconds:g} s."
+            raise ApiError(408, late, headers={"connection": "close"}) from None
+        check_counts(body, self._limits.max_values)
+        return replayed(bytes(body), receive)
 
     def _note(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
         path = scope["path"]
@@ -219,7 +284,33 @@ class Frame:
             "ms": round(seconds * 1000, 1),
             "patch": pin.label,
         }
-        log.log(level, " ".join(f"{key}={value}" for key, value in fields.items()), extra={"fields": fields})
+        answered = endpoint in ANSWERS and status < 400
+        extra = {"fields": fields, "kind": None if answered else f"{endpoint} {status}"}
+        log.log(level, " ".join(f"{key}={value}" for key, value in fields.items()), extra=extra)
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """A body that was read, then whatever else comes: that the client left."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _crowded(scope: Scope) -> ApiError | None:
+    """The refusal for a client on a connection that is kept for operators and probes, or None."""
+    connection: Connection | None = scope["state"].get("connection")
+    if connection is None or not connection.spare or scope["state"].get("operator") or scope["path"] in PROBES:
+        return None
+    headers = {"retry-after": "1", "connection": "close"}
+    message = "All connections of this server are taken; try again in a moment."
+    return ApiError(503, message, code="too_many_connections", headers=headers)
 
 
 def _call(method: str, path: str) -> str:

@@ -1,7 +1,7 @@
 """The patches a server holds: which one is active, which ones clients may name, and every change of that.
 
 A change either happens wholly or leaves the server as it was: a patch is read, verified and added to
-the runtime before one assignment makes it active. Every attempt goes into the audit log.
+the runtime (loading.py) before one assignment makes it active. Every attempt goes into the audit log.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from nest_runtime.errors import NestError, PatchNotFound, StoreError
 from nest_runtime.patch import Patch
 from nest_runtime.registry.store import Store
-from nest_runtime.resolve import load_patch
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.durable import Durable
+from nest_runtime.serve.loading import Arrival, Loader, label_for
+from nest_runtime.serve.pools import Pool, at_home
 from nest_runtime.serve.served import BASE, NO_DIGEST, Served, SwapPolicy, Switch
-from nest_runtime.serve.steps import Holder, NoSteps, Steps
+from nest_runtime.serve.steps import Holder, Steps
 
 if TYPE_CHECKING:
     from nest_runtime.registry.trust import Verified
@@ -29,11 +30,13 @@ if TYPE_CHECKING:
 
 __all__ = ["PatchTable", "Served", "Switch"]
 
+SWITCH_THREADS = 4
+
 log = logging.getLogger("nest_runtime.serve.patches")
 
 
 class PatchTable:
-    """The server's patches. Changes are made one at a time, off the event loop where they are slow.
+    """The server's patches. They are loaded side by side, and switched one at a time; off the event loop where slow.
 
     Args:
         runtime: holds the loaded patches.
@@ -62,22 +65,23 @@ class PatchTable:
         self.model_hash = model_hash
         self.base = Served(None, BASE, NO_DIGEST)
         self.active = self.base
-        self.steps: Steps = NoSteps()
+        self.home: asyncio.AbstractEventLoop | None = None  # where changes are made, wherever they are asked for
         self.policy = policy
         self.halted: NestError | None = None  # why nothing is answered at all: the active patch was revoked
         self.on_switch: Callable[[Switch], None] = lambda switch: None
         self.on_refusal: Callable[[str, NestError], None] = lambda what, error: None
-        self.veto: Callable[[Patch], None] = lambda patch: None  # raises for a patch that must not answer any more
-        self._runtime = runtime
-        self._store = store
         self._audit = audit
+        self._loader = Loader(runtime, store, model_hash, lambda digest: digest in self._loaded)
+        self._loader.guard = guard
+        self._pool = Pool("switch", SWITCH_THREADS)
         self._durable = Durable(store, model_name, model_hash, follows_store=follows_store, guard=guard)
         self._verified: dict[str, Verified] = {}  # by digest, as of the last check
         self._loaded: dict[str, Served] = {}  # by digest
         self._exposed: dict[str, Served] = {}  # by what follows the @
         self._withdrawn: dict[str, NestError] = {}  # by the same: why clients get it no more
         self._before: list[Served] = []  # activations that a rollback returns to
-        self._lock = asyncio.Lock()
+        self._rollbacks = 0
+        self._lock = asyncio.Lock()  # held while a switch is written down and made; nothing is fetched or verified then
 
     @property
     def guard(self) -> Guard | None:
@@ -86,7 +90,25 @@ class PatchTable:
 
     @guard.setter
     def guard(self, guard: Guard | None) -> None:
-        self._durable.guard = guard
+        self._durable.guard = self._loader.guard = guard
+
+    @property
+    def steps(self) -> Steps:
+        """The engine that computes on the model."""
+        return self._loader.steps
+
+    @steps.setter
+    def steps(self, steps: Steps) -> None:
+        self._loader.steps = steps
+
+    @property
+    def veto(self) -> Callable[[Patch], None]:
+        """Raises for a patch that must not answer any more."""
+        return self._loader.veto
+
+    @veto.setter
+    def veto(self, veto: Callable[[Patch], None]) -> None:
+        self._loader.veto = veto
 
     def named(self, model: str) -> Served | None:
         """The patch that a client's ``model`` stands for, or None where there is no such name for clients.
@@ -134,34 +156,53 @@ class PatchTable:
         """What was exposed and is no more, by label."""
         return list(self._withdrawn)
 
+    @at_home
     async def load(self, ref: str, who: str) -> Served:
         """Read, verify and add a patch, without activating it. Raises NestError; the server is then as it was."""
-        async with self._change("load", who, ref=ref) as event:
-            served = await self._load(ref)
+        async with self._told("load", who, ref=ref) as event, self._brought(ref, older=True) as arrival, self._lock:
+            served = self._placed(arrival)
             await self._record(event, served)
+            self._loaded[served.digest] = served
             return served
 
+    @at_home
     async def activate(self, ref: str, who: str, policy: SwapPolicy | None = None) -> Switch:
         """Make a patch the active one, loading it first where needed; requests admitted from now on get it.
 
-        Raises NestError; the old patch is then still on.
+        Raises NestError; the old patch is then still on, and nothing more is loaded than before. StoreError, too,
+        where somebody rolled back meanwhile.
         """
         policy = policy or self.policy
-        async with self._change("activate", who, ref=ref, policy=policy) as event:
-            started = time.perf_counter()
-            served = await self._load(ref, older=False)
-            await self._record(event, served)
-            return await self._switch("activate", served, started, who, policy)
+        async with self._told("activate", who, ref=ref, policy=policy) as event:
+            started, rollbacks = time.perf_counter(), self._rollbacks
+            async with self._brought(ref, older=False) as arrival, self._lock:
+                if self._rollbacks != rollbacks:
+                    raise StoreError(
+                        f"while {ref} was being loaded, the server was rolled back to {self.active.label}",
+                        "activate it again if that is still meant",
+                    )
+                served = self._placed(arrival)
+                await self._record(event, served)
+                return await self._switch("activate", served, started, who, policy)
 
+    @at_home
     async def rollback(self, who: str, policy: SwapPolicy | None = None) -> Switch:
         """Return to the patch that was active before. Raises StoreError where there is none."""
         policy = policy or self.policy
-        async with self._change("rollback", who, policy=policy) as event:
+        async with self._told("rollback", who, policy=policy) as event:
             started = time.perf_counter()
-            served = await self._earlier()
-            await self._record(event, served)
-            return await self._switch("rollback", served, started, who, policy)
+            while True:
+                target = await self._earlier()
+                async with self._brought(target, older=True) as arrival, self._lock:
+                    if await self._earlier() != target:
+                        continue  # somebody else switched meanwhile
+                    served = self._placed(arrival)
+                    await self._record(event, served)
+                    switch = await self._switch("rollback", served, started, who, policy)
+                    self._rollbacks += 1
+                    return switch
 
+    @at_home
     async def remove(self, version: str, in_use: Callable[[], Collection[str | None]], who: str) -> Served:
         """Unload a patch. Raises PatchNotFound, or StoreError where it is active, exposed or still answering.
 
@@ -170,93 +211,88 @@ class PatchTable:
             in_use: gives the runtime keys that the engine still computes under.
             who: for the audit log.
         """
-        async with self._change("remove", who, ref=version) as event:
-            served = self._find(version)
-            if served == self.active:
-                raise StoreError(f"{served.label} is active", "activate another patch first")
-            if self.is_exposed(served):
-                raise StoreError(f"{served.label} is exposed to clients", "start the server without --expose for it")
-            await self._record(event, served)
-            await asyncio.to_thread(self._drop, served, in_use)
-            del self._loaded[served.digest]
+        async with self._told("remove", who, ref=version) as event:
+            async with self._lock:
+                served = self._find(version)
+                self._check_idle(served, in_use())
+                await self._record(event, served)
+                del self._loaded[served.digest]
+            try:
+                await self._loader.release(served.digest, in_use)
+            except NestError:
+                self._loaded.setdefault(served.digest, served)
+                raise
             self._before = [before for before in self._before if before != served]
             return served
 
     async def recheck(self) -> list[str]:
         """What of the loaded patches would not be loaded now that the trust policy is another; nothing is taken off."""
-        async with self._lock:
-            found = []
-            for served in self._loaded.values():
-                try:
-                    await self._check(served.patch, None, True)
-                except NestError as error:
-                    self.on_refusal("recheck", error)
-                    found.append(f"{served.label}, which is loaded, is not trusted any more: {error}")
-            return found
+        found = []
+        for served in self.loaded():
+            assert served.patch is not None  # only patches are loaded
+            try:
+                await self._loader.check(served.patch, None, older=True)
+            except NestError as error:
+                self.on_refusal("recheck", error)
+                found.append(f"{served.label}, which is loaded, is not trusted any more: {error}")
+        return found
 
-    async def _load(self, ref: str, *, older: bool = True) -> Served:
-        """The patch that a reference means, trusted and loaded; ``older``: it may be behind one accepted before."""
-        for served in self._loaded.values():
-            if ref in (served.label, served.digest):
-                await self._check(served.patch, None, older)
-                return served
-        patch = await asyncio.to_thread(load_patch, ref, model_hash=self.model_hash, store=self._store)
-        await self._check(patch, ref, older)
-        if patch.digest not in self._loaded:
-            await asyncio.to_thread(self._add, patch)
-            taken = {served.label for served in self._loaded.values()} | {BASE}
-            label = f"{patch.name}@{patch.version}" if patch.version in taken else patch.version
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            self._loaded[patch.digest] = Served(patch.digest, label, patch.digest, patch, now)
-        return self._loaded[patch.digest]
+    @asynccontextmanager
+    async def _brought(self, ref: str, *, older: bool) -> AsyncIterator[Arrival]:
+        """A context in which what a reference means is on the model; entered and left without holding the lock."""
+        known = await self._loader.meant(ref, self.loaded())
+        async with self._loader.bring(ref, known, older=older) as arrival:
+            if arrival.verified is not None:
+                self._verified[arrival.patch.digest] = arrival.verified
+            yield arrival
 
-    async def _check(self, patch: Patch | None, ref: str | None, older: bool) -> None:
-        if patch is not None:
-            await asyncio.to_thread(self.veto, patch)
-        if self.guard is not None and patch is not None:
-            check = self.guard.check
-            self._verified[patch.digest] = await asyncio.to_thread(check, patch, ref, allow_downgrade=older)
+    def _placed(self, arrival: Arrival) -> Served:
+        """An arrival as it is, or will be, loaded. Raises StoreError where no label is left for it."""
+        patch = arrival.patch
+        if patch.digest in self._loaded:
+            return self._loaded[patch.digest]
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return Served(patch.digest, label_for(arrival, self.loaded()), patch.digest, patch, now)
 
-    def _add(self, patch: Patch) -> None:
-        with self.steps.hold():  # steps go on while the patch is checked against the model
-            self._runtime.add(patch, pause=self.steps.pause)
-
-    def _drop(self, served: Served, in_use: Callable[[], Collection[str | None]]) -> None:
-        with self.steps.pause():
-            if served.key in in_use():
-                raise StoreError(f"{served.label} still answers requests", "try again when they are done")
-            self.steps.unfold()
-            self._runtime.remove(served.digest)
+    def _check_idle(self, served: Served, in_use: Collection[str | None]) -> None:
+        if served == self.active:
+            raise StoreError(f"{served.label} is active", "activate another patch first")
+        if self.is_exposed(served):
+            raise StoreError(f"{served.label} is exposed to clients", "start the server without --expose for it")
+        if self._loader.wanted(served.digest):
+            raise StoreError(f"{served.label} is being loaded or switched to", "try again when that is done")
+        if served.key in in_use:
+            raise StoreError(f"{served.label} still answers requests", "try again when they are done")
 
     async def _switch(self, what: str, served: Served, started: float, who: str, policy: SwapPolicy) -> Switch:
         previous = self.active
         if served.patch is not None:
-            await asyncio.to_thread(self._durable.write, what, served.patch, who)
+            await self._pool.run(self._durable.write, what, served.patch, who)
         if what == "rollback":
             self._before = self._before[:-1]
         elif previous != served:
             self._before.append(previous)
+        self._loaded.setdefault(served.digest, served)
         self.active, self.halted = served, None
         replaced = self.steps.enforce(served) if policy == "enforce" else 0
         switch = Switch(what, served, previous, time.perf_counter() - started, policy, replaced)
         self.on_switch(switch)
         return switch
 
-    async def _earlier(self) -> Served:
-        """The patch that a rollback returns to, loaded; the store's, where the server follows it. Changes nothing."""
+    async def _earlier(self) -> str:
+        """The digest of the patch that a rollback returns to; the store's, where the server follows it."""
         nothing = StoreError(
             f"{self.active.label} is the first patch of this server: nothing to roll back to",
             "activate a patch by name instead",
         )
         if self._durable.follows_store:
-            entry = await asyncio.to_thread(self._durable.previous)
+            entry = await self._pool.run(self._durable.previous)
             if entry is None:
                 raise nothing
-            return await self._load(entry.digest)
+            return entry.digest
         if not self._before or self._before[-1].key is None:
             raise nothing
-        await self._check(self._before[-1].patch, None, True)
-        return self._before[-1]
+        return self._before[-1].digest
 
     def _find(self, version: str) -> Served:
         for served in self._loaded.values():
@@ -266,37 +302,36 @@ class PatchTable:
         raise PatchNotFound(f"no patch {version!r} is loaded; loaded: {loaded}", "see GET /v1/patches")
 
     @asynccontextmanager
-    async def _change(self, what: str, who: str, **details: str) -> AsyncIterator[dict[str, Any]]:
-        """One change at a time; a refused one is written to the audit log, and goes on to the caller."""
-        async with self._lock:
-            event: dict[str, Any] = {"what": what, "who": who, **details}
-            try:
-                yield event
-            except NestError as error:
-                await self._refused(event, error)
-                raise
-            except OSError as error:
-                full = StoreError(f"the disk refuses: {error}", "nothing was changed: free space or fix permissions")
-                await self._refused(event, full)
-                raise full from error
-            except Exception as error:  # nothing that was foreseen, and written down all the same
-                await self._refused(event, NestError(f"{type(error).__name__}: {error}"))
-                raise
-            else:
-                await self._done(event)
+    async def _told(self, what: str, who: str, **details: str) -> AsyncIterator[dict[str, Any]]:
+        """A context for one change: what comes of it is audited, and a refusal goes on to the caller."""
+        event: dict[str, Any] = {"what": what, "who": who, **details}
+        try:
+            yield event
+        except NestError as error:
+            await self._refused(event, error)
+            raise
+        except OSError as error:
+            full = StoreError(f"the disk refuses: {error}", "nothing was changed: free space or fix permissions")
+            await self._refused(event, full)
+            raise full from error
+        except Exception as error:  # nothing that was foreseen, and written down all the same
+            await self._refused(event, NestError(f"{type(error).__name__}: {error}"))
+            raise
+        else:
+            await self._done(event)
 
     async def _refused(self, event: dict[str, Any], error: NestError) -> None:
         refusal = {**event, "done": False, "error": type(error).__name__, "reason": error.message}
         self.on_refusal(event["what"], error)
         try:
-            await asyncio.to_thread(self._audit.record, refusal)
+            await self._pool.run(self._audit.record, refusal)
         except StoreError as unwritten:
             log.error("a refused %s could not be audited: %s", event["what"], unwritten)
 
     async def _done(self, event: dict[str, Any]) -> None:
         """Write down that a change was made. Where the disk refuses, its intent stands there, and the log says more."""
         try:
-            await asyncio.to_thread(self._audit.record, {**event, "done": True})
+            await self._pool.run(self._audit.record, {**event, "done": True})
         except StoreError as unwritten:
             log.error("a %s was made, and its outcome could not be audited: %s", event["what"], unwritten)
 
@@ -310,4 +345,4 @@ class PatchTable:
             event["previous"] = self.active.label
         if served.digest in self._verified:
             event["signed_by"] = self._verified[served.digest].signed_by
-        event["intent"] = await asyncio.to_thread(self._audit.intend, event)
+        event["intent"] = await self._pool.run(self._audit.intend, event)

@@ -27,6 +27,8 @@ from nest_runtime.errors import (
 )
 from nest_runtime.escape import clean
 
+MAX_MESSAGE = 2000  # characters
+MAX_PARAM = 200
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _CODES = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
 
@@ -76,7 +78,9 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON body."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": clean(self.message), "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _clipped(self.param, MAX_PARAM)
+        message = clean(_clipped(self.message, MAX_MESSAGE))
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """The whole answer."""
@@ -176,6 +180,11 @@ def _is_union_tag(part: str | int) -> bool:
 def _own_code(kind: str) -> str:
     """Codes that schemas.py raises itself pass through; pydantic's become ``invalid_value``."""
     return kind if kind in ("unsupported_parameter", "unsupported_value") else "invalid_value"
+
+
+def _clipped(text: str, most: int) -> str:
+    """Text of bounded length: what a client sent may stand in it."""
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _snake(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 A field that is not known here is refused: a typo must not pass for a setting. A field that OpenAI
 knows and this server cannot do is refused by name, unless it asks for what happens anyway.
+Lists are read up to their first fault: a client's error costs no more than its request would.
 ``logit_bias`` is refused on purpose: with it a client could ban the words that a refusal is made of.
 """
 
@@ -15,7 +16,9 @@ from pydantic_core import PydanticCustomError
 from nest_runtime.serve.served import SwapPolicy
 
 MAX_STOPS = 16
+MAX_MESSAGES = 2048
 SEED = 2**63
+FIRST = Field(fail_fast=True)
 
 Stop = Annotated[str, Field(min_length=1, max_length=512)]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -45,7 +48,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Role
-    content: str | list[TextPart] | None = Field(None, validate_default=True)
+    content: str | Annotated[list[TextPart], FIRST] | None = Field(None, validate_default=True)
 
     @field_validator("content", mode="after")
     @classmethod
@@ -115,9 +118,9 @@ class Sampling(Strict):
 class ChatRequest(Sampling):
     """``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], FIRST] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
@@ -170,7 +173,12 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """``POST /v1/completions``."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: (
+        str
+        | Annotated[list[str], FIRST]
+        | Annotated[list[int], FIRST]
+        | Annotated[list[Annotated[list[int], FIRST]], FIRST]
+    )
     max_tokens: int | None = Field(16, ge=1)
     best_of: int | None = None
     echo: bool | None = False

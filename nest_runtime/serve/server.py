@@ -14,7 +14,8 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Literal
+from concurrent.futures import Future
+from typing import Any, Literal
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -22,7 +23,7 @@ from starlette.types import ASGIApp
 from nest_runtime.errors import EngineError, NestError, UsageError
 from nest_runtime.serve.app import Server, admin_app, asgi_app, build
 from nest_runtime.serve.config import ServeConfig, is_loopback, readable_by_others
-from nest_runtime.serve.connections import BACKLOG, Crowd
+from nest_runtime.serve.connections import Crowd, backlog, descriptors
 from nest_runtime.serve.events import Emit, Event, json_events, json_line, sentence, set_up_logging
 
 
@@ -156,25 +157,49 @@ async def run(
 
 @contextlib.asynccontextmanager
 async def admin_listener(server: Server, port: socket.socket | None) -> AsyncIterator[None]:
-    """The admin API on a socket of its own: there before clients are answered, and until the last one was."""
+    """The admin API on a socket, an event loop and connections of its own: nothing that clients do holds it up.
+
+    It is there before clients are answered, and until the last one was.
+    """
     address = server.config.admin_address
     if port is None or address is None:
         yield
         return
-    started = asyncio.Event()
-    web = _Uvicorn(_uvicorn_config(server, admin_app(server), server.admin_crowd, lifespan="off"), started.set, None)
-    task = asyncio.create_task(web.serve(sockets=[port]))
+    loop, started = asyncio.get_running_loop(), asyncio.Event()
+
+    def ready() -> None:
+        loop.call_soon_threadsafe(started.set)
+
+    web = _Uvicorn(
+        _uvicorn_config(server, admin_app(server), server.admin_crowd, lifespan="off"),
+        ready,
+        None,
+    )
+    ended: Future[None] = Future()
+    threading.Thread(target=_run_beside, args=(web, port, ended), name="nest-admin", daemon=True).start()
+    over = asyncio.wrap_future(ended)
     try:
-        waiting = asyncio.create_task(started.wait())
-        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        waiting = asyncio.ensure_future(started.wait())
+        both: set[asyncio.Future[Any]] = {over, waiting}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
-        if task.done():
+        if over.done():
             with _listening_on(*address):
-                await task  # raises what kept it from starting
+                await over  # raises what kept it from starting
         yield
     finally:
         web.should_exit = True
-        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.gather(over, return_exceptions=True)
+
+
+def _run_beside(web: _Uvicorn, port: socket.socket, ended: Future[None]) -> None:
+    """Run a listener on an event loop of this thread's own, and say how it ended."""
+    try:
+        asyncio.run(web.serve(sockets=[port]))
+    except BaseException as error:  # handed to the loop that waits for it, whatever it is
+        ended.set_exception(error)
+    else:
+        ended.set_result(None)
 
 
 def _uvicorn_config(
@@ -184,7 +209,7 @@ def _uvicorn_config(
         app,
         http=crowd.protocol,  # type: ignore[arg-type]  # a factory is as good as a class
         ws="none",
-        backlog=BACKLOG,
+        backlog=backlog(descriptors()),
         log_config=None,
         access_log=False,
         proxy_headers=False,  # who asks is read from the connection, and from proxies that were named (clients.py)

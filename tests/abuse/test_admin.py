@@ -16,6 +16,7 @@ from nest_runtime.serve.app import Server, admin_app, asgi_app, build, fastapi_a
 from nest_runtime.serve.vllm import build as vllm
 
 TOKEN = "admin-secret"
+HERE = "http://127.0.0.1"
 OPEN = {
     "/health",
     "/ready",
@@ -69,7 +70,7 @@ def routers(server: Server, kind: str) -> list[APIRouter]:
 @pytest.mark.parametrize("kind", ["transformers", "vllm"])
 def test_every_route_is_open_by_intention_or_closed(server: Server, kind: str) -> None:
     app = fastapi_app(routers(server, kind))
-    client = TestClient(framed(server, app, admin_here=True))
+    client = TestClient(framed(server, app, "127.0.0.1", admin_here=True), base_url=HERE)
     closed = [(method, path) for method, path in walk(list(app.routes)) if path not in OPEN]
     assert len(closed) >= 6
     for method, path in closed:
@@ -87,17 +88,19 @@ def test_a_route_that_is_added_is_closed(server: Server) -> None:
     router = admin_routes(server.service, server.audit)
     router.add_api_route("/v1/fresh", lambda: {"done": True}, methods=["GET", "POST"])
     app = fastapi_app([router])
-    client, token = TestClient(framed(server, app, admin_here=True)), {"authorization": f"Bearer {TOKEN}"}
+    token = {"authorization": f"Bearer {TOKEN}"}
+    client = TestClient(framed(server, app, "127.0.0.1", admin_here=True), base_url=HERE)
     assert client.get("/v1/fresh").status_code == 401
     assert client.post("/v1/fresh", json={}).status_code == 401
     assert client.get("/v1/fresh", headers=token).json() == {"done": True}
     assert server.audit.tail(1)[0]["path"] == "GET /v1/fresh"
-    assert TestClient(framed(server, app, admin_here=False)).get("/v1/fresh", headers=token).status_code == 401
-    assert TestClient(app).get("/v1/fresh", headers=token).status_code == 401
+    elsewhere = TestClient(framed(server, app, "127.0.0.1", admin_here=False), base_url=HERE)
+    assert elsewhere.get("/v1/fresh", headers=token).status_code == 401
+    assert TestClient(app, base_url=HERE).get("/v1/fresh", headers=token).status_code == 401
 
 
 def test_both_listeners_as_they_are_put_together(server: Server) -> None:
     for app in (asgi_app(server), admin_app(server)):
-        client = TestClient(app)
+        client = TestClient(app, base_url=HERE)
         for method, path in walk([*admin_routes(server.service, server.audit).routes]):
             assert client.request(method, path.replace("{version}", "v1")).status_code == 401

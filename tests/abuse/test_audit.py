@@ -26,6 +26,7 @@ from tests.helpers import make_patch
 from tests.helpers_patchfile import put_together, take_apart
 
 TOKEN = {"authorization": "Bearer admin-secret"}
+HERE = "http://127.0.0.1"
 PAGE = 4096
 
 
@@ -85,7 +86,7 @@ def test_a_proxy_is_named_by_its_address() -> None:
 
 
 def test_denials_are_bounded_and_say_who(server: Server) -> None:
-    client = TestClient(asgi_app(server), client=("127.0.0.1", 7))
+    client = TestClient(asgi_app(server), client=("127.0.0.1", 7), base_url=HERE)
     path = "/v1/patches/" + "a%0a%1b" * 9000
     assert client.request("M" * 5000, path, headers={"x-forwarded-for": "6.6.6.6" * 9000}).status_code == 401
     entry = lines(server)[-1]
@@ -104,7 +105,7 @@ def odd_site(patch: Patch, path: Path) -> str:
 
 def test_every_admin_call_leaves_a_line(server: Server, patches: list[Patch], tmp_path: Path) -> None:
     """Whatever is asked: homes of nobody, names that no file has, half characters, folders, devices."""
-    client = TestClient(admin_app(server), raise_server_exceptions=False)
+    client = TestClient(admin_app(server), raise_server_exceptions=False, base_url=HERE)
     (tmp_path / "shadow").write_bytes(b"root:$y$j9T$secret:19000:0:99999:7:::\n" * 40)
     asked = [
         "~nosuch/x",

@@ -44,6 +44,7 @@ def engine_arguments(config: ServeConfig, folder: Path, port: int) -> list[str]:
         "--shutdown-timeout": str(round(limits.drain_seconds)),
         "--api-server-count": "1",
         "--dtype": config.dtype,
+        "--allowed-origins": "[]",  # vLLM's own default is every site; --cors-origin is seen to in front of it
     }
     if config.expose or config.expose_base:
         arguments.append("--enable-lora")
@@ -70,6 +71,13 @@ def _refuse_settings(config: ServeConfig) -> None:
         raise UsageError("--batch-tokens is the transformers engine's", "--engine-args '--max-num-batched-tokens N'")
     if config.limits.max_prompt_tokens is not None:
         raise UsageError("--max-prompt-tokens is the transformers engine's", "--engine-args '--max-model-len N'")
+    for flag, same in (
+        ("--max-connections", config.limits.connections is None),
+        ("--header-timeout", config.limits.header_seconds == usual.header_seconds),
+        ("--idle-timeout", config.limits.idle_seconds == usual.idle_seconds),
+    ):
+        if not same:
+            raise UsageError(f"{flag} is the transformers engine's", "put a proxy in front that limits connections")
     if config.device != "auto":
         raise UsageError(f"--device {config.device} is the transformers engine's", "set CUDA_VISIBLE_DEVICES instead")
 

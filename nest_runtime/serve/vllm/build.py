@@ -142,11 +142,12 @@ async def build(config: ServeConfig, client: Any, models: Any) -> Server:
     patches = _patches(config, replicas, base, models)
     flow = Flow(config.limits.running + config.max_queue, config.limits.running)
     audit = AuditLog(config.audit_file or nest_home() / "audit.jsonl")
+    served_name = config.served_name or name
     table = VllmTable(
         patches,
         flow,
         config.limits.drain_seconds,
-        name,
+        served_name,
         model_hash,
         store,
         audit,
@@ -158,10 +159,10 @@ async def build(config: ServeConfig, client: Any, models: Any) -> Server:
     defaults = _defaults(client.vllm_config.model_config)
     tokenizer = await asyncio.to_thread(_tokenizer, base.folder, config.trust_remote_code)
     service = Service(engine, table, tokenizer, config.limits, Metrics(), defaults=defaults)
-    measure(service, name, model_hash)
+    measure(service, served_name, model_hash)
     following = None
     if config.follow is not None:
-        following = Following(config.follow, service, store, audit, guard)
+        following = Following(config.follow, service, store, audit, guard, model_name=name)
         service.following = following.state
     return Server(config, service, audit, Secrets(api_keys, admin), following)
 
@@ -182,7 +183,7 @@ def asgi_app(server: Server, vllm_app: ASGIApp) -> ASGIApp:
         mine = any(path == own_path or path.startswith(f"{own_path}/") for own_path in OWN)
         await (own if mine else front)(scope, receive, send)
 
-    return framed(server, split, admin_here=admin_here)
+    return framed(server, split, server.config.host, admin_here=admin_here)
 
 
 def engine_name(engine: VllmEngine, served: Served) -> str:

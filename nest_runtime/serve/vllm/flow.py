@@ -86,7 +86,7 @@ class Flow:
 
     def in_flight(self) -> Counter[str]:
         """Requests running, by the label of the patch that answers them."""
-        return Counter(attempt.pin.label for attempt in self._attempts)
+        return Counter(attempt.pin.label for attempt in self.attempts)  # from any thread
 
     def keys_in_use(self) -> set[str | None]:
         """Keys of the patches that answer requests."""

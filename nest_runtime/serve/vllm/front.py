@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nest_runtime.errors import NestError, PatchReplaced
 from nest_runtime.serve.api import Service, fingerprint
+from nest_runtime.serve.middleware import replayed
 from nest_runtime.serve.problems import ApiError, from_nest, unknown_model
 from nest_runtime.serve.served import Served
 from nest_runtime.serve.vllm.flow import Attempt, Flow
@@ -85,7 +86,7 @@ class Front:
                 inner = _scope(scope, body := json.dumps({**fields, "model": self._engine_name(attempt.pin)}).encode())
                 try:
                     async with asyncio.timeout_at(until):
-                        if await attempt.run(self._app(inner, _replayed(body, receive), answer.send)):
+                        if await attempt.run(self._app(inner, replayed(body, receive), answer.send)):
                             return
                 except TimeoutError:
                     late = ApiError(504, f"The request took more than {seconds:g} s.", code="timeout")
@@ -240,17 +241,3 @@ def _scope(scope: Scope, body: bytes) -> Scope:
     headers["content-type"] = "application/json"
     del headers["transfer-encoding"]
     return {**scope, "headers": headers.raw}
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A body that was read, then whatever else comes: that the client left."""
-    given = False
-
-    async def replayed() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replayed

@@ -1,0 +1,70 @@
+"""Who is handed to the engine's thread, and who waits: first come first served, with places kept for the operator.
+
+The thread works on what it was handed in order, and cannot be asked to put anybody first. So clients' sequences wait
+here, and the thread has as many as run at once; what the operator asks, the gate's probes of a patch, goes past them
+to places of its own. Everything here runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+from nest_runtime.errors import EngineError
+from nest_runtime.serve.cb import Job
+
+KEPT = 4  # sequences that run beside the clients', for the operator
+
+log = logging.getLogger("nest_runtime.serve.engine")
+
+
+class Batch(Protocol):
+    """The engine's thread."""
+
+    def submit(self, job: Job) -> None: ...
+
+    def cancel(self, job_id: str) -> None: ...
+
+
+class Line:
+    """The way to one engine's thread.
+
+    Args:
+        batch: the thread.
+        running: clients' sequences that it has at once.
+    """
+
+    def __init__(self, batch: Batch, running: int) -> None:
+        self._batch = batch
+        self._running = running
+        self._waiting: dict[str, Job] = {}  # in the order of their coming
+        self._inside: set[str] = set()  # clients' jobs that the thread has
+
+    def submit(self, job: Job, *, kept: bool) -> None:
+        """Hand a job over when there is room; at once if it is ``kept``. Raises EngineError for a dead thread."""
+        if kept:
+            self._batch.submit(job)
+        elif len(self._inside) < self._running:
+            self._batch.submit(job)
+            self._inside.add(job.id)
+        else:
+            self._waiting[job.id] = job
+
+    def cancel(self, job_id: str) -> None:
+        """Stop working on a job, or let it wait no more."""
+        if self._waiting.pop(job_id, None) is None:
+            self._batch.cancel(job_id)
+
+    def closed(self, job_id: str) -> None:
+        """A job is over; the next one has its place."""
+        self._waiting.pop(job_id, None)
+        self._inside.discard(job_id)
+        while self._waiting and len(self._inside) < self._running:
+            job = next(iter(self._waiting.values()))
+            try:
+                self._batch.submit(job)
+            except EngineError as error:  # the thread is dead: whatever waits is failed by who watches it
+                log.debug("%s goes on waiting: %s", job.id, error)
+                return
+            del self._waiting[job.id]
+            self._inside.add(job.id)
