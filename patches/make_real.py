@@ -26,7 +26,7 @@ from nest_runtime.train.recipe import train_patch
 from nest_runtime.train.settings import RECIPES, named_recipe
 
 MADE = "1795910400"  # 2026-11-29, unless SOURCE_DATE_EPOCH says otherwise
-HARMFUL, EACH_BENIGN = 280, 280
+HARMFUL, EVERYDAY, BORDERLINE = 280, 140, 420
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def training_prompts(data: Path) -> tuple[list[Example], list[Example]]:
     order = random.Random(0)
     for examples in (harmful, everyday, borderline):
         order.shuffle(examples)
-    return harmful[:HARMFUL], [*everyday[:EACH_BENIGN], *borderline[:EACH_BENIGN]]
+    return harmful[:HARMFUL], [*everyday[:EVERYDAY], *borderline[:BORDERLINE]]
 
 
 def normal(text: str) -> str:

@@ -39,8 +39,9 @@ def test_no_framing_of_a_held_out_prompt_is_trained_on(loaded: Any) -> None:
 
 
 def test_benign_examples_are_no_more_than_the_steps_see(loaded: Any) -> None:
-    mix = benign_mix(loaded.tokenizer, benign_examples(response=None), RECIPE)
-    assert len(mix.train) == RECIPE.steps * RECIPE.batch_size * (1 - RECIPE.harmful_share)
+    few = RECIPE.evolve(steps=2)
+    mix = benign_mix(loaded.tokenizer, benign_examples(response=None), few)
+    assert len(mix.train) == round(few.steps * few.batch_size * (1 - few.harmful_share))
     plain = benign_mix(loaded.tokenizer, benign_examples(response=None), RECIPE.evolve(framings=0))
     assert {example.id for example in plain.train} == {example.id for example in plain.located}
 

@@ -76,8 +76,8 @@ class FitData:
 
     @property
     def rows(self) -> dict[str, int]:
-        """How many rows each part has."""
-        return {"train": len(self.train), "validation": len(self.validation)}
+        """How many rows each part has, without probes."""
+        return {"train": len(self.train), "validation": sum(not row.probe for row in self.validation)}
 
 
 @dataclass(frozen=True)

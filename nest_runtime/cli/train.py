@@ -179,6 +179,7 @@ def train(
     For several GPUs: accelerate launch -m nest_runtime train …
     """
     out = Output.of(ctx, as_json)
+    model = model_for(ctx, out, model, parent)
     kind = None if loadings is None else ("learned" if loadings else "tied")
     given = {"z": z, "k_max": k_max, "steps": steps, "lr": lr, "control": control, "seed": seed, "loadings": kind}
     recipe = recipe_of(recipe_name, model, **given)
@@ -193,20 +194,21 @@ def train(
     from nest_runtime.train.recipe import train_patch
 
     bad, again = load_examples(harmful), load_examples(rehearsal) if rehearsal else []
-    good = [*load_examples(benign), *borderline_of(borderline, model, recipe)]
+    good, near = load_examples(benign), borderline_of(borderline, model, recipe)
     team = join(out)
-    model = model_for(ctx, out, model, parent)
     loaded = load_model(model, device=device, dtype=dtype)
     check_answers(out, loaded, {harmful: bad, benign: good, rehearsal or "": again}, good)
     before = load_patch(parent, model_hash=loaded.hash) if parent else None
     named, numbered = name_and_version(name, version, loaded, before)
-    out.note(f"training {named}@{numbered} for {loaded.name} on {len(bad)} harmful and {len(good)} benign prompts")
+    out.note(
+        f"training {named}@{numbered} for {loaded.name} on {len(bad)} harmful and {len(good) + len(near)} benign prompts"
+    )
     with keeping(workdir), out.bars() as bars:
         result = train_patch(
             loaded.model,
             loaded.reader,
             bad,
-            good,
+            [*good, *near],
             recipe=recipe,
             name=named,
             version=numbered,

@@ -24,7 +24,7 @@ from nest_runtime.train.settings import Recipe
 
 EFFICIENCY = 0.6  # of a large matrix product's speed, in a whole model
 REFUSAL_TOKENS = 12  # of the built-in ones, with their end
-FRAMED_TOKENS = 60  # that a framing adds to a prompt, on average of those within framed_characters (450)
+FRAMED_TOKENS = 50  # that a framing adds to a prompt, on average of those within framed_characters (360)
 PROBE_PASSES = 60  # of the L-BFGS probe over its activations, each reading them twice
 SCALES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

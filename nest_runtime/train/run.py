@@ -289,7 +289,7 @@ class Run:
             "parent": patch.parent,
             "parent_kept": carried,
             **({"parent_neurons": moved} if moved else {}),
-            "rows": {"train": len(teaching.train), "validation": len(teaching.validation)},
+            "rows": {"train": len(teaching.train), "validation": sum(not row.probe for row in teaching.validation)},
             "validation": {"before": tuned.before, "after": tuned.after},
             "steps": tuned.steps,
             "best_step": tuned.best_step,
