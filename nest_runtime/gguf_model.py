@@ -38,7 +38,7 @@ def load_weights(header: Header, dtype: torch.dtype) -> nn.Module:
     """
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
-    empty: Any = skeleton_of(header)
+    empty = skeleton_of(header)
     config = empty.config
     config.dtype = dtype
     processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=config.to_dict())
@@ -234,9 +234,9 @@ def _rows_of(tensor: Tensor) -> int:
     return int(np.prod(tensor.shape[:-1]))
 
 
-def _filled(header: Header, empty: Any, state: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
+def _filled(header: Header, empty: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
     """The model with its weights; transformers makes its buffers and ties what is tied."""
-    model, info = type(empty).from_pretrained(
+    model, info = type(empty).from_pretrained(  # type: ignore[attr-defined]
         None, config=empty.config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     if missing := sorted(info["missing_keys"]) + sorted(str(item) for item in info["mismatched_keys"]):
@@ -246,7 +246,7 @@ def _filled(header: Header, empty: Any, state: dict[str, torch.Tensor], dtype: t
             _OTHER,
         )
     model.config.name_or_path = str(header.path)
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def _divide_frequencies(model: nn.Module, factors: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from nest_runtime.models import load_model
 from nest_runtime.patch import Patch
-from nest_runtime.serve import Limits, ServeConfig
+from nest_runtime.serve import Allowed, Limits, ServeConfig
 from nest_runtime.serve.sampling import choose_tokens
 from tests.helpers import make_patch
 from tests.helpers_serve import TOKEN
@@ -47,6 +47,7 @@ def config(tiny_llama: Path, files: dict[str, str], tmp_path: Path) -> ServeConf
         admin_token_file=token_file,
         audit_file=tmp_path / "audit.jsonl",
         limits=Limits(cache_tokens=4096, batch_tokens=128, drain_seconds=30),
+        allowed=Allowed(completions=True, special_tokens=True),
     )
 
 

@@ -214,7 +214,7 @@ def spawn(home: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "nest_runtime.cli.main", "serve", "--json", "--port", "0"]
     with (home / "serve.log").open("a") as log:
         return subprocess.Popen(
-            [*command, "--admin-token-file", str(token), *options],
+            [*command, "--admin-token-file", str(token), "--allow-completions", "--allow-special-tokens", *options],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,

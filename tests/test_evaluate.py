@@ -445,7 +445,7 @@ def test_a_runtime_keeps_what_it_has_on(tiny_llama: Path) -> None:
 
 
 def test_a_prefilled_answer_is_gone_on_with(tiny_llama: Path) -> None:
-    from nest_runtime.evaluate.prompting import PlainView, PrefillView
+    from nest_runtime.evaluate.prompting import PrefillView
     from nest_runtime.train.data import encode, render
 
     loaded = load_model(str(tiny_llama))
@@ -453,7 +453,6 @@ def test_a_prefilled_answer_is_gone_on_with(tiny_llama: Path) -> None:
     text = render(PrefillView(loaded.tokenizer), talk)
     assert text == render(loaded.tokenizer, talk[:1]) + "Sure, here"
     assert encode(PrefillView(loaded.tokenizer), talk[:1]) == encode(loaded.tokenizer, talk[:1])
-    assert render(PlainView(loaded.tokenizer), [user("as it is")]) == "as it is"
     case = Case("p", tuple(talk), "harmful", "s")
     result = evaluate(loaded.model, loaded.tokenizer, [case, harmful()], PhraseJudge(), max_new_tokens=4)
     assert result.records[0].messages == tuple(talk)

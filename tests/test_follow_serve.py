@@ -174,7 +174,8 @@ def test_an_exposed_version_that_is_revoked_is_withdrawn(
         publish_revocation(patches["v2"], "answers recipes", REF, key=keys[0])
         assert eventually(lambda: answering(server, "@v2") == "403", 20)
         assert [answering(server, suffix) for suffix in ("", "@v1")] == ["v3", "v1"]
-        refused = server.http("POST", "/v1/completions", json={"model": f"{server.name}@v2", "prompt": "a"})
+        asked = {"model": f"{server.name}@v2", "messages": [{"role": "user", "content": "a"}]}
+        refused = server.http("POST", "/v1/chat/completions", json=asked)
         assert refused.json()["error"]["code"] == "revoked"
         assert "answers recipes" in refused.json()["error"]["message"]
         assert f"{server.name}@v2" not in [row["id"] for row in server.http("GET", "/v1/models").json()["data"]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import httpx
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -28,11 +26,6 @@ from nest_runtime.runtime import PatchRuntime
 from tests.conftest import CHAT_TEMPLATE
 from tests.helpers import make_patch
 from tests.helpers_gguf import write_gguf
-from tests.helpers_serve import next_event
-from tests.hub_server import HubServer
-from tests.hub_server.state import Blob
-
-pytest_plugins = ["tests.helpers_hub"]
 
 IDS = torch.tensor([[1, 40, 77, 120, 9, 200, 31, 6]])
 
@@ -371,90 +364,9 @@ def test_commands_take_a_file(
     assert "gguf" in extras["found"]
 
 
-def test_a_server_starts_on_a_file(files: dict[str, Path], patch: Patch, tmp_path: Path) -> None:
-    saved = patch.save(tmp_path / "p.safetensors")
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "nest_runtime.cli.main", "serve", str(files["q8"]), "--patch", str(saved)),
-            *("--port", "0", "--json", "--device", "cpu", "--dtype", "bfloat16"),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "NEST_HOME": str(tmp_path / "home")},
-    )
-    try:
-        ready = next_event(process)
-        assert (ready["event"], ready["model"], ready["patch"]) == ("ready", "llama-q8_0.gguf", "v1")
-        talk = {"model": "llama-q8_0.gguf", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
-        answer = httpx.post(f"{ready['url']}/v1/chat/completions", json=talk, timeout=60)
-        assert answer.status_code == 200, answer.text
-        assert answer.headers["x-nest-patch-digest"] == patch.digest
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
 def test_vllm_refuses_a_file(files: dict[str, Path]) -> None:
     from nest_runtime.serve.config import ServeConfig
     from nest_runtime.serve.vllm.arguments import engine_arguments
 
     with pytest.raises(UsageError, match="is a GGUF file; --engine vllm serves folders"):
         engine_arguments(ServeConfig(model=str(files["q8"]), engine="vllm"), files["q8"], 8000)
-
-
-# The Hub
-
-
-def test_a_repository_of_one_file_is_that_file(hub: HubServer, files: dict[str, Path], tiny_llama: Path) -> None:
-    blob = Blob.inline(files["q8"].read_bytes())
-    repo = hub.state.create("alice/small")
-    repo.commit({"small-q8_0.gguf": blob, "mmproj-small.gguf": blob, "README.md": Blob.inline(b"# small")}, "one")
-    name, path = resolve_model("alice/small")
-    assert (name, path.name) == ("alice/small", "small-q8_0.gguf")
-    assert not (path.parent / "mmproj-small.gguf").exists()
-    assert nest.model_hash(path) == nest.model_hash(files["q8"])
-    assert resolve_model("alice/small", config_only=True) == (name, path)
-    many = hub.state.create("alice/many")
-    many.commit({"a-q4_0.gguf": blob, "a-q8_0.gguf": blob}, "two")
-    with pytest.raises(
-        ModelError, match=r"alice/many holds 2 GGUF files: a-q4_0\.gguf, a-q8_0\.gguf; expected one"
-    ) as caught:
-        resolve_model("alice/many")
-    assert "hf download alice/many a-q4_0.gguf" in caught.value.hint
-    whole = hub.state.create("alice/whole")
-    tree = {file.name: Blob.inline(file.read_bytes()) for file in tiny_llama.iterdir()}
-    whole.commit({**tree, "whole.gguf": blob}, "both")
-    _, folder = resolve_model("alice/whole")
-    assert folder.is_dir()
-    assert not (folder / "whole.gguf").exists()
-
-
-# Real files
-
-
-@pytest.mark.real
-@pytest.mark.parametrize(
-    ("name", "known"),
-    [
-        ("smollm2-135m-instruct-q4_1.gguf", ["<|im_end|>", "<|endoftext|>"]),
-        ("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", ["<|im_end|>", "<|endoftext|>"]),
-    ],
-)
-def test_a_real_file_answers_and_ends(name: str, known: list[str]) -> None:
-    path = Path(os.environ.get("NEST_REAL_MODELS", "")) / name
-    if not os.environ.get("NEST_REAL_MODELS") or not path.is_file():
-        pytest.skip(f"NEST_REAL_MODELS names no folder with {name}")
-    from nest_runtime.generate import generate_answers
-
-    loaded = load_model(path, device="cpu")
-    assert ends(loaded) == known
-    assert loaded.tokenizer.pad_token_id < loaded.model.get_input_embeddings().num_embeddings
-    question = [{"role": "user", "content": "What is the capital of France? Answer with its name alone."}]
-    assert "Paris" in generate_answers(loaded.model, loaded.tokenizer, [question], max_new_tokens=24)[0]
-    patch = make_patch(loaded.model, base_hash=loaded.hash, scale=0.05)
-    before = logits(loaded.model)
-    with PatchRuntime(loaded.model, base_hash=loaded.hash) as runtime:
-        runtime.activate(runtime.add(patch))
-        assert not torch.equal(logits(loaded.model), before)
-        runtime.deactivate()
-        assert torch.equal(logits(loaded.model), before)

@@ -16,7 +16,7 @@ import pytest
 
 from nest_runtime.models import load_model
 from nest_runtime.patch import Patch
-from nest_runtime.serve import Limits, ServeConfig
+from nest_runtime.serve import Allowed, Limits, ServeConfig
 from nest_runtime.serve.sampling import choose_tokens
 from tests.helpers import make_patch
 from tests.helpers_serve import PROMPTS, Reference, Running, eventually, serving
@@ -48,6 +48,7 @@ def server(tiny_llama: Path, patches: list[Patch], tmp_path_factory: pytest.Temp
             port=0,
             max_queue=16,
             limits=Limits(running=32, max_choices=8, max_body_bytes=200_000, batch_tokens=64),
+            allowed=Allowed(completions=True, special_tokens=True),
         )
         with serving(config) as running:
             yield running

@@ -18,7 +18,7 @@ import pytest
 
 from nest_runtime.cli.main import main
 from nest_runtime.errors import UsageError
-from nest_runtime.serve import Limits, ServeConfig
+from nest_runtime.serve import Allowed, Limits, ServeConfig
 from nest_runtime.serve.sampling import choose_tokens
 from tests.helpers_serve import PROMPTS, Running, eventually, serving
 
@@ -167,6 +167,9 @@ def test_many_connections_at_once_are_all_answered(server: Running) -> None:
     assert eventually(lambda: server.server.service.engine.live == 0)
 
 
+FLAGS = ("--log-prompts", "--allow-completions", "--allow-prefill", "--allow-special-tokens")
+
+
 def test_the_command_line_sets_every_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made: list[ServeConfig] = []
     monkeypatch.setattr("nest_runtime.serve.server.serve", lambda config, on_event=None: made.append(config))
@@ -190,7 +193,7 @@ def test_the_command_line_sets_every_limit(monkeypatch: pytest.MonkeyPatch, tmp_
         "--batch-tokens": "11",
         "--audit-file": str(tmp_path / "audit.jsonl"),
     }
-    assert main(["serve", "--log-prompts", *(word for pair in options.items() for word in pair)]) == 0
+    assert main(["serve", *FLAGS, *(word for pair in options.items() for word in pair)]) == 0
     assert made[0] == ServeConfig(
         host="0.0.0.0",
         port=0,
@@ -200,6 +203,7 @@ def test_the_command_line_sets_every_limit(monkeypatch: pytest.MonkeyPatch, tmp_
         api_key_file=tmp_path / "keys",
         swap_policy="enforce",
         log_prompts=True,
+        allowed=Allowed(completions=True, prefill=True, special_tokens=True),
         max_queue=4,
         audit_file=tmp_path / "audit.jsonl",
         limits=Limits(

@@ -23,8 +23,8 @@ from tests.helpers_serve import next_event
 
 PROGRAM = """
 import sys, json
-from nest_runtime.serve import ServeConfig, serve
-serve(ServeConfig(**json.loads(sys.argv[1])))
+from nest_runtime.serve import Allowed, ServeConfig, serve
+serve(ServeConfig(**json.loads(sys.argv[1]), allowed=Allowed(completions=True, special_tokens=True)))
 """
 
 

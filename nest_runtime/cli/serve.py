@@ -154,6 +154,16 @@ def serve(
     batch_tokens: Annotated[
         int, typer.Option("--batch-tokens", metavar="N", min=1, help="Tokens in one pass of the model.")
     ] = 512,
+    allow_completions: Annotated[
+        bool,
+        typer.Option("--allow-completions", help="Answer /v1/completions, which goes around the chat template."),
+    ] = False,
+    allow_prefill: Annotated[
+        bool, typer.Option("--allow-prefill", help="Take conversations that end with the assistant's turn.")
+    ] = False,
+    allow_special_tokens: Annotated[
+        bool, typer.Option("--allow-special-tokens", help="Read control tokens in prompts as such, and not as text.")
+    ] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write what clients ask into the log.")] = False,
     audit_file: Annotated[
         Path | None,
@@ -197,7 +207,7 @@ def serve(
     """
     out = Output.of(ctx, as_json)
     from nest_runtime.cli.channel import seconds_of
-    from nest_runtime.serve.config import FollowConfig, Limits, ServeConfig
+    from nest_runtime.serve.config import Allowed, FollowConfig, Limits, ServeConfig
     from nest_runtime.serve.events import json_events
     from nest_runtime.serve.server import serve as run_server
 
@@ -243,6 +253,7 @@ def serve(
             header_seconds=header_timeout,
             idle_seconds=idle_timeout,
         ),
+        allowed=Allowed(allow_completions, allow_prefill, allow_special_tokens),
         json=as_json,
         device=device,
         dtype=dtype,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ class RemoteBackend:
             if response.status_code != 200:
                 response.read()
                 raise _refused(response)
-            for event in _events(response.iter_lines()):
+            for event in _events(_lines(response.iter_bytes())):
                 tokens = int((event.get("usage") or {}).get("completion_tokens", tokens))
                 for part in event.get("choices") or []:
                     reason = part.get("finish_reason") or reason
@@ -187,6 +187,17 @@ def _refused(response: Any) -> NestError:
     except (ValueError, KeyError, TypeError):
         message = response.text[:200]
     return EngineError(f"the server answered {response.status_code}: {message}", "see the server's log")
+
+
+def _lines(pieces: Iterable[bytes]) -> Iterator[str]:
+    """Lines as server-sent events have them: ended by LF, CR or both, and by none of Unicode's other ends."""
+    left = b""
+    for piece in pieces:
+        *whole, left = (left + piece).split(b"\n")
+        for line in whole:
+            yield from line.removesuffix(b"\r").decode(errors="replace").split("\r")
+    if left:
+        yield from left.decode(errors="replace").split("\r")
 
 
 def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.serve.config import Limits, ServeConfig
+from nest_runtime.serve.config import Allowed, Limits, ServeConfig
 
 if TYPE_CHECKING:
     from nest_runtime.serve.server import serve
 
-__all__ = ["Limits", "ServeConfig", "serve"]
+__all__ = ["Allowed", "Limits", "ServeConfig", "serve"]
 
 
 def __getattr__(name: str) -> Any:

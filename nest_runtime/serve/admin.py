@@ -19,6 +19,7 @@ from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.problems import ApiError
 from nest_runtime.serve.schemas import Activation, PatchRef, SwitchRef
 from nest_runtime.serve.served import Served, Switch
+from nest_runtime.serve.texts import JsonRoute
 
 MAX_ENTRIES = 10_000
 
@@ -26,7 +27,7 @@ MAX_ENTRIES = 10_000
 def admin_routes(service: Service, audit: AuditLog) -> APIRouter:
     """The routes of the admin API."""
     shown = Security(HTTPBearer(auto_error=False, description="An admin token."))
-    router = APIRouter(responses=ERRORS, dependencies=[shown, Depends(_operators_only)])
+    router = APIRouter(responses=ERRORS, dependencies=[shown, Depends(_operators_only)], route_class=JsonRoute)
     table, engine = service.table, service.engine
     reading = Pool("audit", 1)
 

@@ -18,17 +18,18 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from nest_runtime.errors import NestError
 from nest_runtime.serve.answers import Answer, Choice, Piece
-from nest_runtime.serve.config import Limits
+from nest_runtime.serve.config import Allowed, Limits
 from nest_runtime.serve.connections import Connection
 from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.generation import Work
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.patches import PatchTable, Served
 from nest_runtime.serve.pools import Pool
-from nest_runtime.serve.problems import ApiError, ErrorBody, from_nest, unknown_model
+from nest_runtime.serve.problems import ApiError, ErrorBody, completions_closed, from_nest, unknown_model
 from nest_runtime.serve.prompts import Tokens, chat_tokens, completion_tokens, new_token_limits
 from nest_runtime.serve.sampling import SamplingParams
 from nest_runtime.serve.schemas import ChatRequest, CompletionRequest, Sampling
+from nest_runtime.serve.texts import JsonRoute
 from nest_runtime.serve.wire import Wire, sse
 
 GONE = 499  # nginx's status for a client that left; nobody reads it but the log
@@ -63,6 +64,7 @@ class Service:
     max_new_tokens: int | None = None
     following: Callable[[], dict[str, Any]] | None = None
     log_prompts: bool = False
+    allowed: Allowed = field(default_factory=Allowed)
     started: int = field(default_factory=lambda: int(time.time()))
     tokenizing: Pool = field(default_factory=lambda: Pool("tokenize", TOKENIZING))
 
@@ -119,23 +121,25 @@ class EventStream(StreamingResponse):
 
 def routes(service: Service) -> APIRouter:
     """The public routes."""
-    router = APIRouter(responses=ERRORS)
+    router = APIRouter(responses=ERRORS, route_class=JsonRoute)
 
     @router.post("/v1/chat/completions", responses=STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         service.pin(request, body.model)
         _check_choices(service, 1, body)
-        tokens = await _prepare(service, request, lambda: (chat_tokens(service.tokenizer, body),))
+        tokens = await _prepare(service, request, lambda: (chat_tokens(service.tokenizer, body, service.allowed),))
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         return await _answer(service, request, body, tokens, body.limit, param)
 
     @router.post("/v1/completions", responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue one text, or several."""
+        """Continue one text, or several, where the operator allows it."""
+        if not service.allowed.completions:
+            raise completions_closed()
         service.pin(request, body.model)
         _check_choices(service, len(body.prompts), body)
-        tokens = await _prepare(service, request, lambda: completion_tokens(service.tokenizer, body))
+        tokens = await _prepare(service, request, lambda: completion_tokens(service.tokenizer, body, service.allowed))
         return await _answer(service, request, body, tokens, body.max_tokens or 16, "max_tokens")
 
     @router.get("/v1/models")

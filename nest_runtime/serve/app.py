@@ -34,6 +34,7 @@ from nest_runtime.serve.patches import PatchTable, Served, Switch
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.problems import install
 from nest_runtime.serve.sampling import SamplingParams
+from nest_runtime.train.control import controls
 
 log = logging.getLogger("nest_runtime.serve.server")
 
@@ -74,6 +75,9 @@ class Server:
         """
         table, config = self.service.table, self.config
         table.home = asyncio.get_running_loop()
+        if config.engine == "transformers" and not config.allowed.special_tokens:
+            # Now, so that the first prompt that spells a control token does not wait for it.
+            await asyncio.to_thread(controls(self.service.tokenizer).reader.prepare)
         first = await asyncio.to_thread(_first_patch, config, table, Store())
         who = f"server start by {actor()}"
         if first is not None:
@@ -157,6 +161,7 @@ def build(config: ServeConfig) -> Server:
         defaults=sampling_defaults(loaded.model),
         max_new_tokens=getattr(loaded.model.generation_config, "max_new_tokens", None),
         log_prompts=config.log_prompts,
+        allowed=config.allowed,
     )
     measure(service, name, loaded.hash)
     following = None

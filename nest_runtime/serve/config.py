@@ -80,6 +80,21 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Allowed:
+    """What a client may do that weakens what a patch does; nothing, unless the operator says so (threat-model.md).
+
+    Attributes:
+        completions: go on from a text of the client's own (``/v1/completions``), past the chat template.
+        prefill: end a conversation with the assistant's turn.
+        special_tokens: spell control tokens in prompts.
+    """
+
+    completions: bool = False
+    prefill: bool = False
+    special_tokens: bool = False
+
+
+@dataclass(frozen=True)
 class FollowConfig:
     """What ``--follow`` asks for. Raises UsageError where values make no sense.
 
@@ -129,6 +144,7 @@ class ServeConfig:
         log_prompts: write what clients ask into the log; never otherwise.
         max_queue: requests that may wait beyond ``limits.running``; the next one gets 429.
         limits: see :class:`Limits`.
+        allowed: see :class:`Allowed`.
         json: events as JSON lines on stdout; else as sentences on stderr.
         engine: ``transformers``, or ``vllm``, which must be installed (docs/engines.md).
         engine_args: more of vLLM's own arguments, as one would type them.
@@ -160,6 +176,7 @@ class ServeConfig:
     log_prompts: bool = False
     max_queue: int = 256
     limits: Limits = field(default_factory=Limits)
+    allowed: Allowed = field(default_factory=Allowed)
     json: bool = False
     engine: str = "transformers"
     engine_args: str = ""

@@ -93,6 +93,26 @@ def unknown_model(model: str) -> ApiError:
     return ApiError(404, message, code="model_not_found", param="model")
 
 
+def completions_closed() -> ApiError:
+    """403 where only chat is answered: a text of the client's own goes around the template, and most refusals."""
+    message = (
+        "This server answers chat (/v1/chat/completions) only; its operator can open this path: --allow-completions."
+    )
+    return ApiError(403, message, code="not_allowed")
+
+
+def prefill_closed() -> ApiError:
+    """400 where answers are not begun by clients."""
+    message = "messages: the last one is the assistant's (the operator can allow that: --allow-prefill)"
+    return ApiError(400, message, code="not_allowed", param="messages")
+
+
+def control_tokens_closed(param: str) -> ApiError:
+    """400 where clients may not send control tokens, and what they sent cannot be read as text."""
+    message = f"{param}: it holds a control token of the model (the operator can allow that: --allow-special-tokens)"
+    return ApiError(400, message, code="not_allowed", param=param)
+
+
 def context_exceeded(context: int, prompt: int, answer: int, param: str) -> ApiError:
     """400 for a prompt, or a prompt with its ``max_tokens``, that the context cannot hold; in OpenAI's words."""
     message = (

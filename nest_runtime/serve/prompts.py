@@ -1,54 +1,99 @@
 """From what a client sent to token ids: the model's chat template, its tokenizer, its limits.
 
-The same rendering as in training (train/data.py), with tools as well. Nothing here generates.
+By the function that training and evaluation use (train/data.py). Nothing here generates.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from nest_runtime.errors import DataError
-from nest_runtime.serve.config import Limits
-from nest_runtime.serve.problems import ApiError, context_exceeded
+from nest_runtime.serve.bodies import MAX_NAMED, check_counts
+from nest_runtime.serve.config import Allowed, Limits
+from nest_runtime.serve.problems import ApiError, context_exceeded, control_tokens_closed, prefill_closed
 from nest_runtime.serve.schemas import ChatRequest, CompletionRequest
-from nest_runtime.train.data import render
+from nest_runtime.train.control import controls, plain_ids, text_ids
+from nest_runtime.train.data import encode
 
 Tokens = tuple[int, ...]
 
 
-def chat_tokens(tokenizer: Any, request: ChatRequest) -> Tokens:
+def chat_tokens(tokenizer: Any, request: ChatRequest, allowed: Allowed) -> Tokens:
     """The conversation as the model reads it, ready for the answer. Raises ApiError 400 where it cannot be."""
-    messages = [message.for_template() for message in request.messages]
-    tools = request.tools if request.tool_choice != "none" else None
-    templated = bool(getattr(tokenizer, "chat_template", None))
+    messages = _messages(request)
+    if messages[-1]["role"] == "assistant" and not allowed.prefill:
+        raise prefill_closed()
+    effort = request.reasoning_effort
     try:
-        if templated and tools:
-            text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
-        else:
-            text = render(tokenizer, messages)
+        tokens = encode(
+            tokenizer,
+            messages,
+            tools=request.tools if request.tool_choice != "none" else None,
+            variables={"reasoning_effort": effort} if effort else None,
+            allow_special=allowed.special_tokens,
+        )
     except DataError as error:
         raise ApiError(400, str(error), code="invalid_messages", param="messages") from error
-    except Exception as error:  # templates raise jinja errors of their own making
-        message = f"the model's chat template refuses these messages and tools: {error}"
-        raise ApiError(400, message, code="invalid_messages", param="tools") from error
-    return _tokens(tokenizer, text, special=not templated, param="messages")
+    return _not_empty(tokens, "messages")
 
 
-def completion_tokens(tokenizer: Any, request: CompletionRequest) -> tuple[Tokens, ...]:
-    """Each prompt as token ids; ids that a client sent are checked against the vocabulary (ApiError 400)."""
+def _messages(request: ChatRequest) -> list[dict[str, Any]]:
+    """Messages as templates expect them, the arguments of earlier calls as values. Raises ApiError 400."""
+    messages = [message.for_template() for message in request.messages]
+    functions = [
+        (f"messages.{place}.tool_calls.{number}.function.arguments", call["function"])
+        for place, message in enumerate(messages)
+        for number, call in enumerate(message.get("tool_calls", ()))
+    ]
+    strings = [value for _, function in functions if isinstance(value := function["arguments"], str)]
+    check_counts(",".join(strings).encode(), MAX_NAMED)  # what is in a string was not counted with the body
+    for where, function in functions:
+        function["arguments"] = _value(function["arguments"], where)
+    return messages
+
+
+def _value(arguments: Any, where: str) -> Any:
+    if not arguments:
+        return {}
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        value = json.loads(arguments)
+        json.dumps(value, ensure_ascii=False).encode()  # JSON within JSON can spell half a character once more
+    except (ValueError, RecursionError) as error:
+        message = f"{where}: expected JSON in a string, of text that exists"
+        raise ApiError(400, message, code="invalid_value", param=where) from error
+    return value
+
+
+def completion_tokens(tokenizer: Any, request: CompletionRequest, allowed: Allowed) -> tuple[Tokens, ...]:
+    """Each prompt as token ids; ids that a client sent are checked (ApiError 400).
+
+    A text that spells control tokens is read as text, and ids of control tokens are refused, unless they are allowed.
+    """
+    return tuple(
+        _text_tokens(tokenizer, prompt, allowed) if isinstance(prompt, str) else _given(tokenizer, prompt, allowed)
+        for prompt in request.prompts
+    )
+
+
+def _text_tokens(tokenizer: Any, text: str, allowed: Allowed) -> Tokens:
+    read = plain_ids if allowed.special_tokens else text_ids
+    return _not_empty(read(tokenizer, text, special=True), "prompt")
+
+
+def _given(tokenizer: Any, prompt: list[int], allowed: Allowed) -> Tokens:
     vocabulary = len(tokenizer)
-    prompts = []
-    for prompt in request.prompts:
-        if isinstance(prompt, str):
-            prompts.append(_tokens(tokenizer, prompt, special=True, param="prompt"))
-            continue
-        wrong = [token for token in prompt if not 0 <= token < vocabulary]
-        if wrong:
-            message = f"prompt: token {wrong[0]} is out of range [0, {vocabulary})"
-            raise ApiError(400, message, code="invalid_value", param="prompt")
-        prompts.append(tuple(prompt))
-    return tuple(prompts)
+    wrong = [token for token in prompt if not 0 <= token < vocabulary]
+    if wrong:
+        message = f"prompt: token {wrong[0]} is out of range [0, {vocabulary})"
+        raise ApiError(400, message, code="invalid_value", param="prompt")
+    start = prompt[:1] == [tokenizer.bos_token_id]
+    if not allowed.special_tokens and controls(tokenizer).count(prompt[start:]):
+        raise control_tokens_closed("prompt")
+    return tuple(prompt)
 
 
 def new_token_limits(
@@ -88,8 +133,7 @@ def new_token_limits(
     return tuple(found)
 
 
-def _tokens(tokenizer: Any, text: str, *, special: bool, param: str) -> Tokens:
-    tokens = tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
+def _not_empty(tokens: Sequence[int], param: str) -> Tokens:
     if not tokens:
         raise ApiError(400, f"{param}: the prompt has no tokens", code="invalid_value", param=param)
-    return tokens
+    return tuple(tokens)

@@ -36,19 +36,53 @@ class StreamOptions(Strict):
 
 
 class TextPart(Strict):
-    """A piece of a message's content; only text is understood."""
+    """A piece of a message's content; only text is understood. What says how to cache it changes no answer."""
 
-    type: Literal["text"]
-    text: str
+    type: Literal["text", "refusal"]
+    text: str | None = Field(None, validate_default=True)
+    refusal: str | None = Field(None, validate_default=True)
+    cache_control: dict[str, Any] | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+
+    @field_validator("text", "refusal", mode="after")
+    @classmethod
+    def _is_its_type(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if (value is None) == (info.data.get("type") == info.field_name):
+            raise PydanticCustomError("invalid_value", "expected a text in the field that the part's type names")
+        return value
+
+    @property
+    def said(self) -> str:
+        """The text."""
+        return self.text or self.refusal or ""
+
+
+class FunctionCall(BaseModel):
+    """What an earlier answer called; clients send the arguments as JSON in a string, which prompts.py reads."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: str
+    arguments: Any = None
+
+
+class ToolCall(BaseModel):
+    """One call of a tool."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    function: FunctionCall
 
 
 class Message(BaseModel):
-    """One turn. Further fields (``tool_calls``, ``tool_call_id``, ``name``) go to the chat template as they are."""
+    """One turn. Further fields (``tool_call_id``, ``name``) go to the chat template as they are."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Role
     content: str | Annotated[list[TextPart], FIRST] | None = Field(None, validate_default=True)
+    tool_calls: Annotated[list[ToolCall], FIRST] | None = None
+    function_call: FunctionCall | None = None
 
     @field_validator("content", mode="after")
     @classmethod
@@ -58,14 +92,15 @@ class Message(BaseModel):
         return value
 
     def for_template(self) -> dict[str, Any]:
-        """The dict that chat templates expect: content as one string, ``developer`` as ``system``."""
-        fields = self.model_dump(exclude_none=True)
+        """The dict that chat templates expect: content as one string, roles and calls by their present names."""
+        fields = {name: value for name, value in self.model_dump().items() if value is not None}
         if isinstance(self.content, list):
-            fields["content"] = "".join(part.text for part in self.content)
+            fields["content"] = "".join(part.said for part in self.content)
         fields.setdefault("content", "")
-        if self.role == "developer":
-            fields["role"] = "system"
-        return fields
+        fields["role"] = {"developer": "system", "function": "tool"}.get(self.role, self.role)
+        called = fields.pop("function_call", None)
+        calls = fields.pop("tool_calls", None) or ([{"type": "function", "function": called}] if called else [])
+        return {**fields, "tool_calls": calls} if calls else fields
 
 
 class Sampling(Strict):
@@ -128,6 +163,41 @@ class ChatRequest(Sampling):
     response_format: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        None, description="Given to the chat template; most have no use for it."
+    )
+    modalities: list[str] | None = None
+    verbosity: str | None = None
+    functions: list[dict[str, Any]] | None = Field(None, description="Refused unless empty: use tools.")
+    function_call: str | dict[str, Any] | None = None
+    audio: dict[str, Any] | None = None
+    web_search_options: dict[str, Any] | None = None
+    moderation: dict[str, Any] | None = None
+    prediction: dict[str, Any] | None = Field(None, description="Changes no answer.")
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+
+    @field_validator("functions", "audio", "web_search_options", "moderation", mode="after")
+    @classmethod
+    def _not_given(cls, value: Any, info: ValidationInfo) -> Any:
+        if value:
+            why = "give tools instead" if info.field_name == "functions" else "this server has no such thing"
+            raise _unsupported(str(info.field_name), why)
+        return value
+
+    @field_validator("modalities", mode="after")
+    @classmethod
+    def _only_text(cls, value: list[str] | None) -> list[str] | None:
+        if value and set(value) != {"text"}:
+            raise _unsupported("modalities", "only ['text'] is, answers are text")
+        return value
+
+    @field_validator("verbosity", mode="after")
+    @classmethod
+    def _as_it_comes(cls, value: str | None) -> str | None:
+        if value not in (None, "medium"):
+            raise _unsupported("verbosity", "answers are as long as they come")
+        return value
 
     @field_validator("logprobs", mode="after")
     @classmethod
@@ -150,11 +220,11 @@ class ChatRequest(Sampling):
             raise _unsupported("response_format", "only {'type': 'text'} is, answers are not constrained")
         return value
 
-    @field_validator("tool_choice", mode="after")
+    @field_validator("tool_choice", "function_call", mode="after")
     @classmethod
-    def _free_choice(cls, value: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    def _free_choice(cls, value: str | dict[str, Any] | None, info: ValidationInfo) -> str | dict[str, Any] | None:
         if value not in (None, "auto", "none"):
-            raise _unsupported("tool_choice", "only 'auto' and 'none' are, a tool call cannot be forced")
+            raise _unsupported(str(info.field_name), "only 'auto' and 'none' are, a tool call cannot be forced")
         return value
 
     @field_validator("store", mode="after")

@@ -77,6 +77,10 @@ class Wire:
         }
 
 
+_LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"})
+
+
 def sse(body: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    """One server-sent event, on one line also for clients that take Unicode's ends of lines for ends of lines."""
+    line = json.dumps(body, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
+    return b"data: " + line.encode() + b"\n\n"

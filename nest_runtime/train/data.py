@@ -22,8 +22,10 @@ from nest_runtime.patch import canonical_json
 from nest_runtime.prompts import NAMES as BUNDLED
 from nest_runtime.prompts import bundled
 from nest_runtime.train.content import images_of, plain_content, text_of
+from nest_runtime.train.control import broken, plain_ids, prompt_ids, text_ids
 from nest_runtime.train.images import PromptImages, prompt_images, read_parts
 from nest_runtime.train.readers import SUFFIXES, Row, read_rows
+from nest_runtime.train.template import templated
 
 PROMPT_COLUMNS = ("prompt", "goal", "behavior", "instruction", "question", "text")
 CATEGORY_COLUMNS = ("category", "semanticcategory", "type")
@@ -102,8 +104,22 @@ def examples_digest(examples: Sequence[Example]) -> str:
     return "sha256:" + hashlib.sha256(canonical_json(content)).hexdigest()
 
 
-def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+def render(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool = True,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
     """The text a model reads for a conversation: its chat template, or the bare prompt where it has none.
+
+    Args:
+        tokenizer: the model's.
+        messages: the conversation.
+        add_generation_prompt: end with what begins the answer.
+        tools: what the model may call, for templates that know tools.
+        variables: more of what the template may ask for.
 
     Raises:
         DataError: the template refuses the conversation (for example a system message).
@@ -112,36 +128,46 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], add_generation
         if images_of(messages):
             raise DataError("a prompt holds an image, and the model has no chat template to place it", _NO_TEMPLATE)
         return "\n\n".join(text_of(message["content"]) for message in messages)
-    try:
-        text = _templated(tokenizer, messages, add_generation_prompt)
-        if text_of(messages[-1]["content"]).strip() in text:
-            return text
-        # Templates of some multimodal models know content as a list of parts alone, and lose a plain text unsaid.
-        parts = [{**message, "content": _as_parts(message["content"])} for message in messages]
-        return _templated(tokenizer, parts, add_generation_prompt)
-    except Exception as error:  # templates raise jinja errors of their own making
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(
-            f"the model's chat template refuses a conversation with roles {roles}: {error}",
-            "leave out the messages that this model's template does not know",
-        ) from error
-
-
-def _templated(tokenizer: Any, messages: Sequence[Mapping[str, Any]], prompt: bool) -> str:
-    plain = [dict(message) for message in messages]
-    return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=prompt))
-
-
-def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    given: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, **(variables or {})}
+    if tools:
+        given["tools"] = list(tools)
+    return templated(tokenizer, messages, given)
 
 
 _NO_TEMPLATE = "leave prompts with images out, or give the model's tokenizer a chat template"
 
 
-def encode(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Token ids of the rendered conversation, ready for the answer; a template's own BOS is not doubled."""
-    return encode_prompt(tokenizer, messages)[0]
+def encode(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
+    allow_special: bool = False,
+) -> list[int]:
+    """Token ids of the rendered conversation, ready for the answer; a template's own BOS is not doubled.
+
+    Control tokens that a message spells are text; only those that the template writes are tokens (control.py). This is
+    the one way from messages to ids: a patch is trained and judged on the tokens that the server sends.
+
+    Args:
+        tokenizer, messages, tools, variables: as :func:`render` takes them.
+        allow_special: read what messages spell as control tokens, too: a turn can be forged inside a message then.
+
+    Raises:
+        DataError: as :func:`render`; the tokenizer's control tokens cannot be told from text.
+    """
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    special = bool(getattr(tokenizer, "adds_special", not has_template))
+    if allow_special:
+        return plain_ids(tokenizer, render(tokenizer, messages, tools=tools, variables=variables), special=special)
+    if not has_template:
+        return text_ids(tokenizer, render(tokenizer, messages), special=special)
+
+    def rendered(hidden: Sequence[Mapping[str, Any]], given: Any) -> str:
+        return render(tokenizer, hidden, tools=given, variables=variables)
+
+    return prompt_ids(tokenizer, messages, tools, rendered, special=special)
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], PromptImages | None]:
@@ -150,15 +176,11 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tupl
     Raises:
         DataError: it has images and the tokenizer reads none (images.ImageReader does), or one cannot be read.
     """
-    text = render(tokenizer, messages)
     if images_of(messages):
-        return prompt_images(tokenizer, messages, text)
-    ids = _text_ids(tokenizer, text)
-    return ids, None
-
-
-def _text_ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=not getattr(tokenizer, "chat_template", None))["input_ids"])
+        # The model's processor tokenizes by itself: what spells a control token is taken apart.
+        apart = broken(tokenizer, messages)
+        return prompt_images(tokenizer, messages, render(tokenizer, apart))
+    return encode(tokenizer, messages), None
 
 
 def _split_selection(ref: str) -> tuple[str, tuple[str, str] | None]:

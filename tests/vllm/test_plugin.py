@@ -32,6 +32,7 @@ def ordinary(folder: Path, files: dict[str, str], tmp_path_factory: pytest.TempP
         "NEST_HOME": str(home),
         "NEST_PATCH": files["v1"],
         "NEST_ADMIN_TOKEN_FILE": str(token),
+        "NEST_ALLOW": "completions,special-tokens",
         "OMP_NUM_THREADS": "1",
     }
     with (home / "log").open("w") as log:

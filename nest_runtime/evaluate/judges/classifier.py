@@ -208,28 +208,25 @@ class ClassifierJudge(Judge):
         return verdicts
 
     def _generate(self, cases: Sequence[Case], answers: Sequence[str]) -> list[Verdict]:
-        from nest_runtime.evaluate.prompting import PlainView
+        from nest_runtime.evaluate.prompting import FormView
         from nest_runtime.generate import generate_answers
 
-        texts = [self._prompt(case, answer) for case, answer in zip(cases, answers, strict=True)]
+        forms = {name: self.format[name] for name in ("template", "template_context") if self.format.get(name)}
         outputs = generate_answers(
             self._model,
-            PlainView(self._tokenizer, special="chat" not in self.format),
-            [[{"role": "user", "content": text}] for text in texts],
+            self._tokenizer if "chat" in self.format else FormView(self._tokenizer, forms, _SLOT),
+            [self._question(case, answer) for case, answer in zip(cases, answers, strict=True)],
             max_new_tokens=int(self.format.get("max_new_tokens", 16)),
             batch_size=self.batch_size,
         )
         return [self._read(*item) for item in zip(cases, answers, outputs, strict=True)]
 
-    def _prompt(self, case: Case, answer: str) -> str:
+    def _question(self, case: Case, answer: str) -> list[dict[str, str]]:
+        """What the judge is asked: messages for its own chat template, or one that fills a form."""
         if "chat" in self.format:
-            messages = [
-                {**message, "content": fill(message["content"], case, answer)} for message in self.format["chat"]
-            ]
-            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            return text
-        context = case.meta.get("context") and self.format.get("template_context")
-        return fill(context or self.format["template"], case, answer)
+            return [{**message, "content": fill(message["content"], case, answer)} for message in self.format["chat"]]
+        form = "template_context" if case.meta.get("context") and self.format.get("template_context") else "template"
+        return [{"role": "user", "type": form, "content": "", **slots(case, answer)}]
 
     def _read(self, case: Case, answer: str, output: str) -> Verdict:
         for outcome in ("complied", "other"):
@@ -240,13 +237,18 @@ class ClassifierJudge(Judge):
 
 def fill(template: str, case: Case, answer: str) -> str:
     """A template with its slots filled; braces in the texts themselves are left alone."""
-    values = {
+    values = slots(case, answer)
+    return _SLOT.sub(lambda match: values[match[1]], template)
+
+
+def slots(case: Case, answer: str) -> dict[str, str]:
+    """What slots are filled with."""
+    return {
         "behavior": case.behavior,
         "prompt": case.prompt,
         "context": str(case.meta.get("context", "")),
         "answer": whole_answer(case, answer),
     }
-    return _SLOT.sub(lambda match: values[match[1]], template)
 
 
 def _verdict(case: Case, answer: str, outcome: str, score: float | None, reason: str) -> Verdict:

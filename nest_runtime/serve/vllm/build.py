@@ -158,7 +158,7 @@ async def build(config: ServeConfig, client: Any, models: Any) -> Server:
     engine = cast(Engine, VllmEngine(replicas, patches, flow, config.limits))
     defaults = _defaults(client.vllm_config.model_config)
     tokenizer = await asyncio.to_thread(_tokenizer, base.folder, config.trust_remote_code)
-    service = Service(engine, table, tokenizer, config.limits, Metrics(), defaults=defaults)
+    service = Service(engine, table, tokenizer, config.limits, Metrics(), defaults=defaults, allowed=config.allowed)
     measure(service, served_name, model_hash)
     following = None
     if config.follow is not None:

@@ -18,10 +18,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nest_runtime.errors import NestError, PatchReplaced
 from nest_runtime.serve.api import Service, fingerprint
 from nest_runtime.serve.middleware import replayed
-from nest_runtime.serve.problems import ApiError, from_nest, unknown_model
+from nest_runtime.serve.problems import (
+    ApiError,
+    completions_closed,
+    control_tokens_closed,
+    from_nest,
+    prefill_closed,
+    unknown_model,
+)
 from nest_runtime.serve.served import Served
+from nest_runtime.serve.texts import check_text
 from nest_runtime.serve.vllm.flow import Attempt, Flow
 from nest_runtime.serve.wire import sse
+from nest_runtime.train.control import spells_control
 
 ANSWERING = ("/v1/chat/completions", "/v1/completions")
 HARMLESS = ("/ping", "/version", "/load", "/tokenize", "/detokenize", "/openapi.json")
@@ -67,6 +76,8 @@ class Front:
             await from_nest(error).response()(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/v1/completions" and not self._service.allowed.completions:
+            raise completions_closed()
         fields = checked(await _body(receive), self._service)
         table, seconds = self._service.table, self._service.limits.request_seconds
         model = fields.setdefault("model", table.model_name)
@@ -195,8 +206,22 @@ def checked(body: bytes, service: Service) -> dict[str, Any]:
         fields.pop("model", None)
     if fields.get("temperature") is None:
         fields["temperature"] = service.defaults.temperature
+    check_text(fields)
     _check_sizes(fields, service)
+    _check_allowed(fields, service)
     return fields
+
+
+def _check_allowed(fields: Mapping[str, Any], service: Service) -> None:
+    """What the operator did not allow. VLLM reads all that spells a control token as one: such prompts are refused."""
+    messages = fields.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    begun = fields.get("continue_final_message") or fields.get("add_generation_prompt") is False
+    if not service.allowed.prefill and (begun or (isinstance(last, dict) and last.get("role") == "assistant")):
+        raise prefill_closed()
+    for name in ("messages", "tools", "documents", "chat_template_kwargs", "prompt"):
+        if not service.allowed.special_tokens and spells_control(service.tokenizer, fields.get(name)):
+            raise control_tokens_closed(name)
 
 
 def _check_sizes(fields: Mapping[str, Any], service: Service) -> None:

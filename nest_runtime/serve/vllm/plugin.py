@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import UsageError
-from nest_runtime.serve.config import Limits, ServeConfig
+from nest_runtime.serve.config import Allowed, Limits, ServeConfig
 from nest_runtime.serve.vllm.slots import BASE_NAME, PLUGIN
 
 EXTENSION = "nest_runtime.serve.vllm.worker.PatchExtension"
@@ -165,7 +165,8 @@ def config_from(args: Namespace, environ: Any) -> ServeConfig:
         args: vLLM's own; its model, host, port and limits count.
         environ: ``NEST_PATCH``, ``NEST_EXPOSE`` (versions, with commas between), ``NEST_EXPOSE_BASE`` (a switch),
             ``NEST_ADMIN_TOKEN_FILE``, ``NEST_API_KEY_FILE``, ``NEST_AUDIT_FILE``, ``NEST_TRUST`` (files, with commas),
-            ``NEST_REQUIRE_SIGNATURE`` (a switch), ``NEST_SWAP_POLICY``, ``NEST_TRUSTED_PROXY`` (addresses, commas).
+            ``NEST_REQUIRE_SIGNATURE`` (a switch), ``NEST_SWAP_POLICY``, ``NEST_TRUSTED_PROXY`` (addresses, commas),
+            ``NEST_ALLOW`` (of completions, prefill and special-tokens, with commas).
 
     Raises UsageError where values make no sense.
     """
@@ -192,6 +193,14 @@ def config_from(args: Namespace, environ: Any) -> ServeConfig:
         require_signature=switch_of(environ, "NEST_REQUIRE_SIGNATURE"),
         swap_policy=environ.get("NEST_SWAP_POLICY") or "drain",
         trusted_proxies=parts("NEST_TRUSTED_PROXY"),
+        allowed=_allowed(parts("NEST_ALLOW")),
         trust_remote_code=bool(args.trust_remote_code),
         limits=Limits(running=args.max_num_seqs or Limits().running, drain_seconds=float(args.shutdown_timeout or 30)),
     )
+
+
+def _allowed(names: tuple[str, ...]) -> Allowed:
+    known = {"completions", "prefill", "special-tokens"}
+    if unknown := sorted(set(names) - known):
+        raise UsageError(f"NEST_ALLOW names {unknown[0]!r}", f"give some of {', '.join(sorted(known))}")
+    return Allowed(**{name.replace("-", "_"): True for name in names})
