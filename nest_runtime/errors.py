@@ -57,6 +57,10 @@ class SiteMismatch(NestError):
     """A patch names a site that the model lacks, or of another shape."""
 
 
+class PatchNotFinite(NestError):
+    """Under a patch the model computes NaN or infinity: it would spoil the answers beside it."""
+
+
 class StoreError(NestError):
     """The local patch store cannot do what was asked."""
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from nest_runtime.train.data import encode_prompt
+from nest_runtime.errors import DataError
+from nest_runtime.train.data import encode_prompt, render
 from nest_runtime.train.images import PromptImages, batch_inputs
 
 Progress = Callable[[str, int, int], None]
@@ -58,6 +59,9 @@ def generate_answers(
 
     Returns:
         Answers without special tokens, surrounding spaces stripped.
+
+    Raises:
+        DataError: a conversation holds a token that the model has no row for.
     """
 
     def keep(positions: list[int], answers: list[Answer]) -> None:
@@ -90,6 +94,7 @@ def answer_conversations(
 ) -> list[Answer]:
     """:func:`generate_answers`, saying of each answer whether it is whole. Arguments as there."""
     encoded = [encode_prompt(tokenizer, messages) for messages in conversations]
+    _check_ids(model, [ids for ids, _ in encoded])
     order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index][0]), index))
     config = _greedy_config(model, tokenizer, max_new_tokens)
     answers: list[Answer] = [Answer("", True)] * len(encoded)
@@ -106,17 +111,55 @@ def answer_conversations(
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every token id that ends an answer: the generation config's, else the tokenizer's."""
+    """Every token id that ends an answer, sorted: the one place that decides it, for serving, chat, evaluation and
+    training.
+
+    They are those of the model's generation config (of its config where that has none), the tokenizer's, and the one
+    that the chat template writes after an assistant's turn: checkpoints exist in which these three differ.
+    """
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if configured is None:
+        configured = getattr(model.config.get_text_config(), "eos_token_id", None)
     ids = configured if isinstance(configured, list | tuple) else [configured]
-    found = {int(item) for item in [*ids, getattr(tokenizer, "eos_token_id", None)] if item is not None}
-    return sorted(found)
+    more = [getattr(tokenizer, "eos_token_id", None), _template_end(tokenizer)]
+    return sorted({int(item) for item in [*ids, *more] if item is not None})
 
 
-def pad_token_id(tokenizer: Any) -> int:
-    """The id to pad with: the tokenizer's, else its end token, else 0 (padding is masked anyway)."""
+def _template_end(tokenizer: Any) -> int | None:
+    """The token that the chat template writes after an assistant's answer, where it writes a token of its own."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    answer = "An answer."
+    try:
+        text = render(tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}], False)
+    except DataError:  # a template for prompts only
+        return None
+    after = text.rpartition(answer)[2].lstrip()
+    added: dict[str, int] = tokenizer.get_added_vocab()
+    found = [token for token in added if token and after.startswith(token)]
+    return added[max(found, key=len)] if found else None
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """The tokens that give no text when special tokens are skipped, as they are written."""
+    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {**named, **added}
+
+
+def embedding_rows(model: Any) -> int:
+    """How many token ids the model knows; a tokenizer may have more, added without resizing the model."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def pad_token_id(model: Any, tokenizer: Any) -> int:
+    """The id to pad with: the tokenizer's, else its end token, else 0 (padding is masked anyway).
+
+    Only a token that the model's embedding has a row for: padding is masked, and computed all the same.
+    """
+    rows = embedding_rows(model)
     for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if value is not None:
+        if value is not None and value < rows:
             return int(value)
     return 0
 
@@ -129,10 +172,20 @@ def _greedy_config(model: Any, tokenizer: Any, max_new_tokens: int) -> Generatio
         num_beams=1,
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
-        pad_token_id=pad_token_id(tokenizer),
+        pad_token_id=pad_token_id(model, tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
     )
+
+
+def _check_ids(model: Any, prompts: Sequence[Sequence[int]]) -> None:
+    rows = embedding_rows(model)
+    wrong = next((token for ids in prompts for token in ids if token >= rows), None)
+    if wrong is not None:
+        raise DataError(
+            f"a prompt holds token {wrong}; the model's embedding has {rows} rows",
+            "leave tokens out of prompts that were added to the tokenizer and not to the model",
+        )
 
 
 def _answer_batch(
@@ -164,14 +217,16 @@ def _answer_batch(
 
 
 def _answer(tokenizer: Any, row: list[int], ends: set[int | None], stop: Sequence[str]) -> Answer:
+    """An answer up to its end token or the first stop text; those match special tokens, which are not shown."""
     length = next((index for index, token in enumerate(row) if token in ends), len(row))
-    text = str(tokenizer.decode(row[:length], skip_special_tokens=True))
-    return Answer(_cut(text, stop), length < len(row) or any(item in text for item in stop))
-
-
-def _cut(text: str, stop: Sequence[str]) -> str:
-    places = [place for item in stop if (place := text.find(item)) >= 0]
-    return (text[: min(places)] if places else text).strip()
+    whole = str(tokenizer.decode(row[:length], skip_special_tokens=False))
+    places = [place for item in stop if (place := whole.find(item)) >= 0]
+    if not places:
+        return Answer(str(tokenizer.decode(row[:length], skip_special_tokens=True)).strip(), length < len(row))
+    text = whole[: min(places)]
+    for token in sorted(special_tokens(tokenizer).values(), key=len, reverse=True):
+        text = text.replace(token, "")
+    return Answer(text.strip(), True)
 
 
 class _StopTexts(StoppingCriteria):
@@ -181,6 +236,6 @@ class _StopTexts(StoppingCriteria):
         self.tokenizer, self.stop, self.prompt_width = tokenizer, tuple(stop), prompt_width
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_width :], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_width :], skip_special_tokens=False)
         done = [any(item in text for item in self.stop) for text in texts]
         return torch.tensor(done, device=input_ids.device)

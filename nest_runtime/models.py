@@ -218,7 +218,8 @@ def _load_folder(folder: Path, name: str, place: str, wanted: Any, trust_remote_
     model.eval()
     prepare_tokenizer(tokenizer)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        pad, rows = tokenizer.pad_token_id, model.get_input_embeddings().weight.shape[0]
+        model.generation_config.pad_token_id = pad if pad < rows else 0  # padding is masked, and computed all the same
     return LoadedModel(model, tokenizer, name, folder, place)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nest_runtime.errors import ExportError
+from nest_runtime.errors import EngineError, ExportError
 from nest_runtime.export import export_gguf, export_merged, export_peft, import_peft
 from nest_runtime.models import LoadedModel, load_model
 from nest_runtime.patch import Patch
@@ -23,6 +23,7 @@ from nest_runtime.patchfile import read_patch
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.train.recipe import train_patch
 from tests.conftest import save_tiny
+from tests.helpers_engine import alone, answers
 from tests.helpers_train import QUICK, benign_examples, harmful_examples
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -34,6 +35,7 @@ SMALL = {
     "num_key_value_heads": 1,
     "max_position_embeddings": 256,
 }
+ALL_HEADS = {**SMALL, "num_key_value_heads": 2}  # for classes that share no keys: paging believes the configuration
 HEADS = {**SMALL, "head_dim": 16}
 EXPERTS = {**HEADS, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 TEXT = {"vocab_size": 300, "num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -69,10 +71,12 @@ FAMILIES = [
     Family("Phi-3, Phi-4-mini", "Phi3ForCausalLM", "Phi3Config"),
     Family("GLM-4 (0414)", "Glm4ForCausalLM", "Glm4Config", HEADS),
     Family("GLM-4 (9B)", "GlmForCausalLM", "GlmConfig", HEADS),
-    Family("GPT-2", "GPT2LMHeadModel", "GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 2}),
-    Family("GPT-NeoX, Pythia", "GPTNeoXForCausalLM", "GPTNeoXConfig"),
-    Family("Falcon", "FalconForCausalLM", "FalconConfig"),
-    Family("OPT", "OPTForCausalLM", "OPTConfig", {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    Family(
+        "GPT-2", "GPT2LMHeadModel", "GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 2, "num_key_value_heads": 4}
+    ),
+    Family("GPT-NeoX, Pythia", "GPTNeoXForCausalLM", "GPTNeoXConfig", ALL_HEADS),
+    Family("Falcon", "FalconForCausalLM", "FalconConfig", ALL_HEADS),
+    Family("OPT", "OPTForCausalLM", "OPTConfig", {**ALL_HEADS, "ffn_dim": 48, "word_embed_proj_dim": 32}),
     Family("StarCoder2", "Starcoder2ForCausalLM", "Starcoder2Config"),
     Family("Mixtral", "MixtralForCausalLM", "MixtralConfig", EXPERTS),
     Family("Qwen3-MoE", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**EXPERTS, "moe_intermediate_size": 24}),
@@ -122,6 +126,7 @@ COLUMNS = (
     "hook = fold = dense",
     "off, bit for bit",
     "a patch a row",
+    "served",
     "peft",
     "merged",
     "vllm form",
@@ -163,6 +168,7 @@ def walk(family: Family, folder: Path, work: Path) -> dict[str, str]:
         "hook = fold = dense": "✓",
         "off, bit for bit": "✓",
         "a patch a row": "✓",
+        "served": served(folder, patch),
         **exports(loaded, folder, patch, hook, fold, work),
     }
 
@@ -188,6 +194,26 @@ def through_runtime(loaded: LoadedModel, patch: Patch) -> tuple[torch.Tensor, to
     assert all(torch.equal(after[key], value) for key, value in weights.items())
     assert torch.equal(logits(model), base)
     return hook, fold
+
+
+def served(folder: Path, patch: Patch) -> str:
+    """Which engine serves it, with the base and the patch in one batch: ✓ the default one, ``generate``, or none."""
+    base, patched = [list(range(6, 20)), list(range(30, 80))], [list(range(6, 20)), list(range(9, 13))]
+    for kind, mark in (("transformers", "✓"), ("generate", "`generate`")):
+        model = load_model(folder, device="cpu", dtype="float32").model
+        runtime = PatchRuntime(model)
+        runtime.add(patch)
+        with runtime.using(patch.digest):
+            expected = [alone(model, ids, 6) for ids in patched]
+        expected += [alone(model, ids, 6) for ids in base]
+        asked = [(ids, patch.digest, 6) for ids in patched] + [(ids, None, 6) for ids in base]
+        try:
+            found = answers(model, kind, [asked], runtime=runtime)
+        except EngineError:
+            continue
+        assert found == [expected]
+        return mark
+    return "–"
 
 
 def exports(

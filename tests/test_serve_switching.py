@@ -43,7 +43,7 @@ def activate(server: Running, ref: str, **more: Any) -> tuple[int, dict[str, Any
 
 def on_model(server: Running) -> int:
     """How many patches the model's runtime holds."""
-    runtime: Any = server.server.service.table._loader._runtime
+    runtime: Any = server.server.service.table.loader._runtime
     return len(runtime.patches)
 
 

@@ -119,7 +119,7 @@ def reroute(
     """Train the adapters in place at a constant learning rate; gives the losses every ``validate_every`` steps."""
     parameters = list(adapter_parameters(peft_model).values())
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    pad, device = pad_token_id(tokenizer), device_of(peft_model)
+    pad, device = pad_token_id(peft_model, tokenizer), device_of(peft_model)
     history: list[dict[str, float]] = []
     peft_model.eval()
     _dropout(peft_model, True)

@@ -185,7 +185,7 @@ class Bench:
             do_sample=False,
             min_new_tokens=self.new_tokens,
             max_new_tokens=self.new_tokens,
-            pad_token_id=pad_token_id(self.loaded.tokenizer),
+            pad_token_id=pad_token_id(self.loaded.model, self.loaded.tokenizer),
         )
         ids = self._prompt()[:, :1]
         with torch.inference_mode():

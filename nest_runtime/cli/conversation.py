@@ -106,7 +106,7 @@ class Conversation:
             do_sample=False,
             max_new_tokens=self._room(ids.shape[1]),
             eos_token_id=end_token_ids(model, tokenizer) or None,
-            pad_token_id=pad_token_id(tokenizer),
+            pad_token_id=pad_token_id(model, tokenizer),
         )
 
         class Streamer(TextStreamer):

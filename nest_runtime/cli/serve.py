@@ -57,7 +57,10 @@ def serve(
     engine: Annotated[
         str,
         typer.Option(
-            "--engine", metavar="transformers|vllm", autocompletion=complete.engines, help="What computes the answers."
+            "--engine",
+            metavar="transformers|generate|vllm",
+            autocompletion=complete.engines,
+            help="What computes the answers.",
         ),
     ] = "transformers",
     engine_args: Annotated[
@@ -164,6 +167,10 @@ def serve(
     allow_special_tokens: Annotated[
         bool, typer.Option("--allow-special-tokens", help="Read control tokens in prompts as such, and not as text.")
     ] = False,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", metavar="N", min=1, help="Tokens of a prompt and its answer; what the model holds."),
+    ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write what clients ask into the log.")] = False,
     audit_file: Annotated[
         Path | None,
@@ -252,6 +259,7 @@ def serve(
             connections=max_connections,
             header_seconds=header_timeout,
             idle_seconds=idle_timeout,
+            context=context,
         ),
         allowed=Allowed(allow_completions, allow_prefill, allow_special_tokens),
         json=as_json,

@@ -106,7 +106,7 @@ class LocalBackend:
             do_sample=False,
             max_new_tokens=limit,
             eos_token_id=ends or None,
-            pad_token_id=pad_token_id(tokenizer),
+            pad_token_id=pad_token_id(model, tokenizer),
         )
         with self.using(choice.digest), torch.inference_mode():
             output = model.generate(

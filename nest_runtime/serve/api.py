@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -26,7 +26,7 @@ from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.patches import PatchTable, Served
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.problems import ApiError, ErrorBody, completions_closed, from_nest, unknown_model
-from nest_runtime.serve.prompts import Tokens, chat_tokens, completion_tokens, new_token_limits
+from nest_runtime.serve.prompts import Tokens, chat_tokens, check_ids, completion_tokens, new_token_limits
 from nest_runtime.serve.sampling import SamplingParams
 from nest_runtime.serve.schemas import ChatRequest, CompletionRequest, Sampling
 from nest_runtime.serve.texts import JsonRoute
@@ -79,7 +79,8 @@ class Service:
     def params(self, body: Sampling) -> SamplingParams:
         """The request's sampling, with the model's own defaults where the client says nothing."""
         default = self.defaults
-        return SamplingParams(
+        return replace(
+            default,
             temperature=default.temperature if body.temperature is None else body.temperature,
             top_p=default.top_p if body.top_p is None else body.top_p,
             top_k=default.top_k if body.top_k is None else body.top_k,
@@ -198,6 +199,7 @@ async def _answer(
 ) -> Response:
     chat = isinstance(body, ChatRequest)
     source = "messages" if chat else "prompt"
+    check_ids(prompts, service.engine.rows, source)
     most = new_token_limits(
         prompts,
         asked,

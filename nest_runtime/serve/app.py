@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 from nest_runtime import __version__
 from nest_runtime.addresses import is_loopback, networks_of
 from nest_runtime.errors import HubError, NestError, TrustError, UsageError
+from nest_runtime.generate import end_token_ids
 from nest_runtime.home import nest_home
 from nest_runtime.models import load_model
 from nest_runtime.registry.chain import actor
@@ -24,17 +25,22 @@ from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.admin import admin_routes
 from nest_runtime.serve.api import Service, probes, routes
 from nest_runtime.serve.audit import AuditLog
+from nest_runtime.serve.broken import Broken
 from nest_runtime.serve.config import ServeConfig, Tokens, read_tokens
 from nest_runtime.serve.connections import ADMIN, Crowd, clients_share, descriptors
 from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.follow import Following
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.middleware import Access, Frame, Secrets
+from nest_runtime.serve.own_rules import not_honoured, own_rules
 from nest_runtime.serve.patches import PatchTable, Served, Switch
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.problems import install
 from nest_runtime.serve.sampling import SamplingParams
+from nest_runtime.serve.tryout import Tryout
 from nest_runtime.train.control import controls
+
+SELFCHECK_TEXT = "One two three four five six seven eight nine ten, and so on to a hundred."
 
 log = logging.getLogger("nest_runtime.serve.server")
 
@@ -151,7 +157,20 @@ def build(config: ServeConfig) -> Server:
         follows_store=config.patch is None,
         policy=config.swap_policy,
     )
-    engine = Engine(loaded.model, runtime, config.limits, config.max_queue)
+    ends = end_token_ids(loaded.model, loaded.tokenizer)
+    own = loaded.model.generation_config
+    for name in not_honoured(own):
+        log.warning("the model's generation config asks for %s, which answers here do without", name)
+    engine = Engine(
+        loaded.model,
+        runtime,
+        config.limits,
+        config.max_queue,
+        ends=ends,
+        rules=own_rules(own, ends, loaded.model.device),
+        kind=config.engine,
+        text=loaded.tokenizer(SELFCHECK_TEXT, add_special_tokens=False)["input_ids"] or [0],
+    )
     service = Service(
         engine,
         table,
@@ -164,6 +183,8 @@ def build(config: ServeConfig) -> Server:
         allowed=config.allowed,
     )
     measure(service, name, loaded.hash)
+    table.loader.tryout = Tryout(loaded.model, runtime, loaded.tokenizer, engine.beside)
+    engine.on_blame = Broken(table, service.metrics).blamed
     following = None
     if config.follow is not None:
         following = Following(config.follow, service, store, audit, guard, model_name=loaded.name)
@@ -180,6 +201,7 @@ def sampling_defaults(model: Any) -> SamplingParams:
         temperature=1.0 if config.temperature is None else config.temperature,
         top_p=1.0 if config.top_p is None else config.top_p,
         top_k=config.top_k or None,
+        min_p=config.min_p or 0.0,
     )
 
 
@@ -286,6 +308,7 @@ def measure(service: Service, model_name: str, model_hash: str) -> None:
         "nest_patch_folded", "1 while the patch of all that runs stands in the weights.", lambda: engine.folded
     )
     metrics.watch("nest_prompt_tokens_reused", "Prompt tokens found in the cache.", lambda: engine.reused_tokens)
+    metrics.watch("nest_failed_passes", "Passes that failed and were dropped.", lambda: engine.failed_passes)
     metrics.watch("nest_engine_alive", "1 while the engine's thread runs.", lambda: engine.alive)
     metrics.server.info({"version": __version__, "model": model_name, "model_hash": model_hash})
 

@@ -1,4 +1,4 @@
-"""transformers' continuous batching, held at arm's length: every touch of its internals is in this file.
+"""transformers' continuous batching, held at arm's length: its internals are touched here and in recovery.py only.
 
 What is added to it (transformers 5.23):
 
@@ -8,7 +8,8 @@ What is added to it (transformers 5.23):
 - keys and values are shared between requests that begin alike only where their patch is the same
   (prefixes.py), so that none computed under one patch is read under another;
 - a patch that everybody is answered under is folded into the weights (steady.py);
-- results go to one callback instead of a queue that grows with requests nobody waits for.
+- results go to one callback instead of a queue that grows with requests nobody waits for;
+- a pass that raises, or gives values that are not finite, ends nobody but the request to blame (recovery.py).
 
 Asynchronous batching and CUDA graphs stay off: both would move work out of reach of the hooks.
 Nothing here knows of HTTP, model names or asyncio.
@@ -16,9 +17,9 @@ Nothing here knows of HTTP, model names or asyncio.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,43 +30,12 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from nest_runtime.errors import EngineError
 from nest_runtime.runtime import PatchRuntime
+from nest_runtime.serve.jobs import Blame, Delivery, Job, dead
 from nest_runtime.serve.prefixes import Prefixes
-from nest_runtime.serve.sampling import Sampler, choose_tokens
+from nest_runtime.serve.recovery import Recovery
+from nest_runtime.serve.sampling import NotFinite, all_finite, choose_tokens
 from nest_runtime.serve.sizes import PAGE_TOKENS, BatchSizes
 from nest_runtime.serve.steady import Steady
-
-
-@dataclass
-class Job:
-    """One sequence to generate.
-
-    Attributes:
-        id: unique in this engine.
-        prompt: token ids, at least one.
-        max_new_tokens: at least one.
-        eos: token ids that end the answer.
-        patch: the runtime's key of the patch to answer under, or None for the bare base.
-        sampler: its settings and dice.
-    """
-
-    id: str
-    prompt: Sequence[int]
-    max_new_tokens: int
-    eos: Sequence[int]
-    patch: str | None
-    sampler: Sampler
-    delivered: int = field(default=0, init=False)
-    canceled: bool = field(default=False, init=False)
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """What one step brought for one job: new tokens, or its end, or an error."""
-
-    job: str
-    tokens: tuple[int, ...] = ()
-    finished: bool = False
-    error: str | None = None
 
 
 class ContinuousBatch:
@@ -76,6 +46,7 @@ class ContinuousBatch:
         runtime: where the patches are; jobs name them by key.
         sizes: see sizes.py.
         deliver: called from the engine's thread with what each step brought; must not block.
+        blame: called from there with each job that failed a pass alone, after its end was delivered.
 
     Attributes:
         steady: what is folded into the weights.
@@ -87,11 +58,16 @@ class ContinuousBatch:
         runtime: PatchRuntime,
         sizes: BatchSizes,
         deliver: Callable[[list[Delivery]], None],
+        blame: Callable[[Blame], None],
     ) -> None:
+        self._model = model
         self._runtime = runtime
+        self._deliver, self._blame = deliver, blame
         self._jobs: dict[str, Job] = {}
+        self._recovery: Recovery | None = None
+        self._outputs = threading.local()  # hidden: of this thread's last pass, (1, tokens, d)
+        self._tap: Any = None
         self._prefixes: Prefixes | None = None
-        self._broken: Exception | None = None  # what a step raised: known before the library records it
         exact = model.dtype == torch.float32 and getattr(model, "hf_quantizer", None) is None
         self.steady = Steady(runtime, wanted=exact)
         self._manager = model.init_continuous_batching(
@@ -110,28 +86,27 @@ class ContinuousBatch:
             ),
         )
         self._manager.output_router = _Router(self._jobs, deliver)
-
-    def start(self) -> None:
-        """Allocate the cache and start the thread. Raises EngineError where memory does not suffice."""
         try:
             self._manager.warmup()  # creates the batch processor; there are no graphs to capture
-        except (MemoryError, ValueError, RuntimeError) as error:
+        except MemoryError as error:
             raise EngineError(f"the engine cannot start: {error}", "lower cache_tokens or batch_tokens") from error
+
+    def start(self) -> None:
+        """Start the thread."""
         processor = self._manager.batch_processor
         step, clear = processor._generation_step, processor.scheduler.clear_cancelled_requests
+        recovery = Recovery(self._manager, self._jobs, self._deliver, self._blame)
 
         def patched_step(model: Any) -> None:
+            batch = processor.inputs_and_outputs.requests_in_batch
+            recovery.running = tuple(future.state.request_id for future in batch)
             runs = list(self._runs())
             patches = {patch for patch, _ in runs}
-            try:
-                self.steady.before_step(patches)
-                # Whole batches under what is on for everybody need no choice of their own: passes are cheaper then.
-                same = patches == {self.steady.folded}
-                with nullcontext() if same else self._runtime.using_tokens(runs):
-                    step(model)
-            except Exception as error:
-                self._broken = error
-                raise
+            self.steady.before_step(patches)
+            # Whole batches under what is on for everybody need no choice of their own: passes are cheaper then.
+            same = patches == {self.steady.folded}
+            with nullcontext() if same else self._runtime.using_tokens(runs):
+                step(model)
 
         def forget_canceled() -> list[Any]:
             states = clear()
@@ -142,11 +117,15 @@ class ContinuousBatch:
         processor._generation_step = patched_step
         processor.model_runner._sample = self._sample
         processor.scheduler.clear_cancelled_requests = forget_canceled
+        self._recovery = recovery
         self._prefixes = Prefixes(processor.cache, PAGE_TOKENS, lambda job: self._jobs[job].patch)
+        self._tap = self._model.base_model.register_forward_hook(self._keep_hidden)
         self._manager.start()
 
     def stop(self, timeout: float = 10.0) -> None:
         """End the thread; jobs still running fail."""
+        if self._tap is not None:
+            self._tap.remove()
         if self._manager.batch_processor is None and not self._manager.is_running():
             return
         self._manager.stop(block=True, timeout=timeout, hard_stop=True)
@@ -188,6 +167,21 @@ class ContinuousBatch:
                     raise dead(self.fault) from error
             yield
 
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """A context in which another thread may call the model itself. Steps go on, where its attention knows both
+        kinds of call; else they wait, and it is told which kind comes.
+        """
+        if self._model.config._attn_implementation != "paged|eager":
+            yield
+            return
+        with self.pause():
+            self._model.set_attn_implementation("eager")
+            try:
+                yield
+            finally:
+                self._model.set_attn_implementation("paged|eager")
+
     @property
     def alive(self) -> bool:
         """Whether the engine's thread runs and takes requests."""
@@ -197,13 +191,19 @@ class ContinuousBatch:
     @property
     def fault(self) -> str | None:
         """What killed the thread, if something did."""
-        error = self._broken or self._manager.background_thread_status.fatal_error
+        own = None if self._recovery is None else self._recovery.fault
+        error = own or self._manager.background_thread_status.fatal_error
         return None if error is None else f"{type(error).__name__}: {error}"
 
     @property
     def jobs(self) -> int:
         """Jobs the engine has not finished or forgotten."""
         return len(self._jobs)
+
+    @property
+    def failed_passes(self) -> int:
+        """Passes that raised, or gave values that are not finite."""
+        return self._recovery.failures if self._recovery is not None else 0
 
     @property
     def reused_tokens(self) -> int:
@@ -213,6 +213,9 @@ class ContinuousBatch:
     def keys_in_use(self) -> set[str | None]:
         """Runtime keys of the patches that some job is, or was until this step, computed under."""
         return {job.patch for job in list(self._jobs.values())}
+
+    def _keep_hidden(self, module: Any, args: Any, output: Any) -> None:
+        self._outputs.hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
 
     def _runs(self) -> Iterator[tuple[str | None, int]]:
         """The flat batch as runs of (patch, tokens), neighbors under one patch joined."""
@@ -234,6 +237,9 @@ class ContinuousBatch:
         """Stands in for ModelRunner._sample. ``scores`` [1, rows, vocabulary]; rows of unfinished prompts come last."""
         batch = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         samplers = [self._jobs[future.state.request_id].sampler for future in batch if future.has_new_token]
+        hidden = self._outputs.__dict__.pop("hidden", None)
+        if hidden is not None and not all_finite(hidden):
+            raise NotFinite("the hidden states of this pass are not finite")
         if samplers:
             output_ids[0, : len(samplers)].copy_(choose_tokens(scores[0, : len(samplers)], samplers))
 
@@ -268,10 +274,3 @@ class _Router(OutputRouter):
         if output.status == RequestStatus.FAILED:
             error = output.error or "the engine gave no reason"
         return Delivery(job.id, tokens, output.is_finished(), error)
-
-
-def dead(fault: str | None) -> EngineError:
-    """The error of an engine whose thread is gone."""
-    return EngineError(
-        f"the engine has stopped{f': {fault}' if fault else ''}", "restart the server; its log has the traceback"
-    )

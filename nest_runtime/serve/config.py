@@ -19,7 +19,7 @@ from nest_runtime.names import did_you_mean
 from nest_runtime.secret_files import secret_lines
 from nest_runtime.serve.served import POLICIES, SwapPolicy
 
-ENGINES = ("transformers", "vllm")
+ENGINES = ("transformers", "generate", "vllm")
 _ORIGIN = re.compile(r"https?://[^/\s@?#]+")
 _HOST = re.compile(r"[A-Za-z0-9._-]+")
 _NAME = re.compile(r"[^\s@]{1,200}")
@@ -43,6 +43,7 @@ class Limits:
         connections: that clients may have open; None takes what the process's file descriptors allow.
         header_seconds: for the head of a request to come whole; the connection is closed then.
         idle_seconds: that a client may be silent between requests, or take nothing of its answer; the same then.
+        context: tokens that a prompt and its answer may have together, or None for what the model was made for.
     """
 
     running: int = 64
@@ -58,6 +59,7 @@ class Limits:
     connections: int | None = None
     header_seconds: float = 10.0
     idle_seconds: float = 30.0
+    context: int | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -72,7 +74,7 @@ class Limits:
         ):
             if getattr(self, name) <= 0:
                 raise UsageError(f"the limit {name} is {getattr(self, name)}", "give a number above zero")
-        for name in ("max_prompt_tokens", "max_tokens", "connections"):
+        for name in ("max_prompt_tokens", "max_tokens", "connections", "context"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UsageError(f"the limit {name} is {getattr(self, name)}", "give a number above zero, or none")
         if self.drain_seconds < 0:
@@ -146,7 +148,8 @@ class ServeConfig:
         limits: see :class:`Limits`.
         allowed: see :class:`Allowed`.
         json: events as JSON lines on stdout; else as sentences on stderr.
-        engine: ``transformers``, or ``vllm``, which must be installed (docs/engines.md).
+        engine: ``transformers``; ``generate`` for models that it does not page; or ``vllm``, which must be installed
+            (docs/engines.md).
         engine_args: more of vLLM's own arguments, as one would type them.
         device, dtype: as in models.load_model.
         trust_remote_code: run code that comes with the model; only when the user asked for it by this name.

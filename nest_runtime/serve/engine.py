@@ -12,22 +12,29 @@ import logging
 import math
 import time
 from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
+from nest_runtime.anatomy import unwrap
 from nest_runtime.errors import Draining, EngineError, QueueFull
+from nest_runtime.generate import embedding_rows
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.serve.cb import ContinuousBatch, Delivery, Job, dead
+from nest_runtime.serve.cb import ContinuousBatch
 from nest_runtime.serve.config import Limits
 from nest_runtime.serve.generation import ChoiceTokens, Generation, Work
+from nest_runtime.serve.jobs import Blame, Delivery, Job, dead
+from nest_runtime.serve.own_rules import Rules, no_rules
+from nest_runtime.serve.plain import PlainBatch
+from nest_runtime.serve.rope import context_of
 from nest_runtime.serve.sampling import Sampler, SamplingParams
+from nest_runtime.serve.selfcheck import Follower, Truth, tolerance, truths
 from nest_runtime.serve.served import BASE, NO_DIGEST, Served
-from nest_runtime.serve.sizes import fit_sizes
+from nest_runtime.serve.sizes import BatchSizes, fit_sizes
 from nest_runtime.serve.waiting import KEPT, Line
 
 WATCH_SECONDS = 0.2
-FALLBACK_CONTEXT = 4096
 
 __all__ = ["ChoiceTokens", "Engine", "Generation", "Work"]
 
@@ -42,17 +49,50 @@ class Engine:
         runtime: the patches.
         limits: batch and cache sizes.
         max_queue: sequences that may wait beyond ``limits.running``.
+        ends: token ids that end an answer (generate.end_token_ids).
+        rules: what the model's own generation config asks of every answer (own_rules.py).
+        kind: ``transformers`` or ``generate``.
+        text: ids of some text, for the comparison with ``model.generate`` at the start.
+
+    Attributes:
+        context: tokens that a prompt and its answer may have together.
+        rows: token ids that the model knows.
+
+    Raises EngineError where the model or its sizes are none for this engine.
     """
 
-    def __init__(self, model: Any, runtime: PatchRuntime, limits: Limits, max_queue: int) -> None:
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or FALLBACK_CONTEXT
-        sizes = fit_sizes(model, limits.running, limits.batch_tokens, limits.cache_tokens, positions)
-        self.context = min(positions, sizes.cache_tokens)
+    def __init__(
+        self,
+        model: Any,
+        runtime: PatchRuntime,
+        limits: Limits,
+        max_queue: int,
+        *,
+        ends: Sequence[int] = (),
+        rules: Rules = no_rules,
+        kind: str = "transformers",
+        text: Sequence[int] = (0,),
+    ) -> None:
+        positions = context_of(model, limits.context)
+        self._kind = kind
+        self._architecture = type(unwrap(model)).__name__
+        self._truths = truths(model, text)
+        self._tolerance = tolerance(model.dtype)
+        self._rules = rules
+        self.context = positions
+        if kind == "generate":
+            sizes = BatchSizes(limits.running + KEPT, limits.batch_tokens, positions)
+            self._batch: ContinuousBatch | PlainBatch = PlainBatch(model, runtime, sizes, self._deliver, self._blame)
+        else:
+            sizes = fit_sizes(model, limits.running, limits.batch_tokens, limits.cache_tokens, positions)
+            self.context = min(positions, sizes.cache_tokens)
+            self._batch = self._paged(model, runtime, replace(sizes, running=sizes.running + KEPT))
         self.capacity = limits.running + max_queue
-        self.eos = _eos_ids(model)
+        self.eos = tuple(ends)
+        self.rows = embedding_rows(model)
         self.draining = False
         self._running = limits.running
-        self._batch = ContinuousBatch(model, runtime, replace(sizes, running=sizes.running + KEPT), self._deliver)
+        self.on_blame: Callable[[Blame], None] = lambda blame: None  # on the event loop
         self._line = Line(self._batch, limits.running)
         self._owners: dict[str, Generation] = {}
         self._unread: set[Generation] = set()  # those whose answer is not all sent: an enforced switch replaces them
@@ -62,14 +102,69 @@ class Engine:
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the thread and generate one token on the bare base, so that ready means ready."""
+        """Start the thread and see that it computes what ``model.generate`` does, so that ready means ready.
+
+        Raises EngineError where it does not.
+        """
         self._loop = asyncio.get_running_loop()
         await asyncio.to_thread(self._batch.start)
         self._watcher = asyncio.create_task(self._watch())
-        probe = self.admit(Work(((0,),), (1,), 1, SamplingParams(), Served(None, BASE, NO_DIGEST)))
-        async for _ in probe.events():
-            pass
-        probe.cancel()
+        await self._compare()
+        self._truths = []
+
+    async def _compare(self) -> None:
+        """Each prompt alone, then all at once and each twice; see selfcheck.py."""
+        groups = [*([truth] for truth in self._truths), [*self._truths, *self._truths]]
+        try:
+            error = max([await self._follow(group) for group in groups])
+        except EngineError as failed:
+            raise self._unfit(f"it fails: {failed.message}") from failed
+        if error <= self._tolerance:
+            return
+        if isinstance(self._batch, PlainBatch) and self._batch.padded:
+            log.warning("%s reads padding: only prompts of one length share a batch", self._architecture)
+            self._batch.padded = False
+            await self._compare()
+            return
+        raise self._unfit(f"its logits are not those of model.generate ({error:.1%} off)")
+
+    async def _follow(self, group: Sequence[Truth]) -> float:
+        """Let the engine answer some prompts at once on the bare base; gives the largest error of its logits."""
+        work = Work(
+            tuple(truth.prompt for truth in group),
+            tuple(len(truth.tokens) for truth in group),
+            1,
+            SamplingParams(),
+            Served(None, BASE, NO_DIGEST),
+        )
+        followers = [Follower(truth) for truth in group]
+        jobs = [self._job(work, number) for number in range(len(group))]
+        for job, follower in zip(jobs, followers, strict=True):
+            job.eos, job.sampler = (), Sampler(work.params, rules=[follower], prompt=job.prompt)
+        generation = Generation(self, work, [job.id for job in jobs])
+        self._submit(generation, jobs)
+        try:
+            async for _ in generation.events():
+                pass
+        finally:
+            generation.cancel()
+        return max(follower.error() for follower in followers)
+
+    def _paged(self, model: Any, runtime: PatchRuntime, sizes: BatchSizes) -> ContinuousBatch:
+        try:
+            return ContinuousBatch(model, runtime, sizes, self._deliver, self._blame)
+        except EngineError:
+            raise
+        except Exception as error:  # of any kind: the library asks nothing of a model before it begins
+            raise self._unfit(f"it fails: {type(error).__name__}: {error}") from error
+
+    def _unfit(self, why: str) -> EngineError:
+        if self._kind == "generate":
+            return EngineError(f"{self._architecture} cannot be served: with the generate engine {why}", "report it")
+        return EngineError(
+            f"{self._architecture} cannot be served by the transformers engine: {why}",
+            "start with --engine generate, which serves every model that model.generate does, in plain batches",
+        )
 
     async def stop(self, drain_seconds: float = 0.0) -> None:
         """Take no more requests, wait for those in flight, and end the thread. Once is enough; twice does no harm."""
@@ -136,6 +231,10 @@ class Engine:
         """A context in which no step runs; see ContinuousBatch.pause."""
         return self._batch.pause()
 
+    def beside(self) -> AbstractContextManager[None]:
+        """A context in which the model may be called while the engine serves; see ContinuousBatch.beside."""
+        return self._batch.beside()
+
     def hold(self) -> AbstractContextManager[None]:
         """A context in which the engine leaves the runtime alone; see Steady.hold."""
         return self._batch.steady.hold()
@@ -170,6 +269,11 @@ class Engine:
         return self._batch.steady.folded is not None
 
     @property
+    def failed_passes(self) -> int:
+        """Passes that raised, or gave values that are not finite."""
+        return self._batch.failed_passes
+
+    @property
     def reused_tokens(self) -> int:
         """Prompt tokens that were not computed again."""
         return self._batch.reused_tokens
@@ -197,7 +301,12 @@ class Engine:
             max_new_tokens=work.max_new_tokens[prompt],
             eos=self.eos,
             patch=work.pin.key,
-            sampler=Sampler(work.params, index),
+            sampler=Sampler(
+                work.params,
+                index,
+                self._rules(len(work.prompts[prompt]), work.max_new_tokens[prompt]),
+                work.prompts[prompt],
+            ),
         )
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
@@ -205,6 +314,12 @@ class Engine:
         loop = self._loop
         if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(self._take, deliveries)
+
+    def _blame(self, blame: Blame) -> None:
+        """On the engine's thread: hand over to the event loop."""
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(lambda: self.on_blame(blame))
 
     def _take(self, deliveries: list[Delivery]) -> None:
         for delivery in deliveries:
@@ -233,13 +348,3 @@ class Engine:
 
 def _draining() -> Draining:
     return Draining("the server is shutting down", "send the request to another server, or again later")
-
-
-def _eos_ids(model: Any) -> tuple[int, ...]:
-    """The end-of-sequence ids that model.generate would use."""
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    if eos is None:
-        eos = getattr(model.config.get_text_config(), "eos_token_id", None)
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list | tuple) else (eos,)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nest_runtime.errors import EngineError, PatchReplaced
-from nest_runtime.serve.cb import Delivery
+from nest_runtime.serve.jobs import Delivery
 from nest_runtime.serve.sampling import SamplingParams
 from nest_runtime.serve.served import Served
 

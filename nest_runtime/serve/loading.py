@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from nest_runtime.errors import PatchNotFound, StoreError, UsageError
+from nest_runtime.errors import NestError, PatchNotFound, StoreError, UsageError
 from nest_runtime.patch import Patch
 from nest_runtime.registry.entries import check_names, entry_of
 from nest_runtime.registry.store import Entry, Store
@@ -57,12 +57,16 @@ class Loader:
     Attributes:
         guard: decides which patches are trusted; None trusts them all.
         veto: raises for a patch that must not answer any more.
+        tryout: raises for a patch that cannot be computed with, once it is on the model.
+        condemned: why a patch, by digest, is taken no more: it broke while it answered.
         steps: the engine.
     """
 
     def __init__(self, runtime: Holder, store: Store, model_hash: str, kept: Callable[[str], bool]) -> None:
         self.guard: Guard | None = None
         self.veto: Callable[[Patch], None] = lambda patch: None
+        self.tryout: Callable[[Patch], None] = lambda patch: None
+        self.condemned: dict[str, NestError] = {}
         self.steps: Steps = NoSteps()
         self._runtime = runtime
         self._store = store
@@ -150,12 +154,20 @@ class Loader:
         return tuple(entry for entry in self._store.list(self._hash) if entry.digest != patch.digest)
 
     def _judge(self, patch: Patch, ref: str | None, older: bool) -> Verified | None:
+        if patch.digest in self.condemned:
+            raise self.condemned[patch.digest]
         self.veto(patch)
         return None if self.guard is None else self.guard.check(patch, ref, allow_downgrade=older)
 
     def _add(self, patch: Patch) -> None:
         with self.steps.hold():  # steps go on while the patch is checked against the model
             self._runtime.add(patch, pause=self.steps.pause)
+            try:
+                self.tryout(patch)
+            except NestError:
+                with self.steps.pause():
+                    self._runtime.remove(patch.digest)
+                raise
 
     def _drop(self, digest: str, in_use: Callable[[], Collection[str | None]]) -> None:
         with self.steps.pause():

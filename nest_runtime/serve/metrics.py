@@ -48,6 +48,12 @@ class Metrics:
             ["patch", "outcome"],
             registry=registry,
         )
+        self.failed = Counter(
+            "nest_failed_requests",
+            "Requests that failed a pass all by themselves: values not finite, or an exception.",
+            ["reason", "patch"],
+            registry=registry,
+        )
         self.canceled = Counter(
             "nest_canceled_requests", "Requests given up: their client left, or time ran out.", registry=registry
         )

@@ -71,8 +71,8 @@ class PatchTable:
         self.on_switch: Callable[[Switch], None] = lambda switch: None
         self.on_refusal: Callable[[str, NestError], None] = lambda what, error: None
         self._audit = audit
-        self._loader = Loader(runtime, store, model_hash, lambda digest: digest in self._loaded)
-        self._loader.guard = guard
+        self.loader = Loader(runtime, store, model_hash, lambda digest: digest in self._loaded)
+        self.loader.guard = guard
         self._pool = Pool("switch", SWITCH_THREADS)
         self._durable = Durable(store, model_name, model_hash, follows_store=follows_store, guard=guard)
         self._verified: dict[str, Verified] = {}  # by digest, as of the last check
@@ -90,25 +90,25 @@ class PatchTable:
 
     @guard.setter
     def guard(self, guard: Guard | None) -> None:
-        self._durable.guard = self._loader.guard = guard
+        self._durable.guard = self.loader.guard = guard
 
     @property
     def steps(self) -> Steps:
         """The engine that computes on the model."""
-        return self._loader.steps
+        return self.loader.steps
 
     @steps.setter
     def steps(self, steps: Steps) -> None:
-        self._loader.steps = steps
+        self.loader.steps = steps
 
     @property
     def veto(self) -> Callable[[Patch], None]:
         """Raises for a patch that must not answer any more."""
-        return self._loader.veto
+        return self.loader.veto
 
     @veto.setter
     def veto(self, veto: Callable[[Patch], None]) -> None:
-        self._loader.veto = veto
+        self.loader.veto = veto
 
     def named(self, model: str) -> Served | None:
         """The patch that a client's ``model`` stands for, or None where there is no such name for clients.
@@ -218,7 +218,7 @@ class PatchTable:
                 await self._record(event, served)
                 del self._loaded[served.digest]
             try:
-                await self._loader.release(served.digest, in_use)
+                await self.loader.release(served.digest, in_use)
             except NestError:
                 self._loaded.setdefault(served.digest, served)
                 raise
@@ -231,7 +231,7 @@ class PatchTable:
         for served in self.loaded():
             assert served.patch is not None  # only patches are loaded
             try:
-                await self._loader.check(served.patch, None, older=True)
+                await self.loader.check(served.patch, None, older=True)
             except NestError as error:
                 self.on_refusal("recheck", error)
                 found.append(f"{served.label}, which is loaded, is not trusted any more: {error}")
@@ -240,8 +240,8 @@ class PatchTable:
     @asynccontextmanager
     async def _brought(self, ref: str, *, older: bool) -> AsyncIterator[Arrival]:
         """A context in which what a reference means is on the model; entered and left without holding the lock."""
-        known = await self._loader.meant(ref, self.loaded())
-        async with self._loader.bring(ref, known, older=older) as arrival:
+        known = await self.loader.meant(ref, self.loaded())
+        async with self.loader.bring(ref, known, older=older) as arrival:
             if arrival.verified is not None:
                 self._verified[arrival.patch.digest] = arrival.verified
             yield arrival
@@ -259,7 +259,7 @@ class PatchTable:
             raise StoreError(f"{served.label} is active", "activate another patch first")
         if self.is_exposed(served):
             raise StoreError(f"{served.label} is exposed to clients", "start the server without --expose for it")
-        if self._loader.wanted(served.digest):
+        if self.loader.wanted(served.digest):
             raise StoreError(f"{served.label} is being loaded or switched to", "try again when that is done")
         if served.key in in_use:
             raise StoreError(f"{served.label} still answers requests", "try again when they are done")

@@ -85,15 +85,21 @@ def _text_tokens(tokenizer: Any, text: str, allowed: Allowed) -> Tokens:
 
 
 def _given(tokenizer: Any, prompt: list[int], allowed: Allowed) -> Tokens:
-    vocabulary = len(tokenizer)
-    wrong = [token for token in prompt if not 0 <= token < vocabulary]
-    if wrong:
-        message = f"prompt: token {wrong[0]} is out of range [0, {vocabulary})"
-        raise ApiError(400, message, code="invalid_value", param="prompt")
     start = prompt[:1] == [tokenizer.bos_token_id]
     if not allowed.special_tokens and controls(tokenizer).count(prompt[start:]):
         raise control_tokens_closed("prompt")
     return tuple(prompt)
+
+
+def check_ids(prompts: Sequence[Tokens], rows: int, param: str) -> None:
+    """Raises ApiError 400 for a token that the model's embedding, of so many rows, does not know.
+
+    A tokenizer may know more tokens than the model: some were added, or belong to another form of it.
+    """
+    wrong = next((token for prompt in prompts for token in prompt if not 0 <= token < rows), None)
+    if wrong is not None:
+        message = f"{param}: token {wrong} is out of range [0, {rows}): the model has no such token"
+        raise ApiError(400, message, code="invalid_value", param=param)
 
 
 def new_token_limits(

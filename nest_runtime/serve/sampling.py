@@ -11,9 +11,14 @@ import hashlib
 import random
 import secrets
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+GREEDY_BELOW = 1e-5  # a temperature under this divides logits beyond what numbers hold, and means the likeliest token
+Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""A logits processor: token ids [1, tokens] and logits [1, vocabulary] → logits."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +26,10 @@ class SamplingParams:
     """How one answer is sampled.
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is whatever is under ``GREEDY_BELOW``.
         top_p: keep the likeliest tokens that together reach this probability, in (0, 1].
         top_k: keep this many likeliest tokens, or None for all.
+        min_p: keep tokens of at least this share of the likeliest one's probability.
         presence_penalty, frequency_penalty: subtracted from the logits of tokens already generated
             (once, and once per occurrence), as OpenAI documents them.
         seed: makes the answer reproducible, or None for a fresh one.
@@ -32,13 +38,14 @@ class SamplingParams:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int | None = None
+    min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < GREEDY_BELOW
 
     @property
     def penalized(self) -> bool:
@@ -52,10 +59,16 @@ class Sampler:
         params: the request's settings.
         index: which choice of the request this is; every choice has dice of its own, and choice 0
             is the same whether or not others were asked for.
+        rules: logits processors to go through first.
+        prompt: the sequence so far, for the rules.
     """
 
-    def __init__(self, params: SamplingParams, index: int = 0) -> None:
+    def __init__(
+        self, params: SamplingParams, index: int = 0, rules: Sequence[Rule] = (), prompt: Sequence[int] = ()
+    ) -> None:
         self.params = params
+        self.rules = tuple(rules)
+        self._tokens = list(prompt) if rules else []
         self.counts: Counter[int] = Counter()
         self._dice = None if params.greedy else random.Random(_dice_seed(params.seed, index))
 
@@ -64,10 +77,37 @@ class Sampler:
         assert self._dice is not None
         return self._dice.random()
 
+    def ruled(self, logits: torch.Tensor) -> torch.Tensor:
+        """One row of logits [vocabulary] after the rules."""
+        ids, scores = torch.tensor([self._tokens], device=logits.device), logits[None]
+        for rule in self.rules:
+            scores = rule(ids, scores)
+        return scores[0]
+
     def observe(self, token: int) -> None:
-        """Remember a chosen token, for the penalties."""
+        """Remember a chosen token, for the penalties and the rules."""
+        if self.rules:
+            self._tokens.append(token)
         if self.params.penalized:
             self.counts[token] += 1
+
+
+class NotFinite(Exception):
+    """A pass gave NaN or infinity.
+
+    Args:
+        message: where.
+        rows: of the logits, where they show it; empty where it was seen elsewhere.
+    """
+
+    def __init__(self, message: str, rows: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether every number is finite; one sum, unless that is not."""
+    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
 
 
 def choose_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor:
@@ -78,14 +118,20 @@ def choose_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor
         samplers: one per row; each sampled one draws exactly one number.
 
     Returns: [rows] int64, on the logits' device.
+
+    Raises NotFinite, before any sampler has drawn, for rows that hold NaN or no finite maximum. Logits of -inf are
+    tokens that a model rules out.
     """
     logits = _penalize(logits, samplers)
-    tokens = logits.argmax(dim=-1)  # (rows,)
+    best, tokens = logits.max(dim=-1)  # (rows,); NaN is larger than anything
+    if not all_finite(best):
+        rows = tuple((~best.isfinite()).nonzero().flatten().tolist())
+        raise NotFinite(f"the logits of {len(rows)} of {len(best)} sequences are not finite", rows)
     drawn = [row for row, sampler in enumerate(samplers) if not sampler.params.greedy]
     if drawn:
         index = torch.tensor(drawn, device=logits.device)
         tokens[index] = _sample(logits[index], [samplers[row] for row in drawn])
-    if any(sampler.params.penalized for sampler in samplers):
+    if any(sampler.params.penalized or sampler.rules for sampler in samplers):
         for sampler, token in zip(samplers, tokens.tolist(), strict=True):
             sampler.observe(token)
     return tokens
@@ -97,8 +143,9 @@ def _sample(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor:
     settings = torch.tensor(columns, dtype=torch.float64, device=logits.device)  # (rows, 3)
     temperature, top_p, uniform = settings[:, 0:1], settings[:, 1:2], settings[:, 2:3]
     probabilities = torch.softmax(logits.double() / temperature, dim=-1)  # (rows, vocabulary)
-    if any(s.params.top_p < 1 or s.params.top_k for s in samplers):
-        probabilities = _truncate(probabilities, top_p, [s.params.top_k for s in samplers])
+    if any(s.params.top_p < 1 or s.params.top_k or s.params.min_p for s in samplers):
+        min_p = torch.tensor([[s.params.min_p] for s in samplers], dtype=torch.float64, device=logits.device)
+        probabilities = _truncate(probabilities, top_p, [s.params.top_k for s in samplers], min_p)
     cumulative = probabilities.cumsum(dim=-1)
     target = uniform * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, target, right=True).squeeze(-1)  # (rows,)
@@ -107,8 +154,10 @@ def _sample(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor:
     return torch.minimum(chosen, last)
 
 
-def _truncate(probabilities: torch.Tensor, top_p: torch.Tensor, top_ks: list[int | None]) -> torch.Tensor:
-    """Zero what lies outside top-k and the nucleus; the likeliest token always stays."""
+def _truncate(
+    probabilities: torch.Tensor, top_p: torch.Tensor, top_ks: list[int | None], min_p: torch.Tensor
+) -> torch.Tensor:
+    """Zero what lies outside top-k, the nucleus and min-p; the likeliest token always stays."""
     vocabulary = probabilities.shape[-1]
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)  # (rows, vocabulary)
     keep_k = torch.tensor([k or vocabulary for k in top_ks], device=probabilities.device)[:, None]
@@ -116,16 +165,19 @@ def _truncate(probabilities: torch.Tensor, top_p: torch.Tensor, top_ks: list[int
     ordered = ordered.masked_fill(ranks >= keep_k, 0.0)
     ordered = ordered / ordered.sum(dim=-1, keepdim=True)
     before = ordered.cumsum(dim=-1) - ordered  # probability of everything likelier
-    outside = (before >= top_p) & (top_p < 1)
+    outside = ((before >= top_p) & (top_p < 1)) | (ordered < min_p * ordered[:, :1])
     outside[:, 0] = False
     return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(outside, 0.0))
 
 
 def _penalize(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor:
+    ruled = [(row, s) for row, s in enumerate(samplers) if s.rules]
     penalized = [(row, s) for row, s in enumerate(samplers) if s.params.penalized and s.counts]
-    if not penalized:
+    if not penalized and not ruled:
         return logits
     logits = logits.clone()
+    for row, sampler in ruled:
+        logits[row] = sampler.ruled(logits[row])
     for row, sampler in penalized:
         tokens = torch.tensor(list(sampler.counts), device=logits.device)
         counts = torch.tensor(list(sampler.counts.values()), dtype=logits.dtype, device=logits.device)

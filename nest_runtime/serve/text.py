@@ -1,7 +1,7 @@
 """From tokens to text, piece by piece: a stream shows exactly what the whole answer would.
 
 Two things are held back until they are certain: characters whose bytes are not all there yet, and
-text that may be the beginning of a stop string.
+text that may be the beginning of a stop string. Special tokens are never shown, and stop strings match them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+
+from nest_runtime.generate import special_tokens
 
 REPLACEMENT = "�"
 
@@ -70,13 +72,20 @@ class StopScanner:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
+        self._shown: list[str] = []  # of each character of that, itself, or nothing where it is not to be shown
         self.stopped = False
 
-    def add(self, text: str) -> str:
-        """Take text in; gives what is certainly part of the answer. Sets ``stopped`` at a stop string."""
+    def add(self, text: str, *, hidden: bool = False) -> str:
+        """Take text in; gives what is certainly part of the answer. Sets ``stopped`` at a stop string.
+
+        Args:
+            text: what comes next.
+            hidden: it is matched, and never given out.
+        """
         if self.stopped:
             return ""
         self._held += text
+        self._shown.extend([""] * len(text) if hidden else text)
         found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
@@ -88,7 +97,8 @@ class StopScanner:
         return "" if self.stopped else self._release(len(self._held))
 
     def _release(self, count: int) -> str:
-        text, self._held = self._held[:count], self._held[count:]
+        text = "".join(self._shown[:count])
+        self._held, self._shown = self._held[count:], self._shown[count:]
         return text
 
     def _partial(self) -> int:
@@ -106,6 +116,7 @@ class AnswerText:
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
         self._detokenizer = Detokenizer(tokenizer)
         self._scanner = StopScanner(stops)
+        self._specials = special_tokens(tokenizer) if stops else {}
 
     @property
     def stopped(self) -> bool:
@@ -114,7 +125,10 @@ class AnswerText:
 
     def add(self, token: int) -> str:
         """Take one token in; gives the text to show now."""
-        return self._scanner.add(self._detokenizer.add([token]))
+        text = self._scanner.add(self._detokenizer.add([token]))
+        if token in self._specials:
+            text += self._scanner.add(self._specials[token], hidden=True)
+        return text
 
     def finish(self) -> str:
         """The text held back so far, when no token will follow."""

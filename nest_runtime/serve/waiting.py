@@ -11,7 +11,7 @@ import logging
 from typing import Protocol
 
 from nest_runtime.errors import EngineError
-from nest_runtime.serve.cb import Job
+from nest_runtime.serve.jobs import Job
 
 KEPT = 4  # sequences that run beside the clients', for the operator
 

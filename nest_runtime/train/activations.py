@@ -137,7 +137,7 @@ def _run(
     starts = np.cumsum([0, *(len(batch) for batch in batches)])
     for number in team.share(range(len(batches)))[done:]:
         batch, offset = batches[number], int(starts[number])
-        ids, mask = pad_rows([prompts[index][0] for index in batch], pad_token_id(tokenizer), device_of(model))
+        ids, mask = pad_rows([prompts[index][0] for index in batch], pad_token_id(model, tokenizer), device_of(model))
         inputs = batch_inputs([prompts[index][1] for index in batch], ids, [0] * len(batch), dtype_of(model))
         pooled: dict[int, torch.Tensor] = {}
         with _pooling_hooks(model, projections, mask, pooling, pooled), torch.no_grad(), suppress(_Pooled):

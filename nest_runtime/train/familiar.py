@@ -58,7 +58,7 @@ def answer_loss(model: Any, tokenizer: Any, examples: Sequence[Example], answers
     texts = [tokenizer(answer, add_special_tokens=False)["input_ids"][:TOKENS] for answer in answers]
     ids, mask = pad_rows(
         [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)],
-        pad_token_id(tokenizer),
+        pad_token_id(model, tokenizer),
         device_of(model),
     )
     where = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)  # (rows, width): the next token is an answer's

@@ -105,7 +105,7 @@ def tune(
     best = deltas.copy()
     path = workdir / CHECKPOINT if workdir else None
     with _frozen(model), deltas.attached():
-        passes = Passes(model, deltas, pad_token_id(tokenizer), settings)
+        passes = Passes(model, deltas, pad_token_id(model, tokenizer), settings)
         passes.prepare(train)
         loaded = _load(path, deltas, optimizer)
         team.wait()  # nobody writes a checkpoint while another still reads one

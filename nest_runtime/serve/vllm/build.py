@@ -54,6 +54,7 @@ class VllmEngine:
     """
 
     reused_tokens = 0  # vLLM counts its own: vllm:prefix_cache_hits
+    failed_passes = 0  # vLLM ends with its first
 
     def __init__(self, replicas: Replicas, patches: InPlace | Adapters, flow: Flow, limits: Limits) -> None:
         self.replicas = replicas
