@@ -157,6 +157,8 @@ def encode(
     Raises:
         DataError: as :func:`render`; the tokenizer's control tokens cannot be told from text.
     """
+    if images_of(messages):
+        return encode_prompt(tokenizer, messages)[0]
     has_template = bool(getattr(tokenizer, "chat_template", None))
     special = bool(getattr(tokenizer, "adds_special", not has_template))
     if allow_special:
