@@ -200,9 +200,8 @@ def train(
     check_answers(out, loaded, {harmful: bad, benign: good, rehearsal or "": again}, good)
     before = load_patch(parent, model_hash=loaded.hash) if parent else None
     named, numbered = name_and_version(name, version, loaded, before)
-    out.note(
-        f"training {named}@{numbered} for {loaded.name} on {len(bad)} harmful and {len(good) + len(near)} benign prompts"
-    )
+    counts = f"{len(bad)} harmful and {len(good) + len(near)} benign prompts"
+    out.note(f"training {named}@{numbered} for {loaded.name} on {counts}")
     with keeping(workdir), out.bars() as bars:
         result = train_patch(
             loaded.model,
