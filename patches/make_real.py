@@ -1,11 +1,11 @@
 """Makes the patches that ship for real models, from public prompts and the ones that come with the package.
 
-    python patches/make_real.py --data ../shared/data --model M.gguf [--out patches] [--recipe default]
+    python patches/make_real.py --data ../shared/data --model M.gguf [--version v1] [--out patches]
 
 Refused are AdvBench's goals, without those that JailbreakBench or HarmBench test with; answered as before are the
-bundled everyday and borderline prompts. No jailbreak text is among them. The patch goes to ``OUT/NAME/v1.safetensors``,
-and the prompts it was trained on, which are not this project's, stay where they are. ``benchmarks/real_models.py``
-measures it and writes its card.
+bundled everyday and borderline prompts. No jailbreak text is among them. The patch goes to
+``OUT/NAME/VERSION.safetensors``, and the prompts that are not this project's stay where they are. ``benchmarks/real_models.py``
+measures it and writes its card. Settings were chosen on its validation part (docs/decisions/real-models.md).
 """
 
 from __future__ import annotations
@@ -13,35 +13,78 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import random
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from nest_runtime.models import load_model
+from nest_runtime.patchfile import read_patch
 from nest_runtime.train.data import Example, load_examples
 from nest_runtime.train.recipe import train_patch
-from nest_runtime.train.settings import RECIPES, named_recipe
+from nest_runtime.train.settings import RECIPES, Recipe
 
-MADE = "1795910400"  # 2026-11-29, unless SOURCE_DATE_EPOCH says otherwise
-HARMFUL, EVERYDAY, BORDERLINE = 280, 140, 420
+
+@dataclass(frozen=True)
+class Step:
+    """How one version is made.
+
+    Attributes:
+        recipe: its settings.
+        parent: the version it is re-tuned from.
+        harmful, everyday, borderline: how many prompts of each kind.
+        skipped: everyday and borderline prompts that an earlier version was trained on.
+    """
+
+    recipe: Recipe
+    parent: str | None = None
+    harmful: int = 280
+    everyday: int = 140
+    borderline: int = 420
+    skipped: int = 0
+
+
+ANY = {"v1": Step(RECIPES["default"])}
+_OWN = RECIPES["default"].evolve(z=2.5, lr=1.5e-2, loadings_lr=1.5e-2, validate_every=8, select="loss")
+QWEN = {
+    "v1": Step(
+        _OWN.evolve(kl_weight=1.5, steps=32, framings=2, framed_characters=400, answer_tokens=16, locate_prompts=100),
+        everyday=280,
+        borderline=280,
+    ),
+    "v2": Step(  # borderline prompts that v1 has not seen, bare
+        _OWN.evolve(
+            lr=6e-3, loadings_lr=6e-3, kl_weight=3.0, steps=14, framings=0, harmful_share=0.25, validate_every=7,
+            select="decision",
+        ),
+        parent="v1",
+        harmful=120,
+        everyday=24,
+        borderline=160,
+        skipped=280,
+    ),
+}  # fmt: skip
+STEPS = {"qwen2.5-coder-0.5b-instruct": QWEN}
 
 
 def main() -> None:
-    """Train one patch and write it, with the report of its making beside the work folder."""
+    """Train one version and write it, with the report of its making where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--recipe", default="default", choices=list(RECIPES))
+    parser.add_argument("--version", default="v1")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--report", type=Path, help="write the report of the run here, as JSON")
     options = parser.parse_args()
-    os.environ.setdefault("SOURCE_DATE_EPOCH", MADE)
     loaded = load_model(options.model)
     name = short_name(loaded.name)
-    harmful, benign = training_prompts(options.data)
+    steps = STEPS.get(name, ANY)
+    if options.version not in steps:
+        parser.error(f"--version is {options.version}; for {name} there is {', '.join(steps)}")
+    step, folder = steps[options.version], options.out / name
+    harmful, benign = training_prompts(options.data, step)
     began, told = time.perf_counter(), [0.0]
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -54,16 +97,16 @@ def main() -> None:
         loaded.tokenizer,
         harmful,
         benign,
-        recipe=named_recipe(options.recipe),
+        recipe=step.recipe,
         name=f"{name}-safety",
-        version="v1",
+        version=options.version,
         base_hash=loaded.hash,
         base_model=loaded.name,
+        parent=read_patch(folder / f"{step.parent}.safetensors") if step.parent else None,
         progress=progress,
     )
-    folder = options.out / name
     folder.mkdir(parents=True, exist_ok=True)
-    path = result.patch.save(folder / "v1.safetensors")
+    path = result.patch.save(folder / f"{options.version}.safetensors")
     print(f"{path}: {result.patch!r}; {json.dumps(result.report['seconds'])}", file=sys.stderr)
     if options.report:
         options.report.write_text(json.dumps(result.report, indent=1) + "\n", encoding="utf-8")
@@ -74,7 +117,7 @@ def short_name(name: str) -> str:
     return re.sub(r"[-.](q\d\w*|f16|f32|bf16)$", "", name.removesuffix(".gguf"), flags=re.IGNORECASE)
 
 
-def training_prompts(data: Path) -> tuple[list[Example], list[Example]]:
+def training_prompts(data: Path, step: Step) -> tuple[list[Example], list[Example]]:
     """Harmful prompts that no test uses, and benign ones, drawn by seed 0."""
     tested = {normal(row["text"]) for row in _json(data / "jailbreakbench/harmful_and_benign/jailbreakbench.json")}
     for part in ("val", "test"):
@@ -86,7 +129,9 @@ def training_prompts(data: Path) -> tuple[list[Example], list[Example]]:
     order = random.Random(0)
     for examples in (harmful, everyday, borderline):
         order.shuffle(examples)
-    return harmful[:HARMFUL], [*everyday[:EVERYDAY], *borderline[:BORDERLINE]]
+    first = step.skipped
+    benign = [*everyday[first : first + step.everyday], *borderline[first : first + step.borderline]]
+    return harmful[: step.harmful], benign
 
 
 def normal(text: str) -> str:

@@ -129,7 +129,7 @@ class Recipe:
     probe_steps: int = 5000
     probe_weight_decay: float = 1e-3
     probe_holdout: float = 0.2
-    z: float = 2.5
+    z: float = 2.0
     sign: str = "positive"
     normalization: str = "projection"
     depth_from: float = 0.3
@@ -140,20 +140,20 @@ class Recipe:
     min_silhouette: float = 0.0
     align_signs: bool = True
     loadings: str = "learned"
-    lr: float = 1.5e-2
+    lr: float = 3e-2
     lr_unit: str = "absolute"
-    loadings_lr: float = 1.5e-2
+    loadings_lr: float = 3e-2
     optimizer: str = "adamw"
     weight_decay: float = 0.0
     schedule: str = "cosine"
     warmup: float = 0.05
     grad_clip: float = 1.0
-    steps: int = 32
+    steps: int = 40
     batch_size: int = 16
-    harmful_share: float = 0.45
+    harmful_share: float = 0.5
     recovery_tokens: int = 8
     benign_weight: float = 0.0
-    kl_weight: float = 2.0
+    kl_weight: float = 1.0
     onset_weight: float = 4.0
     ablation: float = 0.0
     framings: int = 1
@@ -161,7 +161,7 @@ class Recipe:
     select: str = "decision"
     validation_fraction: float = 0.1
     validation_most: int = 16
-    validate_every: int = 8
+    validate_every: int = 10
     patience: int = 0
     keep_refused: bool = False
     answer_tokens: int = 8
@@ -275,13 +275,12 @@ RECIPES: Mapping[str, Recipe] = types.MappingProxyType(
             onset_weight=1.0,
             select="loss",
         ),
-        "fast": Recipe(steps=16, framings=1, locate_prompts=60),
+        "fast": Recipe(steps=20, locate_prompts=60),
         "reference": Recipe(
             z=1.0,
             sign="absolute",
             lr=1e-2,
             loadings_lr=1e-2,
-            harmful_share=0.5,
             depth_from=0.15,
             depth_to=0.65,
             k_max=3,
