@@ -4,8 +4,9 @@
 
 Refused are AdvBench's goals, without those that JailbreakBench or HarmBench test with; answered as before are the
 bundled everyday and borderline prompts. No jailbreak text is among them. The patch goes to
-``OUT/NAME/VERSION.safetensors``, and the prompts that are not this project's stay where they are. ``benchmarks/real_models.py``
-measures it and writes its card. Settings were chosen on its validation part (docs/decisions/real-models.md).
+``OUT/NAME/VERSION.safetensors``, and the prompts that are not this project's stay where they are.
+``benchmarks/real_models.py`` measures it and writes its card; settings were chosen on its validation part
+(docs/decisions/real-models.md).
 """
 
 from __future__ import annotations
