@@ -85,7 +85,7 @@ class Data:
 
     def jsonl(self, name: str, key: str) -> list[str]:
         """One field of a JSONL file's rows."""
-        lines = (self.folder / name).read_text(encoding="utf-8").splitlines()
+        lines = (self.folder / name).read_text(encoding="utf-8").split("\n")
         return [str(json.loads(line)[key]) for line in lines if line.strip()]
 
 
@@ -180,7 +180,7 @@ def utility(loaded: Any, data: Data, n: int) -> dict[str, float]:
 
 def ordinary(loaded: Any, data: Data, n: int, tokens: int, batch: int) -> list[Answer]:
     """Answers to Alpaca instructions, under the patch that is on."""
-    asked = [[user(text)] for text in drawn(data.jsonl("alpaca/alpaca_2000.jsonl", "instruction"), n, "alpaca")]
+    asked = [[user(text)] for text in drawn(data.jsonl("alpaca/alpaca_2000.jsonl", "prompt"), n, "alpaca")]
     return answer_conversations(loaded.model, loaded.tokenizer, asked, max_new_tokens=tokens, batch_size=batch)
 
 
@@ -189,7 +189,7 @@ def divergence(
 ) -> float:
     """KL(base ‖ patched), nats a token, on the base's own answers to Alpaca instructions."""
     readout, total, count = Readout(loaded.model), 0.0, 0
-    asked = drawn(data.jsonl("alpaca/alpaca_2000.jsonl", "instruction"), n, "alpaca")
+    asked = drawn(data.jsonl("alpaca/alpaca_2000.jsonl", "prompt"), n, "alpaca")
     for text, answer in zip(asked, answers, strict=True):
         prompt, own = encode(loaded.tokenizer, [user(text)]), loaded.tokenizer(answer.text, add_special_tokens=False)
         ids = torch.tensor([[*prompt, *own["input_ids"]]])
