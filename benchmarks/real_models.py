@@ -66,10 +66,10 @@ class Data:
         return [str(row["question"]) for row in found]
 
     def jbb(self, kind: str) -> list[str]:
-        """JailbreakBench's texts labelled ``harmful`` or ``benign``."""
+        """JailbreakBench's texts, ``harmful`` or ``benign`` (which the file calls safe)."""
         path = self.folder / "jailbreakbench" / "harmful_and_benign" / "jailbreakbench.json"
         found = json.loads(path.read_text(encoding="utf-8"))
-        return [str(row["text"]) for row in found if row["label"] == kind]
+        return [str(row["text"]) for row in found if (row["label"] == "harmful") == (kind == "harmful")]
 
     def harmbench(self, part: str) -> list[str]:
         """HarmBench's behaviors without context of their own."""
