@@ -90,6 +90,7 @@ def test_switching_needs_the_admin_token(server: Running, patches: list[Patch], 
 
     token = tmp_path / "token"
     token.write_text(TOKEN)
+    token.chmod(0o600)
     desk = open_desk(Source(url=server.url, admin_token_file=token), admin=True)
     plain = Changes(open_desk(Source(url=server.url), admin=True), lambda: [])
     assert "start it with --admin-token-file" in plain.rollback()[0]

@@ -165,6 +165,8 @@ def match(ref: str, entries: Iterable[Entry], model_hash: str | None = None) -> 
         where = f" for model {model_hash[:19]}" if model_hash else ""
         if not found:
             raise not_found(ref, mine, everything, where)
+        if model_hash is None:  # the model is the built-in one by default: what ships for others stands back
+            found = [e for e in found if not e.builtin or e.base_model == "reference"] or found
     if not found:
         raise not_found(ref, everything, everything, where)
     if len({entry.digest for entry in found}) > 1:
