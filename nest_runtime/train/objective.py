@@ -94,7 +94,7 @@ def summed(hidden: torch.Tensor, vocabulary: int, loss: Callable[[torch.Tensor, 
     """Σ ``loss(hidden[part], part)`` over slices of ``hidden`` (n, d), differentiable in ``hidden``."""
     slices = slices_of(len(hidden), vocabulary)
     if torch.is_grad_enabled() and hidden.requires_grad:
-        return _Sliced.apply(hidden, slices, loss)  # type: ignore[no-untyped-call]
+        return _Sliced.apply(hidden, slices, loss)
     values = [loss(hidden[part], part) for part in slices]
     return torch.stack(values).sum() if values else hidden.new_zeros((), dtype=torch.float32)
 
