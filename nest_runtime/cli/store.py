@@ -10,6 +10,18 @@ import typer
 from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_flag, base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, short, size
+from nest_runtime.cli.remote import (
+    SwapOption,
+    TokenOption,
+    UrlOption,
+    as_seen_there,
+    server_of,
+    servers_beside,
+    show_audit,
+    show_patches,
+    show_switch,
+    warn_of_servers,
+)
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption
 
 if TYPE_CHECKING:
@@ -37,28 +49,56 @@ def register(app: typer.Typer) -> None:
     add(
         "list",
         rich_help_panel=panel,
-        epilog=examples("nest-runtime list", "nest-runtime list --model reference --json"),
+        epilog=examples(
+            "nest-runtime list",
+            "nest-runtime list --model reference --json",
+            "nest-runtime list --url http://127.0.0.1:8000 --token-file admin.token",
+        ),
     )(list_patches)
     add("add", rich_help_panel=panel, epilog=examples("nest-runtime add my-patch.safetensors"))(add_patch)
     add("remove", rich_help_panel=panel, epilog=examples("nest-runtime remove my-safety@v1"))(remove)
     add(
         "activate",
         rich_help_panel=panel,
-        epilog=examples("nest-runtime activate v3", 'nest-runtime activate v2 --why "v3 refuses recipes"'),
+        epilog=examples(
+            "nest-runtime activate v3",
+            'nest-runtime activate v2 --why "v3 refuses recipes"',
+            "nest-runtime activate v2 --url http://127.0.0.1:8000 --token-file admin.token",
+        ),
     )(activate)
-    add("rollback", rich_help_panel=panel, epilog=examples('nest-runtime rollback --why "over-refusal"'))(rollback)
+    add(
+        "rollback",
+        rich_help_panel=panel,
+        epilog=examples(
+            'nest-runtime rollback --why "over-refusal"',
+            "nest-runtime rollback --url http://127.0.0.1:8000 --token-file admin.token",
+        ),
+    )(rollback)
     add("history", rich_help_panel=panel, epilog=examples("nest-runtime history", "nest-runtime history --verify"))(
         history
     )
     add("gc", rich_help_panel=panel, epilog=examples("nest-runtime gc"))(gc)
 
 
-def list_patches(ctx: typer.Context, model: OnlyModel = None, as_json: JsonOption = False) -> None:
-    """List the patches on this machine, those of the package included: for which base each is, and which are active."""
+def list_patches(
+    ctx: typer.Context,
+    model: OnlyModel = None,
+    url: UrlOption = None,
+    token_file: TokenOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the patches on this machine, those of the package included: for which base each is, and which are active.
+
+    With --url, list what a running server has loaded.
+    """
     from nest_runtime.registry.store import Store
 
     out = Output.of(ctx, as_json)
-    entries = Store().list(base_hash_of(model))
+    if (server := server_of(ctx, url, token_file)) is not None:
+        show_patches(out, server)
+        return
+    model_hash = base_hash_of(model)
+    entries, servers = Store().list(model_hash), servers_beside(None, model_hash)
 
     def render() -> None:
         if not entries:
@@ -77,9 +117,11 @@ def list_patches(ctx: typer.Context, model: OnlyModel = None, as_json: JsonOptio
         ]
         out.table(("", "PATCH", "FOR MODEL (HASH)", "DIGEST", "SIZE", ""), rows, right=("SIZE",))
         if any(e.active for e in entries):
-            out.note("* active")
+            out.note("* active in the store")
+        for server in servers:
+            out.note(f"the server at {server['url']} answers with {server['patch'] or 'what it does not say'}")
 
-    out.result({"patches": [entry.to_json() for entry in entries]}, render)
+    out.result({"patches": [entry.to_json() for entry in entries], "servers": servers}, render)
 
 
 def add_patch(
@@ -139,11 +181,15 @@ def activate(
     trust_policy: PolicyOption = None,
     allow_downgrade: DowngradeOption = False,
     why: Why = "",
+    url: UrlOption = None,
+    token_file: TokenOption = None,
+    swap_policy: SwapOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a patch the one that chat, eval and serve use for its model when none is named.
 
-    A file or a Hub reference is added to the store first. A server that is running keeps its patch.
+    A file or a Hub reference is added to the store first. A server that is running keeps its patch, and is named.
+    With --url it is that server that is switched, and its store with it.
     Where keys are trusted, here or in $NEST_HOME/trust.toml, the patch must pass: signature, revocations, serial.
     """
     from nest_runtime.registry.activation import Asked
@@ -152,7 +198,11 @@ def activate(
     from nest_runtime.registry.trust_guard import guard_for
     from nest_runtime.resolve import is_path, load_patch
 
-    out, store, model_hash = Output.of(ctx, as_json), Store(), base_hash_of(model)
+    out = Output.of(ctx, as_json)
+    if (server := server_of(ctx, url, token_file)) is not None:
+        show_switch(out, server, server.activate(as_seen_there(patch, server.url), swap_policy))
+        return
+    store, model_hash = Store(), base_hash_of(model)
     guard = guard_for(
         store,
         trust or (),
@@ -162,7 +212,8 @@ def activate(
     )
     foreign = is_path(patch) or patch.startswith("hf://")
     loaded = load_patch(patch) if foreign else store.get(patch, model_hash=model_hash)
-    _show_switch(out, put_in_force(store, loaded, guard, Asked(why=why), ref=patch, model_hash=model_hash))
+    done = put_in_force(store, loaded, guard, Asked(why=why), ref=patch, model_hash=model_hash)
+    _show_switch(out, done, f"activate {done.entry.key}")
 
 
 def rollback(
@@ -172,19 +223,27 @@ def rollback(
     require_signature: RequireOption = False,
     trust_policy: PolicyOption = None,
     why: Why = "",
+    url: UrlOption = None,
+    token_file: TokenOption = None,
+    swap_policy: SwapOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Go back to the patch that was active before the present one. Repeat it to go further back.
 
+    A server that is running keeps its patch, and is named. With --url it is that server that goes back.
     Where keys are trusted, its signature and the revocations are checked again; its lower serial is what is asked for.
     """
     from nest_runtime.registry.activation import Asked, roll_back
     from nest_runtime.registry.store import Store
     from nest_runtime.registry.trust_guard import guard_for
 
-    out, store, model_hash = Output.of(ctx, as_json), Store(), base_hash_of(model)
+    out = Output.of(ctx, as_json)
+    if (server := server_of(ctx, url, token_file)) is not None:
+        show_switch(out, server, server.rollback(swap_policy))
+        return
+    store, model_hash = Store(), base_hash_of(model)
     guard = guard_for(store, trust or (), require_signature=require_signature, policy_file=trust_policy)
-    _show_switch(out, roll_back(store, guard, Asked(why=why), model_hash=model_hash))
+    _show_switch(out, roll_back(store, guard, Asked(why=why), model_hash=model_hash), "rollback")
 
 
 def history(
@@ -198,15 +257,21 @@ def history(
         Path | None,
         typer.Option("--audit-file", metavar="FILE", help="A server's audit log; $NEST_HOME/audit.jsonl by default."),
     ] = None,
+    url: UrlOption = None,
+    token_file: TokenOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show who added, activated, rolled back or removed what, when and why.
+    """Show who added, activated, rolled back or removed what, when and why; with --url, a server's audit log.
 
     With --verify the server's audit log is checked as well: an edited or missing line ends with status 1.
     """
     from nest_runtime.registry.store import Store
 
-    out, store = Output.of(ctx, as_json), Store()
+    out = Output.of(ctx, as_json)
+    if (server := server_of(ctx, url, token_file)) is not None:
+        show_audit(out, server, last, verify)
+        return
+    store = Store()
     count = store.verify_history() if verify else None
     audited = _verify_audit(audit_file) if verify else None
     entries = store.history(base_hash_of(model))[-last:]
@@ -259,7 +324,7 @@ def _what(event: dict[str, Any]) -> str:
     return f"{event['name']}@{event['version']}" if event.get("name") else f"{len(event.get('removed', []))} objects"
 
 
-def _show_switch(out: Output, done: Activated) -> None:
+def _show_switch(out: Output, done: Activated, command: str) -> None:
     entry, verified = done.entry, done.verified
     was = done.previous.key if done.previous else None
     text = f"active: {entry.key} ({short(entry.digest)})" + (f", was {was}" if was and was != entry.key else "")
@@ -267,4 +332,6 @@ def _show_switch(out: Output, done: Activated) -> None:
     if verified is not None:
         text += f", signed by {verified.key}" if verified.signed_by else ", not signed"
         document |= {"signed": verified.signed_by is not None, "signed_by": verified.signed_by}
-    out.result(document, lambda: out.line(text))
+    servers = servers_beside(entry)
+    out.result({**document, "servers": servers}, lambda: out.line(text))
+    warn_of_servers(out, servers, command)

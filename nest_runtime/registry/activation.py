@@ -31,11 +31,13 @@ class Asked:
         who: ``user@host`` by default.
         why: their reason.
         allow_downgrade: going back to a lower serial is meant.
+        serving: the digest of what a server answers with, where the switch is its own (Index.before).
     """
 
     who: str = ""
     why: str = ""
     allow_downgrade: bool = False
+    serving: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def activate(
         store.add(patch, who=asked.who, why=why)
         if guard is None and ref is not None:
             keep_beside(store, patch, ref)
-        entry = store.activate(patch.digest, model_hash=model_hash, who=asked.who, why=why)
+        entry = store.activate(patch.digest, model_hash=model_hash, serving=asked.serving, who=asked.who, why=why)
         _accept(guard, patch, verified, asked.who, why)
     return Activated(entry, previous, verified)
 
@@ -114,15 +116,17 @@ def roll_back(
         UsageError: several models could be meant.
         TrustError: as ``Guard.check``.
     """
-    target = store.previous(model_hash)
+    target = store.previous(model_hash, serving=asked.serving)
     if target is None:
-        return Activated(store.rollback(model_hash), None, None)  # which says why there is none to go back to
+        return Activated(
+            store.rollback(model_hash, serving=asked.serving), None, None
+        )  # which says why there is none to go back to
     patch = store.read(target)
     verified = None if guard is None else guard.check(patch, allow_downgrade=True)
     why = _with_downgrade(asked.why, verified)
     with store.transaction(who=asked.who, why=why):
         previous = store.active(target.base_hash)
-        entry = store.rollback(target.base_hash, who=asked.who, why=why)
+        entry = store.rollback(target.base_hash, serving=asked.serving, who=asked.who, why=why)
         if entry.digest != (to or patch).digest:
             raise StoreError(
                 f"the store was changed meanwhile: it went back to {entry.key}, not to {(to or patch).version}",

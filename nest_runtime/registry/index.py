@@ -60,6 +60,19 @@ class Index:
         active = self.active_entry(entry.base_hash)
         return active is not None and active.digest == entry.digest
 
+    def before(self, base_hash: str, serving: str | None = None) -> list[Entry]:
+        """The activations that a rollback leaves: those before the one in force, oldest first.
+
+        Args:
+            base_hash: the model's.
+            serving: what a server answers with, by digest, where it may have parted from this store. What was activated
+                here after it was never on there, and goes with it; what was rolled back here stays so.
+        """
+        stack = self.active.get(base_hash, [])
+        digest = stack[-1].digest if stack and serving is None else serving
+        places = [place for place, entry in enumerate(stack) if entry.digest == digest]
+        return stack[: places[-1]] if places else [*stack]
+
     def only_model(self) -> str:
         """The one model that has an active patch. Raises StoreError for none, UsageError for several."""
         models = sorted(model for model, stack in self.active.items() if stack)

@@ -87,11 +87,11 @@ class Store:
         entry = self._load().active_entry(model_hash)
         return entry.marked(active=True) if entry else None
 
-    def previous(self, model_hash: str | None = None) -> Entry | None:
+    def previous(self, model_hash: str | None = None, *, serving: str | None = None) -> Entry | None:
         """The entry that ``rollback`` would make active, or None. Raises StoreError or UsageError as it does."""
         index = self._load()
-        stack = index.active.get(model_hash or index.only_model(), [])
-        return stack[-2] if len(stack) > 1 else None
+        left = index.before(model_hash or index.only_model(), serving)
+        return left[-1] if left else None
 
     def active_patch(self, model_hash: str) -> Patch | None:
         """The patch that is active for a model, verified like ``get``, or None."""
@@ -145,8 +145,10 @@ class Store:
             self._commit(index, "remove", entry, who, why)
         return entry
 
-    def activate(self, ref: str, *, model_hash: str | None = None, who: str = "", why: str = "") -> Entry:
-        """Make a patch the active one of its base model, after checking its bytes.
+    def activate(
+        self, ref: str, *, model_hash: str | None = None, serving: str | None = None, who: str = "", why: str = ""
+    ) -> Entry:
+        """Make a patch the active one of its base model, after checking its bytes. ``serving``: as in ``rollback``.
 
         Raises what ``get`` raises, and BaseMismatch where a digest names a patch of another base than ``model_hash``.
         """
@@ -163,32 +165,37 @@ class Store:
             if entry.builtin:  # its bytes are kept, so that an update of the package cannot take an active patch away
                 write_object(self.root, entry.digest, to_bytes(patch))
             stack = index.active.setdefault(entry.base_hash, [])
+            del stack[len(index.before(entry.base_hash, serving)) + 1 :]  # what a server never had on
             if not stack or stack[-1].digest != entry.digest:
                 stack.append(entry)
                 del stack[:-MAX_ROLLBACKS]
             self._commit(index, "activate", entry, who, why)
         return entry.marked(active=True)
 
-    def rollback(self, model_hash: str | None = None, *, who: str = "", why: str = "") -> Entry:
+    def rollback(
+        self, model_hash: str | None = None, *, serving: str | None = None, who: str = "", why: str = ""
+    ) -> Entry:
         """Make the patch active that was so before the present one; gives it. Repeated, it goes further back.
 
         Args:
             model_hash: the model; may be left out where only one has an active patch.
+            serving: the digest of the patch that is left, where that is a server's and not the store's (Index.before).
             who, why: for the history.
 
         Raises StoreError where there is nothing to go back to, UsageError where several models could be meant.
         """
         with self._writing() as index:
             model = model_hash or index.only_model()
-            stack = index.active.get(model, [])
-            if len(stack) < 2:
-                now = f"{stack[-1].key} is the first patch activated" if stack else "no patch is active"
+            left = index.before(model, serving)
+            if not left:
+                first = index.active_entry(model)
+                now = f"{first.key} is the first patch activated" if first else "no patch is active"
                 raise StoreError(
                     f"{now} for model {model[:19]}: nothing to roll back to", "activate a patch by name instead"
                 )
-            entry = stack[-2]
+            entry = left[-1]
             self.read(entry)
-            stack.pop()
+            index.active[model] = left
             self._commit(index, "rollback", entry, who, why)
         return entry.marked(active=True)
 

@@ -33,10 +33,11 @@ def admin_routes(service: Service, audit: AuditLog) -> APIRouter:
 
     @router.get("/v1/patches")
     async def patches() -> dict[str, Any]:
-        """Every loaded patch, and which one is active."""
+        """Every loaded patch, which one is active, and whether the store names the same."""
         in_flight = engine.in_flight()
         rows = [_row(service, served, in_flight[served.label]) for served in table.loaded()]
-        return {"object": "list", "active": table.active.label, "digest": table.active.digest, "patches": rows}
+        found = {"object": "list", "active": table.active.label, "digest": table.active.digest, "patches": rows}
+        return {**found, "store": await table.stored()}
 
     @router.post("/v1/patches")
     async def load(body: PatchRef, request: Request) -> dict[str, Any]:

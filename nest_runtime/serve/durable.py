@@ -5,7 +5,7 @@ Blocking; the table calls it from a thread, one change at a time.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nest_runtime.patch import Patch
 from nest_runtime.registry.activation import Asked, accept, activate, roll_back
@@ -35,23 +35,51 @@ class Durable:
         self._hash = model_hash
         self._server = f"the server of {model_name}"
 
-    def previous(self) -> Entry | None:
-        """The store's patch that a rollback returns to, or None."""
-        return self._store.previous(self._hash)
+    def active(self) -> Entry | None:
+        """The store's active patch of this model, or None: not this server's where somebody changed the store."""
+        return self._store.active(self._hash)
 
-    def write(self, what: str, new: Patch, who: str) -> None:
+    def stored(self, serving: str | None) -> dict[str, Any]:
+        """What the store names as active, whether switches of this server are written there, and whether both agree.
+
+        Args:
+            serving: the digest of the patch that answers here, or None for the base.
+        """
+        entry = self.active()
+        return {
+            "active": None if entry is None else entry.key,
+            "digest": None if entry is None else entry.digest,
+            "followed": self.follows_store,
+            "agrees": serving == (None if entry is None else entry.digest),
+        }
+
+    def parted(self, serving: str | None) -> str:
+        """The end of a sentence that says where store and server have parted; empty where they agree."""
+        stored = self.stored(serving)
+        if stored["agrees"] or stored["active"] is None:
+            return ""
+        why = "" if self.follows_store else " (it was started with --patch, and has a history of its own)"
+        return f"; the store names {stored['active']}, which this server was not switched to{why}"
+
+    def previous(self, serving: str) -> Entry | None:
+        """The store's patch that a rollback from ``serving``, a digest, returns to, or None."""
+        return self._store.previous(self._hash, serving=serving)
+
+    def write(self, what: str, new: Patch, who: str, serving: str) -> None:
         """Write down that ``new`` is put in force: all of it, or nothing.
 
         Args:
             what: "activate" or "rollback".
             new: the patch.
             who: for the histories.
+            serving: the digest of the patch that it replaces here; the store may name another meanwhile.
 
         Raises NestError or OSError where that cannot be done; the store then names what it named before.
         """
         back = what == "rollback"
-        asked = Asked(who, f"{'rolled back' if back else 'activated'} on {self._server}", allow_downgrade=back)
-        active = self._store.active(self._hash) if self.follows_store else None
+        why = f"{'rolled back' if back else 'activated'} on {self._server}"
+        asked = Asked(who, why, allow_downgrade=back, serving=serving)
+        active = self.active() if self.follows_store else None
         if not self.follows_store or (not back and active is not None and active.digest == new.digest):
             accept(new, self.guard, asked)
         elif back:

@@ -267,7 +267,7 @@ class PatchTable:
     async def _switch(self, what: str, served: Served, started: float, who: str, policy: SwapPolicy) -> Switch:
         previous = self.active
         if served.patch is not None:
-            await self._pool.run(self._durable.write, what, served.patch, who)
+            await self._pool.run(self._durable.write, what, served.patch, who, previous.digest)
         if what == "rollback":
             self._before = self._before[:-1]
         elif previous != served:
@@ -281,18 +281,19 @@ class PatchTable:
 
     async def _earlier(self) -> str:
         """The digest of the patch that a rollback returns to; the store's, where the server follows it."""
-        nothing = StoreError(
-            f"{self.active.label} is the first patch of this server: nothing to roll back to",
-            "activate a patch by name instead",
-        )
-        if self._durable.follows_store:
-            entry = await self._pool.run(self._durable.previous)
-            if entry is None:
-                raise nothing
-            return entry.digest
-        if not self._before or self._before[-1].key is None:
-            raise nothing
-        return self._before[-1].digest
+        if self._durable.follows_store and self.active.key is not None:
+            entry = await self._pool.run(self._durable.previous, self.active.digest)
+            if entry is not None:
+                return entry.digest
+        elif self._before and self._before[-1].key is not None:
+            return self._before[-1].digest
+        first = f"{self.active.label} is the first that answers here: nothing to roll back to"
+        parted = await self._pool.run(self._durable.parted, self.active.key)
+        raise StoreError(first + parted, "activate a patch by name instead")
+
+    async def stored(self) -> dict[str, Any]:
+        """What the store says is active, and whether this server agrees; see Durable.stored."""
+        return await self._pool.run(self._durable.stored, self.active.key)
 
     def _find(self, version: str) -> Served:
         for served in self._loaded.values():

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import os
 import signal
 import socket
 import threading
@@ -25,6 +26,7 @@ from nest_runtime.serve.app import Server, admin_app, asgi_app, build
 from nest_runtime.serve.config import ServeConfig, is_loopback, readable_by_others
 from nest_runtime.serve.connections import Crowd, backlog, descriptors
 from nest_runtime.serve.events import Emit, Event, json_events, json_line, sentence, set_up_logging
+from nest_runtime.serve.running import Note, noted
 
 
 def serve(config: ServeConfig, *, on_event: Emit | None = None, until: threading.Event | None = None) -> None:
@@ -124,11 +126,13 @@ async def run(
 ) -> None:
     """Start a built server on bound sockets, and answer until a signal comes or ``until`` is set."""
     engine, table = server.service.engine, server.service.table
+    notes = contextlib.ExitStack()
 
     def ready() -> None:
         patch = table.active
         event = {"event": "ready", "url": _url(port), "model": table.model_name}
         event |= {"patch": patch.label, "digest": patch.digest}
+        notes.enter_context(noted(note_of(server, _url(port), None if admin_port is None else _url(admin_port))))
         emit(event if admin_port is None else {**event, "admin_url": _url(admin_port)})
 
     def leaving() -> None:
@@ -152,7 +156,15 @@ async def run(
             if watch is not None:
                 watch.cancel()
     finally:
+        notes.close()
         await engine.stop()
+
+
+def note_of(server: Server, url: str, admin_url: str | None) -> Note:
+    """What commands on this machine are to know of a running server."""
+    config, table = server.config, server.service.table
+    admin = admin_url or (None if config.admin_token_file is None else url)
+    return Note(url, admin, os.getpid(), table.model_name, table.model_hash, config.patch is None)
 
 
 @contextlib.asynccontextmanager

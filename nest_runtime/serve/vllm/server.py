@@ -19,7 +19,8 @@ from nest_runtime.models import resolve_model
 from nest_runtime.serve.app import Server
 from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.events import Emit, json_events, json_line, sentence, set_up_logging
-from nest_runtime.serve.server import admin_listener, bind, bind_admin, reread_on_hangup, warn
+from nest_runtime.serve.running import noted
+from nest_runtime.serve.server import admin_listener, bind, bind_admin, note_of, reread_on_hangup, warn
 from nest_runtime.serve.vllm.arguments import engine_arguments, environment
 from nest_runtime.serve.vllm.plugin import PLAN
 
@@ -88,6 +89,7 @@ class _Said:
         if self._admin_port is not None:
             host, number = self._admin_port.getsockname()[:2]
             event["admin_url"] = f"http://{host}:{number}"
+        self._stack.enter_context(noted(note_of(server, url, event.get("admin_url"))))
         self._emit(event)
 
 
