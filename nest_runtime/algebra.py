@@ -51,9 +51,9 @@ def diff(old: Patch, new: Patch) -> dict[str, Any]:
     sites = [row for name in names if (row := _diff_site(name, before.get(name), after.get(name)))]
     old_header, new_header = old.header(), new.header()
     fields = {
-        key: {"old": old_header[key], "new": new_header[key]}
-        for key in old_header
-        if key != "sites" and old_header[key] != new_header[key]
+        key: {"old": old_header.get(key), "new": new_header.get(key)}
+        for key in dict.fromkeys([*old_header, *new_header])
+        if key != "sites" and old_header.get(key) != new_header.get(key)
     }
     return {
         "old": old.digest,

@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nest_runtime.claims import Claims
 from nest_runtime.errors import PatchFormatError, SiteMismatch
 from nest_runtime.site import DELTA_DTYPES, Site
 from nest_runtime.values import MAX_INT, FrozenTensor, canonical_json, content_digest, freeze_json, thaw_json
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
     from nest_runtime.anatomy import Projection
 
 __all__ = [
+    "CLAIMS_VERSION",
     "DELTA_DTYPES",
     "FORMAT_VERSION",
+    "FORMAT_VERSIONS",
+    "Claims",
     "FrozenTensor",
     "Patch",
     "Site",
@@ -42,6 +46,8 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+CLAIMS_VERSION = 2  # of patches with claims, and of no others
+FORMAT_VERSIONS = (FORMAT_VERSION, CLAIMS_VERSION)
 
 _SHA256 = r"sha256:[0-9a-f]{64}"
 _LABEL = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}"
@@ -75,6 +81,7 @@ class Patch:
         parent: digest of the patch this one was re-tuned from, or None.
         method, data, metrics: settings, digests of training data, figures: JSON values, read-only.
         created: ISO 8601, UTC.
+        claims: what is promised of it (claims.py), or None. They name the digest of the patch without them.
     """
 
     name: str
@@ -90,17 +97,26 @@ class Patch:
     data: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     created: str = ""
+    claims: Claims | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
         for key in ("method", "data", "metrics"):
             object.__setattr__(self, key, freeze_json(getattr(self, key), key))
+        if self.claims is not None and not isinstance(self.claims, Claims):
+            object.__setattr__(self, "claims", Claims.parse(self.claims))
         _check_fields(self)
+        _check_claims(self)
 
     @cached_property
     def digest(self) -> str:
         """``sha256:<hex>`` over the header (without digest) and every tensor's name, dtype, shape and bytes."""
         return content_digest(self.header(), self.tensors)
+
+    @cached_property
+    def bare_digest(self) -> str:
+        """The digest of this patch without its claims; what they are about."""
+        return self.digest if self.claims is None else content_digest(self._header(None), self.tensors)
 
     @property
     def tensors(self) -> dict[str, FrozenTensor]:
@@ -130,9 +146,13 @@ class Patch:
         )
 
     def header(self) -> dict[str, Any]:
-        """The header as plain JSON values, without the digest."""
+        """The header as plain JSON values, without the digest; ``claims`` stands in it where there are any."""
+        return self._header(self.claims)
+
+    def _header(self, claims: Claims | None) -> dict[str, Any]:
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if claims is None else CLAIMS_VERSION,
+            **({} if claims is None else {"claims": claims.to_json()}),
             "name": self.name,
             "version": self.version,
             "serial": self.serial,
@@ -149,8 +169,8 @@ class Patch:
         }
 
     def evolve(self, **changes: Any) -> Patch:
-        """A copy with other header fields or sites; the digest follows."""
-        return replace(self, **changes)
+        """A copy with other header fields or sites; the digest follows, and claims about this one do not."""
+        return replace(self, **({"claims": None, **changes} if changes else {}))
 
     def save(self, path: str | Path) -> Path:
         """Write this patch as a safetensors file, atomically (patchfile.save_patch)."""
@@ -195,6 +215,14 @@ def check_sites(patch: Patch, projections: Iterable[Projection]) -> None:
                     f"site {site.name} has {key} {mine} in patch {patch.name}@{patch.version}, {theirs} in the model",
                     f"use the model the patch was made for ({patch.base_model or patch.base_hash})",
                 )
+
+
+def _check_claims(patch: Patch) -> None:
+    if patch.claims is not None and patch.claims.patch != patch.bare_digest:
+        raise PatchFormatError(
+            f"claims are about {patch.claims.patch[:19]}; without them this patch is {patch.bare_digest[:19]}",
+            "claims belong to one content: measure this patch anew with `nest-runtime claim`",
+        )
 
 
 def _check_fields(patch: Patch) -> None:

@@ -19,7 +19,7 @@ from nest_runtime.errors import DigestMismatch, NestError, PatchFormatError, Pat
 from nest_runtime.framing import Entry, Frame, FramingError, header_length, parse_frame, parse_object
 from nest_runtime.home import expand
 from nest_runtime.io import Unfit, atomic_write, open_file
-from nest_runtime.patch import FORMAT_VERSION, Patch
+from nest_runtime.patch import CLAIMS_VERSION, FORMAT_VERSIONS, Patch
 from nest_runtime.site import PARTS, REQUIRED_PARTS, Site, check_parts
 from nest_runtime.values import FrozenTensor, canonical_json, digest_of
 
@@ -193,11 +193,10 @@ def _metadata(frame: Frame) -> dict[str, Any]:
 
 def _check_header(fields: Mapping[str, Any]) -> None:
     version = fields.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise PatchFormatError(
-            f"format version {version!r:.80}; this release reads {FORMAT_VERSION}", "upgrade nest-runtime"
-        )
-    _check_types(fields, _FIELDS, "header")
+    if type(version) is not int or version not in FORMAT_VERSIONS:
+        known = " and ".join(map(str, FORMAT_VERSIONS))
+        raise PatchFormatError(f"format version {version!r:.80}; this release reads {known}", "upgrade nest-runtime")
+    _check_types(fields, {**_FIELDS, "claims": (dict,)} if version == CLAIMS_VERSION else _FIELDS, "header")
     for site in fields["sites"]:
         if not isinstance(site, dict):
             raise PatchFormatError(f"header: a site is {site!r:.80}; expected an object", "re-export the patch")

@@ -1,4 +1,4 @@
-"""The comparison: cells, resuming, the sweep's choice, rows, claims, tables, pictures, and the command."""
+"""The comparison: cells, resuming, the sweep's choice, rows, the paper, tables, pictures, and the command."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from nest_runtime.cli import compare as command
 from nest_runtime.errors import DataError, UsageError
 from nest_runtime.evaluate.cases import Case, user
 from nest_runtime.evaluate.cells import Cell
-from nest_runtime.evaluate.claims import claims
 from nest_runtime.evaluate.compare import Comparison, Outcome, Plan
 from nest_runtime.evaluate.comparison import document, rows
 from nest_runtime.evaluate.comparison_tables import markdown
 from nest_runtime.evaluate.judges.base import Judge, Verdict
+from nest_runtime.evaluate.paper import against_paper
 from nest_runtime.evaluate.plots import draw, styles
 from nest_runtime.evaluate.provenance import provenance
 from nest_runtime.evaluate.records import Record
@@ -317,7 +317,7 @@ def test_rows_average_over_seeds_and_keep_the_interval_of_one() -> None:
     assert lora["over_refusal"] is None
 
 
-def test_claims_compare_with_the_paper_s_figures() -> None:
+def test_results_compare_with_the_paper_s_figures() -> None:
     cells = [
         _cell("base", [True] * 20),
         _cell("lora", [True] * 4 + [False] * 16, trainable=1000),
@@ -325,7 +325,7 @@ def test_claims_compare_with_the_paper_s_figures() -> None:
         _cell("random-neurons", [True] * 15 + [False] * 5),
         _cell("nest", [True] * 2 + [False] * 18, trainable=100),
     ]
-    found = {item["claim"]: item for item in claims(cells, rows(cells, {}))}
+    found = {item["claim"]: item for item in against_paper(cells, rows(cells, {}))}
     assert found["ASR relative to base"]["measured"] == pytest.approx(-0.9)
     assert not found["ASR relative to base"]["met"]  # the paper's is 90.2 %
     assert (found["ASR relative to lora"]["measured"], found["ASR relative to lora"]["met"]) == (-0.5, True)

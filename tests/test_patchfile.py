@@ -138,7 +138,7 @@ def test_a_header_over_the_limit_is_not_written() -> None:
 # Each malformed file has its own message.
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", 1.0, True, None])
+@pytest.mark.parametrize("version", [0, 3, "1", 1.0, True, None])
 def test_unknown_format_version(data: bytes, version: object) -> None:
     refused(with_header(data, format_version=version), "format version", repr(version), "reads 1")
 

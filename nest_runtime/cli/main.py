@@ -19,6 +19,7 @@ from nest_runtime.cli import (
     bench,
     channel,
     chat,
+    claim,
     compare,
     demo,
     doctor,
@@ -71,6 +72,7 @@ for family in (
     store,
     remote,
     trust,
+    claim,
     hub,
     channel,
 ):

@@ -129,6 +129,8 @@ def describe(patch: Patch) -> dict[str, Any]:
 
 
 def _render_patch(out: Output, document: dict[str, Any]) -> None:
+    from nest_runtime.claims import Claims
+
     counts = f"{document['parameters']:,} parameters, {document['neurons']:,} neurons"
     out.pairs(
         {
@@ -141,6 +143,14 @@ def _render_patch(out: Output, document: dict[str, Any]) -> None:
             "size": f"{counts}, {size(document['bytes'])}",
         }
     )
+    if "claims" in document:
+        out.line()
+        claims = Claims.parse(document["claims"])
+        out.line(
+            f"claims, measured {claims.date[:10]}, judged by {claims.judge}; `verify --claims` measures them again"
+        )
+        rows = [(row.suite, row.measure, row.bound, percent(row.value), row.n) for row in claims.rows]
+        out.table(("SUITE", "MEASURE", "LIMIT", "MEASURED", "N"), rows, right=("MEASURED", "N"))
     if document["metrics"]:
         out.line()
         out.pairs(_flat(document["metrics"]))

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nest_runtime.cli import complete
+from nest_runtime.cli import claim, complete
+from nest_runtime.cli.claim import AllowJudge, BehaviorsOption
 from nest_runtime.cli.common import base_hash_of, examples
-from nest_runtime.cli.output import JsonOption, Output, short
+from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output, short
 from nest_runtime.home import expand
 
 if TYPE_CHECKING:
+    from nest_runtime.patch import Patch
     from nest_runtime.registry.policy import Policy
     from nest_runtime.registry.trust import Verified
 
@@ -65,7 +67,10 @@ def register(app: typer.Typer) -> None:
     add(
         "verify",
         rich_help_panel=panel,
-        epilog=examples("nest-runtime verify v3.safetensors --trust nest.pub", "nest-runtime verify v3"),
+        epilog=examples(
+            "nest-runtime verify v3.safetensors --trust nest.pub",
+            "nest-runtime verify v3 --claims --model ./my-model",
+        ),
     )(verify)
     add(
         "revocations",
@@ -144,25 +149,54 @@ def verify(
     trust: TrustOption = None,
     trust_policy: PolicyOption = None,
     model: WhoseModel = None,
+    claims: Annotated[
+        bool, typer.Option("--claims", help="Measure its claims again, on --model or the base that it was made on.")
+    ] = False,
+    behaviors: BehaviorsOption = None,
+    judge: AllowJudge = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Check a patch's signature, and that it is not revoked. Exit status 3 where it must not be trusted.
 
-    With --trust those keys alone count; without it, those of the trust policy.
+    With --trust those keys alone count; without it, those of the trust policy. With --claims the exit status is 1
+    unless every claim could be measured and holds; where no key is trusted the signature is not checked then.
     """
-    from nest_runtime.registry.trust import check_revoked, verify_patch
-    from nest_runtime.registry.trust_state import TrustState
+    from nest_runtime.errors import UsageError
 
-    out, policy, path = Output.of(ctx, as_json), _only(trust, trust_policy), _path(patch)
-    verified = verify_patch(path, policy) if path is not None else _verify_stored(patch, model, policy)
-    # What was accepted here does not count: to look at an old patch is no downgrade.
-    check_revoked(verified.name, verified.version, verified.digest, policy, TrustState())
+    out, path = Output.of(ctx, as_json), _path(patch)
+    if not claims and (behaviors or judge):
+        raise UsageError("--behaviors and --judge are for claims", "give --claims, or leave them out")
+    policy = _only(trust, trust_policy) if not claims or trust or trust_policy else _policy_or_none()
+    verified = _verified(patch, path, model, policy) if policy is not None else None
 
     def render() -> None:
-        by = f"{verified.key} ({short(verified.signed_by)})"
-        out.line(f"good signature on {verified.name}@{verified.version} ({short(verified.digest)}) by {by}")
+        if verified is not None:
+            by = f"{verified.key} ({short(verified.signed_by)})"
+            out.line(f"good signature on {verified.name}@{verified.version} ({short(verified.digest)}) by {by}")
 
-    out.result(verified.to_json(), render)
+    if not claims:
+        assert verified is not None  # _only gives a policy, or raises
+        out.result(verified.to_json(), render)
+        return
+    subject = _subject(patch, path, model, verified)
+    rows = claim.check(out, subject, claim.means_for(subject, model, behaviors, judge, device, dtype))
+    identity = {field: getattr(subject, field) for field in ("name", "version", "serial", "digest", "base_hash")}
+    signed = {"signed_by": None, "key": ""} if verified is None else verified.to_json()
+    ok = all(row.ok for row in rows)
+
+    def render_all() -> None:
+        render()
+        claim.render_checked(out, rows)
+        held = sum(row.ok for row in rows)
+        out.line(f"{held} of {len(rows)} claims of {subject.name}@{subject.version} hold")
+        if verified is None:
+            out.note("no key is trusted here, so the signature was not checked: give --trust KEY.pub")
+
+    out.result({**signed, **identity, "ok": ok, "claims": [row.to_json() for row in rows]}, render_all)
+    if not ok:
+        raise typer.Exit(1)
 
 
 def revocations(
@@ -221,6 +255,37 @@ def _verify_stored(ref: str, model: str | None, policy: Policy) -> Verified:
     store = Store()
     patch = store.get(ref, model_hash=base_hash_of(model))
     return Guard(policy, store).check(patch, allow_downgrade=True)
+
+
+def _verified(ref: str, path: Path | None, model: str | None, policy: Policy) -> Verified:
+    from nest_runtime.registry.trust import check_revoked, verify_patch
+    from nest_runtime.registry.trust_state import TrustState
+
+    verified = verify_patch(path, policy) if path is not None else _verify_stored(ref, model, policy)
+    # What was accepted here does not count: to look at an old patch is no downgrade.
+    check_revoked(verified.name, verified.version, verified.digest, policy, TrustState())
+    return verified
+
+
+def _subject(ref: str, path: Path | None, model: str | None, verified: Verified | None) -> Patch:
+    """The patch to measure: the very one that was verified. Raises DigestMismatch where it is another by now."""
+    from nest_runtime.errors import DigestMismatch
+    from nest_runtime.registry.trust_material import patch_path
+    from nest_runtime.resolve import load_patch
+
+    name = ref if path is None else patch_path(path)
+    patch = load_patch(name, model_hash=base_hash_of(model))
+    if verified is not None and patch.digest != verified.digest:
+        raise DigestMismatch(f"{ref} was changed while it was looked at", "see who writes to it, and try again")
+    return patch
+
+
+def _policy_or_none() -> Policy | None:
+    """The trust policy of this machine with a signature required, or None where no key is trusted."""
+    from nest_runtime.registry.policy import default_policy
+
+    policy = default_policy()
+    return _only(None, None) if policy is not None and policy.keys else None
 
 
 def _only(keys: list[Path] | None, file: Path | None) -> Policy:

@@ -12,9 +12,9 @@ from typing import Any
 
 from nest_runtime.evaluate.cases import MEASURES
 from nest_runtime.evaluate.cells import Cell
-from nest_runtime.evaluate.claims import claims
 from nest_runtime.evaluate.compare import Outcome
 from nest_runtime.evaluate.paired import headline, trials, versus
+from nest_runtime.evaluate.paper import against_paper
 from nest_runtime.evaluate.records import Record, other_share, rate_of
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.stats import Rate
@@ -23,12 +23,12 @@ FORMAT = 1
 
 
 def document(outcome: Outcome, titles: Mapping[str, str]) -> dict[str, Any]:
-    """The whole comparison as JSON values: ``rows`` first, then sweep, claims and identity."""
+    """The whole comparison as JSON values: ``rows`` first, then the paper's figures, sweep and identity."""
     table = rows(outcome.cells, titles)
     return {
         "format": FORMAT,
         "rows": table,
-        "claims": claims(outcome.cells, table),
+        "paper": against_paper(outcome.cells, table),
         "sweep": [
             {name: getattr(row, name) for name in ("method", "knob", "value", *MEASURES, "other", "score", "chosen")}
             for row in outcome.sweep

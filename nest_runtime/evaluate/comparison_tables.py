@@ -1,4 +1,4 @@
-"""A comparison's JSON (comparison.document) as Markdown: the rows, the claims, the sweep, remarks."""
+"""A comparison's JSON (comparison.document) as Markdown: the rows, the paper's figures, the sweep, remarks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from nest_runtime.evaluate.markdown import NONE, interval, p_value, percent, sig
 
 
 def markdown(data: Mapping[str, Any]) -> str:
-    """The table of rows, the claims, and the sweep."""
+    """The table of rows, the paper's figures, and the sweep."""
     notes = "\n".join(f"Note: {note}." for note in data["notes"])
-    parts = [_about(data), _rows_table(data["rows"]), _claims_table(data["claims"]), _sweep_table(data["sweep"]), notes]
+    parts = [_about(data), _rows_table(data["rows"]), _paper_table(data["paper"]), _sweep_table(data["sweep"]), notes]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -56,7 +56,7 @@ def _suites(row: Mapping[str, Any], extra: Sequence[str]) -> list[str]:
     return [*by_suite, percent(row["over_refusal"]), percent(row["utility"])]
 
 
-def _claims_table(found: Sequence[Mapping[str, Any]]) -> str:
+def _paper_table(found: Sequence[Mapping[str, Any]]) -> str:
     if not found:
         return ""
     lines = []

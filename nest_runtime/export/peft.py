@@ -24,7 +24,7 @@ from nest_runtime.export.folder import NOTE, new_folder, write_note
 from nest_runtime.export.lora import Pair, b_index, layout_of, pairs_of
 from nest_runtime.home import expand
 from nest_runtime.io import replacing
-from nest_runtime.patch import FORMAT_VERSION, Patch, Site
+from nest_runtime.patch import FORMAT_VERSIONS, Patch, Site
 from nest_runtime.projection import Projection
 from nest_runtime.values import torch_dtype
 
@@ -196,8 +196,8 @@ def _metadata(patch: Patch, layout: Mapping[str, Projection]) -> dict[str, str]:
 
 
 def _rebuild(header: Mapping[str, Any], index: Sequence[Any], tensors: Mapping[str, torch.Tensor]) -> Patch:
-    if header["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format version {header['format_version']!r}; this release reads {FORMAT_VERSION}")
+    if header["format_version"] not in FORMAT_VERSIONS:
+        raise ValueError(f"format version {header['format_version']!r}; this release reads {FORMAT_VERSIONS}")
     layout = {facts["projection"]["name"]: Projection(**facts["projection"]) for facts in index}
     columns: Counter[str] = Counter()  # of each module, those that sites before have taken
     sites = []

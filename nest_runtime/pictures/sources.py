@@ -52,7 +52,7 @@ def read_sources(refs: Sequence[str], *, model_hash: str | None = None) -> Sourc
         value = _read(expand(ref))
         if "records" in value:
             results.append(EvalResult.from_json(value))
-        elif "rows" in value and "claims" in value:
+        elif "rows" in value and "sweep" in value:
             comparisons.append(value)
         else:
             from nest_runtime.train.sites import read_sites
@@ -69,7 +69,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise DataError(f"there is no file {path}", hint) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}", hint) from None
-    if not isinstance(value, dict) or not {"sites", "records", "claims"} & value.keys():
+    if not isinstance(value, dict) or not {"sites", "records", "sweep"} & value.keys():
         summary = isinstance(value, dict) and "asr" in value
         what = "is a summary without the answers" if summary else "holds nothing that can be drawn"
         raise DataError(f"{path} {what}", "give what `eval --out FILE` wrote" if summary else hint)

@@ -1,4 +1,4 @@
-"""The paper's claims beside what a comparison came to."""
+"""The paper's figures beside what a comparison came to."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ UTILITY_POINT = 0.01
 CONTROLS = {"nest": "random-neurons", "nest-loadings": "random-loadings"}
 
 
-def claims(cells: Sequence[Cell], table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The paper's claims beside what came out, for ``nest`` and ``nest-loadings``, as far as their rows are there.
+def against_paper(cells: Sequence[Cell], table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The paper's figures beside what came out, for ``nest`` and ``nest-loadings``, as far as their rows are there.
 
     ``met`` compares point estimates; the p-values and intervals say how sure that is.
     """
