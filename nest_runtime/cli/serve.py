@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
         rich_help_panel="Run",
         epilog=examples(
             "nest-runtime serve --patch v3",
+            "nest-runtime serve org/name --patch v1",
             "nest-runtime serve --patch v3 --expose v2 --expose-base --port 8080",
             "nest-runtime serve --trust nest.pub --require-signature",
             "nest-runtime serve --follow hf://my-org/my-safety@stable --every 60s",
@@ -32,6 +33,10 @@ def register(app: typer.Typer) -> None:
 
 def serve(
     ctx: typer.Context,
+    model_named: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", autocompletion=complete.models, help="The same as --model."),
+    ] = None,
     model: ModelOption = "reference",
     patch: Annotated[
         str | None,
@@ -83,6 +88,20 @@ def serve(
     ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", metavar="FILE", help="Keys, one a line; clients must send one.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key", metavar="KEY", help="A key that clients may send; others on this machine can see it."
+        ),
+    ] = None,
+    ssl_certfile: Annotated[
+        Path | None,
+        typer.Option("--ssl-certfile", metavar="FILE", help="Speak TLS, with this certificate and its chain (PEM)."),
+    ] = None,
+    ssl_keyfile: Annotated[
+        Path | None,
+        typer.Option("--ssl-keyfile", metavar="FILE", help="Its private key, where it is not in the same file."),
     ] = None,
     trusted_proxy: Annotated[
         list[str] | None,
@@ -229,7 +248,7 @@ def serve(
             max_refused=gate_max_refused,
         )
     config = ServeConfig(
-        model=model_for(ctx, out, model, patch),
+        model=_model_named(ctx, model_named, model) or model_for(ctx, out, model, patch),
         patch=patch,
         expose=tuple(expose or ()),
         expose_base=expose_base,
@@ -239,6 +258,9 @@ def serve(
         admin_host=admin_host,
         admin_port=admin_port,
         api_key_file=api_key_file,
+        api_keys=tuple(api_key or ()),
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
         served_name=served_name,
         cors_origins=tuple(cors_origin or ()),
         allowed_hosts=tuple(allowed_host or ()),
@@ -284,3 +306,13 @@ def serve(
         run_vllm(config, on_event=on_event)
     else:
         run_server(config, on_event=on_event)
+
+
+def _model_named(ctx: typer.Context, named: str | None, option: str) -> str | None:
+    """The model that stands on the line by itself, or None. Raises UsageError where --model names another one."""
+    from nest_runtime.errors import UsageError
+
+    source = ctx.get_parameter_source("model")
+    if named is not None and named != option and source is not None and source.name == "COMMANDLINE":
+        raise UsageError(f"two models are named: {named} and --model {option}", "name one")
+    return named

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp
 
 from nest_runtime import __version__
@@ -33,6 +34,7 @@ from nest_runtime.serve.follow import Following
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.middleware import Access, Frame, Secrets
 from nest_runtime.serve.own_rules import not_honoured, own_rules
+from nest_runtime.serve.pages import pages
 from nest_runtime.serve.patches import PatchTable, Served, Switch
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.problems import install
@@ -222,7 +224,7 @@ def asgi_app(server: Server) -> ASGIApp:
     watch("nest_connections_limit", "Connections that clients may have.", lambda: crowd.limit)
     watch("nest_connections_turned_away", "Closed to keep to that limit, so far.", lambda: crowd.turned_away)
     watch("nest_connections_slow", "Closed because their client was slow, so far.", lambda: crowd.slow)
-    routers = [routes(server.service), probes(server.service)]
+    routers = [routes(server.service), probes(server.service), pages(server.service, keyed=server.config.keyed)]
     if admin_here:
         routers.append(admin_routes(server.service, server.audit))
     return framed(server, fastapi_app(routers, lifespan), server.config.host, admin_here=admin_here)
@@ -236,12 +238,12 @@ def admin_app(server: Server) -> ASGIApp:
 
 
 def fastapi_app(routers: list[APIRouter], lifespan: Any = None) -> FastAPI:
-    """An app of some routes, whose errors have OpenAI's shape."""
-    app = FastAPI(
+    """An app of some routes, whose errors have OpenAI's shape; its /docs load nothing from elsewhere."""
+    app = FastAPIOffline(
         title="nest-runtime",
         version=__version__,
         description="OpenAI-compatible API; every answer names the safety patch that it was given under.",
-        docs_url=None,
+        docs_url="/docs",
         redoc_url=None,
         lifespan=lifespan,
     )
@@ -292,6 +294,8 @@ def guard_of(config: ServeConfig, store: Store) -> Guard | None:
 def secrets_of(config: ServeConfig) -> tuple[Tokens | None, Tokens | None]:
     """API keys and admin tokens, read from their files. Raises UsageError."""
     api_keys = None if config.api_key_file is None else read_tokens(config.api_key_file, "API key file")
+    if config.api_keys:
+        api_keys = Tokens((*(api_keys.secrets if api_keys else ()), *config.api_keys))
     admin = None
     if config.admin_token_file is not None:
         admin = read_tokens(config.admin_token_file, "admin token file", secret=True)

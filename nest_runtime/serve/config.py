@@ -136,7 +136,9 @@ class ServeConfig:
         admin_host, admin_port: where the admin API listens, and only there; without a port it is where the rest is.
             The host is 127.0.0.1 unless given.
         admin_token_file: one token per line; None switches the admin API off.
-        api_key_file: one key per line; None lets anyone who reaches the port ask.
+        api_key_file: one key per line; without it and ``api_keys`` anyone who reaches the port may ask.
+        api_keys: more keys.
+        ssl_certfile, ssl_keyfile: the certificate and key of every listener, in PEM; None speaks plain HTTP.
         served_name: what clients call the model; None takes the model's own name.
         cors_origins: sites whose pages may ask from a browser, as ``https://app.example``, or ``*`` for all; none may
             unless given.
@@ -172,6 +174,9 @@ class ServeConfig:
     admin_port: int | None = None
     admin_token_file: Path | None = None
     api_key_file: Path | None = None
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
     served_name: str | None = None
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
@@ -197,6 +202,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "expose", tuple(self.expose))
         object.__setattr__(self, "trust", tuple(self.trust))
+        object.__setattr__(self, "api_keys", tuple(self.api_keys))
         object.__setattr__(self, "trusted_proxies", tuple(self.trusted_proxies))
         object.__setattr__(self, "cors_origins", tuple(self.cors_origins))
         object.__setattr__(self, "allowed_hosts", tuple(self.allowed_hosts))
@@ -222,6 +228,10 @@ class ServeConfig:
         if self.swap_policy not in POLICIES:
             near = did_you_mean(self.swap_policy, POLICIES)
             raise UsageError(f"the swap policy is {self.swap_policy!r}", f"{near}give one of {', '.join(POLICIES)}")
+        if any(not key.strip() or key != key.strip() for key in self.api_keys):
+            raise UsageError("an --api-key is empty, or has spaces around it", "give the key as clients send it")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise UsageError("--ssl-keyfile is given without --ssl-certfile", "give both, or neither")
         networks_of(self.trusted_proxies)  # raises for what is no address
         if self.max_queue < 0:
             raise UsageError(f"max_queue is {self.max_queue}", "give zero or more")
@@ -238,6 +248,16 @@ class ServeConfig:
         for host in self.allowed_hosts:
             if not _HOST.fullmatch(host):
                 raise UsageError(f"the host {host!r} is none", "write a name as app.example, without a port")
+
+    @property
+    def keyed(self) -> bool:
+        """Whether clients have to send a key."""
+        return self.api_key_file is not None or bool(self.api_keys)
+
+    @property
+    def scheme(self) -> str:
+        """``https`` where there is a certificate, else ``http``."""
+        return "http" if self.ssl_certfile is None else "https"
 
     @property
     def loopback(self) -> bool:

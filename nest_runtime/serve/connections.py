@@ -50,6 +50,16 @@ def backlog(most: int | None) -> int:
     return 128 if most is None else max(16, min(128, most // 8))
 
 
+def _hold_back(transport: Any) -> None:
+    """Let a transport take nothing that it cannot send: what is not sent yet stays where it can be taken back."""
+    wire = getattr(getattr(transport, "_ssl_protocol", None), "_transport", None)
+    if wire is None:
+        transport.set_write_buffer_limits(high=0)
+        return
+    transport.set_write_buffer_limits(high=1, low=0)  # asyncio's TLS pauses at `high`, and not above it
+    wire.set_write_buffer_limits(high=0)
+
+
 @dataclass
 class Crowd:
     """The connections of one listener.
@@ -142,7 +152,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # what is not sent yet stays where it can be taken back: with us
+        _hold_back(transport)
         port = transport.get_extra_info("socket")
         if port is not None and hasattr(socket, "TCP_NOTSENT_LOWAT"):
             with suppress(OSError):  # no TCP

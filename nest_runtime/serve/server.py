@@ -13,6 +13,7 @@ import gc
 import os
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
@@ -43,6 +44,7 @@ def serve(config: ServeConfig, *, on_event: Emit | None = None, until: threading
     if until is None:  # the process is the server's own
         emit = _settled(emit)
     set_up_logging(config.json)
+    check_tls(config)
     with contextlib.closing(bind(config)) as port, bind_admin(config) as admin_port:
         warn(config, emit)
         emit({"event": "loading", "model": config.model, "patch": config.patch})
@@ -129,11 +131,13 @@ async def run(
     notes = contextlib.ExitStack()
 
     def ready() -> None:
-        patch = table.active
-        event = {"event": "ready", "url": _url(port), "model": table.model_name}
+        patch, url = table.active, _url(port, server.config)
+        event = {"event": "ready", "url": url, "model": table.model_name}
         event |= {"patch": patch.label, "digest": patch.digest}
-        notes.enter_context(noted(note_of(server, _url(port), None if admin_port is None else _url(admin_port))))
-        emit(event if admin_port is None else {**event, "admin_url": _url(admin_port)})
+        if admin_port is not None:
+            event["admin_url"] = _url(admin_port, server.config)
+        notes.enter_context(noted(note_of(server, url, event.get("admin_url"))))
+        emit(event)
 
     def leaving() -> None:
         if not engine.draining:
@@ -226,6 +230,8 @@ def _uvicorn_config(
         access_log=False,
         proxy_headers=False,  # who asks is read from the connection, and from proxies that were named (clients.py)
         lifespan=lifespan,
+        ssl_certfile=server.config.ssl_certfile,
+        ssl_keyfile=server.config.ssl_keyfile,
         timeout_graceful_shutdown=max(1, round(server.config.limits.drain_seconds)),
         server_header=False,
     )
@@ -278,22 +284,40 @@ def _port_taken(host: str, number: int) -> EngineError:
     return EngineError(f"port {number} on {host} is in use", "stop the other server, or give another --port")
 
 
+def check_tls(config: ServeConfig) -> None:
+    """Read certificate and key, before anything is loaded. Raises UsageError where they are none, or no pair."""
+    if config.ssl_certfile is None:
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        files = f"{config.ssl_certfile}{f' and {config.ssl_keyfile}' if config.ssl_keyfile else ''}"
+        raise UsageError(
+            f"{files} cannot be used for TLS: {error}", "give a certificate with its chain and its key, in PEM"
+        ) from error
+
+
 def warn(config: ServeConfig, emit: Emit) -> None:
     """Say what of a configuration is open to strangers."""
 
     def say(message: str) -> None:
         emit({"event": "warning", "message": message})
 
-    if not config.loopback and config.api_key_file is None:
+    if config.api_keys:
+        say(
+            "keys given with --api-key or in NEST_SERVE_API_KEY can be seen by others on this machine: "
+            "put them into --api-key-file"
+        )
+    if not config.loopback and not config.keyed:
         say(
             f"ANYONE who reaches {config.host}:{config.port} may ask, and nobody is asked who they are: "
             "give --api-key-file, or listen on 127.0.0.1"
         )
     admin_host = config.admin_address[0] if config.admin_address else config.host
-    if config.admin_token_file is not None and not is_loopback(admin_host):
+    if config.admin_token_file is not None and not is_loopback(admin_host) and config.ssl_certfile is None:
         say(
             f"the admin API can be reached from other machines, at {admin_host}, and tokens travel unencrypted: "
-            "give --admin-port, which listens on 127.0.0.1, or put TLS in front"
+            "give --admin-port, which listens on 127.0.0.1, or --ssl-certfile"
         )
     if config.api_key_file is not None and config.api_key_file.exists() and readable_by_others(config.api_key_file):
         say(f"{config.api_key_file} can be read by other users: chmod 600 {config.api_key_file}")
@@ -324,6 +348,6 @@ def reread_on_hangup(server: Server, emit: Emit) -> None:
         loop.add_signal_handler(signal.SIGHUP, hangup)
 
 
-def _url(port: socket.socket) -> str:
+def _url(port: socket.socket, config: ServeConfig) -> str:
     host, number = port.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{number}"
+    return f"{config.scheme}://{f'[{host}]' if ':' in host else host}:{number}"

@@ -13,6 +13,7 @@ from nest_runtime.serve import Limits, ServeConfig
 from nest_runtime.serve.admin import admin_routes
 from nest_runtime.serve.api import probes, routes
 from nest_runtime.serve.app import Server, admin_app, asgi_app, build, fastapi_app, framed
+from nest_runtime.serve.pages import pages
 from nest_runtime.serve.vllm import build as vllm
 
 TOKEN = "admin-secret"
@@ -27,7 +28,8 @@ OPEN = {
     "/v1/completions",
 }
 # FastAPI's own description of the routes, which says nothing that the documentation does not.
-OPEN |= {"/openapi.json"}
+OPEN |= {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/static-offline-docs"}
+OPEN |= {"/", "/version"}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def routers(server: Server, kind: str) -> list[APIRouter]:
     if kind == "vllm":
         own = fastapi_app([])
         return [vllm._model_routes(service), probes(service, metrics=False), vllm._metrics_route(service, own), admin]
-    return [routes(service), probes(service), admin]
+    return [routes(service), probes(service), pages(service, keyed=False), admin]
 
 
 @pytest.mark.parametrize("kind", ["transformers", "vllm"])

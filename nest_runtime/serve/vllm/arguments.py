@@ -50,6 +50,10 @@ def engine_arguments(config: ServeConfig, folder: Path, port: int) -> list[str]:
         arguments.append("--enable-lora")
         slots = str(DEFAULT_PATCHES + SPARE)
         settings |= {"--max-loras": slots, "--max-lora-rank": str(MAX_RANK)}
+    if config.ssl_certfile is not None:
+        settings["--ssl-certfile"] = str(config.ssl_certfile)
+    if config.ssl_keyfile is not None:
+        settings["--ssl-keyfile"] = str(config.ssl_keyfile)
     if config.trust_remote_code:
         arguments.append("--trust-remote-code")
     for flag, value in settings.items():

@@ -20,7 +20,7 @@ from nest_runtime.serve.app import Server
 from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.events import Emit, json_events, json_line, sentence, set_up_logging
 from nest_runtime.serve.running import noted
-from nest_runtime.serve.server import admin_listener, bind, bind_admin, note_of, reread_on_hangup, warn
+from nest_runtime.serve.server import admin_listener, bind, bind_admin, check_tls, note_of, reread_on_hangup, warn
 from nest_runtime.serve.vllm.arguments import engine_arguments, environment
 from nest_runtime.serve.vllm.plugin import PLAN
 
@@ -38,6 +38,7 @@ def serve(config: ServeConfig, *, on_event: Emit | None = None) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise EngineError("vLLM is not installed here", "install it beside nest-runtime as docs/engines.md says")
     set_up_logging(config.json)
+    check_tls(config)
     warn(config, emit)
     emit({"event": "loading", "model": config.model, "patch": config.patch})
     with contextlib.closing(bind(config)) as free:
@@ -83,12 +84,12 @@ class _Said:
             await asyncio.sleep(0.02)
         host, number = state.server.servers[0].sockets[0].getsockname()[:2]
         patch = server.service.table.active
-        url = f"http://{f'[{host}]' if ':' in host else host}:{number}"
+        url = f"{self._config.scheme}://{f'[{host}]' if ':' in host else host}:{number}"
         event = {"event": "ready", "url": url, "model": server.service.table.model_name}
         event |= {"patch": patch.label, "digest": patch.digest, "engine": "vllm"}
         if self._admin_port is not None:
             host, number = self._admin_port.getsockname()[:2]
-            event["admin_url"] = f"http://{host}:{number}"
+            event["admin_url"] = f"{self._config.scheme}://{host}:{number}"
         self._stack.enter_context(noted(note_of(server, url, event.get("admin_url"))))
         self._emit(event)
 
