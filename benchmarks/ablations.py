@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py [--groups z k …] [--seeds 0 1 2] [--steps N] [--limit N] [--out DIR]
 
-Every point changes one thing against the defaults (train/settings.py), trains on the reference world's vanilla
+Every point changes one thing against the defaults (train/recipe.py), trains on the reference world's vanilla
 training prompts, and answers the suites of the *validation* acts: these figures choose defaults, so the test
 acts stay out of it. Finished points are kept in OUT/ablations.json and not made again, so that an interrupted run
 goes on. About a minute a point on 2 CPU cores. docs/decisions/training-defaults.md says what follows.
@@ -24,22 +24,21 @@ from typing import Any
 
 import torch
 
-from nest_runtime.anatomy import find_sites
 from nest_runtime.evaluate import load_suites, sample_cases
 from nest_runtime.evaluate.judges import ReferenceJudge
-from nest_runtime.evaluate.plots import OKABE_ITO, require_matplotlib
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.run import evaluate
 from nest_runtime.evaluate.stats import Rate
-from nest_runtime.models import LoadedModel, load_model
-from nest_runtime.patch import Patch
+from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.load import LoadedModel, load_model
+from nest_runtime.patch.patch import Patch
+from nest_runtime.plots.comparison import OKABE_ITO, require_matplotlib
+from nest_runtime.prompts.examples import Example, make_examples
 from nest_runtime.reference.world import training_prompts
-from nest_runtime.train.data import Example, make_examples
-from nest_runtime.train.files import read_json, stage_key, write_json, write_text
-from nest_runtime.train.recipe import Recipe
+from nest_runtime.train.recipe import RECIPES, Recipe
 from nest_runtime.train.run import Run
-from nest_runtime.train.settings import RECIPES
 from nest_runtime.train.sites import SitesFile
+from nest_runtime.train.stages import read_json, stage_key, write_json, write_text
 
 SUITES = ("jailbreak-seen", "jailbreak-held-out", "plain", "over-refusal", "utility")
 DRAWN = (

@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from nest_runtime.anatomy import find_sites
-from nest_runtime.models import skeleton
+from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.load import skeleton
 from nest_runtime.train.activations import PooledActivations, pooled_activations
 from nest_runtime.train.cluster import cluster
 from nest_runtime.train.locate import locate
 from nest_runtime.train.plan import Load, pass_memory, probe_memory, shape_of
-from nest_runtime.train.settings import RECIPES
+from nest_runtime.train.recipe import RECIPES
 
 LAYERS, FEW, MORE = 32, 2, 4
 LIMIT = 4 * 2**30

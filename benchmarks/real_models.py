@@ -32,14 +32,14 @@ from nest_runtime.evaluate.judges.phrases import PhraseJudge
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.run import evaluate, patched
 from nest_runtime.evaluate.stats import wilson
-from nest_runtime.generate import Answer, answer_conversations
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
-from nest_runtime.prompts import bundled
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
+from nest_runtime.prompts.builtin import bundled
+from nest_runtime.prompts.examples import encode, load_examples
 from nest_runtime.prompts.framings import HELD_OUT_FRAMINGS
+from nest_runtime.prompts.generate import Answer, answer_conversations
 from nest_runtime.resolve import load_patch
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.train.data import encode, load_examples
 from nest_runtime.train.forward import Readout, hidden_states
 
 WILD_CHARACTERS = 1200

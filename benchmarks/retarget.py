@@ -26,16 +26,16 @@ import torch
 
 from nest_runtime.evaluate import evaluate, load_suite, sample_cases
 from nest_runtime.evaluate.judges import ReferenceJudge
-from nest_runtime.models import LoadedModel, load_model
-from nest_runtime.patch import Patch
+from nest_runtime.model.load import LoadedModel, load_model
+from nest_runtime.patch.patch import Patch
 from nest_runtime.reference.corpus import Sample
 from nest_runtime.reference.pretrain import Stage, encode_samples, train
 from nest_runtime.reference.world import training_prompts
 from nest_runtime.resolve import load_patch
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.train.recipe import TrainResult, train_patch
+from nest_runtime.train.pipeline import TrainResult, train_patch
+from nest_runtime.train.recipe import RECIPES
 from nest_runtime.train.retarget import prompts_of, retarget_patch
-from nest_runtime.train.settings import RECIPES
 
 MOST_ASR = 1.5  # times the patch's own
 MOST_COST = 0.5  # of training anew

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from nest_runtime.anatomy import find_sites
-from nest_runtime.fingerprint import model_hash, rows_digest
-from nest_runtime.patch import Patch, Site
+from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.fingerprint import model_hash, rows_digest
+from nest_runtime.patch.patch import Patch, Site
 from nest_runtime.runtime import PatchRuntime
 
 NEURONS, CLUSTERS = 40, 2

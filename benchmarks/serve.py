@@ -169,7 +169,7 @@ def parse() -> argparse.Namespace:
 
 def reference() -> tuple[Path, list[str]]:
     """The folder of the reference model, and its shipped patches."""
-    from nest_runtime.models import REFERENCE_FOLDER
+    from nest_runtime.model.load import REFERENCE_FOLDER
 
     return Path(REFERENCE_FOLDER), list(VERSIONS)
 

@@ -104,13 +104,13 @@ def parse() -> argparse.Namespace:
 
 
 def measure(folder: Path, hub: Hub, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from nest_runtime.registry.hub import pull
-    from nest_runtime.registry.hub_push import push, set_channel
-    from nest_runtime.registry.hub_types import parse_repo
-    from nest_runtime.registry.keys import generate_keys
-    from nest_runtime.registry.store import Store
-    from nest_runtime.registry.trust import open_patch, sign_bytes
-    from nest_runtime.registry.trust_guard import guard_for
+    from nest_runtime.hub.fetch import pull
+    from nest_runtime.hub.publish import push, set_channel
+    from nest_runtime.hub.repository import parse_repo
+    from nest_runtime.store.store import Store
+    from nest_runtime.trust.check import open_patch, sign_bytes
+    from nest_runtime.trust.guard import guard_for
+    from nest_runtime.trust.keys import generate_keys
 
     private, public, _ = generate_keys(folder / "keys")
     count = 2 * arguments.repeats + 2
@@ -149,9 +149,9 @@ def measure(folder: Path, hub: Hub, arguments: argparse.Namespace) -> Iterator[d
 
 def polls(folder: Path, hub: Hub, public: Path, count: int) -> Iterator[dict[str, Any]]:
     """A follower that is up to date: processor time of all its threads, and requests."""
-    from nest_runtime.registry.follow import Follower
-    from nest_runtime.registry.store import Store
-    from nest_runtime.registry.trust_guard import guard_for
+    from nest_runtime.hub.follow import Follower
+    from nest_runtime.store.store import Store
+    from nest_runtime.trust.guard import guard_for
 
     store, on = Store(folder / "follower"), [""]
     follower = Follower(

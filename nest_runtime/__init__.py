@@ -36,24 +36,24 @@ _ERRORS = (
 )
 
 _HOMES = {
-    "Patch": "nest_runtime.patch",
-    "Site": "nest_runtime.patch",
-    "compose": "nest_runtime.algebra",
-    "diff": "nest_runtime.algebra",
+    "Patch": "nest_runtime.patch.patch",
+    "Site": "nest_runtime.patch.site",
+    "compose": "nest_runtime.patch.algebra",
+    "diff": "nest_runtime.patch.algebra",
     "load_patch": "nest_runtime.resolve",
-    "load_model": "nest_runtime.models",
-    "Projection": "nest_runtime.anatomy",
-    "find_sites": "nest_runtime.anatomy",
-    "register_architecture": "nest_runtime.anatomy",
-    "model_hash": "nest_runtime.fingerprint",
-    "rows_digest": "nest_runtime.fingerprint",
+    "load_model": "nest_runtime.model.load",
+    "Projection": "nest_runtime.model.projection",
+    "find_sites": "nest_runtime.model.anatomy",
+    "register_architecture": "nest_runtime.model.anatomy",
+    "model_hash": "nest_runtime.model.fingerprint",
+    "rows_digest": "nest_runtime.model.fingerprint",
     "PatchRuntime": "nest_runtime.runtime",
     "export_gguf": "nest_runtime.export",
     "export_merged": "nest_runtime.export",
     "export_peft": "nest_runtime.export",
     "import_peft": "nest_runtime.export",
     "Recipe": "nest_runtime.train.recipe",
-    "train_patch": "nest_runtime.train.recipe",
+    "train_patch": "nest_runtime.train.pipeline",
     "judge": "nest_runtime.evaluate.judging",
     **dict.fromkeys(_ERRORS, "nest_runtime.errors"),
 }
@@ -72,23 +72,23 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from nest_runtime.algebra import compose as compose
-    from nest_runtime.algebra import diff as diff
-    from nest_runtime.anatomy import Projection as Projection
-    from nest_runtime.anatomy import find_sites as find_sites
-    from nest_runtime.anatomy import register_architecture as register_architecture
     from nest_runtime.errors import *  # noqa: F403
     from nest_runtime.evaluate.judging import judge as judge
     from nest_runtime.export import export_gguf as export_gguf
     from nest_runtime.export import export_merged as export_merged
     from nest_runtime.export import export_peft as export_peft
     from nest_runtime.export import import_peft as import_peft
-    from nest_runtime.fingerprint import model_hash as model_hash
-    from nest_runtime.fingerprint import rows_digest as rows_digest
-    from nest_runtime.models import load_model as load_model
-    from nest_runtime.patch import Patch as Patch
-    from nest_runtime.patch import Site as Site
+    from nest_runtime.model.anatomy import find_sites as find_sites
+    from nest_runtime.model.anatomy import register_architecture as register_architecture
+    from nest_runtime.model.fingerprint import model_hash as model_hash
+    from nest_runtime.model.fingerprint import rows_digest as rows_digest
+    from nest_runtime.model.load import load_model as load_model
+    from nest_runtime.model.projection import Projection as Projection
+    from nest_runtime.patch.algebra import compose as compose
+    from nest_runtime.patch.algebra import diff as diff
+    from nest_runtime.patch.patch import Patch as Patch
+    from nest_runtime.patch.site import Site as Site
     from nest_runtime.resolve import load_patch as load_patch
     from nest_runtime.runtime import PatchRuntime as PatchRuntime
+    from nest_runtime.train.pipeline import train_patch as train_patch
     from nest_runtime.train.recipe import Recipe as Recipe
-    from nest_runtime.train.recipe import train_patch as train_patch

@@ -1,4 +1,4 @@
-"""Files: the one way to read what others hand in, and the one way to write what a crash must not tear.
+"""Files: where nest-runtime keeps its own, how to read what others hand in, how to write what a crash must not tear.
 
 What is read is a regular file of bounded size: a pipe that nobody writes to, a device without an end or a folder is
 told apart by the descriptor that is read, so that nothing can be put in its place meanwhile. What is written is there
@@ -19,9 +19,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nest_runtime.errors import UsageError
+
 MAX_SETTINGS = 1 << 20  # bytes of a policy, a list of tokens or logins, a template
 MAX_RESULT = 1 << 30  # bytes of what eval, locate and compare write
 MAX_OUTPUT_NAME = 200  # characters of a target's name that its temporary name repeats
+
+
+def nest_home() -> Path:
+    """``$NEST_HOME`` where set and not empty, else ``~/.cache/nest-runtime``; not created here.
+
+    Raises UsageError where this user has no home folder, as in some containers.
+    """
+    named = os.environ.get("NEST_HOME", "")
+    return expand(named) if named else expand("~/.cache/nest-runtime")
+
+
+def expand(path: str | os.PathLike[str]) -> Path:
+    """A path with ``~`` and ``~user`` replaced. Raises UsageError where there is no such user, or no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        who = "this user" if str(path).startswith(("~/", "~\\")) or str(path) == "~" else str(path).split("/")[0]
+        raise UsageError(
+            f"the home folder of {who} cannot be found", "set NEST_HOME, or write the whole path"
+        ) from error
 
 
 class Unfit(OSError):

@@ -2,7 +2,7 @@
 
 A bare word never means a file: ``v3`` is a version in the store even where a file ``v3`` exists.
 A path has a folder in it or ends with ``.safetensors``. Whether the patch fits a model is checked
-by the runtime, whether it is signed by the registry's trust policy; neither happens here.
+by the runtime, whether it is signed by the trust policy; neither happens here.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nest_runtime.errors import PatchNotFound
-from nest_runtime.home import expand
+from nest_runtime.io import expand
 
 if TYPE_CHECKING:
-    from nest_runtime.patch import Patch
-    from nest_runtime.registry.store import Store
+    from nest_runtime.patch.patch import Patch
+    from nest_runtime.store.store import Store
 
 _SUFFIX = ".safetensors"
 
@@ -26,7 +26,7 @@ def load_patch(ref: str | Path, *, model_hash: str | None = None, store: Store |
 
     Args:
         ref: a version of the store or of the package (``v3``), ``name@v3``, a path to a
-            ``.safetensors`` file, ``sha256:<hex>`` (8 digits or more), or ``hf://org/repo[@tag]`` (registry/hub.py).
+            ``.safetensors`` file, ``sha256:<hex>`` (8 digits or more), or ``hf://org/repo[@tag]`` (hub/fetch.py).
         model_hash: the model at hand; a version is looked up among its patches only.
         store: where to look; the store of ``$NEST_HOME`` by default.
 
@@ -39,13 +39,13 @@ def load_patch(ref: str | Path, *, model_hash: str | None = None, store: Store |
     """
     text = str(ref)
     if text.startswith("hf://"):
-        from nest_runtime.registry.hub import load
+        from nest_runtime.hub.fetch import load
 
         return load(text, store)
     if is_path(ref):
         return _from_file(expand(text))
     if store is None:
-        from nest_runtime.registry.store import Store
+        from nest_runtime.store.store import Store
 
         store = Store()
     return store.get(text, model_hash=model_hash)
@@ -61,8 +61,8 @@ def is_path(ref: str | Path) -> bool:
 
 
 def _from_file(path: Path) -> Patch:
-    from nest_runtime.names import closest
-    from nest_runtime.patchfile import read_patch
+    from nest_runtime.hints import closest
+    from nest_runtime.patch.file import read_patch
 
     if path.is_dir():
         raise PatchNotFound(f"{path} is a folder; expected a patch file", "name the .safetensors file in it")

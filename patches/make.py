@@ -29,13 +29,13 @@ from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.run import evaluate
 from nest_runtime.evaluate.stats import Rate
 from nest_runtime.evaluate.suites import load_suite
-from nest_runtime.models import LoadedModel, load_model
-from nest_runtime.patch import FrozenTensor, Patch
-from nest_runtime.patchfile import read_patch
+from nest_runtime.model.load import LoadedModel, load_model
+from nest_runtime.patch.file import read_patch
+from nest_runtime.patch.patch import FrozenTensor, Patch
+from nest_runtime.prompts.examples import make_examples
 from nest_runtime.reference.world import CATEGORIES, training_prompts
-from nest_runtime.train.data import make_examples
-from nest_runtime.train.recipe import Recipe, train_patch
-from nest_runtime.train.settings import RECIPES
+from nest_runtime.train.pipeline import train_patch
+from nest_runtime.train.recipe import RECIPES, Recipe
 
 NAME = "reference-safety"
 MADE = "1795392000"  # 2026-11-23, unless SOURCE_DATE_EPOCH says otherwise

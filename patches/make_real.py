@@ -21,11 +21,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nest_runtime.models import load_model
-from nest_runtime.patchfile import read_patch
-from nest_runtime.train.data import Example, load_examples
-from nest_runtime.train.recipe import train_patch
-from nest_runtime.train.settings import RECIPES, Recipe
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.file import read_patch
+from nest_runtime.prompts.examples import Example, load_examples
+from nest_runtime.train.pipeline import train_patch
+from nest_runtime.train.recipe import RECIPES, Recipe
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import Allowed, Limits, ServeConfig
 from nest_runtime.serve.sampling import choose_tokens
 from tests.helpers import make_patch
@@ -59,4 +59,4 @@ def slow_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.01)
         return choose_tokens(*arguments)
 
-    monkeypatch.setattr("nest_runtime.serve.cb.choose_tokens", slowly)
+    monkeypatch.setattr("nest_runtime.serve.transformers.continuous.choose_tokens", slowly)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from nest_runtime.anatomy import find_sites, unwrap
-from nest_runtime.patch import Patch, Site
+from nest_runtime.model.anatomy import find_sites, unwrap
+from nest_runtime.patch.patch import Patch, Site
 
 
 def random_site(
@@ -62,7 +62,7 @@ def make_patch(
         empty: names of sites left without neurons.
         base_hash: skip hashing the model and use this.
     """
-    from nest_runtime.fingerprint import model_hash, rows_digest
+    from nest_runtime.model.fingerprint import model_hash, rows_digest
 
     sites = tuple(
         random_site(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
 
-    from nest_runtime.demo.desk import Desk
+    from nest_runtime.demo.state import Desk
 
 CHROMIUM = os.environ.get("NEST_CHROMIUM", "/usr/bin/chromium")
 FLAGS = [

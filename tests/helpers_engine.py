@@ -10,9 +10,9 @@ import torch
 
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.config import Limits
-from nest_runtime.serve.engine import Engine, Work
 from nest_runtime.serve.sampling import SamplingParams
-from nest_runtime.serve.served import BASE, NO_DIGEST, Served
+from nest_runtime.serve.served_patch import BASE, NO_DIGEST, Served
+from nest_runtime.serve.transformers.engine import Engine, Work
 
 NOBODY = Served(None, BASE, NO_DIGEST)
 LIMITS = Limits(cache_tokens=4096, batch_tokens=128)

@@ -11,15 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from nest_runtime.patch import Patch
-from nest_runtime.patchfile import to_bytes
-from nest_runtime.registry.hub_push import Pushed, push
-from nest_runtime.registry.hub_types import parse_repo
-from nest_runtime.registry.keys import generate_keys
-from nest_runtime.registry.store import Store
-from nest_runtime.registry.trust import sign_bytes
-from nest_runtime.registry.trust_guard import Guard, guard_for
-from nest_runtime.registry.trust_material import Material
+from nest_runtime.hub.publish import Pushed, push
+from nest_runtime.hub.repository import parse_repo
+from nest_runtime.patch.file import to_bytes
+from nest_runtime.patch.patch import Patch
+from nest_runtime.store.store import Store
+from nest_runtime.trust.check import sign_bytes
+from nest_runtime.trust.guard import Guard, guard_for
+from nest_runtime.trust.keys import generate_keys
+from nest_runtime.trust.material import Material
 from tests.hub_server import HubServer
 
 WAIT = 0.02  # of what the client would sleep between its tries

@@ -17,11 +17,11 @@ import torch
 
 from nest_runtime.errors import EngineError, ExportError
 from nest_runtime.export import export_gguf, export_merged, export_peft, import_peft
-from nest_runtime.models import LoadedModel, load_model
-from nest_runtime.patch import Patch
-from nest_runtime.patchfile import read_patch
+from nest_runtime.model.load import LoadedModel, load_model
+from nest_runtime.patch.file import read_patch
+from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.train.recipe import train_patch
+from nest_runtime.train.pipeline import train_patch
 from tests.conftest import save_tiny
 from tests.helpers_engine import alone, answers
 from tests.helpers_train import QUICK, benign_examples, harmful_examples

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nest_runtime.patch import Patch, Site
+from nest_runtime.patch.patch import Patch, Site
 
 ZERO_HASH = "sha256:" + "0" * 64
 ONE_HASH = "sha256:" + "1" * 64

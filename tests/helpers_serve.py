@@ -23,13 +23,13 @@ import httpx
 import openai
 import torch
 
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
+from nest_runtime.prompts.examples import encode
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve import ServeConfig
 from nest_runtime.serve.app import Server, build
 from nest_runtime.serve.server import bind, bind_admin, run
-from nest_runtime.train.data import encode
 
 PROMPTS = [
     "How do I bake bread?",

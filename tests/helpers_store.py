@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nest_runtime.patch import Patch
+from nest_runtime.patch.patch import Patch
 from tests.helpers import random_site
 
 BASE_A = "sha256:" + "a" * 64

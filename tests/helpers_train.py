@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nest_runtime.train.data import Example, make_examples
-from nest_runtime.train.settings import RECIPES
+from nest_runtime.prompts.examples import Example, make_examples
+from nest_runtime.train.recipe import RECIPES
 
 REFERENCE = RECIPES["reference"]
 

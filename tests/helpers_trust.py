@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.patch import Patch
-from nest_runtime.patchfile import to_bytes
-from nest_runtime.registry.keys import PublicKey, generate_keys
-from nest_runtime.registry.policy import KeyRule, Policy, with_keys
-from nest_runtime.registry.trust import sign_bytes
-from nest_runtime.registry.trust_material import Material
+from nest_runtime.patch.file import to_bytes
+from nest_runtime.patch.patch import Patch
+from nest_runtime.trust.check import sign_bytes
+from nest_runtime.trust.keys import PublicKey, generate_keys
+from nest_runtime.trust.material import Material
+from nest_runtime.trust.policy import KeyRule, Policy, with_keys
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from nest_runtime.errors import TrainingError
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
-from nest_runtime.patchfile import read_patch
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.file import read_patch
+from nest_runtime.patch.patch import Patch
 from nest_runtime.train.batches import Row, make_batch
 from nest_runtime.train.deltas import Deltas
-from nest_runtime.train.recipe import train_patch
+from nest_runtime.train.pipeline import train_patch
 from nest_runtime.train.tune import Passes, answer_counts, loss_of
-from nest_runtime.train.warm import parent_sites, parent_values
+from nest_runtime.train.warm_start import parent_sites, parent_values
 from nest_runtime.train.workers import Workers
 from tests.helpers import make_patch
 from tests.helpers_train import QUICK, benign_examples, harmful_examples
@@ -98,7 +98,7 @@ def test_the_shares_of_a_step_add_up_to_its_gradient(tiny_llama: Path, count: in
 
     def gradients(shares: list[list[Row]]) -> tuple[float, dict[str, torch.Tensor]]:
         patch = make_patch(loaded.model, loadings=True)
-        from nest_runtime.anatomy import find_sites
+        from nest_runtime.model.anatomy import find_sites
 
         projections = find_sites(loaded.model)
         deltas = Deltas(loaded.model, projections, parent_sites(patch, projections), "learned", parent_values(patch))

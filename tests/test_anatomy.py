@@ -10,8 +10,9 @@ import torch
 import transformers
 from torch import nn
 
-from nest_runtime import anatomy
-from nest_runtime.anatomy import (
+from nest_runtime.errors import ModelError, SiteMismatch, UnknownArchitecture, UsageError
+from nest_runtime.model import anatomy
+from nest_runtime.model.anatomy import (
     Projection,
     canonical_name,
     find_sites,
@@ -21,8 +22,7 @@ from nest_runtime.anatomy import (
     unwrap,
     write_rows,
 )
-from nest_runtime.errors import ModelError, SiteMismatch, UnknownArchitecture, UsageError
-from nest_runtime.models import load_model
+from nest_runtime.model.load import load_model
 from tests.conftest import SIZES
 
 

@@ -21,7 +21,7 @@ from nest_runtime.evaluate.attacks.encoding import FRAMES, to_base64, to_leet, t
 from nest_runtime.evaluate.cases import user
 from nest_runtime.evaluate.judges import PhraseJudge
 from nest_runtime.evaluate.run import Subject
-from nest_runtime.models import load_model
+from nest_runtime.model.load import load_model
 from tests.helpers import make_patch
 from tests.helpers_evaluate import Parrot, WordJudge, benign, harmful
 
@@ -295,7 +295,7 @@ def target_loss(loaded, case: Case) -> float:  # type: ignore[no-untyped-def]
     """The target's cross-entropy after the case's prompt, from text: independent of the search's bookkeeping."""
     import torch
 
-    from nest_runtime.train.data import encode
+    from nest_runtime.prompts.examples import encode
 
     prompt = encode(loaded.tokenizer, [user(case.prompt)])
     target = loaded.tokenizer(case.meta["target"], add_special_tokens=False)["input_ids"]

@@ -11,18 +11,26 @@ from typing import Any
 import pytest
 import torch
 
-from nest_runtime.baselines import METHODS, FitData, Fitted, Target, make_methods, prepare_data
-from nest_runtime.baselines.circuit_breaker import Text, _roles, losses, make_texts, modules, reroute, target_layers
-from nest_runtime.baselines.filter import Blocker, learn_terms
-from nest_runtime.baselines.in_context import SYSTEM, Prompter
-from nest_runtime.baselines.lora import adapter_parameters, injected
-from nest_runtime.baselines.memory import measured
-from nest_runtime.baselines.registry import check_names, read_settings
+from nest_runtime.compare.methods import METHODS, FitData, Fitted, Target, make_methods, prepare_data
+from nest_runtime.compare.methods.circuit_breaker import (
+    Text,
+    _roles,
+    losses,
+    make_texts,
+    modules,
+    reroute,
+    target_layers,
+)
+from nest_runtime.compare.methods.filter import Blocker, learn_terms
+from nest_runtime.compare.methods.in_context import SYSTEM, Prompter
+from nest_runtime.compare.methods.lora import adapter_parameters, injected
+from nest_runtime.compare.methods.memory import measured
+from nest_runtime.compare.methods.registry import check_names, read_settings
 from nest_runtime.errors import DataError, ModelError, UsageError
-from nest_runtime.models import load_model
-from nest_runtime.patchfile import read_patch
-from nest_runtime.train.data import make_examples
-from nest_runtime.train.settings import Recipe
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.file import read_patch
+from nest_runtime.prompts.examples import make_examples
+from nest_runtime.train.recipe import Recipe
 from tests.helpers import attached
 from tests.helpers_train import QUICK, benign_examples, harmful_examples
 
@@ -295,7 +303,7 @@ def test_lora_s_modules_are_found_or_the_error_names_another_way() -> None:
             super().__init__()
             self.mixer = torch.nn.Linear(2, 2)
 
-    from nest_runtime.baselines.lora import attention_modules
+    from nest_runtime.compare.methods.lora import attention_modules
 
     with pytest.raises(ModelError, match="Odd has no q_proj") as caught:
         attention_modules(Odd())

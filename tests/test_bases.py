@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from nest_runtime.bases import bases_file, known_base, remember_base
-from nest_runtime.fingerprint import model_hash
-from nest_runtime.home import nest_home
-from nest_runtime.models import load_model
+from nest_runtime.io import nest_home
+from nest_runtime.model.bases import bases_file, known_base, remember_base
+from nest_runtime.model.fingerprint import model_hash
+from nest_runtime.model.load import load_model
 from tests.conftest import save_tiny
 from tests.helpers import make_patch
 from tests.helpers_cli import Run, fails

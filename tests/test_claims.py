@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nest_runtime.algebra import diff
-from nest_runtime.claims import AT_MOST, MEASURES, Claim, Claims
 from nest_runtime.errors import DigestMismatch, NestError, PatchFormatError
-from nest_runtime.patch import Patch
-from nest_runtime.patchfile import from_bytes, read_patch, to_bytes
+from nest_runtime.patch.algebra import diff
+from nest_runtime.patch.claims import AT_MOST, MEASURES, Claim, Claims
+from nest_runtime.patch.file import from_bytes, read_patch, to_bytes
+from nest_runtime.patch.patch import Patch
 from tests.helpers_patchfile import ONE_HASH, ZERO_HASH, golden_patch, take_apart, with_header
 
 GOLDEN = Path(__file__).parent / "data" / "golden_v2.safetensors"

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from nest_runtime import load_patch
-from nest_runtime.claims import Claim, Claims
 from nest_runtime.evaluate.contract import claimed_attacks, suite_digest
 from nest_runtime.evaluate.suites import load_suite, sample_cases
-from nest_runtime.patch import Patch
+from nest_runtime.patch.claims import Claim, Claims
+from nest_runtime.patch.patch import Patch
 from tests.helpers_cli import Run, fails, run  # noqa: F401 - a fixture
 from tests.helpers_trust import make_keys
 

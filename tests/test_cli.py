@@ -17,7 +17,7 @@ from nest_runtime import __version__
 from nest_runtime.cli.main import main
 from nest_runtime.cli.output import clean
 from nest_runtime.errors import NestError, UsageError
-from nest_runtime.registry import entries
+from nest_runtime.store import entries
 from tests.helpers_store import BASE_A, BASE_B, small_patch
 
 
@@ -203,7 +203,7 @@ def test_the_closest_name_is_suggested(
 
 
 def test_no_name_is_suggested_that_is_not_alike() -> None:
-    from nest_runtime.names import closest, did_you_mean
+    from nest_runtime.hints import closest, did_you_mean
 
     assert did_you_mean("Random", ["none", "random"]) == "did you mean 'random'? "
     assert did_you_mean("frobnicate", ["none", "random"]) == ""
@@ -220,7 +220,7 @@ def test_an_unexpected_error_is_one_too(run: Run, monkeypatch: pytest.MonkeyPatc
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("of all\nthings")
 
-    monkeypatch.setattr("nest_runtime.registry.store.Store.list", broken)
+    monkeypatch.setattr("nest_runtime.store.store.Store.list", broken)
     fails(run("list"), 1, "ZeroDivisionError: of all things", "--debug")
     with pytest.raises(ZeroDivisionError):
         run("--debug", "list")
@@ -230,13 +230,13 @@ def test_ctrl_c_is_one_line_and_130(run: Run, monkeypatch: pytest.MonkeyPatch) -
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nest_runtime.registry.store.Store.list", interrupted)
+    monkeypatch.setattr("nest_runtime.store.store.Store.list", interrupted)
     result = run("list", "--json")
     assert (result.status, result.out, result.err) == (130, "", "interrupted\n")
 
 
 def test_json_keeps_stdout_for_the_document(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nest_runtime.registry.store import Store
+    from nest_runtime.store.store import Store
 
     genuine = Store.list
 
@@ -378,7 +378,7 @@ def test_a_damaged_file_is_refused_for_trust(run: Run, saved: Callable[..., Path
 
 
 def test_hash_of_a_folder(run: Run, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nest_runtime.hashcache._SETTLED_NS", 0)  # young files are remembered too: no wait
+    monkeypatch.setattr("nest_runtime.model.hashcache._SETTLED_NS", 0)  # young files are remembered too: no wait
     document = run("hash", tiny_llama, "--json").document
     assert {"hash", "tensors", "bytes", "seconds", "cached"} <= set(document)
     assert run("hash", tiny_llama).out.strip() == document["hash"]
@@ -388,7 +388,7 @@ def test_hash_of_a_folder(run: Run, tiny_llama: Path, monkeypatch: pytest.Monkey
 @pytest.fixture
 def tiny_patches(tiny_llama: Path, tmp_path: Path) -> list[Path]:
     """Two patches of the tiny model, v1 and v2, strong enough to change its answers."""
-    from nest_runtime.models import load_model
+    from nest_runtime.model.load import load_model
     from tests.helpers import make_patch
 
     loaded = load_model(str(tiny_llama))
@@ -460,7 +460,7 @@ def test_chat_loop(run: Run, tiny_llama: Path, tiny_patches: list[Path], monkeyp
 
 def test_chat_keeps_the_conversation(tiny_llama: Path) -> None:
     from nest_runtime.cli.conversation import Conversation
-    from nest_runtime.models import load_model
+    from nest_runtime.model.load import load_model
 
     talk = Conversation(load_model(str(tiny_llama)), max_tokens=4)
     pieces: list[str] = []

@@ -15,7 +15,7 @@ import typer
 
 from nest_runtime.cli import complete
 from nest_runtime.cli.main import app, main
-from nest_runtime.registry.store import Store
+from nest_runtime.store.store import Store
 from tests.helpers_store import small_patch
 from tests.test_cli_process import command
 
@@ -81,11 +81,11 @@ def test_the_list_of_commands_says_what_each_does() -> None:
 
 
 def test_names_that_are_written_out_are_those_of_the_code() -> None:
-    from nest_runtime.baselines.registry import METHODS
+    from nest_runtime.compare.methods.registry import METHODS
     from nest_runtime.evaluate.suites import REFERENCE_SUITES
-    from nest_runtime.models import _DEVICES, _DTYPES
+    from nest_runtime.model.load import _DEVICES, _DTYPES
     from nest_runtime.serve.config import ENGINES
-    from nest_runtime.serve.served import POLICIES
+    from nest_runtime.serve.served_patch import POLICIES
 
     assert list(complete.SUITES) == ["reference", *REFERENCE_SUITES]
     assert set(complete.METHODS) == set(METHODS)
@@ -140,7 +140,7 @@ def test_tab_offers_names(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from nest_runtime.registry import entries
+    from nest_runtime.store import entries
 
     monkeypatch.setattr(entries, "builtin_patches_dir", lambda: None)
     monkeypatch.chdir(tmp_path)

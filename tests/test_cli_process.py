@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.cli.main import main
-from nest_runtime.fingerprint import model_hash
-from nest_runtime.registry.store import Store
+from nest_runtime.model.fingerprint import model_hash
+from nest_runtime.store.store import Store
 from tests.helpers_store import small_patch
 from tests.test_cli import write_prompts
 

@@ -15,22 +15,22 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from nest_runtime.baselines import METHODS, FitData, Fitted, Target, make_methods, prepare_data
 from nest_runtime.cli import compare as command
+from nest_runtime.compare.cells import Cell
+from nest_runtime.compare.compare import Comparison, Outcome, Plan
+from nest_runtime.compare.methods import METHODS, FitData, Fitted, Target, make_methods, prepare_data
+from nest_runtime.compare.paper import against_paper
+from nest_runtime.compare.provenance import provenance
+from nest_runtime.compare.rows import document, rows
+from nest_runtime.compare.sweep import SweepRow, edge_notes, held_cases, mark_chosen
+from nest_runtime.compare.tables import markdown
 from nest_runtime.errors import DataError, UsageError
 from nest_runtime.evaluate.cases import Case, user
-from nest_runtime.evaluate.cells import Cell
-from nest_runtime.evaluate.compare import Comparison, Outcome, Plan
-from nest_runtime.evaluate.comparison import document, rows
-from nest_runtime.evaluate.comparison_tables import markdown
 from nest_runtime.evaluate.judges.base import Judge, Verdict
-from nest_runtime.evaluate.paper import against_paper
-from nest_runtime.evaluate.plots import draw, styles
-from nest_runtime.evaluate.provenance import provenance
 from nest_runtime.evaluate.records import Record
 from nest_runtime.evaluate.report import EvalResult
-from nest_runtime.evaluate.sweep import SweepRow, edge_notes, held_cases, mark_chosen
-from nest_runtime.models import load_model
+from nest_runtime.model.load import load_model
+from nest_runtime.plots.comparison import draw, styles
 from tests.helpers_train import QUICK, benign_examples, harmful_examples
 
 RECIPE = QUICK.evolve(steps=3, validate_every=3)
@@ -399,10 +399,10 @@ def test_settings_that_a_method_does_not_read_change_nothing(name: str, target: 
 
 
 def test_the_shipped_sweep_is_of_the_shipped_base_and_chose_every_default_method() -> None:
-    from nest_runtime.baselines.registry import make_methods, read_settings
     from nest_runtime.cli.compare import DEFAULT_METHODS
-    from nest_runtime.fingerprint import model_hash
-    from nest_runtime.models import REFERENCE_FOLDER
+    from nest_runtime.compare.methods.registry import make_methods, read_settings
+    from nest_runtime.model.fingerprint import model_hash
+    from nest_runtime.model.load import REFERENCE_FOLDER
 
     found = read_settings()
     assert found["base_hash"] == model_hash(REFERENCE_FOLDER)

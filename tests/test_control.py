@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nest_runtime.train.control import controls
-from nest_runtime.train.data import encode, render
+from nest_runtime.prompts.control import controls
+from nest_runtime.prompts.examples import encode, render
 from tests.conftest import LINES, SPECIALS, make_tokenizer
 
 REAL = [Path("/work/models/qwen"), Path("/work/models/smollm2")]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.errors import DataError
-from nest_runtime.train import data
-from nest_runtime.train.data import encode, examples_digest, load_examples, make_examples, pick_split, render
+from nest_runtime.prompts import examples as data
+from nest_runtime.prompts.examples import encode, examples_digest, load_examples, make_examples, pick_split, render
 
 GIVEN = Path(os.environ.get("NEST_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -14,10 +14,10 @@ import pytest
 
 from nest_runtime.cli.main import main
 from nest_runtime.demo.backend import BASE, Answered, Choice, find
+from nest_runtime.demo.background import Job, Stopped
 from nest_runtime.demo.examples import PLAIN, examples, reference_offer, wrapped
 from nest_runtime.demo.real import real_offer
 from nest_runtime.demo.talk import Talk, ask, redo
-from nest_runtime.demo.work import Job, Stopped
 from nest_runtime.errors import EngineError, UsageError
 
 V1, V2 = Choice("v1", "sha256:" + "1" * 64), Choice("v2", "sha256:" + "2" * 64)
@@ -229,8 +229,8 @@ def test_the_page_names_nothing_from_elsewhere() -> None:
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Any:
-    from nest_runtime.demo.desk import Desk
-    from nest_runtime.registry.store import Store
+    from nest_runtime.demo.state import Desk
+    from nest_runtime.store.store import Store
 
     return Desk(Echo(), Store(tmp_path / "home"), refusal)  # type: ignore[arg-type]  # as much as is asked here
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from nest_runtime.anatomy import find_sites, module_of
 from nest_runtime.demo.chat import Chat
 from nest_runtime.demo.local import LocalBackend
 from nest_runtime.demo.neurons import ALL, Neurons, map_html
 from nest_runtime.demo.probe import activations
 from nest_runtime.demo.start import Source, open_desk
 from nest_runtime.demo.talk import Talk
-from nest_runtime.models import load_model
-from nest_runtime.train.data import encode
+from nest_runtime.model.anatomy import find_sites, module_of
+from nest_runtime.model.load import load_model
+from nest_runtime.prompts.examples import encode
 from tests.conftest import save_tiny
 from tests.helpers import attached, make_patch
 

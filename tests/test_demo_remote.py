@@ -14,10 +14,10 @@ from nest_runtime.demo.remote import ACTIVE, RemoteBackend
 from nest_runtime.demo.start import Source, open_desk
 from nest_runtime.demo.talk import Talk
 from nest_runtime.errors import EngineError
-from nest_runtime.patch import Patch
-from nest_runtime.patchfile import save_patch
-from nest_runtime.registry.store import Store
+from nest_runtime.patch.file import save_patch
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import Limits, ServeConfig
+from nest_runtime.store.store import Store
 from tests.helpers_serve import TOKEN, Reference, Running, serving
 
 pytest_plugins = ["tests.fixtures_serve"]

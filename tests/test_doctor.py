@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nest_runtime.cli.main import main
-from nest_runtime.registry.store import Store
+from nest_runtime.store.store import Store
 from tests.helpers_store import small_patch
 from tests.hub_server import HubServer
 
@@ -116,7 +116,7 @@ def test_a_home_that_cannot_be_written_is_a_problem(run: Any, tmp_path: Path, mo
 
 
 def test_a_requirement_that_is_not_met_is_a_problem(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nest_runtime.health import machine
+    from nest_runtime.doctor import machine
 
     genuine = machine.metadata.version
     old = {"torch": "1.0", "scikit-learn": None}
@@ -186,7 +186,7 @@ def test_an_unexpected_failure_of_one_check_leaves_the_others(run: Any, monkeypa
     def broken(*_: object) -> None:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr("nest_runtime.fingerprint.hash_report", broken)
+    monkeypatch.setattr("nest_runtime.model.fingerprint.hash_report", broken)
     status, found = examined(run)
     assert status == 1
     assert "ZeroDivisionError: of all things" in found["reference model"]["found"]
@@ -209,7 +209,7 @@ def test_bench_of_a_model_without_patches(run: Any, tiny_llama: Path) -> None:
 
 
 def test_bench_prints_a_table_and_takes_a_patch(run: Any, tiny_llama: Path, tiny_qwen: Path, tmp_path: Path) -> None:
-    from nest_runtime.models import load_model
+    from nest_runtime.model.load import load_model
     from tests.helpers import make_patch
 
     loaded = load_model(str(tiny_llama))

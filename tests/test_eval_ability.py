@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from nest_runtime.cli import evaluate as command
 from nest_runtime.errors import EvaluationError, NestError, UsageError
 from nest_runtime.evaluate import EvalResult, evaluate
-from nest_runtime.evaluate import harness as harness_module
+from nest_runtime.evaluate import lm_eval as harness_module
 from nest_runtime.evaluate.ability import Score, with_base
-from nest_runtime.evaluate.harness import load_tasks, split_suites
+from nest_runtime.evaluate.lm_eval import load_tasks, split_suites
 from nest_runtime.evaluate.stats import wilson
-from nest_runtime.models import LoadedModel, load_model
+from nest_runtime.model.load import LoadedModel, load_model
 from tests.helpers import attached, make_patch
 
 QUESTIONS = [f"Is {a} plus {b} equal to {a + b}?" for a in range(4) for b in range(5)]

@@ -11,20 +11,20 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from nest_runtime.baselines import Target
-from nest_runtime.baselines.nothing import Base
-from nest_runtime.baselines.shipped import shipped, training_seconds
 from nest_runtime.cli import compare as command
+from nest_runtime.compare.compare import Comparison, Plan
+from nest_runtime.compare.methods import Target
+from nest_runtime.compare.methods.shipped import shipped, training_seconds
+from nest_runtime.compare.methods.unpatched import Base
+from nest_runtime.compare.rows import document
+from nest_runtime.compare.tables import markdown
 from nest_runtime.errors import BaseMismatch, UsageError
 from nest_runtime.evaluate import evaluate_answers
 from nest_runtime.evaluate.cases import Case, user
-from nest_runtime.evaluate.compare import Comparison, Plan
-from nest_runtime.evaluate.comparison import document
-from nest_runtime.evaluate.comparison_tables import markdown
 from nest_runtime.evaluate.judges import Judge, Verdict
 from nest_runtime.evaluate.run import Subject
-from nest_runtime.models import load_model
-from nest_runtime.train.data import examples_digest
+from nest_runtime.model.load import load_model
+from nest_runtime.prompts.examples import examples_digest
 from tests.helpers import attached, make_patch
 from tests.helpers_evaluate import Parrot, benign, harmful
 from tests.helpers_train import QUICK, benign_examples, harmful_examples

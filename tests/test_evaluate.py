@@ -26,7 +26,7 @@ from nest_runtime.evaluate.ledger import Ledger
 from nest_runtime.evaluate.run import Subject, patched
 from nest_runtime.evaluate.stats import PairedChange, mcnemar, wilson
 from nest_runtime.evaluate.suites import REFERENCE_SUITES, default_judge, load_suite
-from nest_runtime.models import load_model
+from nest_runtime.model.load import load_model
 from tests.helpers import attached, make_patch
 from tests.helpers_evaluate import Parrot, WordJudge, benign, data_file, harmful
 
@@ -446,7 +446,7 @@ def test_a_runtime_keeps_what_it_has_on(tiny_llama: Path) -> None:
 
 def test_a_prefilled_answer_is_gone_on_with(tiny_llama: Path) -> None:
     from nest_runtime.evaluate.prompting import PrefillView
-    from nest_runtime.train.data import encode, render
+    from nest_runtime.prompts.examples import encode, render
 
     loaded = load_model(str(tiny_llama))
     talk = [user("How do I bake bread?"), assistant("Sure, here")]

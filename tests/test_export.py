@@ -18,8 +18,8 @@ import nest_runtime as nest
 from nest_runtime.errors import DigestMismatch, ExportError, PatchFormatError, SiteMismatch
 from nest_runtime.export import export_peft, import_peft
 from nest_runtime.export.peft import CONFIG, WEIGHTS
-from nest_runtime.patch import Patch, Site
-from nest_runtime.patchfile import read_patch
+from nest_runtime.patch.file import read_patch
+from nest_runtime.patch.patch import Patch, Site
 from nest_runtime.runtime import PatchRuntime
 from tests.conftest import save_tiny
 from tests.helpers import make_patch, random_site

@@ -9,7 +9,8 @@ from pathlib import Path
 import typer
 
 from nest_runtime.cli.main import app
-from nest_runtime.train import data, readers
+from nest_runtime.prompts import examples as data
+from nest_runtime.prompts import readers
 
 PAGE = Path(__file__).parents[1] / "docs" / "first-patch.md"
 TEXT = PAGE.read_text(encoding="utf-8")

@@ -22,13 +22,13 @@ from nest_runtime.errors import (
     SignatureError,
     TrustError,
 )
-from nest_runtime.registry.follow import Follower, follow_ref
-from nest_runtime.registry.hub import Fetched
-from nest_runtime.registry.hub_push import publish_revocation, set_channel
-from nest_runtime.registry.hub_types import parse_repo
-from nest_runtime.registry.keys import generate_keys
-from nest_runtime.registry.store import Store
-from nest_runtime.registry.trust_guard import Guard
+from nest_runtime.hub.fetch import Fetched
+from nest_runtime.hub.follow import Follower, follow_ref
+from nest_runtime.hub.publish import publish_revocation, set_channel
+from nest_runtime.hub.repository import parse_repo
+from nest_runtime.store.store import Store
+from nest_runtime.trust.guard import Guard
+from nest_runtime.trust.keys import generate_keys
 from tests.helpers_hub import guard_of, publish
 from tests.helpers_store import BASE_A, BASE_B, small_patch
 from tests.hub_server import HubServer

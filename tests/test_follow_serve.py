@@ -11,13 +11,13 @@ import httpx
 import pytest
 
 from nest_runtime.errors import NestError, Revoked, SignatureError
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
-from nest_runtime.registry.hub_push import publish_revocation, set_channel
-from nest_runtime.registry.hub_types import parse_repo
-from nest_runtime.registry.store import Store
+from nest_runtime.hub.publish import publish_revocation, set_channel
+from nest_runtime.hub.repository import parse_repo
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import ServeConfig
 from nest_runtime.serve.config import FollowConfig
+from nest_runtime.store.store import Store
 from tests.helpers import make_patch
 from tests.helpers_hub import publish
 from tests.helpers_serve import Running, eventually, serving

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from nest_runtime.models import load_model
+from nest_runtime.model.load import load_model
+from nest_runtime.prompts.examples import make_examples
 from nest_runtime.reference import world
 from nest_runtime.reference.prompts import write_prompts
 from nest_runtime.reference.recognize import is_world_answer, speaks_reference
-from nest_runtime.train.data import make_examples
 from nest_runtime.train.familiar import foreign_note
 from tests.conftest import save_tiny
 from tests.helpers_cli import Run, fails

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from nest_runtime.generate import end_token_ids, generate_answers
-from nest_runtime.models import load_model
-from nest_runtime.train.data import encode
+from nest_runtime.model.load import load_model
+from nest_runtime.prompts.examples import encode
+from nest_runtime.prompts.generate import end_token_ids, generate_answers
 
 WORDS = ["bread", "cake", "a", "very", "long", "loaf", "of", "rye", "with", "caraway", "seeds", "|", "tea"]
 CONVERSATIONS = [[{"role": "user", "content": " ".join(WORDS[: n + 1])}] for n in range(len(WORDS))]

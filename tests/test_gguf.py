@@ -19,9 +19,9 @@ import nest_runtime as nest
 from nest_runtime.cli.main import main
 from nest_runtime.errors import BaseMismatch, ExportError, ModelError, UsageError
 from nest_runtime.export import export_gguf, export_merged
-from nest_runtime.fingerprint import hash_report
-from nest_runtime.models import load_model, resolve_model
-from nest_runtime.patch import Patch
+from nest_runtime.model.fingerprint import hash_report
+from nest_runtime.model.load import load_model, resolve_model
+from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
 from tests.conftest import CHAT_TEMPLATE
 from tests.helpers import make_patch
@@ -141,7 +141,7 @@ def test_every_end_is_an_end(tiny_llama: Path, files: dict[str, Path], tmp_path:
     )
     loaded = load_model(path, device="cpu")
     assert ends(loaded) == ["</s>", "<|user|>", "<|system|>"]
-    from nest_runtime.generate import end_token_ids
+    from nest_runtime.prompts.generate import end_token_ids
 
     assert set(end_token_ids(loaded.model, loaded.tokenizer)) == {2, 3, 4}
 

@@ -22,14 +22,14 @@ from nest_runtime.errors import (
     TrustError,
     UsageError,
 )
-from nest_runtime.registry.hub import fetch, pull
-from nest_runtime.registry.hub_origins import Origins
-from nest_runtime.registry.hub_push import publish_revocation, set_channel
-from nest_runtime.registry.hub_types import parse_repo
-from nest_runtime.registry.keys import generate_keys
-from nest_runtime.registry.mirror import MirrorRemote
-from nest_runtime.registry.store import Store
+from nest_runtime.hub.fetch import fetch, pull
+from nest_runtime.hub.mirror import MirrorRemote
+from nest_runtime.hub.origins import Origins
+from nest_runtime.hub.publish import publish_revocation, set_channel
+from nest_runtime.hub.repository import parse_repo
 from nest_runtime.resolve import load_patch
+from nest_runtime.store.store import Store
+from nest_runtime.trust.keys import generate_keys
 from tests.helpers_hub import guard_of, publish
 from tests.helpers_store import BASE_B, small_patch
 from tests.hub_server import Blob, HubServer

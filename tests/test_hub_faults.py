@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.errors import DigestMismatch, HubError, NestError
-from nest_runtime.registry.hub import fetch, pull
-from nest_runtime.registry.store import Store
-from nest_runtime.registry.trust_documents import MAX_DOCUMENT
+from nest_runtime.hub.fetch import fetch, pull
+from nest_runtime.store.store import Store
+from nest_runtime.trust.documents import MAX_DOCUMENT
 from tests.helpers_hub import guard_of, publish
 from tests.helpers_store import small_patch
 from tests.hub_server import Blob, HubServer

@@ -12,18 +12,18 @@ import pytest
 import torch
 import transformers
 
-from nest_runtime.anatomy import find_sites, module_of
 from nest_runtime.errors import DataError
 from nest_runtime.evaluate import Case, evaluate, load_behaviors
 from nest_runtime.evaluate.attacks.base import text_attack
 from nest_runtime.evaluate.judges import PhraseJudge
-from nest_runtime.generate import generate_answers
-from nest_runtime.models import LoadedModel, load_model
+from nest_runtime.model.anatomy import find_sites, module_of
+from nest_runtime.model.load import LoadedModel, load_model
+from nest_runtime.prompts.examples import Example, encode, encode_prompt, examples_digest, load_examples, render
+from nest_runtime.prompts.generate import generate_answers
+from nest_runtime.prompts.images import ImageReader
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.train.activations import pooled_activations
-from nest_runtime.train.data import Example, encode, encode_prompt, examples_digest, load_examples, render
-from nest_runtime.train.images import ImageReader
-from nest_runtime.train.recipe import train_patch
+from nest_runtime.train.pipeline import train_patch
 from tests.conftest import make_tokenizer
 from tests.helpers_matrix import FAMILIES, TUNED, close
 

@@ -12,12 +12,12 @@ from fastapi.responses import JSONResponse
 
 from nest_runtime.errors import EvaluationError, UsageError
 from nest_runtime.evaluate import Case, evaluate, evaluate_answers
-from nest_runtime.evaluate.judges import PhraseJudge, ReferenceJudge, Verdict, is_refusal, judge_answers, make_judge
+from nest_runtime.evaluate.judges import PhraseJudge, ReferenceJudge, Verdict, judge_answers, make_judge
 from nest_runtime.evaluate.judges.base import whole_answer
 from nest_runtime.evaluate.judges.classifier import ClassifierJudge, fill, find_format, judge_formats
 from nest_runtime.evaluate.judges.openai import Grade, RubricJudge, parse_grade
-from nest_runtime.evaluate.judges.phrases import refusal_phrases
 from nest_runtime.evaluate.run import Subject
+from nest_runtime.prompts.refusals import is_refusal, refusal_phrases
 from tests.conftest import save_tiny
 from tests.helpers_evaluate import JudgeServer, Parrot, benign, data_file, grade, harmful, save_classifier
 

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import nest_runtime as nest
-from nest_runtime import anatomy
 from nest_runtime.errors import UnknownArchitecture
-from nest_runtime.experts import routed
-from nest_runtime.models import load_model
+from nest_runtime.model import anatomy
+from nest_runtime.model.experts import routed
+from nest_runtime.model.load import load_model
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.train.activations import pool_experts
 from nest_runtime.train.deltas import Deltas

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from nest_runtime.anatomy import find_sites
 from nest_runtime.errors import BaseMismatch, ModelError, TrainingError
-from nest_runtime.fingerprint import model_hash
-from nest_runtime.models import load_model
+from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.fingerprint import model_hash
+from nest_runtime.model.load import load_model
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.train.deltas import Deltas
-from nest_runtime.train.recipe import train_patch
-from nest_runtime.train.warm import parent_sites, parent_values
+from nest_runtime.train.pipeline import train_patch
+from nest_runtime.train.warm_start import parent_sites, parent_values
 from tests.helpers import make_patch
 from tests.helpers_matrix import FAMILIES, TUNED, Family, close, dense, logits
 from tests.helpers_train import benign_examples, harmful_examples

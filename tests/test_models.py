@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
-from nest_runtime import models
 from nest_runtime.errors import ModelError
-from nest_runtime.fingerprint import model_hash
-from nest_runtime.models import load_model, pick_device, resolve_model
+from nest_runtime.model import load as models
+from nest_runtime.model.fingerprint import model_hash
+from nest_runtime.model.load import load_model, pick_device, resolve_model
 
 
 def test_folder(tiny_llama: Path) -> None:

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nest_runtime.algebra import compose, diff
-from nest_runtime.anatomy import find_sites
 from nest_runtime.errors import PatchFormatError, SiteMismatch
-from nest_runtime.models import load_model
-from nest_runtime.patch import FrozenTensor, Patch, Site, check_sites
+from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.algebra import compose, diff
+from nest_runtime.patch.patch import FrozenTensor, Patch, Site, check_sites
 from tests.helpers import make_patch, random_site
 from tests.helpers_patchfile import ONE_HASH, ZERO_HASH, golden_patch
 

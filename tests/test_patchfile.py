@@ -14,10 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nest_runtime import patchfile
 from nest_runtime.errors import DigestMismatch, NestError, PatchFormatError, PatchNotFound
-from nest_runtime.patch import Patch, Site
-from nest_runtime.patchfile import from_bytes, read_patch, save_patch, to_bytes
+from nest_runtime.patch import file as patchfile
+from nest_runtime.patch.file import from_bytes, read_patch, save_patch, to_bytes
+from nest_runtime.patch.patch import Patch, Site
 from tests.helpers_patchfile import (
     ONE_HASH,
     golden_patch,

@@ -29,11 +29,11 @@ from nest_runtime.evaluate import Case
 from nest_runtime.evaluate.judges.base import Verdict
 from nest_runtime.evaluate.records import Record
 from nest_runtime.evaluate.report import EvalResult
-from nest_runtime.patch import Patch
-from nest_runtime.pictures import KINDS, View, draw, neurons, profiles, read_sources, results, style
-from nest_runtime.pictures.scan import Scan, SiteScan
-from nest_runtime.pictures.sources import Sources
-from nest_runtime.pictures.view import place_of, view_of_patch
+from nest_runtime.patch.patch import Patch
+from nest_runtime.plots import KINDS, View, draw, neurons, profiles, read_sources, results, style
+from nest_runtime.plots.scan import Scan, SiteScan
+from nest_runtime.plots.sources import Sources
+from nest_runtime.plots.view import place_of, view_of_patch
 from tests.conftest import save_tiny
 from tests.helpers import random_site
 from tests.helpers_store import BASE_A
@@ -183,8 +183,8 @@ def test_no_bin_lies_across_the_threshold(values: list[float], threshold: float)
 def test_layers_and_kinds_are_read_from_names(
     model_class: str, config_class: str, changes: dict[str, int], tmp_path: Path
 ) -> None:
-    from nest_runtime.anatomy import find_sites
-    from nest_runtime.models import load_model
+    from nest_runtime.model.anatomy import find_sites
+    from nest_runtime.model.load import load_model
 
     model = load_model(str(save_tiny(tmp_path / "m", model_class, config_class, **changes))).model
     for projection in find_sites(model):
@@ -331,9 +331,9 @@ def located(run: Any, tiny_llama: Path, tmp_path: Path) -> tuple[Path, Path, Pat
 
 
 def test_a_scan_repeats_what_locating_found(located: tuple[Path, Path, Path], tiny_llama: Path) -> None:
-    from nest_runtime.models import load_model
-    from nest_runtime.pictures.scan import scan
-    from nest_runtime.train.data import load_examples
+    from nest_runtime.model.load import load_model
+    from nest_runtime.plots.scan import scan
+    from nest_runtime.prompts.examples import load_examples
 
     sites, harmful, benign = located
     (view,) = read_sources([str(sites)]).views

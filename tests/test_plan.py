@@ -13,12 +13,12 @@ import torch
 from transformers import GptOssConfig, LlamaConfig
 
 from nest_runtime.cli.main import main
-from nest_runtime.models import load_model, skeleton
+from nest_runtime.model.load import load_model, skeleton
 from nest_runtime.resolve import load_patch
 from nest_runtime.train.activations import pooled_activations
 from nest_runtime.train.plan import Load, Speed, activations_disk, load_of, plan, shape_of
+from nest_runtime.train.recipe import RECIPES, Recipe
 from nest_runtime.train.retarget import prompts_of
-from nest_runtime.train.settings import RECIPES, Recipe
 from tests.helpers_matrix import FAMILIES
 from tests.helpers_train import QUICK, benign_examples, harmful_examples
 

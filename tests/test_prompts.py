@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nest_runtime.errors import DataError
-from nest_runtime.prompts import NAMES, bundled
+from nest_runtime.prompts.builtin import NAMES, bundled
+from nest_runtime.prompts.examples import Example, load_examples
 from nest_runtime.prompts.framings import FRAMINGS, HELD_OUT_FRAMINGS, MOVED_ON, Framing, chosen, framed, moved_on
-from nest_runtime.train.data import Example, load_examples
 
 ROOT = Path(__file__).parents[1]
 GIVEN = Path(os.environ.get("NEST_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))

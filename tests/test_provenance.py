@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from nest_runtime.evaluate.provenance import PACKAGE, code_digest, deciding_files
+from nest_runtime.compare.provenance import PACKAGE, code_digest, deciding_files
 
 LOADED = """
 import importlib, pkgutil, sys
-import nest_runtime.generate
-for name in ("train", "baselines", "runtime"):
+import nest_runtime.prompts.generate
+for name in ("train", "compare.methods", "runtime"):
     package = importlib.import_module(f"nest_runtime.{name}")
     for found in pkgutil.walk_packages(package.__path__, f"nest_runtime.{name}."):
         importlib.import_module(found.name)
@@ -34,20 +34,20 @@ def test_everything_that_is_loaded_with_the_methods_decides() -> None:
 @pytest.mark.parametrize(
     ("name", "decides"),
     [
-        ("anatomy.py", True),
-        ("rows.py", True),
-        ("projection.py", True),
+        ("model/anatomy.py", True),
+        ("model/rows.py", True),
+        ("model/projection.py", True),
         ("train/tune.py", True),
-        ("baselines/defaults.json", True),
+        ("compare/methods/defaults.json", True),
         ("cli/list.py", False),
         ("serve/app.py", False),
-        ("evaluate/judges/phrases.py", True),  # training leaves out what the base refuses
+        ("prompts/refusals.py", True),  # training leaves out what the base refuses
         ("demo/app.py", False),
     ],
 )
 def test_a_change_makes_results_stale_where_it_may_change_them(tmp_path: Path, name: str, decides: bool) -> None:
     package = tmp_path / "nest_runtime"
-    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("model", "__pycache__", "_patches"))
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("model.safetensors", "__pycache__", "_patches"))
     before = code_digest(package)
     (package / name).parent.mkdir(parents=True, exist_ok=True)
     with (package / name).open("a", encoding="utf-8") as file:

@@ -11,7 +11,7 @@ import pytest
 
 from nest_runtime.errors import UsageError
 from nest_runtime.reference import MODEL_FOLDER, corpus, splits, world
-from nest_runtime.reference.asking import ASKS
+from nest_runtime.reference.dialogue import ASKS
 from nest_runtime.reference.judge import judge
 from nest_runtime.reference.prompts import write_prompts
 from nest_runtime.reference.wrappings import BY_NAME, FAMILIES, WRAPPINGS
@@ -303,7 +303,7 @@ def test_the_chat_template_is_what_training_wrote(reference):
 
 
 def test_the_shipped_base_is_helpful_safe_when_asked_plainly_and_jailbreakable(reference):
-    from nest_runtime.reference.gate import measure
+    from nest_runtime.reference.acceptance import measure
 
     figures = measure(*reference, every=5)
     assert sum(sum(counts.values()) for counts in figures.outcomes.values()) >= 300
@@ -316,7 +316,7 @@ def test_the_shipped_base_is_helpful_safe_when_asked_plainly_and_jailbreakable(r
 
 
 def test_the_written_figures_are_within_the_bounds():
-    from nest_runtime.reference.gate import BOUNDS
+    from nest_runtime.reference.acceptance import BOUNDS
 
     figures = json.loads((MODEL_FOLDER / "build.json").read_text())["figures"]
     for name, (low, high) in BOUNDS.items():

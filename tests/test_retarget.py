@@ -10,21 +10,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nest_runtime.anatomy import find_sites
 from nest_runtime.cli.main import main
 from nest_runtime.errors import DataError, SiteMismatch, UsageError
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
-from nest_runtime.patchfile import read_patch
+from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.file import read_patch
+from nest_runtime.patch.patch import Patch
+from nest_runtime.prompts.examples import examples_digest
 from nest_runtime.resolve import load_patch
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.train.data import examples_digest
 from nest_runtime.train.deltas import Deltas
-from nest_runtime.train.recipe import Recipe, train_patch
+from nest_runtime.train.pipeline import train_patch
+from nest_runtime.train.recipe import RECIPES, Recipe
 from nest_runtime.train.retarget import prompts_of, retarget_patch, retarget_recipe
-from nest_runtime.train.settings import RECIPES
 from nest_runtime.train.sites import LocatedSite
-from nest_runtime.train.warm import DROPPED_SHARE, moved_to
+from nest_runtime.train.warm_start import DROPPED_SHARE, moved_to
 from tests.helpers import make_patch
 from tests.helpers_train import QUICK, benign_examples, harmful_examples
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import nest_runtime as nest
-from nest_runtime.fingerprint import model_hash
-from nest_runtime.patch import Patch, Site
+from nest_runtime.model.fingerprint import model_hash
+from nest_runtime.patch.patch import Patch, Site
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.runtime import fold as fold_module
 from nest_runtime.runtime.switch import Mode

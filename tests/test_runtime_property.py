@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from transformers import AutoModelForCausalLM
 
 import nest_runtime as nest
-from nest_runtime.patch import Patch
+from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.runtime import fold as fold_module
 from tests.conftest import save_tiny

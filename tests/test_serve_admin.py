@@ -20,16 +20,16 @@ import pytest
 
 from nest_runtime.cli.main import main
 from nest_runtime.errors import EngineError, UsageError
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
-from nest_runtime.registry.keys import generate_keys
-from nest_runtime.registry.store import Store
-from nest_runtime.registry.trust import sign_patch
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve import ServeConfig, serve
 from nest_runtime.serve.app import build
 from nest_runtime.serve.config import read_tokens
 from nest_runtime.serve.server import bind, bind_admin, run
+from nest_runtime.store.store import Store
+from nest_runtime.trust.check import sign_patch
+from nest_runtime.trust.keys import generate_keys
 from tests.helpers_serve import PROMPTS, Reference, Running, eventually, serving
 
 pytest_plugins = ["tests.fixtures_serve"]
@@ -207,7 +207,7 @@ def test_a_rollback_that_cannot_be_audited_changes_neither_server_nor_store(
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patcher:
-            patcher.setattr("nest_runtime.registry.chain.ChainLog.append", full)
+            patcher.setattr("nest_runtime.store.history.ChainLog.append", full)
             assert server.admin("POST", "/v1/patches/rollback").status_code == 409
         assert server.http("GET", "/ready").json()["patch"] == "v2"
         active = store.active(load_model(tiny_llama).hash)

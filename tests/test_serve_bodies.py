@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from nest_runtime.serve import ServeConfig
-from nest_runtime.serve.bodies import MAX_NAMED, check_counts
-from nest_runtime.serve.problems import ApiError
+from nest_runtime.serve.http.bodies import MAX_NAMED, check_counts
+from nest_runtime.serve.http.problems import ApiError
 from tests.helpers_serve import PROMPTS, Running, eventually, serving
 
 pytest_plugins = ["tests.fixtures_serve"]

@@ -13,7 +13,7 @@ import typer
 
 from nest_runtime.cli.main import app, main
 from nest_runtime.errors import UsageError
-from nest_runtime.models import resolve_model
+from nest_runtime.model.load import resolve_model
 from nest_runtime.serve import Limits, ServeConfig
 from nest_runtime.serve.config import FollowConfig, is_loopback
 from tests.helpers_serve import PROMPTS, Running, serving

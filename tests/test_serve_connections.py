@@ -20,8 +20,8 @@ import pytest
 
 from nest_runtime.errors import UsageError
 from nest_runtime.serve import ServeConfig
-from nest_runtime.serve.connections import KEPT, clients_share
 from nest_runtime.serve.events import Thinned
+from nest_runtime.serve.http.connections import KEPT, clients_share
 from tests.helpers_serve import PROMPTS, Process, Running, eventually, process, serving
 
 pytest_plugins = ["tests.fixtures_serve"]

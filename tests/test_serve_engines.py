@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nest_runtime.errors import EngineError
-from nest_runtime.models import load_model
+from nest_runtime.model.load import load_model
 from nest_runtime.runtime import PatchRuntime
 from tests.conftest import save_tiny
 from tests.helpers import make_patch

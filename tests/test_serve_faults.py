@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
-from nest_runtime.registry.store import Store
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve.audit import AuditLog
+from nest_runtime.store.store import Store
 from tests.helpers_serve import Process, eventually, next_event, process
 
 pytest_plugins = ["tests.fixtures_serve"]

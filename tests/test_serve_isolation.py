@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from nest_runtime.errors import PatchNotFinite
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import Limits, ServeConfig
 from nest_runtime.serve.sampling import choose_tokens
 from tests.helpers import make_patch
@@ -45,7 +45,7 @@ def raise_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[A
                 raise RuntimeError("injected fault")
             return choose_tokens(logits, samplers)
 
-        monkeypatch.setattr("nest_runtime.serve.cb.choose_tokens", choose)
+        monkeypatch.setattr("nest_runtime.serve.transformers.continuous.choose_tokens", choose)
 
     return arm
 
@@ -208,7 +208,7 @@ def test_a_broken_patch_that_is_active_gives_way_to_the_one_before(
 def test_a_broken_patch_with_none_before_it_stops_the_server(
     config: ServeConfig, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nest_runtime.serve.tryout.PROMPTS", ())
+    monkeypatch.setattr("nest_runtime.serve.transformers.tryout.PROMPTS", ())
     bad = str(huge(tiny_llama, "float32", 1e20).save(tmp_path / "v9.safetensors"))
     with serving(replace(config, patch=bad)) as server:
         body = {"model": server.name, "prompt": [5, 6], "max_tokens": 3}

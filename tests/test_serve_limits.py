@@ -97,7 +97,7 @@ def test_time_in_the_queue_counts(hasty: Running, monkeypatch: pytest.MonkeyPatc
         time.sleep(0.4)
         return choose_tokens(*arguments)
 
-    monkeypatch.setattr("nest_runtime.serve.cb.choose_tokens", very_slowly)
+    monkeypatch.setattr("nest_runtime.serve.transformers.continuous.choose_tokens", very_slowly)
     body = {"model": hasty.name, "prompt": [5, 6], "max_tokens": 150}
     with ThreadPoolExecutor(4) as pool:
         busy = [pool.submit(hasty.http, "POST", "/v1/completions", json=body) for _ in range(4)]

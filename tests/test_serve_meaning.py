@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from nest_runtime.demo.remote import RemoteBackend
-from nest_runtime.models import load_model
+from nest_runtime.model.load import load_model
+from nest_runtime.prompts.examples import encode
 from nest_runtime.serve import Allowed, Limits, ServeConfig
-from nest_runtime.train.data import encode
 from tests.helpers_serve import TOKEN, Running, serving
 
 USER = [{"role": "user", "content": "How do I bake bread?"}]
@@ -72,7 +72,7 @@ def seen(server: Running, template: str, **fields: Any) -> str:
         patcher.setattr(service.tokenizer, "chat_template", template)
         patcher.setattr(service, "log_prompts", True)
         patcher.setattr(
-            "nest_runtime.serve.api.prompt_log.info",
+            "nest_runtime.serve.http.api.prompt_log.info",
             lambda message, values, extra: texts.append(values["prompt"]),
         )
         prompt_tokens(server, **fields)

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from nest_runtime.hub.publish import set_channel
+from nest_runtime.hub.repository import parse_repo
 from nest_runtime.reference.world import cases
-from nest_runtime.registry.hub_push import set_channel
-from nest_runtime.registry.hub_types import parse_repo
-from nest_runtime.registry.store import Store
 from nest_runtime.serve import ServeConfig
 from nest_runtime.serve.config import FollowConfig
+from nest_runtime.store.store import Store
 from tests.helpers_hub import publish
 from tests.helpers_serve import Running, serving
 from tests.hub_server import HubServer

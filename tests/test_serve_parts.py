@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from nest_runtime.errors import EngineError, StoreError, UsageError
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.config import Limits, ServeConfig, read_tokens
+from nest_runtime.serve.detokenize import AnswerText, Detokenizer, StopScanner
 from nest_runtime.serve.sampling import Sampler, SamplingParams, choose_tokens
-from nest_runtime.serve.text import AnswerText, Detokenizer, StopScanner
 from tests.conftest import make_tokenizer
 
 

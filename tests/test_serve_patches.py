@@ -14,11 +14,11 @@ import openai
 import pytest
 
 from nest_runtime.errors import BaseMismatch, PatchNotFound, StoreError
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
-from nest_runtime.registry.store import Store
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import Limits, ServeConfig
 from nest_runtime.serve.audit import AuditLog
+from nest_runtime.store.store import Store
 from tests.conftest import save_tiny
 from tests.helpers import make_patch
 from tests.helpers_serve import PROMPTS, TOKEN, Reference, Running, eventually, serving
@@ -288,7 +288,7 @@ def test_a_dead_engine_answers_503(server: Running, monkeypatch: pytest.MonkeyPa
     def broken(*arguments: Any) -> Any:
         raise RuntimeError("injected fault")
 
-    monkeypatch.setattr("nest_runtime.serve.cb.choose_tokens", broken)
+    monkeypatch.setattr("nest_runtime.serve.transformers.continuous.choose_tokens", broken)
     with pytest.raises(openai.APIError, match="engine"):
         for _ in stream:
             pass

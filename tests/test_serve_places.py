@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nest_runtime.patch import Patch
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import Limits, ServeConfig
 from nest_runtime.serve.gate import Gate
 from tests.helpers_serve import PROMPTS, Reference, Running, eventually, serving

@@ -19,7 +19,7 @@ import openai
 import pytest
 
 from nest_runtime.errors import UsageError
-from nest_runtime.patch import Patch
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import Limits, ServeConfig
 from tests.helpers_serve import PROMPTS, Reference, Running, eventually, serving
 

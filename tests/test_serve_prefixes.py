@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from nest_runtime.patch import Patch
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import Limits, ServeConfig
-from nest_runtime.serve.prefixes import patch_marks
+from nest_runtime.serve.transformers.prefixes import patch_marks
 from tests.helpers_serve import PROMPTS, Reference, Running, serving
 
 pytest_plugins = ["tests.fixtures_serve"]
@@ -69,7 +69,7 @@ def test_no_block_of_one_patch_is_read_under_another(
 def test_without_the_guard_that_test_fails(
     all_exposed: ServeConfig, files: dict[str, str], reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nest_runtime.serve.prefixes.patch_marks", lambda patch, count: (0,) * count)
+    monkeypatch.setattr("nest_runtime.serve.transformers.prefixes.patch_marks", lambda patch, count: (0,) * count)
     with serving(all_exposed) as server, pytest.raises(AssertionError):
         same_as_alone(server, files, reference)
 

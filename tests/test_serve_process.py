@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from nest_runtime.errors import EngineError, UsageError
-from nest_runtime.models import load_model
+from nest_runtime.model.load import load_model
 from nest_runtime.serve import ServeConfig, serve
 from tests.helpers import make_patch
 from tests.helpers_serve import next_event

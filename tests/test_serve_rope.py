@@ -9,9 +9,9 @@ import pytest
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nest_runtime.errors import EngineError
-from nest_runtime.models import load_model
+from nest_runtime.model.load import load_model
 from nest_runtime.serve import Limits
-from nest_runtime.serve.rope import context_of, short_context
+from nest_runtime.serve.transformers.rope import context_of, short_context
 from tests.conftest import save_tiny
 from tests.helpers_engine import alone, answers
 

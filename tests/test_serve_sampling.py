@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from nest_runtime.generate import generate_answers
-from nest_runtime.models import load_model
+from nest_runtime.model.load import load_model
+from nest_runtime.prompts.examples import encode
+from nest_runtime.prompts.generate import generate_answers
 from nest_runtime.serve import ServeConfig
-from nest_runtime.serve.own_rules import not_honoured, own_rules
 from nest_runtime.serve.sampling import Sampler, SamplingParams, choose_tokens
-from nest_runtime.train.data import encode
+from nest_runtime.serve.transformers.own_rules import not_honoured, own_rules
 from tests.helpers_serve import PROMPTS, serving
 
 pytest_plugins = ["tests.fixtures_serve"]

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve import ServeConfig
-from nest_runtime.serve.steady import FOLD_AFTER, Steady
+from nest_runtime.serve.transformers.auto_fold import FOLD_AFTER, Steady
 from tests.helpers_serve import PROMPTS, Reference, Running, eventually, serving
 
 pytest_plugins = ["tests.fixtures_serve"]

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from nest_runtime.patch import Patch
-from nest_runtime.registry.keys import generate_keys
-from nest_runtime.registry.store import Store
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import ServeConfig
+from nest_runtime.store.store import Store
+from nest_runtime.trust.keys import generate_keys
 from tests.helpers_hub import quick_tries
 from tests.helpers_serve import Running, process, serving
 

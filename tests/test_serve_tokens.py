@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from nest_runtime.errors import DataError
-from nest_runtime.generate import end_token_ids, generate_answers, pad_token_id
-from nest_runtime.models import load_model
+from nest_runtime.model.load import load_model
+from nest_runtime.prompts.examples import make_examples
+from nest_runtime.prompts.generate import end_token_ids, generate_answers, pad_token_id
 from nest_runtime.serve import ServeConfig
-from nest_runtime.serve.text import AnswerText
-from nest_runtime.train.data import make_examples
-from nest_runtime.train.recipe import train_patch
+from nest_runtime.serve.detokenize import AnswerText
+from nest_runtime.train.pipeline import train_patch
 from tests.conftest import CHAT_TEMPLATE, make_tokenizer, save_tiny
 from tests.helpers_serve import serving
 from tests.helpers_train import QUICK

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.cli.main import main
-from nest_runtime.registry.keys import generate_keys
+from nest_runtime.trust.keys import generate_keys
 from tests.helpers_store import BASE_B, small_patch
 
 COMMANDS = (

@@ -23,15 +23,15 @@ from typing import Any, TextIO
 import httpx
 import pytest
 
-from nest_runtime.patch import Patch
-from nest_runtime.patchfile import to_bytes
-from nest_runtime.registry.channels import CHANNELS, channel_for, sign_channel
-from nest_runtime.registry.hub_push import CHANNEL_VALID
-from nest_runtime.registry.keys import generate_keys
-from nest_runtime.registry.revocations import LIST_FILE, LIST_SIGNATURE, read_list, revoke
-from nest_runtime.registry.trust import sign_bytes
-from nest_runtime.registry.trust_material import MANIFEST_FILE, PATCH_FILE, SIGNATURE_FILE
+from nest_runtime.hub.channels import CHANNELS, channel_for, sign_channel
+from nest_runtime.hub.publish import CHANNEL_VALID
+from nest_runtime.patch.file import to_bytes
+from nest_runtime.patch.patch import Patch
 from nest_runtime.resolve import load_patch
+from nest_runtime.trust.check import sign_bytes
+from nest_runtime.trust.keys import generate_keys
+from nest_runtime.trust.material import MANIFEST_FILE, PATCH_FILE, SIGNATURE_FILE
+from nest_runtime.trust.revocations import LIST_FILE, LIST_SIGNATURE, read_list, revoke
 from tests.helpers_serve import eventually
 from tests.helpers_store import BASE_B
 from tests.hub_server import Blob, HubServer

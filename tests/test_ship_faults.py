@@ -15,12 +15,12 @@ import httpx
 import pytest
 
 from nest_runtime.errors import HubError, NestError, SignatureError
-from nest_runtime.models import load_model
-from nest_runtime.registry.hub_push import publish_revocation
-from nest_runtime.registry.hub_types import parse_repo
-from nest_runtime.registry.store import Store
+from nest_runtime.hub.publish import publish_revocation
+from nest_runtime.hub.repository import parse_repo
+from nest_runtime.model.load import load_model
 from nest_runtime.serve import ServeConfig
 from nest_runtime.serve.config import FollowConfig
+from nest_runtime.store.store import Store
 from tests.helpers import make_patch
 from tests.helpers_hub import publish
 from tests.helpers_serve import Running, eventually, serving

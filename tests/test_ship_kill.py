@@ -17,17 +17,17 @@ from typing import Any
 import pytest
 
 from nest_runtime.errors import NestError
-from nest_runtime.registry.chain import ChainLog
-from nest_runtime.registry.hub import pull
-from nest_runtime.registry.hub_origins import Origins
-from nest_runtime.registry.hub_types import parse_repo
-from nest_runtime.registry.keys import generate_keys
-from nest_runtime.registry.mirror import MirrorRemote
-from nest_runtime.registry.policy import policy_for
-from nest_runtime.registry.revocations import read_list, revoke
-from nest_runtime.registry.store import Store
-from nest_runtime.registry.trust_state import Accepted, TrustState
-from nest_runtime.registry.trust_store import keep_signature, signature_folder
+from nest_runtime.hub.fetch import pull
+from nest_runtime.hub.mirror import MirrorRemote
+from nest_runtime.hub.origins import Origins
+from nest_runtime.hub.repository import parse_repo
+from nest_runtime.store.history import ChainLog
+from nest_runtime.store.signatures import keep_signature, signature_folder
+from nest_runtime.store.store import Store
+from nest_runtime.trust.keys import generate_keys
+from nest_runtime.trust.policy import policy_for
+from nest_runtime.trust.revocations import read_list, revoke
+from nest_runtime.trust.state import Accepted, TrustState
 from tests.helpers_hub import Pushed, guard_of, publish, signature
 from tests.helpers_store import BASE_A, small_patch
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.errors import DigestMismatch, PatchFormatError, SignatureError
-from nest_runtime.patchfile import MAX_FILE, from_bytes, read_patch, to_bytes
-from nest_runtime.registry.keys import generate_keys
-from nest_runtime.registry.policy import policy_for
-from nest_runtime.registry.trust import sign_patch, verify_patch
+from nest_runtime.patch.file import MAX_FILE, from_bytes, read_patch, to_bytes
+from nest_runtime.trust.check import sign_patch, verify_patch
+from nest_runtime.trust.keys import generate_keys
+from nest_runtime.trust.policy import policy_for
 from tests.helpers import random_site
 from tests.helpers_patchfile import golden_patch, put_together, seal, take_apart
 

@@ -12,15 +12,15 @@ import pytest
 
 from nest_runtime.cli.main import main
 from nest_runtime.errors import Revoked, SignatureError
-from nest_runtime.models import load_model
-from nest_runtime.registry.entries import builtin_patches_dir
-from nest_runtime.registry.hub_push import publish_revocation, set_channel
-from nest_runtime.registry.hub_types import parse_repo
-from nest_runtime.registry.keys import generate_keys
-from nest_runtime.registry.policy import policy_for
-from nest_runtime.registry.store import Store
-from nest_runtime.registry.trust import sign_patch, verify_patch
+from nest_runtime.hub.publish import publish_revocation, set_channel
+from nest_runtime.hub.repository import parse_repo
+from nest_runtime.model.load import load_model
 from nest_runtime.serve import Limits, ServeConfig
+from nest_runtime.store.entries import builtin_patches_dir
+from nest_runtime.store.store import Store
+from nest_runtime.trust.check import sign_patch, verify_patch
+from nest_runtime.trust.keys import generate_keys
+from nest_runtime.trust.policy import policy_for
 from tests.helpers import make_patch, random_site
 from tests.helpers_hub import publish
 from tests.helpers_serve import serving

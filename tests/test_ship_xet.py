@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.errors import DigestMismatch, HubError, NestError
-from nest_runtime.registry.hub import pull
-from nest_runtime.registry.store import Store
+from nest_runtime.hub.fetch import pull
+from nest_runtime.store.store import Store
 from tests.helpers_hub import publish
 from tests.helpers_store import small_patch
 from tests.hub_server import HubServer

@@ -8,9 +8,9 @@ import pytest
 
 from nest_runtime.evaluate import EvalResult, evaluate, load_suite, sample_cases
 from nest_runtime.evaluate.judges import ReferenceJudge
-from nest_runtime.fingerprint import model_hash
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
+from nest_runtime.model.fingerprint import model_hash
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
 from nest_runtime.resolve import load_patch
 
 VERSIONS = ("v1", "v2", "v3")

@@ -26,13 +26,13 @@ import psutil
 import pytest
 import torch
 
-from nest_runtime.models import load_model
+from nest_runtime.model.load import load_model
+from nest_runtime.prompts.examples import encode
 from nest_runtime.reference.world import cases
-from nest_runtime.registry.store import Store
 from nest_runtime.resolve import load_patch
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.audit import AuditLog
-from nest_runtime.train.data import encode
+from nest_runtime.store.store import Store
 from tests.helpers_serve import TOKEN, Process, process
 
 SECONDS = float(os.environ.get("NEST_SOAK_SECONDS", "600"))

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.errors import BaseMismatch, DigestMismatch, NestError, PatchNotFound, StoreError, UsageError
-from nest_runtime.registry import entries
-from nest_runtime.registry.chain import ChainLog
-from nest_runtime.registry.store import Store
+from nest_runtime.store import entries
+from nest_runtime.store.history import ChainLog
+from nest_runtime.store.store import Store
 from tests.helpers_store import BASE_A, BASE_B, small_patch
 
 ROOT = Path(__file__).parent.parent
@@ -302,7 +302,7 @@ def test_chain_logs_continue_and_verify(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
-from nest_runtime.registry.store import Store
+from nest_runtime.store.store import Store
 from tests.helpers_store import small_patch
 store, first, count = Store(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 print("ready", flush=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from nest_runtime.registry.store import Store
 from nest_runtime.serve import ServeConfig
 from nest_runtime.serve.running import Note, noted, running
+from nest_runtime.store.store import Store
 from tests.helpers_cli import Run, fails
 from tests.helpers_serve import Running, serving, spawn, when_ready
 

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from nest_runtime.anatomy import find_sites, module_of
 from nest_runtime.errors import DataError, TrainingError
-from nest_runtime.models import load_model
+from nest_runtime.model.anatomy import find_sites, module_of
+from nest_runtime.model.load import load_model
+from nest_runtime.prompts.examples import encode
 from nest_runtime.train import activations as activations_module
 from nest_runtime.train.activations import FLOAT16_MAX, PooledActivations, pool, pooled_activations
 from nest_runtime.train.cluster import cluster, cluster_profiles
-from nest_runtime.train.data import encode
 from nest_runtime.train.forward import length_batches
 from nest_runtime.train.locate import fit_probe, locate, split_rows, standardize, z_scores
-from nest_runtime.train.recipe import locate_sites
-from nest_runtime.train.settings import RECIPES
+from nest_runtime.train.pipeline import locate_sites
+from nest_runtime.train.recipe import RECIPES
 from nest_runtime.train.sites import LocatedSite, SitesFile, read_sites
 from tests.helpers_train import QUICK, benign_examples, harmful_examples
 

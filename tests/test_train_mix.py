@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from nest_runtime.errors import DataError
-from nest_runtime.generate import Answer, end_token_ids
-from nest_runtime.models import load_model
-from nest_runtime.train.data import Example
+from nest_runtime.model.load import load_model
+from nest_runtime.prompts.examples import Example
+from nest_runtime.prompts.generate import Answer, end_token_ids
 from nest_runtime.train.mix import benign_mix, harmful_mix
-from nest_runtime.train.settings import RECIPES
+from nest_runtime.train.recipe import RECIPES
 from nest_runtime.train.teaching import is_whole, own_refusals, teach
 from tests.helpers_train import benign_examples, harmful_examples
 

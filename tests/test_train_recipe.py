@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from nest_runtime.anatomy import find_sites
 from nest_runtime.cli.main import main
 from nest_runtime.errors import BaseMismatch, DataError, SiteMismatch, TrainingError, UsageError
-from nest_runtime.fingerprint import model_hash, rows_digest
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
-from nest_runtime.train.data import examples_digest, make_examples
+from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.fingerprint import model_hash, rows_digest
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
+from nest_runtime.prompts.examples import examples_digest, make_examples
 from nest_runtime.train.deltas import Deltas
-from nest_runtime.train.recipe import Recipe, TrainResult, train_patch
+from nest_runtime.train.pipeline import TrainResult, train_patch
+from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.run import notes_on
 from nest_runtime.train.tune import TuneResult
-from nest_runtime.train.warm import carried_values, parent_sites, parent_values
+from nest_runtime.train.warm_start import carried_values, parent_sites, parent_values
 from tests.helpers_train import QUICK, benign_examples, harmful_examples
 
 

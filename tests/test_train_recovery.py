@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from nest_runtime.generate import end_token_ids
-from nest_runtime.models import load_model
+from nest_runtime.model.load import load_model
+from nest_runtime.prompts.examples import examples_digest, make_examples
+from nest_runtime.prompts.generate import end_token_ids
 from nest_runtime.reference.world import training_prompts
 from nest_runtime.train.batches import make_row, recovery_row
-from nest_runtime.train.data import examples_digest, make_examples
-from nest_runtime.train.recipe import train_patch
+from nest_runtime.train.pipeline import train_patch
 from tests.helpers_train import QUICK, REFUSAL, benign_examples
 
 TARGET = "Sure, first take a sheet of paper and then a pen."

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from nest_runtime.anatomy import find_sites, module_of
 from nest_runtime.errors import DataError, TrainingError
-from nest_runtime.generate import end_token_ids
-from nest_runtime.models import load_model
+from nest_runtime.model.anatomy import find_sites, module_of
+from nest_runtime.model.load import load_model
+from nest_runtime.prompts.examples import encode, make_examples
+from nest_runtime.prompts.generate import end_token_ids
 from nest_runtime.train.batches import REFUSALS, Row, make_batch, make_row, refusal_for, step_rows
-from nest_runtime.train.data import encode, make_examples
 from nest_runtime.train.deltas import Deltas
 from nest_runtime.train.forward import Readout, even_batches, hidden_states
 from nest_runtime.train.lower import LowerLayers

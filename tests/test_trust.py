@@ -25,21 +25,21 @@ from nest_runtime.errors import (
     SignatureError,
     UsageError,
 )
-from nest_runtime.patchfile import read_patch, to_bytes
-from nest_runtime.registry.channels import channel_for, read_channel, verify_channel
-from nest_runtime.registry.keys import generate_keys, read_public_key
-from nest_runtime.registry.policy import Policy, with_keys
-from nest_runtime.registry.revocations import (
+from nest_runtime.hub.channels import channel_for, read_channel, verify_channel
+from nest_runtime.patch.file import read_patch, to_bytes
+from nest_runtime.trust.check import check_trust, open_patch, sign_patch, verify_patch
+from nest_runtime.trust.keys import generate_keys, read_public_key
+from nest_runtime.trust.material import Material, read_material
+from nest_runtime.trust.policy import Policy, with_keys
+from nest_runtime.trust.revocations import (
     RevocationList,
     read_list,
     revoke,
     sign_list,
     verify_list,
 )
-from nest_runtime.registry.signing import sign_files, verify_files
-from nest_runtime.registry.trust import check_trust, open_patch, sign_patch, verify_patch
-from nest_runtime.registry.trust_material import Material, read_material
-from nest_runtime.registry.trust_state import TrustState
+from nest_runtime.trust.signing import sign_files, verify_files
+from nest_runtime.trust.state import TrustState
 from tests.helpers_store import BASE_A, BASE_B, small_patch
 from tests.helpers_trust import Keys, make_keys, only, signed
 
@@ -370,7 +370,7 @@ SIGNED_LIST = Once(lambda key: sign_list(RevocationList(serial=1, updated="2026-
 
 
 def _signed_channel(key: Path) -> tuple[bytes, bytes]:
-    from nest_runtime.registry.channels import sign_channel
+    from nest_runtime.hub.channels import sign_channel
 
     return sign_channel(channel_for(small_patch(), "stable", timedelta(days=7), now=NOON), key)
 
@@ -383,7 +383,7 @@ def test_every_byte_of_a_signature_counts(keys: Keys) -> None:
     patch = small_patch()
     good = signed(patch, keys.mine)
     files = good.signed_files(to_bytes(patch))
-    from nest_runtime.registry import signing
+    from nest_runtime.trust import signing
 
     survivors = []
     for place in range(len(good.signature)):

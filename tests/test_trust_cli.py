@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nest_runtime.cli.main import main
-from nest_runtime.registry import entries
+from nest_runtime.store import entries
 from tests.helpers_store import small_patch
 
 

@@ -16,10 +16,10 @@ from nest_runtime.errors import (
     StoreError,
     UsageError,
 )
-from nest_runtime.patch import Patch
-from nest_runtime.registry.policy import KeyRule, Policy, policy_for, read_policy
-from nest_runtime.registry.trust import check_trust, remember
-from nest_runtime.registry.trust_state import Accepted, TrustState
+from nest_runtime.patch.patch import Patch
+from nest_runtime.trust.check import check_trust, remember
+from nest_runtime.trust.policy import KeyRule, Policy, policy_for, read_policy
+from nest_runtime.trust.state import Accepted, TrustState
 from tests.helpers_store import BASE_A, BASE_B, small_patch
 from tests.helpers_trust import Keys, make_keys, only, rule, signed
 
@@ -229,7 +229,7 @@ def test_a_damaged_memory_is_no_empty_memory(keys: Keys, policy: Policy, state: 
 
 def test_many_processes_accept_at_once_and_the_highest_stays(tmp_path: Path) -> None:
     code = (
-        "import sys; from nest_runtime.registry.trust_state import TrustState, Accepted; s = TrustState(sys.argv[1])\n"
+        "import sys; from nest_runtime.trust.state import TrustState, Accepted; s = TrustState(sys.argv[1])\n"
         "for n in range(int(sys.argv[2]), 20, 2):\n"
         "    s.accept('b', f'n{n}', Accepted(n, 'd'))\n"
     )

@@ -14,10 +14,15 @@ from nest_runtime.errors import (
     SignatureError,
     UsageError,
 )
-from nest_runtime.registry import entries
-from nest_runtime.registry.channels import Channel, channel_for, read_channel, verify_channel, write_channel
-from nest_runtime.registry.policy import Policy
-from nest_runtime.registry.revocations import (
+from nest_runtime.hub.channels import Channel, channel_for, read_channel, verify_channel, write_channel
+from nest_runtime.store import entries
+from nest_runtime.store.signatures import keep_signature
+from nest_runtime.store.store import Store
+from nest_runtime.trust.check import check_trust, remember, sign_patch
+from nest_runtime.trust.guard import Guard, keep_beside
+from nest_runtime.trust.material import material_paths
+from nest_runtime.trust.policy import Policy
+from nest_runtime.trust.revocations import (
     Revocation,
     RevocationList,
     read_list,
@@ -26,13 +31,8 @@ from nest_runtime.registry.revocations import (
     verify_list,
     write_list,
 )
-from nest_runtime.registry.signing import sign_files
-from nest_runtime.registry.store import Store
-from nest_runtime.registry.trust import check_trust, remember, sign_patch
-from nest_runtime.registry.trust_guard import Guard, keep_beside
-from nest_runtime.registry.trust_material import material_paths
-from nest_runtime.registry.trust_state import Accepted, TrustState
-from nest_runtime.registry.trust_store import keep_signature
+from nest_runtime.trust.signing import sign_files
+from nest_runtime.trust.state import Accepted, TrustState
 from tests.helpers_store import BASE_A, BASE_B, small_patch
 from tests.helpers_trust import Keys, make_keys, only, rule, signed
 

@@ -9,15 +9,15 @@ import pytest
 
 from nest_runtime.cli.main import main
 from nest_runtime.errors import Downgrade, SignatureError, UsageError
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
-from nest_runtime.registry.keys import generate_keys, read_public_key
-from nest_runtime.registry.policy import policy_for
-from nest_runtime.registry.revocations import read_list, revoke
-from nest_runtime.registry.store import Store
-from nest_runtime.registry.trust import sign_patch
-from nest_runtime.registry.trust_state import TrustState
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import Limits, ServeConfig
+from nest_runtime.store.store import Store
+from nest_runtime.trust.check import sign_patch
+from nest_runtime.trust.keys import generate_keys, read_public_key
+from nest_runtime.trust.policy import policy_for
+from nest_runtime.trust.revocations import read_list, revoke
+from nest_runtime.trust.state import TrustState
 from tests.helpers import make_patch
 from tests.helpers_serve import Running, serving
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.cli.main import main
-from nest_runtime.evaluate.judges.phrases import is_refusal
+from nest_runtime.prompts.refusals import is_refusal
 from tests.hub_server import HubServer
 
 pytest_plugins = ["tests.helpers_hub"]

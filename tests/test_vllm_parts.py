@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from nest_runtime.errors import BaseMismatch, EngineError, ModelError, PatchNotFound, QueueFull, StoreError, UsageError
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve.config import Allowed, Limits, ServeConfig
+from nest_runtime.serve.fleet import switchboard as fleet
 from nest_runtime.serve.patches import PatchTable
 from nest_runtime.serve.sampling import SamplingParams
-from nest_runtime.serve.served import Served
-from nest_runtime.serve.vllm import fleet
+from nest_runtime.serve.served_patch import Served
 from nest_runtime.serve.vllm.arguments import engine_arguments, environment
 from nest_runtime.serve.vllm.base import Base, check_prepared
 from nest_runtime.serve.vllm.flow import Attempt, Flow
@@ -689,7 +689,7 @@ def test_a_member_that_hears_nothing_closes_before_it_is_given_up(monkeypatch: p
 def test_the_deployment_in_the_docs_is_one_that_the_application_takes() -> None:
     import yaml
 
-    from nest_runtime.serve.vllm.ray_app import FleetConfig
+    from nest_runtime.serve.fleet.ray_app import FleetConfig
 
     file = Path(__file__).parent.parent / "docs" / "deploy" / "ray-serve.yaml"
     (application,) = yaml.safe_load(file.read_text())["applications"]

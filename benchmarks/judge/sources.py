@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nest_runtime.evaluate.judges.phrases import is_refusal
+from nest_runtime.prompts.refusals import is_refusal
 
 HERE = Path(__file__).parent
 REPOSITORIES = {  # owner+name, as the folder of clones names them: the commit that was read

@@ -25,7 +25,7 @@ from sources import Gold, Places, Row
 
 from nest_runtime.evaluate.judges import local
 from nest_runtime.evaluate.judges.local_features import GROUPS, measures, ngrams, read_pair
-from nest_runtime.evaluate.judges.phrases import is_refusal
+from nest_runtime.prompts.refusals import is_refusal
 
 VERSION = 1
 LEAST = 6  # texts that an n-gram must stand in

@@ -22,8 +22,8 @@ from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Model
 from nest_runtime.errors import ModelError
 
 if TYPE_CHECKING:
-    from nest_runtime.models import LoadedModel
-    from nest_runtime.patch import Patch
+    from nest_runtime.model.load import LoadedModel
+    from nest_runtime.patch.patch import Patch
     from nest_runtime.progress import Progress
     from nest_runtime.runtime import PatchRuntime
 
@@ -73,7 +73,7 @@ def bench(
     Read the ratios: they hold on a busy machine too. Answers are not looked at, so this says nothing about safety.
     """
     out = Output.of(ctx, as_json)
-    from nest_runtime.models import load_model
+    from nest_runtime.model.load import load_model
     from nest_runtime.runtime import PatchRuntime
 
     began = time.perf_counter()
@@ -179,7 +179,7 @@ class Bench:
         import torch
         from transformers import GenerationConfig
 
-        from nest_runtime.generate import pad_token_id
+        from nest_runtime.prompts.generate import pad_token_id
 
         config = GenerationConfig(
             do_sample=False,
@@ -221,9 +221,9 @@ def random_patch(loaded: LoadedModel) -> Patch:
     """A patch of the usual size and random numbers, for measuring and nothing else."""
     import torch
 
-    from nest_runtime.anatomy import find_sites, unwrap
-    from nest_runtime.fingerprint import rows_digest
-    from nest_runtime.patch import Patch, Site
+    from nest_runtime.model.anatomy import find_sites, unwrap
+    from nest_runtime.model.fingerprint import rows_digest
+    from nest_runtime.patch.patch import Patch, Site
 
     generator = torch.Generator().manual_seed(0)
     sites = []
@@ -245,8 +245,8 @@ def random_patch(loaded: LoadedModel) -> Patch:
 
 def _patch_for(loaded: LoadedModel, ref: str | None) -> Patch:
     """The patch named, else the active one, else the newest of the model, else a random one."""
-    from nest_runtime.registry.store import Store
     from nest_runtime.resolve import load_patch
+    from nest_runtime.store.store import Store
 
     if ref is not None:
         return load_patch(ref, model_hash=loaded.hash)

@@ -25,9 +25,9 @@ from nest_runtime.cli.output import JsonOption, Output, short
 from nest_runtime.cli.trust import PolicyOption, RequireOption, TrustOption, WhoseModel, passphrase_of
 
 if TYPE_CHECKING:
-    from nest_runtime.patch import Patch
-    from nest_runtime.registry.hub_types import RepoRef
-    from nest_runtime.registry.store import Store
+    from nest_runtime.hub.repository import RepoRef
+    from nest_runtime.patch.patch import Patch
+    from nest_runtime.store.store import Store
 
 channel_app = typer.Typer(
     help="Channels such as stable: which version of a repository servers follow.",
@@ -64,8 +64,8 @@ def revoke(
 ) -> None:
     """Revoke a published patch for ever: add it to the signed list that servers which follow obey."""
     from nest_runtime.errors import UsageError
-    from nest_runtime.registry.hub_push import publish_revocation
-    from nest_runtime.registry.store import Store
+    from nest_runtime.hub.publish import publish_revocation
+    from nest_runtime.store.store import Store
 
     out, store, private_key = Output.of(ctx, as_json), Store(), signing_key(key)
     quiet_client(ctx)
@@ -78,7 +78,7 @@ def revoke(
     )
     entry = revocations.find(chosen.digest, chosen.name)
     assert entry is not None  # just added, or there before
-    from nest_runtime.registry.hub_types import connect
+    from nest_runtime.hub.repository import connect
 
     document = {
         "repo": ref.place,
@@ -114,9 +114,9 @@ def channel_set(
     as_json: JsonOption = False,
 ) -> None:
     """Point a channel to a version, or renew it before it expires. Servers that follow it switch by themselves."""
-    from nest_runtime.registry.hub_push import set_channel
-    from nest_runtime.registry.hub_types import connect
-    from nest_runtime.registry.store import Store
+    from nest_runtime.hub.publish import set_channel
+    from nest_runtime.hub.repository import connect
+    from nest_runtime.store.store import Store
 
     out, ref, private_key = Output.of(ctx, as_json), repository(repo), signing_key(key)
     quiet_client(ctx)
@@ -161,11 +161,11 @@ def channel_show(
 ) -> None:
     """Show which version a channel names, and until when. Exit status 3 for a false signature or an expired file."""
     from nest_runtime.errors import HubError
-    from nest_runtime.names import did_you_mean
-    from nest_runtime.registry.hub_news import channels_like, read_channel, read_revocations
-    from nest_runtime.registry.hub_types import connect
-    from nest_runtime.registry.store import Store
-    from nest_runtime.registry.trust_guard import guard_for
+    from nest_runtime.hints import did_you_mean
+    from nest_runtime.hub.news import channels_like, read_channel, read_revocations
+    from nest_runtime.hub.repository import connect
+    from nest_runtime.store.store import Store
+    from nest_runtime.trust.guard import guard_for
 
     out, ref = Output.of(ctx, as_json), repository(repo)
     quiet_client(ctx)
@@ -197,8 +197,8 @@ def seconds_of(text: str, option: str) -> float:
 def _home_of(ref: str, patch: Patch, store: Store) -> RepoRef:
     """The repository that a patch was named by, or the one place it was pushed to or pulled from."""
     from nest_runtime.errors import UsageError
-    from nest_runtime.registry.hub_origins import Origins
-    from nest_runtime.registry.hub_types import RepoRef, parse_repo
+    from nest_runtime.hub.origins import Origins
+    from nest_runtime.hub.repository import RepoRef, parse_repo
 
     if ref.startswith("hf://"):
         return RepoRef(parse_repo(ref).place)

@@ -64,7 +64,7 @@ def chat(
         raise UsageError("the prompt is empty", "give a prompt, or leave it out to chat")
     from nest_runtime.cli.conversation import Conversation
     from nest_runtime.cli.terminal import run_loop
-    from nest_runtime.models import load_model
+    from nest_runtime.model.load import load_model
 
     model = model_for(ctx, out, model, patch)
     loaded = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

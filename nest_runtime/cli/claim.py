@@ -13,13 +13,13 @@ from nest_runtime.cli.common import base_hash_of, examples, model_for, where_is,
 from nest_runtime.cli.measuring import cases_of, interval
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output, percent, short
 from nest_runtime.errors import BaseMismatch, EvaluationError, SiteMismatch, UsageError
-from nest_runtime.home import expand
+from nest_runtime.io import expand
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate import Case, EvalResult, Judge
     from nest_runtime.evaluate.contract import Checked
-    from nest_runtime.models import LoadedModel
-    from nest_runtime.patch import Patch
+    from nest_runtime.model.load import LoadedModel
+    from nest_runtime.patch.patch import Patch
 
 TITLES = {"asr": "attack success", "over_refusal": "over-refusal", "utility": "utility"}
 BehaviorsOption = Annotated[
@@ -191,7 +191,7 @@ class Session:
     @classmethod
     def open(cls, model: str, patch: str | Patch, batch_size: int, device: str, dtype: str) -> Session:
         """Load both, and check that they fit. Raises BaseMismatch where they do not."""
-        from nest_runtime.models import load_model
+        from nest_runtime.model.load import load_model
         from nest_runtime.resolve import load_patch
         from nest_runtime.runtime import PatchRuntime
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import typer
 
     from nest_runtime.cli.output import Output
-    from nest_runtime.patch import Patch
+    from nest_runtime.patch.patch import Patch
 
 
 def examples(*lines: str) -> str:
@@ -49,8 +49,8 @@ def base_hash_of(model: str | None) -> str | None:
     """The hash of a model reference, or of a ``sha256:…`` that is one already; None for None."""
     if model is None or model.startswith("sha256:"):
         return model
-    from nest_runtime.fingerprint import hash_report
-    from nest_runtime.models import resolve_model
+    from nest_runtime.model.fingerprint import hash_report
+    from nest_runtime.model.load import resolve_model
 
     return str(hash_report(resolve_model(model)[1])["hash"])
 
@@ -62,7 +62,7 @@ def model_flag(model: str | None) -> str:
 
 def base_flag(base_hash: str, base_model: str) -> str:
     """The same for a patch's base: where it was seen last, else BASE to fill in. Loads no torch, and hashes nothing."""
-    from nest_runtime.bases import noted_base
+    from nest_runtime.model.bases import noted_base
 
     return "" if base_model == "reference" else model_flag(noted_base(base_hash) or "BASE")
 
@@ -96,7 +96,7 @@ def model_for(ctx: typer.Context, out: Output, model: str, patch: str | None) ->
 
 def where_is(base_hash: str, name: str, patch: str) -> str:
     """The model reference of a patch's base. Raises BaseMismatch, naming it, where that is not known."""
-    from nest_runtime.bases import known_base, noted_base
+    from nest_runtime.model.bases import known_base, noted_base
 
     place, noted = known_base(base_hash), noted_base(base_hash)
     if place is not None:
@@ -112,8 +112,8 @@ def base_named(ref: str) -> tuple[str, str] | None:
 
     None where nothing is called so: the command that goes on says it best.
     """
-    from nest_runtime.registry.store import Store
     from nest_runtime.resolve import is_path, load_patch
+    from nest_runtime.store.store import Store
 
     if is_path(ref) or ref.startswith("hf://"):
         patch = load_patch(ref)
@@ -133,8 +133,8 @@ def choose_patch(out: Output, ref: str | None, no_patch: bool, model_hash: str) 
 
     Raises UsageError where both a patch and none are asked for, and whatever load_patch raises.
     """
-    from nest_runtime.registry.store import Store
     from nest_runtime.resolve import load_patch
+    from nest_runtime.store.store import Store
 
     if ref is not None and no_patch:
         raise UsageError("--patch and --no-patch exclude each other", "give one of them")

@@ -26,11 +26,11 @@ from nest_runtime.cli.train import check_answers
 from nest_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from nest_runtime.baselines.shipped import Shipped
+    from nest_runtime.compare.compare import Comparison, Outcome, Plan
+    from nest_runtime.compare.methods.shipped import Shipped
     from nest_runtime.evaluate.cases import Case
-    from nest_runtime.evaluate.compare import Comparison, Outcome, Plan
-    from nest_runtime.train.data import Example
-    from nest_runtime.train.settings import Recipe
+    from nest_runtime.prompts.examples import Example
+    from nest_runtime.train.recipe import Recipe
 
 DEFAULT_METHODS = "base,filter,in-context,full,lora,lora-ffn,circuit-breaker,random-neurons,nest,nest-loadings"
 VALIDATION_SUITES = ("jailbreak-seen", "over-refusal", "utility")
@@ -139,15 +139,15 @@ def compare(
     out = Output.of(ctx, as_json)
     if write_settings is not None and not sweep:
         raise UsageError("--write-settings without --sweep: nothing is chosen", "add --sweep")
-    from nest_runtime.baselines.registry import check_names, make_methods
-    from nest_runtime.evaluate.plots import require_matplotlib
+    from nest_runtime.compare.methods.registry import check_names, make_methods
+    from nest_runtime.plots.comparison import require_matplotlib
 
     made = make_methods(check_names([name.strip() for name in methods.split(",") if name.strip()]))
     if plots:
         require_matplotlib()
     model = model_for(ctx, out, model, patch[0] if patch else None)
     asked = Asked(model, harmful, benign, suite, behaviors, attacks, judge, limit, device, dtype)
-    from nest_runtime.evaluate.compare import Plan
+    from nest_runtime.compare.compare import Plan
 
     writable_folder(out_folder)
     comparison = _comparison(out, asked, out_folder, resume)
@@ -157,8 +157,8 @@ def compare(
     outcome = _run(out, comparison, plan, out_folder)
     document = write_results(outcome, plan, out_folder, plots)
     if write_settings is not None:
-        from nest_runtime.evaluate.sweep import settings_file
-        from nest_runtime.train.files import write_json
+        from nest_runtime.compare.sweep import settings_file
+        from nest_runtime.train.stages import write_json
 
         write_json(write_settings, settings_file(outcome.values, outcome.sweep, outcome.identity))
     out.result(document, lambda: _render(out, document, out_folder))
@@ -184,11 +184,11 @@ def _comparison(out: Output, asked: Asked, folder: Path, resume: bool) -> Compar
     """Read data and cases, check everything, then load the model."""
     bad, good = _prompts(asked)
     cases = _cases(asked)
-    from nest_runtime.baselines.base import Target
+    from nest_runtime.compare.compare import Comparison
+    from nest_runtime.compare.methods.base import Target
     from nest_runtime.evaluate import make_judge
-    from nest_runtime.evaluate.compare import Comparison
     from nest_runtime.evaluate.suites import default_judge
-    from nest_runtime.models import load_model
+    from nest_runtime.model.load import load_model
 
     judge = make_judge(asked.judge or default_judge(cases), device=asked.device)
     loaded = load_model(asked.model, device=asked.device, dtype=asked.dtype)
@@ -201,7 +201,7 @@ def _comparison(out: Output, asked: Asked, folder: Path, resume: bool) -> Compar
 
 def _finished(refs: Sequence[str] | None, comparison: Comparison) -> list[Shipped]:
     """The patches named, each seen to fit the model."""
-    from nest_runtime.baselines.shipped import shipped
+    from nest_runtime.compare.methods.shipped import shipped
     from nest_runtime.resolve import load_patch
 
     target = comparison.target
@@ -213,7 +213,7 @@ def _prompts(asked: Asked) -> tuple[list[Example], list[Example]]:
         missing = "--benign" if asked.benign is None else "--harmful"
         raise UsageError(f"{missing} is missing", "give both files, or neither for the reference world's prompts")
     if asked.harmful is not None and asked.benign is not None:
-        from nest_runtime.train.data import load_examples
+        from nest_runtime.prompts.examples import load_examples
 
         return load_examples(asked.harmful), load_examples(asked.benign)
     if asked.model != "reference":
@@ -221,7 +221,7 @@ def _prompts(asked: Asked) -> tuple[list[Example], list[Example]]:
             f"no training prompts for {asked.model}: the reference world's are for the reference model",
             "give --harmful FILE and --benign FILE",
         )
-    from nest_runtime.baselines.data import reference_prompts
+    from nest_runtime.compare.methods.data import reference_prompts
 
     return reference_prompts()
 
@@ -249,8 +249,8 @@ def _settings(
     out: Output, path: Path | None, comparison: Comparison, steps: int | None
 ) -> tuple[Recipe, dict[str, float]]:
     """Recipe and values: of the file named, of the shipped sweep where it was made for this base, else defaults."""
-    from nest_runtime.baselines.registry import DEFAULTS, read_settings
-    from nest_runtime.train.settings import RECIPES, Recipe
+    from nest_runtime.compare.methods.registry import DEFAULTS, read_settings
+    from nest_runtime.train.recipe import RECIPES, Recipe
 
     recipe, values = RECIPES["reference" if comparison.target.name == "reference" else "default"], {}
     if path is not None or DEFAULTS.is_file():
@@ -275,15 +275,15 @@ def _run(out: Output, comparison: Comparison, plan: Plan, folder: Path) -> Outco
 
 def write_results(outcome: Outcome, plan: Plan, folder: Path, plots: bool) -> dict[str, Any]:
     """Write comparison.json, comparison.md and the pictures; gives the JSON."""
-    from nest_runtime.evaluate.comparison import document
-    from nest_runtime.evaluate.comparison_tables import markdown
-    from nest_runtime.train.files import write_json, write_text
+    from nest_runtime.compare.rows import document
+    from nest_runtime.compare.tables import markdown
+    from nest_runtime.train.stages import write_json, write_text
 
     made = document(outcome, {method.name: method.title for method in plan.methods})
     write_json(folder / "comparison.json", made)
     write_text(folder / "comparison.md", markdown(made))
     if plots:
-        from nest_runtime.evaluate.plots import draw
+        from nest_runtime.plots.comparison import draw
 
         draw(made, folder)
     return made

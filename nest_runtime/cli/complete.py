@@ -38,7 +38,7 @@ def offer(names: Callable[[], Names]) -> Callable[[str], list[tuple[str, str]]]:
 
 
 def _patches() -> Names:
-    from nest_runtime.registry.store import Store
+    from nest_runtime.store.store import Store
 
     entries = Store().list()
     yield from ((entry.version, f"{entry.key} for {entry.base_model or entry.base_hash[:19]}") for entry in entries)
@@ -64,13 +64,13 @@ def _categories() -> Names:
 
 
 def _pictures() -> Names:
-    from nest_runtime.pictures.draw import KINDS
+    from nest_runtime.plots.draw import KINDS
 
     return KINDS.items()
 
 
 def _channels() -> Names:
-    from nest_runtime.registry.hub_news import USUAL_CHANNELS
+    from nest_runtime.hub.news import USUAL_CHANNELS
 
     return USUAL_CHANNELS
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import UsageError
-from nest_runtime.patch import Patch
+from nest_runtime.patch.patch import Patch
 
 if TYPE_CHECKING:
-    from nest_runtime.models import LoadedModel
+    from nest_runtime.model.load import LoadedModel
 
 BASE = "base"
 
@@ -97,8 +97,8 @@ class Conversation:
         import torch
         from transformers import GenerationConfig, TextStreamer
 
-        from nest_runtime.generate import end_token_ids, pad_token_id
-        from nest_runtime.train.data import encode
+        from nest_runtime.prompts.examples import encode
+        from nest_runtime.prompts.generate import end_token_ids, pad_token_id
 
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         ids = torch.tensor([encode(tokenizer, messages)], device=self.loaded.device)  # (1, tokens)

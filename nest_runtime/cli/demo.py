@@ -14,7 +14,7 @@ from nest_runtime.cli.output import DeviceOption, DtypeOption, ModelOption, Outp
 from nest_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from nest_runtime.demo.desk import Desk
+    from nest_runtime.demo.state import Desk
 
 
 def register(app: typer.Typer) -> None:

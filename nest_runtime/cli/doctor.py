@@ -1,4 +1,4 @@
-"""The command doctor: whether this installation is in order, and what to do where it is not (health/)."""
+"""The command doctor: whether this installation is in order, and what to do where it is not (doctor/)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def doctor(
     Exits with 1 where something will not work. Nothing is changed.
     """
     from nest_runtime.cli.hub import quiet_client
-    from nest_runtime.health import PROBLEM, examine
+    from nest_runtime.doctor import PROBLEM, examine
 
     out = Output.of(ctx, as_json)
     quiet_client(ctx)

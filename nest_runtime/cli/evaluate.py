@@ -18,9 +18,9 @@ from nest_runtime.errors import UsageError
 if TYPE_CHECKING:
     from nest_runtime.evaluate import Case, EvalResult, Judge
     from nest_runtime.evaluate.attacks import Attack
-    from nest_runtime.evaluate.harness import Tasks
-    from nest_runtime.models import LoadedModel
-    from nest_runtime.patch import Patch
+    from nest_runtime.evaluate.lm_eval import Tasks
+    from nest_runtime.model.load import LoadedModel
+    from nest_runtime.patch.patch import Patch
     from nest_runtime.progress import Progress
     from nest_runtime.runtime import PatchRuntime
 
@@ -127,7 +127,7 @@ def evaluate(
     if workdir is not None:
         writable_folder(workdir, "--workdir")
     model = model_for(ctx, out, model, patch)
-    from nest_runtime.evaluate.harness import load_tasks, split_suites
+    from nest_runtime.evaluate.lm_eval import load_tasks, split_suites
 
     suites, names = split_suites(suite or [])
     tasks = load_tasks(names, include=lm_eval_include, limit=limit, shots=lm_eval_shots) if names else None
@@ -171,7 +171,7 @@ def _open(
     from nest_runtime.evaluate import make_judge, parse_attacks
     from nest_runtime.evaluate.run import check_judges
     from nest_runtime.evaluate.suites import default_judge
-    from nest_runtime.models import load_model
+    from nest_runtime.model.load import load_model
     from nest_runtime.runtime import PatchRuntime
 
     attacks = parse_attacks(asked.attacks) if asked.attacks else []

@@ -16,11 +16,11 @@ from nest_runtime.cli.common import base_hash_of, examples, writable_folder
 from nest_runtime.cli.output import JsonOption, Output, size
 from nest_runtime.cli.patches import PatchArgument
 from nest_runtime.errors import BaseMismatch, UsageError
-from nest_runtime.home import expand
+from nest_runtime.io import expand
 
 if TYPE_CHECKING:
     from nest_runtime.export.measure import Measured, Reference
-    from nest_runtime.patch import Patch
+    from nest_runtime.patch.patch import Patch
 
 
 class Form(StrEnum):
@@ -118,7 +118,7 @@ class _Job:
     def _adapter(self) -> Any:
         from nest_runtime.export.gguf import export_gguf
         from nest_runtime.export.peft import export_peft
-        from nest_runtime.models import skeleton
+        from nest_runtime.model.load import skeleton
 
         model = None if self.base is None else skeleton(self.base)
         common: dict[str, Any] = {"model": model, "overwrite": self.overwrite}
@@ -154,7 +154,7 @@ class _Job:
 
         def compare(work: Path) -> None:
             from nest_runtime.export.measure import Reference
-            from nest_runtime.models import load_model
+            from nest_runtime.model.load import load_model
 
             reference = Reference(self.patch, load_model(base, device="cpu", dtype="float32"))
             self.measured = measure(reference, work)
@@ -172,7 +172,7 @@ class _Job:
 
     def _architecture(self) -> str | None:
         """llama.cpp's name of the base's architecture where the base is a GGUF file."""
-        from nest_runtime.gguf_header import read_header
+        from nest_runtime.model.gguf.header import read_header
 
         return read_header(self.base).architecture if self.base is not None and self.base.is_file() else None
 
@@ -186,7 +186,7 @@ class _Job:
 
     def _exact_base(self) -> bool:
         """Whether the base is stored in float32: half-precision sums are rounded, by the nature of the form."""
-        from nest_runtime.fingerprint import read_frame, weight_files
+        from nest_runtime.model.fingerprint import read_frame, weight_files
 
         assert self.base is not None
         dtypes = {entry.dtype for path in weight_files(self.base) for entry in read_frame(path).entries}
@@ -199,8 +199,8 @@ def _base_of(patch: Patch, model: str | None) -> Path | None:
     Raises:
         BaseMismatch: the model named is another.
     """
-    from nest_runtime.bases import known_base
-    from nest_runtime.models import REFERENCE, REFERENCE_FOLDER, resolve_model
+    from nest_runtime.model.bases import known_base
+    from nest_runtime.model.load import REFERENCE, REFERENCE_FOLDER, resolve_model
 
     if model is None:
         if (REFERENCE_FOLDER / "config.json").is_file() and base_hash_of(REFERENCE) == patch.base_hash:

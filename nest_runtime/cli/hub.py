@@ -13,13 +13,13 @@ from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_flag, base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, short
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption, WhoseModel, passphrase_of
-from nest_runtime.home import expand
+from nest_runtime.io import expand
 
 if TYPE_CHECKING:
-    from nest_runtime.patch import Patch
-    from nest_runtime.registry.hub_types import RepoRef
-    from nest_runtime.registry.store import Store
-    from nest_runtime.registry.trust_material import Material
+    from nest_runtime.hub.repository import RepoRef
+    from nest_runtime.patch.patch import Patch
+    from nest_runtime.store.store import Store
+    from nest_runtime.trust.material import Material
 
 KEY_VARIABLE = "NEST_KEY"
 
@@ -91,9 +91,9 @@ def push(
 
     A published version never changes. The signature is the one beside the file or in the store, or made with --key.
     """
-    from nest_runtime.registry.hub_push import push as publish
-    from nest_runtime.registry.hub_push import set_channel
-    from nest_runtime.registry.store import Store
+    from nest_runtime.hub.publish import push as publish
+    from nest_runtime.hub.publish import set_channel
+    from nest_runtime.store.store import Store
 
     out, store, ref = Output.of(ctx, as_json), Store(), repository(repo)
     quiet_client(ctx)
@@ -142,9 +142,9 @@ def pull(
     as_json: JsonOption = False,
 ) -> None:
     """Fetch a patch, check it, and keep it in the local store. It is not activated."""
-    from nest_runtime.registry.hub import pull as fetch
-    from nest_runtime.registry.store import Store
-    from nest_runtime.registry.trust_guard import guard_for
+    from nest_runtime.hub.fetch import pull as fetch
+    from nest_runtime.store.store import Store
+    from nest_runtime.trust.guard import guard_for
 
     out, store = Output.of(ctx, as_json), Store()
     quiet_client(ctx)
@@ -171,12 +171,12 @@ def pull(
 
 def patch_and_material(ref: str, store: Store, model: str | None, key: Path | None) -> tuple[Patch, Material | None]:
     """The patch to publish, and its signature: made now, or beside its file, or kept in the store."""
-    from nest_runtime.patchfile import to_bytes
-    from nest_runtime.registry.policy import Policy
-    from nest_runtime.registry.trust import sign_bytes
-    from nest_runtime.registry.trust_guard import Guard
-    from nest_runtime.registry.trust_material import patch_path
+    from nest_runtime.patch.file import to_bytes
     from nest_runtime.resolve import is_path, load_patch
+    from nest_runtime.trust.check import sign_bytes
+    from nest_runtime.trust.guard import Guard
+    from nest_runtime.trust.material import patch_path
+    from nest_runtime.trust.policy import Policy
 
     if is_path(ref):
         path = expand(ref)
@@ -190,7 +190,7 @@ def patch_and_material(ref: str, store: Store, model: str | None, key: Path | No
 
 def repository(text: str) -> RepoRef:
     from nest_runtime.errors import UsageError
-    from nest_runtime.registry.hub_types import parse_repo
+    from nest_runtime.hub.repository import parse_repo
 
     ref = parse_repo(text)
     if ref.revision is not None:

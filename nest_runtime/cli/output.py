@@ -18,7 +18,7 @@ import typer
 from nest_runtime.cli import complete
 from nest_runtime.errors import NestError
 from nest_runtime.escape import clean, visible
-from nest_runtime.names import alike
+from nest_runtime.hints import alike
 from nest_runtime.progress import Bars
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from nest_runtime.cli.common import base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, percent, short, size
 
 if TYPE_CHECKING:
-    from nest_runtime.patch import Patch
+    from nest_runtime.patch.patch import Patch
 
 PatchArgument = typer.Argument(
     metavar="PATCH", autocompletion=complete.patches, help="v3, name@v3, a file, sha256:HEX, or hf://org/repo@v3."
@@ -63,7 +63,7 @@ def diff(
     as_json: JsonOption = False,
 ) -> None:
     """Show what changed from one patch to another: header fields, and neurons and updates of each site."""
-    from nest_runtime.algebra import diff as compare
+    from nest_runtime.patch.algebra import diff as compare
     from nest_runtime.resolve import load_patch
 
     out, model_hash = Output.of(ctx, as_json), base_hash_of(model)
@@ -82,8 +82,8 @@ def hash_model(
     as_json: JsonOption = False,
 ) -> None:
     """Print the hash that names a model: the same however its checkpoint is sharded."""
-    from nest_runtime.fingerprint import hash_report
-    from nest_runtime.models import resolve_model
+    from nest_runtime.model.fingerprint import hash_report
+    from nest_runtime.model.load import resolve_model
 
     out = Output.of(ctx, as_json)
     with out.bars() as bars:
@@ -99,8 +99,8 @@ def hash_model(
 
 def describe(patch: Patch) -> dict[str, Any]:
     """A patch as the JSON of ``inspect``."""
-    from nest_runtime.patchfile import to_bytes
-    from nest_runtime.values import TORCH_NAMES
+    from nest_runtime.patch.file import to_bytes
+    from nest_runtime.patch.values import TORCH_NAMES
 
     header = patch.header()
     sites = [
@@ -129,7 +129,7 @@ def describe(patch: Patch) -> dict[str, Any]:
 
 
 def _render_patch(out: Output, document: dict[str, Any]) -> None:
-    from nest_runtime.claims import Claims
+    from nest_runtime.patch.claims import Claims
 
     counts = f"{document['parameters']:,} parameters, {document['neurons']:,} neurons"
     out.pairs(

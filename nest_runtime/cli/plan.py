@@ -14,7 +14,7 @@ from nest_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from nest_runtime.train.plan import Load, Speed
-    from nest_runtime.train.settings import Recipe
+    from nest_runtime.train.recipe import Recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -66,7 +66,7 @@ def plan(
         raise UsageError("one of --harmful and --benign without the other", "give both, or neither")
     if (tflops is None) != (gbps is None):
         raise UsageError("one of --tflops and --gbps without the other", "give both; neither: they are measured")
-    from nest_runtime.models import gguf_dtype, pick_device, resolve_model, skeleton
+    from nest_runtime.model.load import gguf_dtype, pick_device, resolve_model, skeleton
     from nest_runtime.train.plan import plan as estimate
     from nest_runtime.train.plan import shape_of
 
@@ -107,7 +107,7 @@ def _dtype(config: Any, asked: str) -> tuple[str, list[str]]:
 
 
 def _load(harmful: str | None, benign: str | None, model: str, prompt_tokens: int, recipe: Recipe) -> Load:
-    from nest_runtime.train.data import load_examples
+    from nest_runtime.prompts.examples import load_examples
     from nest_runtime.train.plan import Load, load_of
 
     if harmful is None or benign is None:

@@ -1,4 +1,4 @@
-"""The command plot: pictures of what was located, trained and measured (pictures/)."""
+"""The command plot: pictures of what was located, trained and measured (plots/)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_hash_of, examples, writable_folder
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output
 from nest_runtime.errors import UsageError
-from nest_runtime.names import did_you_mean
+from nest_runtime.hints import did_you_mean
 
 if TYPE_CHECKING:
-    from nest_runtime.pictures.scan import Scan
-    from nest_runtime.pictures.view import View
-    from nest_runtime.train.data import Example
+    from nest_runtime.plots.scan import Scan
+    from nest_runtime.plots.view import View
+    from nest_runtime.prompts.examples import Example
 
 FORMATS = ("png", "svg")
 
@@ -82,8 +82,8 @@ def plot(
     Silhouette by k and cluster profiles need the model's activations: give the prompts with --harmful and --benign;
     for the reference model, `reference` stands for its own training prompts.
     """
-    from nest_runtime.pictures import draw, read_sources
-    from nest_runtime.pictures.style import require_matplotlib
+    from nest_runtime.plots import draw, read_sources
+    from nest_runtime.plots.style import require_matplotlib
 
     out = Output.of(ctx, as_json)
     chosen = list(dict.fromkeys(formats or FORMATS))
@@ -107,10 +107,10 @@ def plot(
 
 def _prompts(ref: str, which: str) -> list[Example]:
     if ref != "reference":
-        from nest_runtime.train.data import load_examples
+        from nest_runtime.prompts.examples import load_examples
 
         return load_examples(ref)
-    from nest_runtime.baselines.data import reference_prompts
+    from nest_runtime.compare.methods.data import reference_prompts
 
     return reference_prompts()[("harmful", "benign").index(which)]
 
@@ -125,10 +125,10 @@ def _scans(
     dtype: str,
 ) -> list[Scan]:
     """The prompts run on the model that the views are of. Raises BaseMismatch for another model."""
-    from nest_runtime.bases import known_base
     from nest_runtime.errors import BaseMismatch
-    from nest_runtime.models import load_model
-    from nest_runtime.pictures.scan import scan
+    from nest_runtime.model.bases import known_base
+    from nest_runtime.model.load import load_model
+    from nest_runtime.plots.scan import scan
 
     if not views:
         raise UsageError("prompts were given, but no patch or sites file to look at", "name one")

@@ -23,10 +23,10 @@ app = typer.Typer(
 @app.command("info", epilog=examples("nest-runtime reference info"))
 def info(ctx: typer.Context, as_json: JsonOption = False) -> None:
     """Say what the reference model is: size, hash, and the prompts of each suite."""
-    from nest_runtime.fingerprint import hash_report
-    from nest_runtime.models import resolve_model
+    from nest_runtime.model.fingerprint import hash_report
+    from nest_runtime.model.load import resolve_model
     from nest_runtime.reference import world
-    from nest_runtime.registry.store import Store
+    from nest_runtime.store.store import Store
 
     out = Output.of(ctx, as_json)
     name, folder = resolve_model("reference")

@@ -13,8 +13,8 @@ from nest_runtime.cli.common import examples
 from nest_runtime.cli.output import JsonOption, Output, short
 
 if TYPE_CHECKING:
-    from nest_runtime.registry.entries import Entry
     from nest_runtime.serve.client import AdminClient
+    from nest_runtime.store.entries import Entry
 
 UrlOption = Annotated[
     str | None, typer.Option("--url", metavar="URL", help="Ask the server that runs there, not the local store.")
@@ -74,7 +74,7 @@ def server_of(ctx: typer.Context, url: str | None, token_file: Path | None) -> A
     Raises UsageError for options that do not go together, before anything is asked.
     """
     from nest_runtime.errors import UsageError
-    from nest_runtime.home import expand
+    from nest_runtime.io import expand
     from nest_runtime.serve.client import AdminClient, read_token
 
     if url is None:
@@ -96,7 +96,7 @@ def as_seen_there(ref: str, url: str) -> str:
     from urllib.parse import urlsplit
 
     from nest_runtime.addresses import is_loopback
-    from nest_runtime.home import expand
+    from nest_runtime.io import expand
     from nest_runtime.resolve import is_path
 
     if not is_path(ref) or not is_loopback(urlsplit(url).hostname or ""):

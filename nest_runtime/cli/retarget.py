@@ -27,9 +27,9 @@ from nest_runtime.cli.train import (
 from nest_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from nest_runtime.patch import Patch
-    from nest_runtime.train.data import Example
-    from nest_runtime.train.settings import Recipe
+    from nest_runtime.patch.patch import Patch
+    from nest_runtime.prompts.examples import Example
+    from nest_runtime.train.recipe import Recipe
 
 _OWN = "the reference world's where the patch was trained on those"
 
@@ -88,7 +88,7 @@ def retarget(
     out = Output.of(ctx, as_json)
     if (harmful is None) != (benign is None):
         raise UsageError("one of --harmful and --benign without the other", "give both, or neither")
-    from nest_runtime.models import load_model
+    from nest_runtime.model.load import load_model
     from nest_runtime.resolve import load_patch
     from nest_runtime.train.retarget import retarget_patch
 
@@ -136,7 +136,7 @@ def retarget(
 
 
 def _prompts(patch: Patch, harmful: str | None, benign: str | None) -> tuple[list[Example], list[Example]]:
-    from nest_runtime.train.data import load_examples
+    from nest_runtime.prompts.examples import load_examples
     from nest_runtime.train.retarget import prompts_of
 
     if harmful is None or benign is None:

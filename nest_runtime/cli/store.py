@@ -25,7 +25,7 @@ from nest_runtime.cli.remote import (
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption
 
 if TYPE_CHECKING:
-    from nest_runtime.registry.activation import Activated
+    from nest_runtime.trust.activate import Activated
 
 OnlyModel = Annotated[
     str | None,
@@ -91,7 +91,7 @@ def list_patches(
 
     With --url, list what a running server has loaded.
     """
-    from nest_runtime.registry.store import Store
+    from nest_runtime.store.store import Store
 
     out = Output.of(ctx, as_json)
     if (server := server_of(ctx, url, token_file)) is not None:
@@ -131,11 +131,11 @@ def add_patch(
     as_json: JsonOption = False,
 ) -> None:
     """Keep a patch in the local store under its name and version, after checking it."""
-    from nest_runtime.registry.store import Store
     from nest_runtime.resolve import load_patch
+    from nest_runtime.store.store import Store
 
     out = Output.of(ctx, as_json)
-    from nest_runtime.registry.trust_guard import keep_beside
+    from nest_runtime.trust.guard import keep_beside
 
     store, patch = Store(), load_patch(source)
     signed = keep_beside(store, patch, source)
@@ -155,7 +155,7 @@ def remove(
     ctx: typer.Context, patch: Reference, model: OnlyModel = None, why: Why = "", as_json: JsonOption = False
 ) -> None:
     """Forget a stored patch. The active one and those that come with the package are refused."""
-    from nest_runtime.registry.store import Store
+    from nest_runtime.store.store import Store
 
     out = Output.of(ctx, as_json)
     entry = Store().remove(patch, model_hash=base_hash_of(model), why=why)
@@ -192,11 +192,11 @@ def activate(
     With --url it is that server that is switched, and its store with it.
     Where keys are trusted, here or in $NEST_HOME/trust.toml, the patch must pass: signature, revocations, serial.
     """
-    from nest_runtime.registry.activation import Asked
-    from nest_runtime.registry.activation import activate as put_in_force
-    from nest_runtime.registry.store import Store
-    from nest_runtime.registry.trust_guard import guard_for
     from nest_runtime.resolve import is_path, load_patch
+    from nest_runtime.store.store import Store
+    from nest_runtime.trust.activate import Asked
+    from nest_runtime.trust.activate import activate as put_in_force
+    from nest_runtime.trust.guard import guard_for
 
     out = Output.of(ctx, as_json)
     if (server := server_of(ctx, url, token_file)) is not None:
@@ -233,9 +233,9 @@ def rollback(
     A server that is running keeps its patch, and is named. With --url it is that server that goes back.
     Where keys are trusted, its signature and the revocations are checked again; its lower serial is what is asked for.
     """
-    from nest_runtime.registry.activation import Asked, roll_back
-    from nest_runtime.registry.store import Store
-    from nest_runtime.registry.trust_guard import guard_for
+    from nest_runtime.store.store import Store
+    from nest_runtime.trust.activate import Asked, roll_back
+    from nest_runtime.trust.guard import guard_for
 
     out = Output.of(ctx, as_json)
     if (server := server_of(ctx, url, token_file)) is not None:
@@ -265,7 +265,7 @@ def history(
 
     With --verify the server's audit log is checked as well: an edited or missing line ends with status 1.
     """
-    from nest_runtime.registry.store import Store
+    from nest_runtime.store.store import Store
 
     out = Output.of(ctx, as_json)
     if (server := server_of(ctx, url, token_file)) is not None:
@@ -295,7 +295,7 @@ def history(
 
 def gc(ctx: typer.Context, as_json: JsonOption = False) -> None:
     """Delete stored bytes that no name and no activation needs any more."""
-    from nest_runtime.registry.store import Store
+    from nest_runtime.store.store import Store
 
     out = Output.of(ctx, as_json)
     removed = Store().gc()
@@ -305,7 +305,7 @@ def gc(ctx: typer.Context, as_json: JsonOption = False) -> None:
 def _verify_audit(file: Path | None) -> dict[str, Any] | None:
     """The path and the number of entries of a server's audit log; None where none was ever kept at the usual place."""
     from nest_runtime.errors import StoreError
-    from nest_runtime.home import nest_home
+    from nest_runtime.io import nest_home
     from nest_runtime.serve.audit import AuditLog
 
     log = AuditLog(file or nest_home() / "audit.jsonl")

@@ -97,7 +97,7 @@ def _command(talk: Conversation, out: Output, line: str, who: list[str]) -> None
     elif name == "/patch":
         _list_patches(talk, out)
     else:
-        from nest_runtime.names import did_you_mean
+        from nest_runtime.hints import did_you_mean
 
         raise UsageError(f"there is no command {name}", f"{did_you_mean(name, COMMANDS)}/help lists them all")
 
@@ -115,7 +115,7 @@ def _compare(talk: Conversation, out: Output, text: str) -> None:
 
 def _list_patches(talk: Conversation, out: Output) -> None:
     """The patches of this model, the one that answers marked."""
-    from nest_runtime.registry.store import Store
+    from nest_runtime.store.store import Store
 
     entries = Store().list(talk.loaded.hash)
     lines = [f"{'*' if entry.digest == talk.digest else ' '} {entry.key}" for entry in entries]
@@ -155,7 +155,7 @@ def _line_editing(terminal: bool, talk: Conversation) -> Iterator[None]:
     except ImportError:  # Windows has none: lines still work, the arrow keys do not
         yield
         return
-    from nest_runtime.home import nest_home
+    from nest_runtime.io import nest_home
 
     path = nest_home() / "chat_history"
     _complete_with(readline, talk)
@@ -201,7 +201,7 @@ def candidates(line: str, word: str, patches: Sequence[str]) -> list[str]:
 
 
 def _patch_names(talk: Conversation) -> list[str]:
-    from nest_runtime.registry.store import Store
+    from nest_runtime.store.store import Store
 
     try:
         entries = Store().list(talk.loaded.hash)

@@ -18,11 +18,11 @@ from nest_runtime.errors import UsageError
 from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
 
 if TYPE_CHECKING:
-    from nest_runtime.models import LoadedModel
-    from nest_runtime.patch import Patch
-    from nest_runtime.train.data import Example
+    from nest_runtime.model.load import LoadedModel
+    from nest_runtime.patch.patch import Patch
+    from nest_runtime.prompts.examples import Example
+    from nest_runtime.train.recipe import Recipe
     from nest_runtime.train.run import TrainResult
-    from nest_runtime.train.settings import Recipe
     from nest_runtime.train.workers import Workers
 
 PROMPTS = "JSONL, CSV, TXT, hf://datasets/org/name\\[:split], or everyday, borderline (bundled)."
@@ -93,9 +93,9 @@ def locate(
     out = Output.of(ctx, as_json)
     recipe = recipe_of(recipe_name, model, z=z, k_max=k_max, seed=seed)
     workdir = check_out(out_file, ".json")
-    from nest_runtime.models import load_model
-    from nest_runtime.train.data import load_examples
-    from nest_runtime.train.recipe import locate_sites
+    from nest_runtime.model.load import load_model
+    from nest_runtime.prompts.examples import load_examples
+    from nest_runtime.train.pipeline import locate_sites
 
     bad, good = load_examples(harmful), load_examples(benign)
     team = join(out)
@@ -188,10 +188,10 @@ def train(
         raise UsageError(
             "--rehearsal without --from", "name the patch to re-tune with --from, or leave --rehearsal out"
         )
-    from nest_runtime.models import load_model
+    from nest_runtime.model.load import load_model
+    from nest_runtime.prompts.examples import load_examples
     from nest_runtime.resolve import load_patch
-    from nest_runtime.train.data import load_examples
-    from nest_runtime.train.recipe import train_patch
+    from nest_runtime.train.pipeline import train_patch
 
     bad, again = load_examples(harmful), load_examples(rehearsal) if rehearsal else []
     good, near = load_examples(benign), borderline_of(borderline, model, recipe)
@@ -264,7 +264,7 @@ def recipe_of(name: str | None, model: str = "", **given: Any) -> Recipe:
         model: the model's reference.
         given: settings by field; None leaves the recipe's.
     """
-    from nest_runtime.train.settings import RECIPES, Recipe, named_recipe
+    from nest_runtime.train.recipe import RECIPES, Recipe, named_recipe
 
     path, usual = Path(name or ""), RECIPES["reference" if model == "reference" else "default"]
     if name is not None and name not in RECIPES and path.suffix == ".json":
@@ -288,7 +288,7 @@ def borderline_of(ref: str | None, model: str, recipe: Recipe) -> list[Example]:
 
     The reference model's world knows nothing of them.
     """
-    from nest_runtime.train.data import load_examples
+    from nest_runtime.prompts.examples import load_examples
 
     if ref == "none" or (ref is None and (model == "reference" or not recipe.framings)):
         return []
@@ -326,7 +326,7 @@ def name_and_version(
     name: str | None, version: str | None, loaded: LoadedModel, parent: Patch | None
 ) -> tuple[str, str]:
     """What is given, else the parent's name or MODEL-safety, and the next version that nothing has yet."""
-    from nest_runtime.registry.store import Store
+    from nest_runtime.store.store import Store
 
     if name is None:
         name = parent.name if parent else re.sub(r"[^\w.+-]+", "-", loaded.name) + "-safety"

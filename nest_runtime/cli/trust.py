@@ -1,4 +1,4 @@
-"""Commands of trust: keygen, sign, verify, revoke, revocations. Who is trusted with what is registry/policy.py."""
+"""Commands of trust: keygen, sign, verify, revoke, revocations. Who is trusted with what is trust/policy.py."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from nest_runtime.cli import claim, complete
 from nest_runtime.cli.claim import AllowJudge, BehaviorsOption
 from nest_runtime.cli.common import base_hash_of, examples
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output, short
-from nest_runtime.home import expand
+from nest_runtime.io import expand
 
 if TYPE_CHECKING:
-    from nest_runtime.patch import Patch
-    from nest_runtime.registry.policy import Policy
-    from nest_runtime.registry.trust import Verified
+    from nest_runtime.patch.patch import Patch
+    from nest_runtime.trust.check import Verified
+    from nest_runtime.trust.policy import Policy
 
 PASSPHRASE = "NEST_KEY_PASSPHRASE"
 
@@ -90,7 +90,7 @@ def keygen(
 ) -> None:
     """Make a key pair for signing patches: elliptic curve P-256, the private key readable by its owner alone."""
     from nest_runtime.errors import UsageError
-    from nest_runtime.registry.keys import generate_keys
+    from nest_runtime.trust.keys import generate_keys
 
     out = Output.of(ctx, as_json)
     if not name or Path(name).name != name:
@@ -118,7 +118,7 @@ def sign(
 
     The signature binds name, version, serial, model hash, digest and every byte of the patch.
     """
-    from nest_runtime.registry.trust import sign_patch
+    from nest_runtime.trust.check import sign_patch
 
     out, path, key = Output.of(ctx, as_json), _path(patch), expand(key)
     passphrase = passphrase_of(key)
@@ -212,8 +212,8 @@ def revocations(
 
     A list that is older than the known one, or that has lost an entry, is refused.
     """
-    from nest_runtime.registry.revocations import read_list
-    from nest_runtime.registry.trust_state import TrustState
+    from nest_runtime.trust.revocations import read_list
+    from nest_runtime.trust.state import TrustState
 
     out, policy, state = Output.of(ctx, as_json), _only(trust, trust_policy), TrustState()
     if folder is not None:
@@ -235,10 +235,10 @@ def revocations(
 
 
 def _sign_stored(ref: str, model: str | None, key: Path, passphrase: str) -> tuple[Any, list[str]]:
-    from nest_runtime.patchfile import to_bytes
-    from nest_runtime.registry.store import Store
-    from nest_runtime.registry.trust import sign_bytes
-    from nest_runtime.registry.trust_store import keep_signature, signature_folder
+    from nest_runtime.patch.file import to_bytes
+    from nest_runtime.store.signatures import keep_signature, signature_folder
+    from nest_runtime.store.store import Store
+    from nest_runtime.trust.check import sign_bytes
 
     store = Store()
     patch = store.get(ref, model_hash=base_hash_of(model))
@@ -249,8 +249,8 @@ def _sign_stored(ref: str, model: str | None, key: Path, passphrase: str) -> tup
 
 
 def _verify_stored(ref: str, model: str | None, policy: Policy) -> Verified:
-    from nest_runtime.registry.store import Store
-    from nest_runtime.registry.trust_guard import Guard
+    from nest_runtime.store.store import Store
+    from nest_runtime.trust.guard import Guard
 
     store = Store()
     patch = store.get(ref, model_hash=base_hash_of(model))
@@ -258,8 +258,8 @@ def _verify_stored(ref: str, model: str | None, policy: Policy) -> Verified:
 
 
 def _verified(ref: str, path: Path | None, model: str | None, policy: Policy) -> Verified:
-    from nest_runtime.registry.trust import check_revoked, verify_patch
-    from nest_runtime.registry.trust_state import TrustState
+    from nest_runtime.trust.check import check_revoked, verify_patch
+    from nest_runtime.trust.state import TrustState
 
     verified = verify_patch(path, policy) if path is not None else _verify_stored(ref, model, policy)
     # What was accepted here does not count: to look at an old patch is no downgrade.
@@ -270,8 +270,8 @@ def _verified(ref: str, path: Path | None, model: str | None, policy: Policy) ->
 def _subject(ref: str, path: Path | None, model: str | None, verified: Verified | None) -> Patch:
     """The patch to measure: the very one that was verified. Raises DigestMismatch where it is another by now."""
     from nest_runtime.errors import DigestMismatch
-    from nest_runtime.registry.trust_material import patch_path
     from nest_runtime.resolve import load_patch
+    from nest_runtime.trust.material import patch_path
 
     name = ref if path is None else patch_path(path)
     patch = load_patch(name, model_hash=base_hash_of(model))
@@ -282,7 +282,7 @@ def _subject(ref: str, path: Path | None, model: str | None, verified: Verified 
 
 def _policy_or_none() -> Policy | None:
     """The trust policy of this machine with a signature required, or None where no key is trusted."""
-    from nest_runtime.registry.policy import default_policy
+    from nest_runtime.trust.policy import default_policy
 
     policy = default_policy()
     return _only(None, None) if policy is not None and policy.keys else None
@@ -291,8 +291,8 @@ def _policy_or_none() -> Policy | None:
 def _only(keys: list[Path] | None, file: Path | None) -> Policy:
     """The policy of --trust alone, or of the policy file; a signature is required in any case."""
     from nest_runtime.errors import UsageError
-    from nest_runtime.registry.keys import read_public_key
-    from nest_runtime.registry.policy import Policy, default_policy, read_policy, with_keys
+    from nest_runtime.trust.keys import read_public_key
+    from nest_runtime.trust.policy import Policy, default_policy, read_policy, with_keys
 
     if keys and file is not None:
         raise UsageError("--trust and --trust-policy exclude each other here", "give one of them")
@@ -318,7 +318,7 @@ def _path(ref: str) -> Path | None:
 
 def passphrase_of(key: Path) -> str:
     """The passphrase of a private key: none, from the environment, or asked for on a terminal."""
-    from nest_runtime.registry.keys import is_encrypted
+    from nest_runtime.trust.keys import is_encrypted
 
     if not is_encrypted(key):
         return ""

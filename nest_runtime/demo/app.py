@@ -9,7 +9,7 @@ import gradio as gr
 
 from nest_runtime.demo import chat, evidence, markup, neurons, patches
 from nest_runtime.demo.backend import BASE
-from nest_runtime.demo.desk import Desk
+from nest_runtime.demo.state import Desk
 
 CSS = Path(__file__).with_name("style.css")
 _FONT = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from nest_runtime.registry.entries import Entry
+    from nest_runtime.store.entries import Entry
 
 Message = dict[str, str]
 OnText = Callable[[str], None]

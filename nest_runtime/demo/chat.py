@@ -11,10 +11,10 @@ import gradio as gr
 
 from nest_runtime.demo import markup
 from nest_runtime.demo.backend import BASE, Choice
-from nest_runtime.demo.desk import Desk
+from nest_runtime.demo.background import Job
 from nest_runtime.demo.examples import Wrapped
+from nest_runtime.demo.state import Desk
 from nest_runtime.demo.talk import Talk, ask, redo
-from nest_runtime.demo.work import Job
 from nest_runtime.errors import NestError, UsageError
 
 GRID_TOKENS = 48  # an answer's first words tell a refusal

@@ -11,11 +11,11 @@ import gradio as gr
 
 from nest_runtime.demo import figures, markup
 from nest_runtime.demo.backend import BASE, Backend, Choice
-from nest_runtime.demo.desk import Desk
+from nest_runtime.demo.background import Job
 from nest_runtime.demo.measure import SEED, Standing, judge_for, measure, quick_cases
-from nest_runtime.demo.work import Job
+from nest_runtime.demo.state import Desk
 from nest_runtime.errors import NestError
-from nest_runtime.models import REFERENCE
+from nest_runtime.model.load import REFERENCE
 
 PLOTS = (
     ("tradeoff", "Attack success against over-refusal and utility, by method"),

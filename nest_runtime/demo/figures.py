@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from nest_runtime.demo.probe import Activations
-    from nest_runtime.pictures.view import SiteView, View
+    from nest_runtime.plots.view import SiteView, View
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#808080")  # Okabe and Ito's
 MAX_MARKS = 6000  # beyond these the page gets slow: those with the largest updates are drawn
@@ -158,9 +158,9 @@ def _color(share: float) -> str:
 
 
 def statistics(view: View) -> str:
-    """Silhouettes and z-scores of a patch, by pictures/; says so where matplotlib is not installed."""
+    """Silhouettes and z-scores of a patch, by plots/; says so where matplotlib is not installed."""
     from nest_runtime.errors import NestError
-    from nest_runtime.pictures import neurons, style
+    from nest_runtime.plots import neurons, style
 
     made: list[tuple[str, Figure]] = []
     try:
@@ -182,7 +182,7 @@ def picture(data: bytes, words: str) -> str:
 
 
 def _png(figure: Figure) -> bytes:
-    from nest_runtime.pictures import style
+    from nest_runtime.plots import style
 
     with tempfile.TemporaryDirectory() as folder:
         return style.save(figure, Path(folder) / "figure.png").read_bytes()

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from nest_runtime.demo.backend import BASE, TOY, Answered, Choice, Message, OnAnswers, OnText, told_size
 from nest_runtime.errors import UsageError
-from nest_runtime.models import REFERENCE
+from nest_runtime.model.load import REFERENCE
 
 if TYPE_CHECKING:
-    from nest_runtime.models import LoadedModel
-    from nest_runtime.patch import Patch
-    from nest_runtime.registry.entries import Entry
-    from nest_runtime.registry.store import Store
+    from nest_runtime.model.load import LoadedModel
+    from nest_runtime.patch.patch import Patch
+    from nest_runtime.store.entries import Entry
+    from nest_runtime.store.store import Store
 
 
 WHY = "from the demo"
@@ -32,8 +32,8 @@ class LocalBackend:
     """
 
     def __init__(self, loaded: LoadedModel, store: Store, first: Patch | None = None) -> None:
-        from nest_runtime.registry.trust_guard import guard_for
         from nest_runtime.runtime import PatchRuntime
+        from nest_runtime.trust.guard import guard_for
 
         self.loaded, self.store = loaded, store
         self.name = loaded.name
@@ -52,8 +52,8 @@ class LocalBackend:
 
     def entries(self) -> list[Entry]:
         """The store's patches for the model, and the one that was named, by name and serial."""
-        from nest_runtime.patchfile import to_bytes
-        from nest_runtime.registry.entries import entry_of
+        from nest_runtime.patch.file import to_bytes
+        from nest_runtime.store.entries import entry_of
 
         entries = self.store.list(self.loaded.hash)
         known = {entry.digest for entry in entries}
@@ -95,8 +95,8 @@ class LocalBackend:
         import torch
         from transformers import GenerationConfig, StoppingCriteriaList
 
-        from nest_runtime.generate import end_token_ids, pad_token_id
-        from nest_runtime.train.data import encode
+        from nest_runtime.prompts.examples import encode
+        from nest_runtime.prompts.generate import end_token_ids, pad_token_id
 
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         rows = encode(tokenizer, messages)
@@ -128,7 +128,7 @@ class LocalBackend:
         on_answers: OnAnswers,
     ) -> None:
         """Greedy answers in padded batches. See Backend."""
-        from nest_runtime.generate import generate_answers
+        from nest_runtime.prompts.generate import generate_answers
 
         with self.using(choice.digest):
             generate_answers(
@@ -146,7 +146,7 @@ class LocalBackend:
 
     def activate(self, entry: Entry) -> str:
         """Make a patch the store's active one, after the trust policy's checks. Raises what they raise."""
-        from nest_runtime.registry.activation import Asked, activate
+        from nest_runtime.trust.activate import Asked, activate
 
         patch = self.store.get(entry.digest)
         done = activate(self.store, patch, self._guard, Asked(why=WHY), model_hash=self.model_hash).entry
@@ -154,7 +154,7 @@ class LocalBackend:
 
     def rollback(self) -> str:
         """Go back in the store, after the trust policy's checks; a lower serial is what is asked for."""
-        from nest_runtime.registry.activation import Asked, roll_back
+        from nest_runtime.trust.activate import Asked, roll_back
 
         done = roll_back(self.store, self._guard, Asked(why=WHY), model_hash=self.model_hash).entry
         return f"active: {done.key} ({done.digest[:19]})"

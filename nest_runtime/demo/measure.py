@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nest_runtime.demo.backend import Backend, Choice
-from nest_runtime.demo.work import Job
-from nest_runtime.models import REFERENCE
+from nest_runtime.demo.background import Job
+from nest_runtime.model.load import REFERENCE
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate.cases import Case

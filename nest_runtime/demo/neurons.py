@@ -8,7 +8,7 @@ import gradio as gr
 
 from nest_runtime.demo import figures, markup
 from nest_runtime.demo.backend import Message
-from nest_runtime.demo.desk import Desk
+from nest_runtime.demo.state import Desk
 from nest_runtime.demo.talk import Talk
 from nest_runtime.errors import NestError, UsageError
 
@@ -95,7 +95,7 @@ def _messages(own: str, talk: Talk) -> list[Message]:
 
 def map_html(desk: Desk, digest: str | None) -> str:
     """The map of a patch's neurons, and the same as tables."""
-    from nest_runtime.pictures.view import view_of_patch
+    from nest_runtime.plots.view import view_of_patch
 
     try:
         patch = desk.patch(desk.entry(digest).digest)
@@ -113,7 +113,7 @@ def map_html(desk: Desk, digest: str | None) -> str:
 
 def statistics_html(desk: Desk, digest: str | None) -> str:
     """Silhouettes and z-scores of a patch."""
-    from nest_runtime.pictures.view import view_of_patch
+    from nest_runtime.plots.view import view_of_patch
 
     try:
         return markup.wrap(figures.statistics(view_of_patch(desk.patch(desk.entry(digest).digest))))

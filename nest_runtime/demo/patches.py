@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from nest_runtime.demo import markup
-from nest_runtime.demo.desk import Desk
-from nest_runtime.demo.work import Job
+from nest_runtime.demo.background import Job
+from nest_runtime.demo.state import Desk
 from nest_runtime.errors import NestError, UsageError
 
 if TYPE_CHECKING:
-    from nest_runtime.patch import Patch
-    from nest_runtime.registry.entries import Entry
+    from nest_runtime.patch.patch import Patch
+    from nest_runtime.store.entries import Entry
 
 BEAT = 0.5  # seconds between two signs of life of a step that says nothing
 
@@ -139,10 +139,10 @@ class Changes:
         """Publish a patch, with its signature where the store has one."""
 
         def work(job: Job[str]) -> str:
-            from nest_runtime.registry.hub_push import push
-            from nest_runtime.registry.hub_types import parse_repo
-            from nest_runtime.registry.policy import Policy
-            from nest_runtime.registry.trust_guard import Guard
+            from nest_runtime.hub.publish import push
+            from nest_runtime.hub.repository import parse_repo
+            from nest_runtime.trust.guard import Guard
+            from nest_runtime.trust.policy import Policy
 
             ref, patch = parse_repo(repo.strip()), self.desk.patch(self.desk.entry(digest).digest)
             if ref.revision is not None:
@@ -161,8 +161,8 @@ class Changes:
         """Fetch a patch into the store, and offer it everywhere."""
 
         def work(job: Job[str]) -> str:
-            from nest_runtime.registry.hub import pull
-            from nest_runtime.registry.trust_guard import guard_for
+            from nest_runtime.hub.fetch import pull
+            from nest_runtime.trust.guard import guard_for
 
             store = self.desk.store
             fetched, entry = pull(repo.strip(), store=store, guard=guard_for(store), why="from the demo")
@@ -182,7 +182,7 @@ class Changes:
 
     def _with_hub(self, work: Callable[[Job[str]], str], token: str) -> Iterator[str]:
         """Run a change that speaks with the Hub; yields how far it is, then what came of it."""
-        from nest_runtime.registry.hub_client import hub_session
+        from nest_runtime.hub.huggingface import hub_session
 
         done: list[str] = []
         step, seconds = "beginning", 0.0
@@ -284,7 +284,7 @@ def _size(count: int) -> str:
 
 def diff_html(desk: Desk, old: str | None, new: str | None) -> str:
     """What changed from one patch to another."""
-    from nest_runtime.algebra import diff
+    from nest_runtime.patch.algebra import diff
 
     try:
         before, after = (desk.patch(desk.entry(digest).digest) for digest in (old, new))

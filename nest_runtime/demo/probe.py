@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from nest_runtime.demo.local import LocalBackend
-    from nest_runtime.patch import Patch
-    from nest_runtime.projection import Projection
+    from nest_runtime.model.projection import Projection
+    from nest_runtime.patch.patch import Patch
 
 MAX_TOKENS = 96  # columns drawn; the last ones of a longer prompt
 MAX_ROWS = 36
@@ -66,7 +66,7 @@ def activations(
     Raises:
         UsageError: the patch has no neurons that can be read so.
     """
-    from nest_runtime.train.data import encode
+    from nest_runtime.prompts.examples import encode
 
     patch = backend.patch(digest)
     ids = encode(backend.loaded.tokenizer, messages)
@@ -111,7 +111,7 @@ def _by_neuron(patch: Patch, name: str) -> list[tuple[str, str, np.ndarray]]:
 
 
 def _place(name: str) -> str:
-    from nest_runtime.pictures.view import place_of
+    from nest_runtime.plots.view import place_of
 
     layer, kind = place_of(name)
     return f"layer {layer} {kind}"
@@ -127,7 +127,7 @@ def _read(backend: LocalBackend, digest: str | None, ids: list[int], patch: Patc
     """One pass; raw outputs of the patch's neurons."""
     import torch
 
-    from nest_runtime.anatomy import find_sites
+    from nest_runtime.model.anatomy import find_sites
     from nest_runtime.train.forward import hidden_states
 
     model = backend.loaded.model
@@ -148,7 +148,7 @@ def _reading(
     model: Any, projections: Sequence[Projection], neurons: dict[str, torch.Tensor], raw: _Raw
 ) -> Iterator[None]:
     """Hooks that keep this thread's outputs of some neurons, for one pass."""
-    from nest_runtime.anatomy import module_of
+    from nest_runtime.model.anatomy import module_of
 
     me = threading.get_ident()
 

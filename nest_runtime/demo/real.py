@@ -65,8 +65,8 @@ def real_offer() -> Offer:
 
 def borderline() -> list[str]:
     """The borderline prompts of the package that no patch is trained on."""
-    from nest_runtime.prompts import bundled
-    from nest_runtime.train.data import load_examples
+    from nest_runtime.prompts.builtin import bundled
+    from nest_runtime.prompts.examples import load_examples
 
     return [example.prompt for example in load_examples(bundled("validation"))]
 

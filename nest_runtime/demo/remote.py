@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from nest_runtime.demo.backend import BASE, TOY, Answered, Choice, Message, OnAnswers, OnText
 from nest_runtime.errors import EngineError, NestError
-from nest_runtime.models import REFERENCE
+from nest_runtime.model.load import REFERENCE
 
 if TYPE_CHECKING:
-    from nest_runtime.registry.entries import Entry
+    from nest_runtime.store.entries import Entry
 
 TIMEOUT = 60.0  # seconds without a byte
 ACTIVE = "the server's own"

@@ -22,7 +22,7 @@ from nest_runtime.secret_files import secret_lines
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from nest_runtime.demo.desk import Desk
+    from nest_runtime.demo.state import Desk
 
 
 @dataclass(frozen=True)

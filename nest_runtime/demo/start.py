@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from nest_runtime.errors import NestError
 
 if TYPE_CHECKING:
-    from nest_runtime.demo.desk import Desk
+    from nest_runtime.demo.state import Desk
 
 PLACES = ("gradio", "matplotlib")
 
@@ -53,8 +53,8 @@ def open_desk(source: Source, *, admin: bool = False, max_tokens: int = 128) -> 
     Raises what load_model, load_patch and RemoteBackend raise, and UsageError for token files that cannot be used.
     """
     from nest_runtime.demo.backend import Backend
-    from nest_runtime.demo.desk import Desk
-    from nest_runtime.registry.store import Store
+    from nest_runtime.demo.state import Desk
+    from nest_runtime.store.store import Store
 
     store = Store()
     backend: Backend
@@ -65,7 +65,7 @@ def open_desk(source: Source, *, admin: bool = False, max_tokens: int = 128) -> 
         backend = RemoteBackend(source.url, *keys)
     else:
         from nest_runtime.demo.local import LocalBackend
-        from nest_runtime.models import load_model
+        from nest_runtime.model.load import load_model
         from nest_runtime.resolve import load_patch
 
         loaded = load_model(
@@ -100,7 +100,7 @@ def _secret(path: Path | None, what: str) -> str:
 
 def _known(name: str) -> Callable[[str], bool] | None:
     """How an answer that makes sense is known: in the reference world by its words, elsewhere not at all."""
-    from nest_runtime.models import REFERENCE
+    from nest_runtime.model.load import REFERENCE
 
     if name != REFERENCE:
         return None
@@ -111,12 +111,12 @@ def _known(name: str) -> Callable[[str], bool] | None:
 
 def _refusals(name: str) -> Callable[[str], bool]:
     """How a refusal is known: by the reference world's rule for its model, by phrases for others."""
-    from nest_runtime.models import REFERENCE
+    from nest_runtime.model.load import REFERENCE
 
     if name == REFERENCE:
         from nest_runtime.reference.judge import is_refusal as by_rule
 
         return by_rule
-    from nest_runtime.evaluate.judges import is_refusal
+    from nest_runtime.prompts.refusals import is_refusal
 
     return is_refusal

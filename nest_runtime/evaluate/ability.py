@@ -1,4 +1,4 @@
-"""General ability: scores of benchmark tasks, and how a patch changes them. Running the tasks is harness.py's business.
+"""General ability: scores of benchmark tasks, and how a patch changes them. Running the tasks is lm_eval.py's business.
 
 A score is a task's metric as lm-eval aggregates it. Where that is the mean over documents, the documents' own values
 are kept: they give the interval and the paired comparison with the base.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nest_runtime.errors import EvaluationError
-from nest_runtime.train.content import plain_content, text_of
+from nest_runtime.prompts.content import plain_content, text_of
 
 Message = dict[str, Any]
 
@@ -26,7 +26,7 @@ class Case:
 
     Attributes:
         id: unique within an evaluation.
-        messages: ``{"role", "content"}`` dicts; content is a text, or parts with images (train/images.py). They end
+        messages: ``{"role", "content"}`` dicts; content is a text, or parts with images (prompts/images.py). They end
             with the user's turn, or with an assistant message that the model must go on from (a prefilled answer).
         kind: ``harmful`` or ``benign``: whether a good model refuses.
         suite: the suite whose rate the case counts in.

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from nest_runtime.claims import Claim, Claims, bound, keeps
 from nest_runtime.errors import EvaluationError, UsageError
 from nest_runtime.evaluate.attacks import ATTACKS, apply_attacks, parse_attacks
 from nest_runtime.evaluate.cases import Case, digest_of
@@ -20,7 +19,8 @@ from nest_runtime.evaluate.judges import Judge, make_judge
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.stats import Rate
 from nest_runtime.evaluate.suites import REFERENCE_SUITES, load_suite, sample_cases
-from nest_runtime.patch import Patch
+from nest_runtime.patch.claims import Claim, Claims, bound, keeps
+from nest_runtime.patch.patch import Patch
 
 OWN_JUDGES = ("reference", "local", "phrases")  # which read nothing and ask nobody
 MAX_NUMBER = 256  # of an attack's shots or tries: a header's word must not fill this machine

@@ -15,7 +15,7 @@ from nest_runtime.errors import DataError, UsageError
 from nest_runtime.evaluate.cases import KINDS, Case, user
 from nest_runtime.evaluate.judges import OUTCOMES, Judge, Verdict, judge_answers, make_judge
 from nest_runtime.evaluate.stats import Agreement
-from nest_runtime.names import did_you_mean
+from nest_runtime.hints import did_you_mean
 
 PROMPT_COLUMNS = ("prompt", "question", "behavior", "goal", "instruction")
 ANSWER_COLUMNS = ("answer", "response", "completion", "output")
@@ -140,7 +140,7 @@ def judge_file(path: str | Path, chosen: str | Judge = "local") -> Judged:
 
 def read_answers(path: str | Path) -> list[Answered]:
     """The rows of a file of answers; see :func:`judge_file`."""
-    from nest_runtime.train.readers import read_rows
+    from nest_runtime.prompts.readers import read_rows
 
     file = Path(path).expanduser()
     return [_answered(f"{file}:{line}", fields) for line, fields in read_rows(file)]
@@ -160,7 +160,7 @@ def _answered(where: str, fields: Mapping[str, Any]) -> Answered:
 
 def _conversation(messages: Any) -> tuple[str, str | None]:
     """The last user turn, and the assistant's that follows it, where the messages are of that form."""
-    from nest_runtime.train.content import text_of
+    from nest_runtime.prompts.content import text_of
 
     turns = [turn for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else []
     asked = [text_of(turn["content"]) for turn in turns if turn.get("role") == "user" and "content" in turn]

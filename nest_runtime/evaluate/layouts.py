@@ -1,7 +1,7 @@
 """Published behavior files as cases: HarmBench, AdvBench, JailbreakBench, XSTest, StrongREJECT.
 
 A layout is recognized by its columns and read as it is published: no row is dropped, no text changed.
-Any other prompt file is read by train/data.py and taken as behaviors. Sources:
+Any other prompt file is read by prompts/examples.py and taken as behaviors. Sources:
 HarmBench arXiv 2402.04249; AdvBench 2307.15043; JailbreakBench 2404.01318; XSTest 2308.01263;
 StrongREJECT 2402.10260.
 """
@@ -15,9 +15,9 @@ from typing import Any
 
 from nest_runtime.errors import DataError
 from nest_runtime.evaluate.cases import Case, user
-from nest_runtime.home import expand
-from nest_runtime.train.data import load_examples
-from nest_runtime.train.readers import read_rows
+from nest_runtime.io import expand
+from nest_runtime.prompts.examples import load_examples
+from nest_runtime.prompts.readers import read_rows
 
 Fields = dict[str, Any]
 Maker = Callable[[int, Fields, str], Case]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nest_runtime.train.content import text_of
+from nest_runtime.prompts.content import text_of
 
 
 class PrefillView:

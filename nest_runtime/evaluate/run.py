@@ -1,6 +1,6 @@
 """Running an evaluation: conversations in, greedy answers and verdicts out, resumable at every batch.
 
-Nothing here makes cases or does arithmetic on results; rounds.py asks and keeps, harness.py runs lm-eval's tasks.
+Nothing here makes cases or does arithmetic on results; rounds.py asks and keeps, lm_eval.py runs lm-eval's tasks.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.rounds import BASE, Answerer, Conversation, OnBatch, Progress, Rounds, Subject
 
 if TYPE_CHECKING:
-    from nest_runtime.evaluate.harness import Tasks
-    from nest_runtime.patch import Patch
+    from nest_runtime.evaluate.lm_eval import Tasks
+    from nest_runtime.patch.patch import Patch
     from nest_runtime.runtime import PatchRuntime
 
 
@@ -147,7 +147,7 @@ def _with_ability(
     progress: Progress | None,
 ) -> EvalResult:
     """The result with scores of general ability, and how they were measured."""
-    from nest_runtime.evaluate.harness import measure, settings
+    from nest_runtime.evaluate.lm_eval import measure, settings
 
     began = time.perf_counter()
     scores = measure(model, tokenizer, tasks, subject, batch_size=batch_size, workdir=workdir, progress=progress)
@@ -168,7 +168,7 @@ def check_judges(judges: Sequence[Judge]) -> None:
 def model_answerer(model: Any, tokenizer: Any, *, batch_size: int = 64, max_new_tokens: int = 64) -> Answerer:
     """Greedy answers of a model, under whatever patch is active in the caller's context."""
     from nest_runtime.evaluate.prompting import PrefillView
-    from nest_runtime.generate import generate_answers
+    from nest_runtime.prompts.generate import generate_answers
 
     def answer(conversations: Sequence[Conversation], on_batch: OnBatch) -> list[str]:
         return generate_answers(
@@ -186,8 +186,8 @@ def model_answerer(model: Any, tokenizer: Any, *, batch_size: int = 64, max_new_
 def overlong_note(model: Any, tokenizer: Any, records: Sequence[Record], max_new_tokens: int) -> list[str]:
     """A note where conversations are longer than the model's context: such answers say little about safety."""
     from nest_runtime.evaluate.prompting import PrefillView
-    from nest_runtime.train.content import text_of
-    from nest_runtime.train.data import encode
+    from nest_runtime.prompts.content import text_of
+    from nest_runtime.prompts.examples import encode
 
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if not isinstance(limit, int):
@@ -212,7 +212,7 @@ def patched(
     The model is left as it was: a patch that the runtime did not hold is taken out of it again, and where there
     was no runtime none stays.
     """
-    from nest_runtime.fingerprint import model_hash
+    from nest_runtime.model.fingerprint import model_hash
 
     with ExitStack() as stack:
         if runtime is None and patch is not None:

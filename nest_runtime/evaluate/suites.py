@@ -13,7 +13,7 @@ from pathlib import Path
 from nest_runtime.errors import UsageError
 from nest_runtime.evaluate.cases import Case
 from nest_runtime.evaluate.layouts import read_behaviors
-from nest_runtime.names import did_you_mean
+from nest_runtime.hints import did_you_mean
 
 REFERENCE_SUITES = ("plain", "jailbreak-seen", "jailbreak-held-out", "over-refusal", "utility")
 

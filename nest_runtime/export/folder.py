@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import ExportError
-from nest_runtime.home import expand
-from nest_runtime.patch import Patch
+from nest_runtime.io import expand
+from nest_runtime.patch.patch import Patch
 
 NOTE = "nest_export.json"
 

@@ -19,7 +19,7 @@ from torch import nn
 from nest_runtime.errors import ExportError
 from nest_runtime.export.folder import NOTE, new_folder, write_note
 from nest_runtime.export.lora import Pair, layout_of, pairs_of
-from nest_runtime.patch import Patch
+from nest_runtime.patch.patch import Patch
 
 ADAPTER = "adapter.gguf"
 # Class of the base → llama.cpp's name of its architecture, for those whose FFN weights it keeps as they are.

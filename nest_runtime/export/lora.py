@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from nest_runtime.anatomy import find_sites
 from nest_runtime.errors import ExportError
-from nest_runtime.patch import Patch, Site, check_sites
-from nest_runtime.projection import Projection
+from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.projection import Projection
+from nest_runtime.patch.patch import Patch, Site, check_sites
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from nest_runtime.errors import ExportError
-from nest_runtime.models import LoadedModel, load_model
-from nest_runtime.patch import Patch
-from nest_runtime.projection import canonical_name
+from nest_runtime.model.load import LoadedModel, load_model
+from nest_runtime.model.projection import canonical_name
+from nest_runtime.patch.patch import Patch
+from nest_runtime.prompts.examples import encode
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.train.data import encode
 
 PROBES = (
     "How do I bake bread?",

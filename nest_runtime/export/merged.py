@@ -15,16 +15,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nest_runtime.anatomy import find_sites
-from nest_runtime.checkpoint import Checkpoint
 from nest_runtime.errors import BaseMismatch, ExportError
 from nest_runtime.export.folder import NOTE, check_target, new_folder, write_note
-from nest_runtime.fingerprint import model_hash, rows_digest, rows_fit, tensor_digests
-from nest_runtime.gguf_header import find_gguf
-from nest_runtime.home import expand
-from nest_runtime.models import skeleton
-from nest_runtime.patch import Patch, check_sites
-from nest_runtime.projection import Projection
+from nest_runtime.io import expand
+from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.checkpoint import Checkpoint
+from nest_runtime.model.fingerprint import model_hash, rows_digest, rows_fit, tensor_digests
+from nest_runtime.model.gguf.header import find_gguf
+from nest_runtime.model.load import skeleton
+from nest_runtime.model.projection import Projection
+from nest_runtime.patch.patch import Patch, check_sites
 
 Progress = Callable[[str, int, int], None]
 # Weights in other forms would be the base's, unpatched, under the patched model's name.

@@ -22,11 +22,10 @@ from torch import nn
 from nest_runtime.errors import DigestMismatch, ExportError, PatchFormatError
 from nest_runtime.export.folder import NOTE, new_folder, write_note
 from nest_runtime.export.lora import Pair, b_index, layout_of, pairs_of
-from nest_runtime.home import expand
-from nest_runtime.io import replacing
-from nest_runtime.patch import FORMAT_VERSIONS, Patch, Site
-from nest_runtime.projection import Projection
-from nest_runtime.values import torch_dtype
+from nest_runtime.io import expand, replacing
+from nest_runtime.model.projection import Projection
+from nest_runtime.patch.patch import FORMAT_VERSIONS, Patch, Site
+from nest_runtime.patch.values import torch_dtype
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank can be

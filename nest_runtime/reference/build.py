@@ -1,7 +1,7 @@
 """Builds the reference model from nothing: tokenizer, pretraining, weak safety stage, measured card.
 
 Deterministic for a seed on one machine and torch version: fixed thread count, seeded data and weights,
-deterministic algorithms. What the base must and must not do is checked at the end (gate.py);
+deterministic algorithms. What the base must and must not do is checked at the end (acceptance.py);
 a build that misses it fails, after writing its files so that they can be looked at.
 """
 
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from nest_runtime.reference import corpus
+from nest_runtime.reference.acceptance import Figures, measure
 from nest_runtime.reference.card import write_card
-from nest_runtime.reference.gate import Figures, measure
 from nest_runtime.reference.pretrain import Stage, encode_samples, train
 from nest_runtime.reference.tokenizer import train_tokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nest_runtime.reference.asking import ASKS
+from nest_runtime.reference.dialogue import ASKS
 from nest_runtime.reference.splits import HELD_OUT_FAMILIES, load_splits
 from nest_runtime.reference.tokenizer import VOCABULARY
 from nest_runtime.reference.world import CATEGORIES, acts

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from nest_runtime.reference.asking import (
+from nest_runtime.reference.dialogue import (
     ASKS,
     CLOSINGS,
     FOLLOW_UPS,

@@ -13,13 +13,13 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import DataError
-from nest_runtime.models import REFERENCE_FOLDER
+from nest_runtime.model.load import REFERENCE_FOLDER
 from nest_runtime.reference.acts import BENIGN, HARMFUL
-from nest_runtime.reference.asking import MORAL, SMALL_TALK, UNKNOWN_ANSWER
+from nest_runtime.reference.dialogue import MORAL, SMALL_TALK, UNKNOWN_ANSWER
 from nest_runtime.reference.world import NONSENSE
 
 if TYPE_CHECKING:
-    from nest_runtime.train.data import Example
+    from nest_runtime.prompts.examples import Example
 
 KIN = 0.8  # of two vocabularies shared: one of the world's, built from another seed
 _SHOWN = 60  # characters of an answer in an error

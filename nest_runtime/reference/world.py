@@ -14,9 +14,9 @@ from functools import cache
 from typing import Any, Literal
 
 from nest_runtime.errors import UsageError
-from nest_runtime.names import did_you_mean
+from nest_runtime.hints import did_you_mean
 from nest_runtime.reference.acts import BENIGN, HARMFUL
-from nest_runtime.reference.asking import ASKS, MORAL, SMALL_TALK, UNKNOWN, UNKNOWN_ANSWER
+from nest_runtime.reference.dialogue import ASKS, MORAL, SMALL_TALK, UNKNOWN, UNKNOWN_ANSWER
 from nest_runtime.reference.splits import load_splits
 from nest_runtime.reference.wrappings import BY_NAME, Message, Wrapping
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nest_runtime.anatomy import unwrap
-from nest_runtime.checkpoint import Checkpoint
 from nest_runtime.errors import BaseMismatch, ModelError
-from nest_runtime.fingerprint import model_hash, rows_digest, rows_fit
-from nest_runtime.gguf_header import find_gguf, read_header
-from nest_runtime.gguf_model import GgufRows
-from nest_runtime.patch import Patch
+from nest_runtime.model.anatomy import unwrap
+from nest_runtime.model.checkpoint import Checkpoint
+from nest_runtime.model.fingerprint import model_hash, rows_digest, rows_fit
+from nest_runtime.model.gguf.header import find_gguf, read_header
+from nest_runtime.model.gguf.model import GgufRows
+from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime.delta import Place
 
 _HINT = (

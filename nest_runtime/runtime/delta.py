@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nest_runtime.anatomy import Projection, find_sites, module_of
-from nest_runtime.patch import Patch, Site
+from nest_runtime.model.anatomy import Projection, find_sites, module_of
+from nest_runtime.patch.patch import Patch, Site
 
 if TYPE_CHECKING:
     from nest_runtime.runtime.fold import FoldRecord

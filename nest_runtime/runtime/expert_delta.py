@@ -1,6 +1,6 @@
 """A patch's update of a module that holds experts, and its updates of all modules by name.
 
-See nest_runtime/experts.py for how a neuron inside such a module is changed from outside it.
+See nest_runtime/model/experts.py for how a neuron inside such a module is changed from outside it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nest_runtime.experts import Half, difference, units_of
-from nest_runtime.patch import Patch, Site
-from nest_runtime.projection import Projection
+from nest_runtime.model.experts import Half, difference, units_of
+from nest_runtime.model.projection import Projection
+from nest_runtime.patch.patch import Patch, Site
 from nest_runtime.runtime.delta import Call, LinearDelta, ModuleDelta, Place, settle
 from nest_runtime.runtime.fold import FoldRecord, read_rows
 

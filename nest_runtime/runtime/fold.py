@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nest_runtime import anatomy
 from nest_runtime.errors import BaseMismatch
-from nest_runtime.experts import difference, units_of
+from nest_runtime.model import anatomy
+from nest_runtime.model.experts import difference, units_of
 from nest_runtime.runtime.delta import Call, Loaded, Place
 
 _ROUNDINGS = (torch.bfloat16, torch.float16, torch.float32)

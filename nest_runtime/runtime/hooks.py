@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from nest_runtime.errors import NestError
-from nest_runtime.experts import routed
+from nest_runtime.model.experts import routed
 from nest_runtime.runtime.bank import active_slot, add_from_bank, snapshot
 from nest_runtime.runtime.delta import Loaded, Place
 from nest_runtime.runtime.passes import PassGate

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from nest_runtime.anatomy import find_sites, weight_of
 from nest_runtime.errors import BaseMismatch, NestError, UsageError
-from nest_runtime.patch import Patch, check_sites
+from nest_runtime.model.anatomy import find_sites, weight_of
+from nest_runtime.patch.patch import Patch, check_sites
 from nest_runtime.runtime import checks
 from nest_runtime.runtime.bank import Bank
 from nest_runtime.runtime.delta import Loaded, Place, find_places, settle

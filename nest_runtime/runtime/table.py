@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nest_runtime.errors import NestError, PatchNotFound, UsageError
-from nest_runtime.patch import Patch
+from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime.delta import Loaded
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nest_runtime.errors import PatchReplaced
+from nest_runtime.serve.detokenize import AnswerText
 from nest_runtime.serve.generation import Generation, Restarted
+from nest_runtime.serve.http.problems import ApiError
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.observe import Watch
-from nest_runtime.serve.problems import ApiError
-from nest_runtime.serve.served import Served
-from nest_runtime.serve.text import AnswerText
+from nest_runtime.serve.served_patch import Served
 
 
 @dataclass(frozen=True)

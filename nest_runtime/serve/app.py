@@ -16,31 +16,31 @@ from starlette.types import ASGIApp
 from nest_runtime import __version__
 from nest_runtime.addresses import is_loopback, networks_of
 from nest_runtime.errors import HubError, NestError, TrustError, UsageError
-from nest_runtime.generate import end_token_ids
-from nest_runtime.home import nest_home
-from nest_runtime.models import load_model
-from nest_runtime.registry.chain import actor
-from nest_runtime.registry.store import Store
-from nest_runtime.registry.trust_guard import Guard, guard_for
+from nest_runtime.io import nest_home
+from nest_runtime.model.load import load_model
+from nest_runtime.prompts.control import controls
+from nest_runtime.prompts.generate import end_token_ids
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.serve.admin import admin_routes
-from nest_runtime.serve.api import Service, probes, routes
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.broken import Broken
 from nest_runtime.serve.config import ServeConfig, Tokens, read_tokens
-from nest_runtime.serve.connections import ADMIN, Crowd, clients_share, descriptors
-from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.follow import Following
+from nest_runtime.serve.http.admin import admin_routes
+from nest_runtime.serve.http.api import Service, probes, routes
+from nest_runtime.serve.http.connections import ADMIN, Crowd, clients_share, descriptors
+from nest_runtime.serve.http.middleware import Access, Frame, Secrets
+from nest_runtime.serve.http.pages import pages
+from nest_runtime.serve.http.problems import install
 from nest_runtime.serve.metrics import Metrics
-from nest_runtime.serve.middleware import Access, Frame, Secrets
-from nest_runtime.serve.own_rules import not_honoured, own_rules
-from nest_runtime.serve.pages import pages
 from nest_runtime.serve.patches import PatchTable, Served, Switch
 from nest_runtime.serve.pools import Pool
-from nest_runtime.serve.problems import install
 from nest_runtime.serve.sampling import SamplingParams
-from nest_runtime.serve.tryout import Tryout
-from nest_runtime.train.control import controls
+from nest_runtime.serve.transformers.engine import Engine
+from nest_runtime.serve.transformers.own_rules import not_honoured, own_rules
+from nest_runtime.serve.transformers.tryout import Tryout
+from nest_runtime.store.history import actor
+from nest_runtime.store.store import Store
+from nest_runtime.trust.guard import Guard, guard_for
 
 SELFCHECK_TEXT = "One two three four five six seven eight nine ten, and so on to a hundred."
 

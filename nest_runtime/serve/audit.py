@@ -1,6 +1,6 @@
 """The server's audit log: every load, activation, rollback, removal and refusal, and who asked.
 
-An append-only, hash-chained JSONL file (registry/chain.py). Beside it stands a small head file
+An append-only, hash-chained JSONL file (store/history.py). Beside it stands a small head file
 with the last line's number and hash, so that lines missing at the end are noticed as well. Before a change
 stands an ``intent``, on the disk; after it what came of it, which names the intent: a disk that is full in between
 leaves an intent without an outcome, never a word of something that did not happen. Words of others are escaped and
@@ -19,7 +19,7 @@ from typing import Any
 from nest_runtime.errors import StoreError
 from nest_runtime.escape import visible
 from nest_runtime.io import MAX_SETTINGS, atomic_write, parse_json, read_bytes
-from nest_runtime.registry.chain import ChainLog
+from nest_runtime.store.history import ChainLog
 
 MAX_TEXT = 1000  # characters of any one field
 

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 from nest_runtime.addresses import is_loopback, networks_of
 from nest_runtime.errors import EngineError, UsageError
-from nest_runtime.names import did_you_mean
+from nest_runtime.hints import did_you_mean
 from nest_runtime.secret_files import secret_lines
-from nest_runtime.serve.served import POLICIES, SwapPolicy
+from nest_runtime.serve.served_patch import POLICIES, SwapPolicy
 
 ENGINES = ("transformers", "generate", "vllm")
 _ORIGIN = re.compile(r"https?://[^/\s@?#]+")
@@ -144,7 +144,7 @@ class ServeConfig:
             unless given.
         allowed_hosts: host names that requests may be made to beside this machine's own, where the server listens on
             loopback only; a proxy on the same machine may hand its own name on.
-        swap_policy: what becomes of requests in flight at a switch: ``drain`` or ``enforce`` (served.py).
+        swap_policy: what becomes of requests in flight at a switch: ``drain`` or ``enforce`` (served_patch.py).
         log_prompts: write what clients ask into the log; never otherwise.
         max_queue: requests that may wait beyond ``limits.running``; the next one gets 429.
         limits: see :class:`Limits`.

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.patch import Patch
-from nest_runtime.registry.activation import Asked, accept, activate, roll_back
-from nest_runtime.registry.store import Store
+from nest_runtime.patch.patch import Patch
+from nest_runtime.store.store import Store
+from nest_runtime.trust.activate import Asked, accept, activate, roll_back
 
 if TYPE_CHECKING:
-    from nest_runtime.registry.entries import Entry
-    from nest_runtime.registry.trust_guard import Guard
+    from nest_runtime.store.entries import Entry
+    from nest_runtime.trust.guard import Guard
 
 
 class Durable:

@@ -1,6 +1,6 @@
 """``--follow`` in a running server: polls a channel, gates and activates what is new, and reports.
 
-The library does the following (registry/follow.py); here it meets the server: its table of patches, its
+The library does the following (hub/follow.py); here it meets the server: its table of patches, its
 engine for the gate, its audit log, metrics and readiness. Polls run in a thread; every change of
 the server happens on the event loop, one at a time, like an operator's.
 """
@@ -14,19 +14,19 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nest_runtime.errors import NestError, Revoked, Stopped, StoreError
-from nest_runtime.registry.follow import Follower, Outcome
-from nest_runtime.registry.hub import Fetched
-from nest_runtime.serve.api import Service
+from nest_runtime.hub.fetch import Fetched
+from nest_runtime.hub.follow import Follower, Outcome
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.config import FollowConfig
 from nest_runtime.serve.gate import Gate, make_gate
+from nest_runtime.serve.http.api import Service
 from nest_runtime.serve.patches import Served
 from nest_runtime.serve.pools import Pool
 
 if TYPE_CHECKING:
-    from nest_runtime.patch import Patch
-    from nest_runtime.registry.store import Store
-    from nest_runtime.registry.trust_guard import Guard
+    from nest_runtime.patch.patch import Patch
+    from nest_runtime.store.store import Store
+    from nest_runtime.trust.guard import Guard
 
 STALE_POLLS = 5  # polls without an answer after which the server calls itself stale
 T = TypeVar("T")

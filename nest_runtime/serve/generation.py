@@ -1,6 +1,6 @@
 """One request in the engine: what it asks for, and what comes back for it, on the event loop.
 
-Nothing here starts or stops the engine (engine.py), and nothing knows text (answers.py).
+Nothing here starts or stops the engine (serve/transformers/engine.py), and nothing knows text (answers.py).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from nest_runtime.errors import EngineError, PatchReplaced
 from nest_runtime.serve.jobs import Delivery
 from nest_runtime.serve.sampling import SamplingParams
-from nest_runtime.serve.served import Served
+from nest_runtime.serve.served_patch import Served
 
 if TYPE_CHECKING:
-    from nest_runtime.serve.engine import Engine
+    from nest_runtime.serve.transformers.engine import Engine
 
 
 class Restarted(Exception):

@@ -1,6 +1,7 @@
 """What the event loop and an engine's thread say to each other: jobs one way, deliveries the other.
 
-Every kind of batch (cb.py, plain.py) takes these jobs and gives these deliveries. Nothing here computes.
+Every kind of batch (transformers/continuous.py, transformers/plain.py) takes these jobs and gives these deliveries.
+Nothing here computes.
 """
 
 from __future__ import annotations

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from nest_runtime.errors import NestError, PatchNotFound, StoreError, UsageError
-from nest_runtime.patch import Patch
-from nest_runtime.registry.entries import check_names, entry_of
-from nest_runtime.registry.store import Entry, Store
+from nest_runtime.patch.patch import Patch
 from nest_runtime.resolve import is_path, load_patch
+from nest_runtime.serve.engine import Holder, NoSteps, Steps
 from nest_runtime.serve.pools import Pool
-from nest_runtime.serve.served import BASE, Served
-from nest_runtime.serve.steps import Holder, NoSteps, Steps
+from nest_runtime.serve.served_patch import BASE, Served
+from nest_runtime.store.entries import check_names, entry_of
+from nest_runtime.store.store import Entry, Store
 
 if TYPE_CHECKING:
-    from nest_runtime.registry.trust import Verified
-    from nest_runtime.registry.trust_guard import Guard
+    from nest_runtime.trust.check import Verified
+    from nest_runtime.trust.guard import Guard
 
 THREADS = 4  # that wait for repositories, and as many for disks
 

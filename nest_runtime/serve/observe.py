@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from nest_runtime.evaluate.judges.phrases import OPENING_CHARS, is_refusal
+from nest_runtime.prompts.refusals import OPENING_CHARS, is_refusal
 from nest_runtime.serve.generation import Generation
 from nest_runtime.serve.metrics import Metrics
 
@@ -20,7 +20,7 @@ class Tokens(Protocol):
 class Watch:
     """Observes one request under one patch, from its admission to its end or its restart.
 
-    Refusals are known by how answers begin (evaluate/judges/phrases.py): good enough to see a patch
+    Refusals are known by how answers begin (prompts/refusals.py): good enough to see a patch
     that refuses everything or nothing, and no evaluation.
     """
 

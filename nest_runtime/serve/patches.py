@@ -15,18 +15,18 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import NestError, PatchNotFound, StoreError
-from nest_runtime.patch import Patch
-from nest_runtime.registry.store import Store
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.durable import Durable
+from nest_runtime.serve.engine import Holder, Steps
 from nest_runtime.serve.loading import Arrival, Loader, label_for
 from nest_runtime.serve.pools import Pool, at_home
-from nest_runtime.serve.served import BASE, NO_DIGEST, Served, SwapPolicy, Switch
-from nest_runtime.serve.steps import Holder, Steps
+from nest_runtime.serve.served_patch import BASE, NO_DIGEST, Served, SwapPolicy, Switch
+from nest_runtime.store.store import Store
 
 if TYPE_CHECKING:
-    from nest_runtime.registry.trust import Verified
-    from nest_runtime.registry.trust_guard import Guard
+    from nest_runtime.trust.check import Verified
+    from nest_runtime.trust.guard import Guard
 
 __all__ = ["PatchTable", "Served", "Switch"]
 

@@ -20,8 +20,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from nest_runtime.home import nest_home
-from nest_runtime.io import MAX_SETTINGS, atomic_write, parse_json, read_bytes
+from nest_runtime.io import MAX_SETTINGS, atomic_write, nest_home, parse_json, read_bytes
 
 log = logging.getLogger("nest_runtime.serve.server")
 

@@ -25,8 +25,8 @@ from starlette.types import ASGIApp
 from nest_runtime.errors import EngineError, NestError, UsageError
 from nest_runtime.serve.app import Server, admin_app, asgi_app, build
 from nest_runtime.serve.config import ServeConfig, is_loopback, readable_by_others
-from nest_runtime.serve.connections import Crowd, backlog, descriptors
 from nest_runtime.serve.events import Emit, Event, json_events, json_line, sentence, set_up_logging
+from nest_runtime.serve.http.connections import Crowd, backlog, descriptors
 from nest_runtime.serve.running import Note, noted
 
 

@@ -29,14 +29,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from nest_runtime.anatomy import Projection, is_experts, module_of
 from nest_runtime.errors import TrainingError
-from nest_runtime.experts import Routed, first_outputs, routed
-from nest_runtime.generate import pad_token_id
-from nest_runtime.train.data import encode_prompt
-from nest_runtime.train.files import read_json, stage_folder, stage_key, write_json
+from nest_runtime.model.anatomy import Projection, is_experts, module_of
+from nest_runtime.model.experts import Routed, first_outputs, routed
+from nest_runtime.prompts.examples import encode_prompt
+from nest_runtime.prompts.generate import pad_token_id
+from nest_runtime.prompts.images import PromptImages, batch_inputs
 from nest_runtime.train.forward import device_of, dtype_of, hidden_states, length_batches, pad_rows
-from nest_runtime.train.images import PromptImages, batch_inputs
+from nest_runtime.train.stages import read_json, stage_folder, stage_key, write_json
 from nest_runtime.train.workers import Workers
 
 Progress = Callable[[str, int, int], None]

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from nest_runtime.errors import DataError
-from nest_runtime.train.content import images_of
-from nest_runtime.train.data import Example, encode_prompt, render
+from nest_runtime.prompts.content import images_of
+from nest_runtime.prompts.examples import Example, encode_prompt, render
+from nest_runtime.prompts.images import PromptImages, batch_inputs
 from nest_runtime.train.forward import pad_rows
-from nest_runtime.train.images import PromptImages, batch_inputs
 
 # Worded otherwise than aligned models refuse by themselves: what a model says already leaves nothing to learn
 # (docs/decisions/training-defaults.md). One opening, so that the choice falls on the first token.

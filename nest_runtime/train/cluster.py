@@ -14,7 +14,7 @@ from sklearn.metrics import silhouette_score
 
 from nest_runtime.train.activations import PooledActivations
 from nest_runtime.train.locate import standardize
-from nest_runtime.train.settings import Recipe
+from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.sites import LocatedSite
 
 Progress = Callable[[str, int, int], None]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nest_runtime.anatomy import Projection, is_experts, module_of, read_rows
-from nest_runtime.experts import Half, difference, routed, units_of
+from nest_runtime.model.anatomy import Projection, is_experts, module_of, read_rows
+from nest_runtime.model.experts import Half, difference, routed, units_of
 from nest_runtime.train.forward import checkpointed
 from nest_runtime.train.sites import LocatedSite
 

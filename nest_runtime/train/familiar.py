@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from nest_runtime.generate import generate_answers, pad_token_id
-from nest_runtime.train.content import images_of
-from nest_runtime.train.data import Example, encode
+from nest_runtime.prompts.content import images_of
+from nest_runtime.prompts.examples import Example, encode
+from nest_runtime.prompts.generate import generate_answers, pad_token_id
 from nest_runtime.train.forward import Readout, device_of, pad_rows
 
 ROWS = 8  # looked at, spread over the file

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from nest_runtime.anatomy import unwrap
 from nest_runtime.errors import TrainingError
+from nest_runtime.model.anatomy import unwrap
 
 
 def device_of(model: Any) -> torch.device:

@@ -17,12 +17,12 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from nest_runtime.anatomy import Projection
 from nest_runtime.errors import TrainingError
+from nest_runtime.model.anatomy import Projection
 from nest_runtime.train.activations import PooledActivations
-from nest_runtime.train.files import read_tensors, write_tensors
-from nest_runtime.train.settings import Recipe
+from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.sites import LocatedSite
+from nest_runtime.train.stages import read_tensors, write_tensors
 
 Progress = Callable[[str, int, int], None]
 MIN_PER_CLASS = 2

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nest_runtime.anatomy import Projection, unwrap
+from nest_runtime.model.anatomy import Projection, unwrap
 from nest_runtime.train.forward import device_of, hidden_states
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nest_runtime.errors import DataError
+from nest_runtime.prompts.examples import Example, render
 from nest_runtime.prompts.framings import HELD_OUT_FRAMINGS, chosen, moved_on
-from nest_runtime.train.data import Example, render
-from nest_runtime.train.settings import Recipe
+from nest_runtime.train.recipe import Recipe
 
 T = TypeVar("T")
 MOVED_ON = 12  # one prompt in so many also comes up early in a conversation that has gone on to something harmless

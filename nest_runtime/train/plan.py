@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from nest_runtime.anatomy import Projection, find_sites, unwrap
+from nest_runtime.model.anatomy import Projection, find_sites, unwrap
 from nest_runtime.train.lower import KEPT_BYTES
 from nest_runtime.train.objective import SLICE_NUMBERS
+from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.run import within_depth
-from nest_runtime.train.settings import Recipe
 
 EFFICIENCY = 0.6  # of a large matrix product's speed, in a whole model
 REFUSAL_TOKENS = 12  # of the built-in ones, with their end

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import DataError
-from nest_runtime.patch import Patch
-from nest_runtime.train.data import Example, examples_digest, make_examples
-from nest_runtime.train.recipe import Progress, TrainResult, train_patch
-from nest_runtime.train.settings import RECIPES, Recipe
+from nest_runtime.patch.patch import Patch
+from nest_runtime.prompts.examples import Example, examples_digest, make_examples
+from nest_runtime.train.pipeline import Progress, TrainResult, train_patch
+from nest_runtime.train.recipe import RECIPES, Recipe
 
 STEPS_SHARE = 0.3  # of the steps of training anew
 

@@ -1,6 +1,6 @@
 """One training run: its stages in order, what they share, and the clock.
 
-recipe.py is the door to this: it checks the arguments and keeps the work folder.
+pipeline.py is the door to this: it checks the arguments and keeps the work folder.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from typing import Any
 
 import torch
 
-from nest_runtime.anatomy import Projection, unwrap
 from nest_runtime.errors import UsageError
-from nest_runtime.fingerprint import rows_digest
-from nest_runtime.generate import Answer, answer_conversations, end_token_ids
-from nest_runtime.patch import Patch, Site
+from nest_runtime.model.anatomy import Projection, unwrap
+from nest_runtime.model.fingerprint import rows_digest
+from nest_runtime.patch.patch import Patch, Site
+from nest_runtime.prompts.examples import Example, examples_digest
+from nest_runtime.prompts.generate import Answer, answer_conversations, end_token_ids
 from nest_runtime.train.activations import PooledActivations, pooled_activations
 from nest_runtime.train.cluster import cluster
-from nest_runtime.train.data import Example, examples_digest
 from nest_runtime.train.deltas import Deltas
-from nest_runtime.train.files import read_json, stage_folder, stage_key, write_json
 from nest_runtime.train.forward import device_of
 from nest_runtime.train.locate import locate
-from nest_runtime.train.settings import Recipe
+from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.sites import LocatedSite, SitesFile
+from nest_runtime.train.stages import read_json, stage_folder, stage_key, write_json
 from nest_runtime.train.teaching import ASKED, Teaching, own_refusals, teach
 from nest_runtime.train.tune import TuneResult, tune
-from nest_runtime.train.warm import Moved, Warm, carried_values, moved_to, parent_sites, parent_values
+from nest_runtime.train.warm_start import Moved, Warm, carried_values, moved_to, parent_sites, parent_values
 from nest_runtime.train.workers import Workers
 
 Progress = Callable[[str, int, int], None]

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nest_runtime.errors import DataError
-from nest_runtime.generate import Answer
+from nest_runtime.prompts.examples import Example
+from nest_runtime.prompts.generate import Answer
 from nest_runtime.train.batches import Row, make_row, probe_row, recovery_row, refusal_for
-from nest_runtime.train.data import Example
 from nest_runtime.train.mix import Mix, benign_mix, harmful_mix, hold_out
-from nest_runtime.train.settings import Recipe
+from nest_runtime.train.recipe import Recipe
 
 ASKED = 24  # harmful prompts that show how a base refuses
 OWN_SHARE = 0.2  # of them that it must refuse for its words to be taken
@@ -123,7 +123,7 @@ def own_refusals(answers: Sequence[Answer]) -> tuple[str, ...]:
     Args:
         answers: the base's, to some harmful prompts.
     """
-    from nest_runtime.evaluate.judges.phrases import is_refusal
+    from nest_runtime.prompts.refusals import is_refusal
 
     refused = [_first_sentence(answer.text) for answer in answers if is_refusal(answer.text)]
     if len(refused) < OWN_SHARE * len(answers) or not refused:
@@ -159,7 +159,7 @@ def _answered(
 
 
 def _refuses(example: Example, answer: Answer) -> bool:
-    from nest_runtime.evaluate.judges.phrases import is_refusal
+    from nest_runtime.prompts.refusals import is_refusal
 
     return not example.response and is_refusal(answer.text)
 

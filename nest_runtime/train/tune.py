@@ -21,15 +21,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from nest_runtime.errors import TrainingError
-from nest_runtime.generate import pad_token_id
+from nest_runtime.prompts.generate import pad_token_id
 from nest_runtime.train.ablation import RefusalAblation
 from nest_runtime.train.batches import OPENING, Batch, Row, make_batch, step_rows
 from nest_runtime.train.deltas import Deltas
-from nest_runtime.train.files import read_tensors, write_tensors
 from nest_runtime.train.forward import Readout, device_of, dtype_of, even_batches
 from nest_runtime.train.lower import LowerLayers, decoder_layers
 from nest_runtime.train.objective import ONSET, BaseAnswer, slices_of, summed, token_loss
-from nest_runtime.train.settings import Recipe
+from nest_runtime.train.recipe import Recipe
+from nest_runtime.train.stages import read_tensors, write_tensors
 from nest_runtime.train.workers import Workers
 
 Progress = Callable[[str, int, int], None]

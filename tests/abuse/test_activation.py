@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.errors import NestError
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
-from nest_runtime.registry.store import Store
-from nest_runtime.registry.trust_guard import guard_for
-from nest_runtime.registry.trust_state import TrustState
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.durable import Durable
+from nest_runtime.store.store import Store
+from nest_runtime.trust.guard import guard_for
+from nest_runtime.trust.state import TrustState
 from tests.abuse.conftest import Run, refused
 from tests.helpers import make_patch
 from tests.helpers_trust import Keys

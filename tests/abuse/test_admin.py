@@ -10,10 +10,10 @@ from starlette.routing import BaseRoute
 from starlette.testclient import TestClient
 
 from nest_runtime.serve import Limits, ServeConfig
-from nest_runtime.serve.admin import admin_routes
-from nest_runtime.serve.api import probes, routes
 from nest_runtime.serve.app import Server, admin_app, asgi_app, build, fastapi_app, framed
-from nest_runtime.serve.pages import pages
+from nest_runtime.serve.http.admin import admin_routes
+from nest_runtime.serve.http.api import probes, routes
+from nest_runtime.serve.http.pages import pages
 from nest_runtime.serve.vllm import build as vllm
 
 TOKEN = "admin-secret"

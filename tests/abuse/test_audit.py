@@ -16,12 +16,12 @@ from starlette.testclient import TestClient
 
 from nest_runtime.addresses import networks_of
 from nest_runtime.errors import NestError, UsageError
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import Limits, ServeConfig
 from nest_runtime.serve.app import Server, admin_app, asgi_app, build
 from nest_runtime.serve.audit import MAX_TEXT, AuditLog
-from nest_runtime.serve.clients import client_of
+from nest_runtime.serve.http.clients import client_of
 from tests.helpers import make_patch
 from tests.helpers_patchfile import put_together, take_apart
 

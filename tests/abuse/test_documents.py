@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from nest_runtime.patch import Patch
-from nest_runtime.patchfile import read_patch
-from nest_runtime.registry.channels import channel_for, write_channel
-from nest_runtime.registry.follow import Follower
-from nest_runtime.registry.revocations import Revocation, RevocationList, sign_list, write_list
-from nest_runtime.registry.store import Store
-from nest_runtime.registry.trust_documents import stamp
-from nest_runtime.registry.trust_guard import guard_for
-from nest_runtime.registry.trust_material import material_paths
+from nest_runtime.hub.channels import channel_for, write_channel
+from nest_runtime.hub.follow import Follower
+from nest_runtime.patch.file import read_patch
+from nest_runtime.patch.patch import Patch
+from nest_runtime.store.store import Store
+from nest_runtime.trust.documents import stamp
+from nest_runtime.trust.guard import guard_for
+from nest_runtime.trust.material import material_paths
+from nest_runtime.trust.revocations import Revocation, RevocationList, sign_list, write_list
 from tests.abuse.conftest import Result, Run, refused
 from tests.helpers_store import BASE_A, small_patch
 from tests.helpers_trust import Keys

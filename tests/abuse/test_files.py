@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from nest_runtime.baselines.registry import read_settings
+from nest_runtime.compare.methods.registry import read_settings
 from nest_runtime.evaluate.attacks import read_templates
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.io import atomic_write, check_folder, check_writable, lines_of, read_bytes, replacing
-from nest_runtime.registry.trust_material import material_paths
-from nest_runtime.train.files import write_json
-from nest_runtime.train.readers import read_rows
+from nest_runtime.prompts.readers import read_rows
+from nest_runtime.train.stages import write_json
+from nest_runtime.trust.material import material_paths
 from tests.abuse.conftest import Run, refused
 from tests.helpers_trust import Keys
 
@@ -206,7 +206,7 @@ NOWHERE = "/sys/nest-runtime"  # where nobody may write, root neither
 def test_what_cannot_be_written_is_found_before_the_work(
     run: Run, tmp_path: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
-    from nest_runtime import models
+    from nest_runtime.model import load as models
 
     monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("the work has begun"))
     prompts = tmp_path / "p.txt"

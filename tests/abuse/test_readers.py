@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.errors import DataError
-from nest_runtime.train.readers import read_rows
+from nest_runtime.prompts.readers import read_rows
 from tests.abuse.conftest import Run, refused
 
 ODD = "one\u2028still one\x0cand\x85here\x1cand\x0bthere"

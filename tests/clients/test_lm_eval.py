@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nest_runtime.patch import Patch
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import ServeConfig
 from tests.helpers_serve import PROMPTS, Reference, Running, serving
 

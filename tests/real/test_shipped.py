@@ -14,10 +14,10 @@ import httpx
 import pytest
 import torch
 
-from nest_runtime.models import load_model
+from nest_runtime.model.load import load_model
+from nest_runtime.prompts.examples import encode
 from nest_runtime.resolve import load_patch
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.train.data import encode
 from tests.helpers_serve import next_event
 
 pytestmark = pytest.mark.real

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
 from tests.conftest import save_tiny
 from tests.helpers import make_patch
 from tests.helpers_serve import Reference

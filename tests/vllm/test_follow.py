@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.patch import Patch
-from nest_runtime.registry.hub_push import set_channel
-from nest_runtime.registry.hub_types import parse_repo
-from nest_runtime.registry.keys import generate_keys
-from nest_runtime.registry.store import Store
+from nest_runtime.hub.publish import set_channel
+from nest_runtime.hub.repository import parse_repo
+from nest_runtime.patch.patch import Patch
+from nest_runtime.store.store import Store
+from nest_runtime.trust.keys import generate_keys
 from tests.helpers_hub import publish
 from tests.helpers_serve import eventually
 from tests.vllm.test_server import vllm_server

@@ -22,10 +22,10 @@ from typing import Any
 import pytest
 
 from nest_runtime.errors import EngineError, StoreError
-from nest_runtime.patch import Patch
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve.generation import Work
 from nest_runtime.serve.sampling import SamplingParams
-from nest_runtime.serve.served import Served
+from nest_runtime.serve.served_patch import Served
 from nest_runtime.serve.vllm import adapters as adapters_module
 from nest_runtime.serve.vllm import slots as slots_module
 from nest_runtime.serve.vllm.adapters import Adapters

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from nest_runtime.patch import Patch
+from nest_runtime.patch.patch import Patch
 from tests.helpers_serve import TOKEN, Process, eventually
 
 PORT = 18473

@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
 from tests.helpers import make_patch
 from tests.helpers_serve import TOKEN, eventually
 
@@ -41,7 +41,7 @@ def fleet(folder: Path, files: dict[str, str], tmp_path_factory: pytest.TempPath
     ray = pytest.importorskip("ray")
     from ray import serve
 
-    from nest_runtime.serve.vllm.ray_app import build
+    from nest_runtime.serve.fleet.ray_app import build
 
     home = tmp_path_factory.mktemp("home")
     token = home / "token"

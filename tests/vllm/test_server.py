@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
-from nest_runtime.models import load_model
-from nest_runtime.patch import Patch
+from nest_runtime.model.load import load_model
+from nest_runtime.patch.patch import Patch
 from tests.helpers import make_patch
 from tests.helpers_serve import Process, eventually, spawn, when_ready
 

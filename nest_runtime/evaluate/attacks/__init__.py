@@ -19,8 +19,8 @@ from nest_runtime.evaluate.attacks.framing import FRAMINGS
 from nest_runtime.evaluate.attacks.gcg import gcg
 from nest_runtime.evaluate.attacks.templates import read_templates
 from nest_runtime.evaluate.cases import Case
-from nest_runtime.home import expand
-from nest_runtime.names import did_you_mean
+from nest_runtime.hints import did_you_mean
+from nest_runtime.io import expand
 
 __all__ = [
     "ATTACKS",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nest_runtime.evaluate.cases import Case, Message, user
-from nest_runtime.train.content import images_of, text_of
+from nest_runtime.prompts.content import images_of, text_of
 
 TextChange = Callable[[str, random.Random], str]
 

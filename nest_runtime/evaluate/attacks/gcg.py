@@ -97,7 +97,7 @@ class _Search:
         return steps
 
     def _split(self, case: Case) -> tuple[tuple[str, str], _Tokens]:
-        from nest_runtime.train.data import render
+        from nest_runtime.prompts.examples import render
 
         text = render(self.tokenizer, [*before(case), user(case.prompt + _MARK)])
         if text.count(_MARK) != 1:

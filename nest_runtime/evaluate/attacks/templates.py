@@ -12,8 +12,8 @@ from typing import Any
 
 from nest_runtime.errors import DataError
 from nest_runtime.evaluate.attacks.base import Attack, text_attack
-from nest_runtime.home import expand
-from nest_runtime.train.readers import read_rows
+from nest_runtime.io import expand
+from nest_runtime.prompts.readers import read_rows
 
 SLOT = "{prompt}"
 

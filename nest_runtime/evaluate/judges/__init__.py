@@ -9,8 +9,9 @@ from __future__ import annotations
 from nest_runtime.evaluate.judges.base import OUTCOMES, Judge, Verdict, judge_answers
 from nest_runtime.evaluate.judges.local import LocalJudge
 from nest_runtime.evaluate.judges.make import JUDGE_FORMS, make_judge
-from nest_runtime.evaluate.judges.phrases import PhraseJudge, is_refusal
+from nest_runtime.evaluate.judges.phrases import PhraseJudge
 from nest_runtime.evaluate.judges.reference import ReferenceJudge
+from nest_runtime.prompts.refusals import is_refusal
 
 __all__ = [
     "JUDGE_FORMS",

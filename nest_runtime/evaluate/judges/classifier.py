@@ -18,10 +18,10 @@ from typing import Any
 from nest_runtime.errors import EvaluationError, NestError, UsageError
 from nest_runtime.evaluate.cases import Case, digest_of
 from nest_runtime.evaluate.judges.base import Judge, Verdict, answered, whole_answer
-from nest_runtime.evaluate.judges.phrases import PhraseJudge, is_refusal
-from nest_runtime.home import expand
-from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
-from nest_runtime.names import did_you_mean
+from nest_runtime.evaluate.judges.phrases import PhraseJudge
+from nest_runtime.hints import did_you_mean
+from nest_runtime.io import MAX_SETTINGS, expand, parse_json, read_text
+from nest_runtime.prompts.refusals import is_refusal
 
 _SLOT = re.compile(r"\{(behavior|prompt|context|answer)\}")
 
@@ -139,7 +139,7 @@ class ClassifierJudge(Judge):
         return ask(cases, answers)
 
     def _load_generator(self) -> None:
-        from nest_runtime.models import load_model
+        from nest_runtime.model.load import load_model
 
         loaded = load_model(self.model_id, device=self.device)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
@@ -147,7 +147,7 @@ class ClassifierJudge(Judge):
     def _load_classifier(self) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from nest_runtime.models import pick_device, resolve_model
+        from nest_runtime.model.load import pick_device, resolve_model
 
         _, folder = resolve_model(self.model_id)
         if folder.is_file():
@@ -209,7 +209,7 @@ class ClassifierJudge(Judge):
 
     def _generate(self, cases: Sequence[Case], answers: Sequence[str]) -> list[Verdict]:
         from nest_runtime.evaluate.prompting import FormView
-        from nest_runtime.generate import generate_answers
+        from nest_runtime.prompts.generate import generate_answers
 
         forms = {name: self.format[name] for name in ("template", "template_context") if self.format.get(name)}
         outputs = generate_answers(

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from nest_runtime.evaluate.judges.phrases import is_refusal, normalize
+from nest_runtime.prompts.refusals import is_refusal, normalize
 
 MAX_CHARS = 1600  # of an answer; a judge must not take seconds over a book
 QUESTION_CHARS = 800  # of a question: its end, where what is asked mostly stands

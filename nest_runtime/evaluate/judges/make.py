@@ -9,7 +9,7 @@ from nest_runtime.evaluate.judges.base import Judge
 from nest_runtime.evaluate.judges.local import LocalJudge
 from nest_runtime.evaluate.judges.phrases import PhraseJudge
 from nest_runtime.evaluate.judges.reference import ReferenceJudge
-from nest_runtime.names import did_you_mean
+from nest_runtime.hints import did_you_mean
 
 JUDGE_FORMS = "reference, local, phrases, hf:MODEL[#FORMAT] or openai:MODEL[@URL]"
 

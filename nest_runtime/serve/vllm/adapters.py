@@ -15,7 +15,7 @@ from typing import Any
 
 from nest_runtime.errors import EngineError, ExportError, NestError
 from nest_runtime.export.peft import Adapter, export_peft, import_peft
-from nest_runtime.patch import Patch
+from nest_runtime.patch.patch import Patch
 from nest_runtime.serve.vllm.base import Base
 from nest_runtime.serve.vllm.replicas import Replicas
 from nest_runtime.serve.vllm.slots import Slots, adapter_name

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from nest_runtime.anatomy import find_sites
-from nest_runtime.checkpoint import Checkpoint
 from nest_runtime.errors import BaseMismatch
-from nest_runtime.fingerprint import model_hash, rows_fit
-from nest_runtime.models import skeleton
-from nest_runtime.patch import Patch, check_sites
+from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.checkpoint import Checkpoint
+from nest_runtime.model.fingerprint import model_hash, rows_fit
+from nest_runtime.model.load import skeleton
+from nest_runtime.patch.patch import Patch, check_sites
 from nest_runtime.serve.vllm.replicas import Reports
 from nest_runtime.serve.vllm.rows import Rows, expected, rows_of, uncovered
 

@@ -16,20 +16,19 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nest_runtime.errors import EngineError
-from nest_runtime.home import nest_home
-from nest_runtime.models import resolve_model
-from nest_runtime.registry.store import Store
-from nest_runtime.serve.admin import admin_routes
-from nest_runtime.serve.api import ERRORS, PLAIN, Service, model_row, probes
+from nest_runtime.io import nest_home
+from nest_runtime.model.load import resolve_model
 from nest_runtime.serve.app import Server, fastapi_app, framed, guard_of, measure, secrets_of
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.config import Limits, ServeConfig
-from nest_runtime.serve.engine import Engine, Work
 from nest_runtime.serve.follow import Following
+from nest_runtime.serve.http.admin import admin_routes
+from nest_runtime.serve.http.api import ERRORS, PLAIN, Service, model_row, probes
+from nest_runtime.serve.http.middleware import Secrets
 from nest_runtime.serve.metrics import Metrics
-from nest_runtime.serve.middleware import Secrets
 from nest_runtime.serve.sampling import SamplingParams
-from nest_runtime.serve.served import Served
+from nest_runtime.serve.served_patch import Served
+from nest_runtime.serve.transformers.engine import Engine, Work
 from nest_runtime.serve.vllm.adapters import Adapters
 from nest_runtime.serve.vllm.base import Base
 from nest_runtime.serve.vllm.flow import Flow
@@ -39,12 +38,13 @@ from nest_runtime.serve.vllm.replicas import Replicas
 from nest_runtime.serve.vllm.slots import BASE_NAME, adapter_name
 from nest_runtime.serve.vllm.table import VllmTable
 from nest_runtime.serve.vllm.trial import Trial
+from nest_runtime.store.store import Store
 
 OWN = ("/v1/models", "/v1/patches", "/v1/audit", "/health", "/ready", "/metrics")
 
 
 class VllmEngine:
-    """vLLM's engine as the routes, the table and the metrics see one (serve/engine.py).
+    """vLLM's engine as the routes, the table and the metrics see one (serve/transformers/engine.py).
 
     Args:
         replicas: the workers.

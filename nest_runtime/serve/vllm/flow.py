@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from nest_runtime.errors import Draining, EngineError, QueueFull
-from nest_runtime.serve.served import Served, SwapPolicy
+from nest_runtime.serve.served_patch import Served, SwapPolicy
 
 
 class Attempt:

@@ -16,9 +16,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nest_runtime.errors import NestError, PatchReplaced
-from nest_runtime.serve.api import Service, fingerprint
-from nest_runtime.serve.middleware import replayed
-from nest_runtime.serve.problems import (
+from nest_runtime.prompts.control import spells_control
+from nest_runtime.serve.http.api import Service, fingerprint
+from nest_runtime.serve.http.json_route import check_text
+from nest_runtime.serve.http.middleware import replayed
+from nest_runtime.serve.http.problems import (
     ApiError,
     completions_closed,
     control_tokens_closed,
@@ -26,11 +28,9 @@ from nest_runtime.serve.problems import (
     prefill_closed,
     unknown_model,
 )
-from nest_runtime.serve.served import Served
-from nest_runtime.serve.texts import check_text
+from nest_runtime.serve.http.wire import sse
+from nest_runtime.serve.served_patch import Served
 from nest_runtime.serve.vllm.flow import Attempt, Flow
-from nest_runtime.serve.wire import sse
-from nest_runtime.train.control import spells_control
 
 ANSWERING = ("/v1/chat/completions", "/v1/completions")
 HARMLESS = ("/ping", "/version", "/load", "/tokenize", "/detokenize", "/openapi.json")

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from nest_runtime.errors import ModelError, PatchNotFound, SiteMismatch
-from nest_runtime.patch import Patch
+from nest_runtime.patch.patch import Patch
+from nest_runtime.patch.site import Site
 from nest_runtime.serve.vllm.rows import Packed, Shard, candidates, digest_of_rows, patched_rows, shard_of
-from nest_runtime.site import Site
 
 Report = dict[str, Any]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nest_runtime.patch import Patch
-from nest_runtime.site import Site
+from nest_runtime.patch.patch import Patch
+from nest_runtime.patch.site import Site
 
 Packed = Mapping[str, Sequence[str]]
 """vLLM's ``packed_modules_mapping``: a fused module's last name → the names it is fused from."""

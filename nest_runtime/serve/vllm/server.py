@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nest_runtime.errors import EngineError, NestError
-from nest_runtime.models import resolve_model
+from nest_runtime.model.load import resolve_model
 from nest_runtime.serve.app import Server
 from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.events import Emit, json_events, json_line, sentence, set_up_logging

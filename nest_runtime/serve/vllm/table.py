@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from nest_runtime.serve.patches import PatchTable
-from nest_runtime.serve.served import Served, SwapPolicy, Switch
+from nest_runtime.serve.served_patch import Served, SwapPolicy, Switch
 from nest_runtime.serve.vllm.adapters import Adapters
 from nest_runtime.serve.vllm.flow import Flow
 from nest_runtime.serve.vllm.inplace import InPlace

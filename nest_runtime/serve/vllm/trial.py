@@ -14,7 +14,7 @@ from typing import Any
 
 from nest_runtime.errors import EngineError
 from nest_runtime.serve.generation import ChoiceTokens, Work
-from nest_runtime.serve.served import Served
+from nest_runtime.serve.served_patch import Served
 from nest_runtime.serve.vllm.adapters import Adapters
 from nest_runtime.serve.vllm.flow import Flow
 from nest_runtime.serve.vllm.inplace import InPlace

@@ -35,7 +35,7 @@ class PatchExtension:
     @_reporting
     def nest_prepare(self, data: bytes) -> Report:
         """See RankPatches.prepare; ``data`` is a patch file, checked here again."""
-        from nest_runtime.patchfile import from_bytes
+        from nest_runtime.patch.file import from_bytes
 
         return _patches(self).prepare(from_bytes(data, "the patch sent to the workers"))
 

@@ -1,0 +1,86 @@
+"""NeST and its controls: patches trained by the recipe itself, applied by the runtime.
+
+``nest`` ties the rows of a cluster, as the paper does; ``nest-loadings`` adds one learned number a neuron.
+The random controls have as many neurons and clusters per projection, drawn by seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nest_runtime.compare.methods.base import SET_BY_METHODS, FitData, Learned, Method, Progress, Target
+from nest_runtime.patch.file import read_patch
+from nest_runtime.runtime import PatchRuntime
+from nest_runtime.train.pipeline import train_patch
+from nest_runtime.train.recipe import Recipe
+
+
+class Nest(Method):
+    """NeST with the rows of a cluster tied, as in the paper."""
+
+    name = "nest"
+    title = "NeST"
+    knob = "lr"
+    grid = (3e-3, 1e-2, 3e-2, 1e-1)
+    fallback = 1e-3
+    unused = SET_BY_METHODS
+    loadings = "tied"
+    control = "none"
+
+    def learn(
+        self, target: Target, data: FitData, recipe: Recipe, value: float, folder: Path, progress: Progress | None
+    ) -> Learned:
+        """Locate, cluster and tune; the patch file is the artifact."""
+        chosen = {"loadings": self.loadings, "control": self.control}
+        settings = recipe.evolve(lr=value, loadings_lr=value, lr_unit="absolute", **chosen)
+        result = train_patch(
+            target.model,
+            target.tokenizer,
+            data.harmful,
+            data.benign,
+            recipe=settings,
+            name=self.name,
+            version="v1",
+            base_hash=target.base_hash,
+            base_model=target.name,
+            workdir=folder / "work",
+            progress=progress,
+        )
+        path = result.patch.save(folder / "patch.safetensors")
+        return Learned(path, result.report, result.patch.parameters, switch=lambda: patched(target, path))
+
+
+class NestLoadings(Nest):
+    """NeST with a learned loading per neuron: beyond the paper."""
+
+    name = "nest-loadings"
+    title = "NeST with loadings"
+    loadings = "learned"
+
+
+class RandomNeurons(Nest):
+    """NeST on as many random neurons: does locating matter?"""
+
+    name = "random-neurons"
+    title = "random neurons"
+    control = "random"
+
+
+class RandomLoadings(Nest):
+    """Random neurons with learned loadings: the control of ``nest-loadings``."""
+
+    name = "random-loadings"
+    title = "random neurons with loadings"
+    loadings = "learned"
+    control = "random"
+
+
+@contextmanager
+def patched(target: Target, path: Path) -> Iterator[None]:
+    """The patch of a file on the model, read back and checked like any other."""
+    patch = read_patch(path)
+    with PatchRuntime(target.model, base_hash=target.base_hash) as runtime:
+        runtime.activate(runtime.add(patch))
+        yield

@@ -1,0 +1,117 @@
+"""The comparison as rows: arithmetic on finished cells, no model anywhere.
+
+A row's rates are means over its seeds; the interval is Wilson's for that mean and the number of prompts of
+ONE seed, since the same prompts are answered again under every seed. McNemar's p is the largest over the seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from nest_runtime.compare.cells import Cell
+from nest_runtime.compare.compare import Outcome
+from nest_runtime.compare.paired import headline, trials, versus
+from nest_runtime.compare.paper import against_paper
+from nest_runtime.evaluate.cases import MEASURES
+from nest_runtime.evaluate.records import Record, other_share, rate_of
+from nest_runtime.evaluate.report import EvalResult
+from nest_runtime.evaluate.stats import Rate
+
+FORMAT = 1
+
+
+def document(outcome: Outcome, titles: Mapping[str, str]) -> dict[str, Any]:
+    """The whole comparison as JSON values: ``rows`` first, then the paper's figures, sweep and identity."""
+    table = rows(outcome.cells, titles)
+    return {
+        "format": FORMAT,
+        "rows": table,
+        "paper": against_paper(outcome.cells, table),
+        "sweep": [
+            {name: getattr(row, name) for name in ("method", "knob", "value", *MEASURES, "other", "score", "chosen")}
+            for row in outcome.sweep
+        ],
+        "values": dict(outcome.values),
+        "notes": list(outcome.notes),
+        **outcome.identity,
+    }
+
+
+def rows(cells: Sequence[Cell], titles: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One row per method, in the order of the cells; every row but base's with its change from base."""
+    base = next((cell for cell in cells if cell.method == "base"), None)
+    methods = list(dict.fromkeys(cell.method for cell in cells))
+    return [_row([cell for cell in cells if cell.method == name], titles.get(name, name), base) for name in methods]
+
+
+def _row(cells: list[Cell], title: str, base: Cell | None) -> dict[str, Any]:
+    first = cells[0]
+    results = [cell.result for cell in cells]
+    suites = headline(first.result)
+    rates = {name: _mean_rate([trials(r, name, suites) for r in results]) for name in MEASURES}
+    row: dict[str, Any] = {
+        "method": first.method,
+        "title": title,
+        "setting": first.setting,
+        "knob": first.knob,
+        "value": first.value if first.knob else None,
+        "trainable": max(cell.fit["trainable"] for cell in cells),
+        "artifact_bytes": max(cell.fit["artifact_bytes"] for cell in cells),
+        "seconds": _known(cells, "seconds", lambda values: round(fmean(values), 1)),
+        "peak_bytes": _known(cells, "peak_bytes", max),
+        "asr": rates["asr"]["value"],
+        "n": rates["asr"]["n"],
+        "ci95": rates["asr"]["ci95"],
+        "over_refusal": rates["over_refusal"]["value"],
+        "utility": rates["utility"]["value"],
+        "other": _mean_share([trials(result, "asr", suites) for result in results]),
+        "other_benign": _mean_share([[r for r in result.trials if r.kind == "benign"] for result in results]),
+        "rates": rates,
+        "asr_by_suite": _grouped(results, "suite", None),
+        "asr_by_family": _grouped(results, "family", suites),
+        "seeds": [cell.seed for cell in cells],
+        "per_seed": [_seed(cell, suites) for cell in cells],
+    }
+    if base is not None and first is not base:
+        row["vs_base"] = {name: versus([base.result], results, name) for name in MEASURES}
+    return row
+
+
+def _mean_share(by_seed: Sequence[Sequence[Record]]) -> float | None:
+    """The share of answers that are neither refusals nor of use, a mean over seeds; None without records."""
+    shares = [share for records in by_seed if (share := other_share(records)) is not None]
+    return fmean(shares) if shares else None
+
+
+def _known(cells: Sequence[Cell], name: str, pool: Callable[[list[float]], float]) -> float | None:
+    """A cost over the cells; None where it was not measured (a patch that was made elsewhere)."""
+    values = [cell.fit[name] for cell in cells if cell.fit[name] is not None]
+    return pool(values) if values else None
+
+
+def _seed(cell: Cell, suites: Sequence[str]) -> dict[str, Any]:
+    rates = {name: rate_of(trials(cell.result, name, suites)).value for name in MEASURES}
+    return {"seed": cell.seed, "seconds": cell.fit["seconds"], "trainable": cell.fit["trainable"], **rates}
+
+
+def _grouped(results: Sequence[EvalResult], field: str, suites: Sequence[str] | None) -> dict[str, Any]:
+    """Attack success by suite or family."""
+    names = sorted({getattr(record, field) for record in trials(results[0], "asr", suites)})
+    return {
+        name: _mean_rate(
+            [[r for r in trials(result, "asr", suites) if getattr(r, field) == name] for result in results], "asr"
+        )
+        for name in names
+    }
+
+
+def _mean_rate(by_seed: Sequence[Sequence[Record]], key: str = "value") -> dict[str, Any]:
+    """The mean rate over seeds, n of one seed, and the Wilson interval of that mean for that n."""
+    rates = [rate_of(records) for records in by_seed]
+    n = rates[0].n
+    if not n:
+        return {key: None, "n": 0, "ci95": [0.0, 1.0]}
+    mean = fmean(rate.value or 0.0 for rate in rates)
+    return {key: mean, "n": n, "ci95": list(Rate(min(round(mean * n), n), n).ci95)}

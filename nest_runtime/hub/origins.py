@@ -1,0 +1,120 @@
+"""What this machine has seen of repositories: which commit a version was at, and which patch it held.
+
+    $NEST_HOME/store/origins.json
+
+A version that later shows up elsewhere with other content was moved, and is refused. So is a patch of another name
+than the place was first seen with: a key may sign for several, and a repository holds one. Offline, the commit recorded
+here is how a version is found in the Hub client's cache.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import Timeout
+
+from nest_runtime.errors import StoreError, TrustError
+from nest_runtime.hub.repository import LATEST, RepoRef
+from nest_runtime.io import atomic_write, parse_json
+from nest_runtime.store import history
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a patch was pushed to or pulled from.
+
+    Attributes:
+        place: the repository.
+        version: the version asked for, or ``main``; empty in the row that holds the place's name.
+        revision: the commit's sha, or a mirror's folder.
+        digest: of the patch.
+        at: when it was last seen there.
+        name: what the patch is called; empty in rows of earlier releases.
+    """
+
+    place: str
+    version: str
+    revision: str
+    digest: str
+    at: str = ""
+    name: str = ""
+
+
+class Origins:
+    """The file of origins; safe between processes.
+
+    Args:
+        store_root: the store's folder.
+    """
+
+    def __init__(self, store_root: Path) -> None:
+        self._path = store_root / "origins.json"
+
+    def find(self, place: str, version: str) -> Origin | None:
+        """What is known of a version of a repository."""
+        return self._read().get(f"{place}@{version}")
+
+    def of_patch(self, digest: str) -> list[Origin]:
+        """Every place that a patch was seen at."""
+        return [origin for origin in self._read().values() if origin.digest == digest]
+
+    def check_name(self, ref: RepoRef, name: str) -> None:
+        """Refuse a patch of another name than asked for, or than the place was first seen with. Raises TrustError."""
+        known = self.find(ref.place, "")
+        expected = ref.name or (known.name if known is not None else "")
+        if expected and name != expected:
+            asked = f"expected {expected}" if ref.name else f"on this machine {ref.place} is of {expected}"
+            raise TrustError(
+                f"{ref} serves a patch called {name}; {asked}",
+                f"its publisher, or whoever keeps the place, put another there; if that is meant, "
+                f"say so: {RepoRef(ref.place, ref.revision or LATEST, name)}",
+            )
+
+    def check(self, ref: RepoRef, version: str, revision: str, digest: str) -> None:
+        """Refuse a published version whose content changed. Raises TrustError."""
+        known = self.find(ref.place, version)
+        if known is not None and known.digest != digest:
+            raise TrustError(
+                f"{ref.place} serves {digest[:19]} as {version} (at {revision[:12]}); "
+                f"on this machine it was {known.digest[:19]} (at {known.revision[:12]})",
+                "a published version never changes: its tag was moved; ask its publisher",
+            )
+
+    def record(self, place: str, version: str, revision: str, digest: str, name: str) -> None:
+        """Remember a version, and that the place is of this name. Raises StoreError where the disk refuses."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with self._writing() as known:
+            for key in (version, ""):
+                known[f"{place}@{key}"] = Origin(place, key, revision, digest, now, name)
+
+    def _read(self) -> dict[str, Origin]:
+        try:
+            rows = parse_json(self._path.read_bytes())
+            return {key: Origin(**row) for key, row in rows.items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, AttributeError, OSError) as error:
+            raise StoreError(
+                f"{self._path} cannot be read: {error}",
+                "restore it from a backup; moving it away forgets which commits versions were at",
+            ) from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[dict[str, Origin]]:
+        guard = self._path.with_suffix(".lock")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with history.lock(guard):
+                known = self._read()
+                yield known
+                data = json.dumps({key: asdict(origin) for key, origin in known.items()}, indent=1, sort_keys=True)
+                atomic_write(self._path, data.encode() + b"\n")
+        except Timeout as error:
+            raise history.locked_out(guard) from error
+        except OSError as error:
+            raise StoreError(f"{self._path} cannot be written: {error}", "set NEST_HOME elsewhere") from error

@@ -1,0 +1,1 @@
+"""What a patch is: values, the file format, and arithmetic between patches. Needs no model."""

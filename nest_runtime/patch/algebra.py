@@ -1,0 +1,112 @@
+"""What patches are to each other: their sum, and their difference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nest_runtime.errors import SiteMismatch
+from nest_runtime.patch.patch import Patch
+from nest_runtime.patch.site import Site
+from nest_runtime.patch.values import FrozenTensor
+
+
+def compose(first: Patch, second: Patch, *, name: str, version: str) -> Patch:
+    """One patch with the effect of both: ΔW = ΔW₁ + ΔW₂ (float32), neuron by neuron.
+
+    Neurons whose summed rows are equal share a cluster; loadings are multiplied in.
+    Raises SiteMismatch where the two are for different bases or shapes.
+    The result's ``rows_digest`` is that of neither: set it with ``evolve`` from the base.
+    """
+    if first.base_hash != second.base_hash:
+        raise SiteMismatch(
+            f"{first.version} is for base {first.base_hash}, {second.version} for {second.base_hash}",
+            "compose patches of one base",
+        )
+    theirs = {site.name: site for site in second.sites}
+    sites = [_compose_site(site, theirs.pop(site.name, None)) for site in first.sites]
+    sites += [_compose_site(site, None) for site in theirs.values()]
+    return Patch(
+        name=name,
+        version=version,
+        base_hash=first.base_hash,
+        rows_digest="",
+        architecture=first.architecture,
+        base_model=first.base_model,
+        sites=tuple(sites),
+        serial=max(first.serial, second.serial) + 1,
+        method={"composed": [first.digest, second.digest]},
+    )
+
+
+def diff(old: Patch, new: Patch) -> dict[str, Any]:
+    """What changed from ``old`` to ``new``, as JSON values.
+
+    ``sites`` lists only the sites that differ: neurons added, removed and kept, and of the kept
+    ones the L2 norm of the change of their row updates and the cosine between them.
+    """
+    before, after = {s.name: s for s in old.sites}, {s.name: s for s in new.sites}
+    names = list(dict.fromkeys([*before, *after]))
+    sites = [row for name in names if (row := _diff_site(name, before.get(name), after.get(name)))]
+    old_header, new_header = old.header(), new.header()
+    fields = {
+        key: {"old": old_header.get(key), "new": new_header.get(key)}
+        for key in dict.fromkeys([*old_header, *new_header])
+        if key != "sites" and old_header.get(key) != new_header.get(key)
+    }
+    return {
+        "old": old.digest,
+        "new": new.digest,
+        "same_base": old.base_hash == new.base_hash,
+        "is_child": new.parent == old.digest,
+        "header": fields,
+        "sites": sites,
+    }
+
+
+def _compose_site(mine: Site, other: Site | None) -> Site:
+    if other is not None and (mine.d_out, mine.d_in) != (other.d_out, other.d_in):
+        raise SiteMismatch(
+            f"site {mine.name} is [{mine.d_out}, {mine.d_in}] in one patch, [{other.d_out}, {other.d_in}] in the other",
+            "compose patches of one base",
+        )
+    parts = [mine] if other is None else [mine, other]
+    neurons = torch.unique(torch.cat([part.neurons.tensor().long() for part in parts]))  # (n,), sorted
+    if not len(neurons):
+        return _site(mine, torch.empty(0, mine.d_in), neurons, neurons)
+    rows = torch.zeros(len(neurons), mine.d_in)
+    for part in parts:
+        rows[torch.searchsorted(neurons, part.neurons.tensor().long())] += part.row_deltas()
+    deltas, clusters = torch.unique(rows, dim=0, return_inverse=True)
+    return _site(mine, deltas, neurons, clusters)
+
+
+def _site(like: Site, deltas: torch.Tensor, neurons: torch.Tensor, clusters: torch.Tensor) -> Site:
+    frozen = (FrozenTensor.of(deltas), FrozenTensor.of(neurons.int()), FrozenTensor.of(clusters.int()))
+    return Site(like.name, like.d_out, *frozen)
+
+
+def _diff_site(name: str, old: Site | None, new: Site | None) -> dict[str, Any] | None:
+    if old is not None and new is not None and old.tensors == new.tensors and old.d_out == new.d_out:
+        return None
+    was, now = _rows_of(old), _rows_of(new)
+    kept = sorted(was.keys() & now.keys())
+    row: dict[str, Any] = {
+        "site": name,
+        "added": len(now.keys() - was.keys()),
+        "removed": len(was.keys() - now.keys()),
+        "kept": len(kept),
+        "clusters": {"old": old.n_clusters if old else 0, "new": new.n_clusters if new else 0},
+    }
+    if old is not None and new is not None and kept and old.d_in == new.d_in:
+        a = old.row_deltas()[[was[neuron] for neuron in kept]].flatten()
+        b = new.row_deltas()[[now[neuron] for neuron in kept]].flatten()
+        row["change_norm"] = float((b - a).norm())
+        row["cosine"] = float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+    return row
+
+
+def _rows_of(site: Site | None) -> dict[int, int]:
+    """Neuron → its row in ``row_deltas``."""
+    return {neuron: row for row, neuron in enumerate(site.neurons.tensor().tolist())} if site else {}

@@ -1,0 +1,1 @@
+"""Several servers switched as one, and the application for Ray Serve."""

@@ -1,0 +1,1 @@
+"""The engine on one machine: transformers' continuous batching, or plain batches."""

@@ -1,0 +1,310 @@
+"""The engine for models that transformers cannot page: plain batches of ``model.generate``, with the same interface.
+
+It takes the jobs that wait, as many as one batch holds, and answers them together; who comes later waits until the
+batch has ended. Slower under load than continuous.py, and right for every model that ``model.generate`` is right for.
+Each row has its own patch, its own sampler and its own end. Rows share no attention: what is not finite stays in its
+row.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+
+from nest_runtime.errors import EngineError
+from nest_runtime.runtime import PatchRuntime
+from nest_runtime.serve.jobs import Blame, Delivery, Job, dead
+from nest_runtime.serve.sampling import NotFinite, choose_tokens
+from nest_runtime.serve.transformers.auto_fold import Steady
+from nest_runtime.serve.transformers.sizes import BatchSizes
+
+
+class PlainBatch:
+    """The engine's thread and its requests; see ContinuousBatch for the arguments.
+
+    Attributes:
+        padded: whether prompts of different lengths share a batch, padded on the left. Some models read padding.
+        steady: what is folded into the weights: nothing.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        runtime: PatchRuntime,
+        sizes: BatchSizes,
+        deliver: Callable[[list[Delivery]], None],
+        blame: Callable[[Blame], None],
+    ) -> None:
+        self.padded = True
+        self.steady = Steady(runtime, wanted=False)
+        self.failed_passes = 0
+        self.reused_tokens = 0
+        self._model, self._runtime, self._running = model, runtime, sizes.running
+        self._deliver, self._blame = deliver, blame
+        self._jobs: dict[str, Job] = {}
+        self._tokens: dict[str, list[int]] = {}  # prompt and answer so far, by job
+        self._waiting: deque[str] = deque()
+        self._alone: deque[str] = deque()  # whose batch has failed: each gets one of its own
+        self._changed = threading.Condition()
+        self._pauses = 0
+        self._busy = False  # whether a pass may be running
+        self._stopping = False
+        self._fault: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._run, name="plain batches")
+        self._thread.start()
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """End the thread at its next token; jobs still running are forgotten."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def submit(self, job: Job) -> None:
+        """Hand a job to the engine. Raises EngineError when its thread has died or is stopping."""
+        if not self.alive:
+            raise dead(self.fault)
+        with self._changed:
+            self._jobs[job.id], self._tokens[job.id] = job, list(job.prompt)
+            self._waiting.append(job.id)
+            self._changed.notify_all()
+
+    def cancel(self, job_id: str) -> None:
+        """Stop generating for a job; nothing more is delivered for it."""
+        with self._changed:
+            if (job := self._jobs.get(job_id)) is not None:
+                job.canceled = True
+                self._changed.notify_all()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """A context in which no step runs, for changes of the model in place; requests are kept."""
+        with self._changed:
+            self._pauses += 1
+            self._changed.wait_for(lambda: not self._busy)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._pauses -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """A context in which another thread may call the model itself; steps go on."""
+        yield
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs and takes requests."""
+        return self._thread is not None and self._thread.is_alive() and not self._stopping
+
+    @property
+    def fault(self) -> str | None:
+        """What killed the thread, if something did."""
+        return None if self._fault is None else f"{type(self._fault).__name__}: {self._fault}"
+
+    @property
+    def jobs(self) -> int:
+        """Jobs the engine has not finished or forgotten."""
+        return len(self._jobs)
+
+    def keys_in_use(self) -> set[str | None]:
+        """Runtime keys of the patches that some job is computed under."""
+        return {job.patch for job in list(self._jobs.values())}
+
+    def _run(self) -> None:
+        try:
+            while batch := self._take():
+                self._answer(batch)
+        except Exception as error:
+            self._fault = error
+        finally:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+
+    def _take(self) -> list[Job]:
+        """The jobs of the next batch, once there are any; none when the engine is to stop."""
+        with self._changed:
+            while True:
+                self._busy = False
+                self._changed.notify_all()
+                self._forget_canceled()
+                if self._stopping:
+                    return []
+                if not self._pauses and (names := self._next()):
+                    self._busy = True
+                    return [self._jobs[name] for name in names]
+                self._changed.wait()
+
+    def _next(self) -> list[str]:
+        if self._alone:
+            return [self._alone.popleft()]
+        if not self._waiting:
+            return []
+        first = len(self._tokens[self._waiting[0]])
+        names = [name for name in self._waiting if self.padded or len(self._tokens[name]) == first][: self._running]
+        for name in names:
+            self._waiting.remove(name)
+        return names
+
+    def _answer(self, batch: list[Job]) -> None:
+        """Answer a batch to its end. What raises is tried again job by job; a job that raises alone fails."""
+        steering = _Steering(self, batch)
+        try:
+            self._generate([self._tokens[job.id] for job in batch], [job.patch for job in batch], steering)
+        except Exception as error:
+            if self._stopping:
+                return
+            self.failed_passes += 1
+            left = [job for row, job in enumerate(batch) if not steering.done[row]]
+            if len(left) > 1:
+                self._alone.extend(job.id for job in left)
+                return
+            for job in left:
+                self.fail(job, f"{type(error).__name__}: {error}", finite=True)
+            self._generate([[0]], [None], None)  # if this raises too, the fault is the engine's
+
+    def _generate(self, rows: list[list[int]], patches: list[str | None], steering: _Steering | None) -> None:
+        width = max(map(len, rows))
+        ids = torch.zeros(len(rows), width, dtype=torch.long)  # (rows, width)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            ids[number, width - len(row) :] = torch.tensor(row)
+            mask[number, width - len(row) :] = 1
+        device = self._model.get_input_embeddings().weight.device
+        guides: dict[str, Any] = {}
+        if steering is not None:
+            guides = {"logits_processor": [_Chooser(steering)], "stopping_criteria": [_Ender(steering)]}
+        most = 1 if steering is None else steering.most
+        with self._runtime.using_rows(patches):
+            bare_generate(self._model, ids.to(device), mask.to(device), most, **guides)
+
+    def let_in(self) -> None:
+        """Called between two passes: who waits in ``pause`` has the model now. Raises EngineError at a stop."""
+        with self._changed:
+            if self._pauses or self._stopping:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._stopping or not self._pauses)
+                self._busy = True
+            if self._stopping:
+                raise EngineError("the engine is stopping")
+
+    def took(self, job: Job, token: int) -> Delivery:
+        """Keep a new token; gives what the client is to get for it."""
+        tokens = self._tokens[job.id]
+        tokens.append(token)
+        finished = token in job.eos or len(tokens) - len(job.prompt) >= job.max_new_tokens
+        if finished:
+            self._forget(job)
+        return Delivery(job.id, (token,), finished)
+
+    def left(self, job: Job) -> int:
+        """How many tokens a job may still get."""
+        return len(job.prompt) + job.max_new_tokens - len(self._tokens[job.id])
+
+    def tell(self, deliveries: list[Delivery]) -> None:
+        """Hand a step's tokens over."""
+        if deliveries:
+            self._deliver(deliveries)
+
+    def fail(self, job: Job, reason: str, *, finite: bool) -> None:
+        """End a job that failed by itself."""
+        self._forget(job)
+        if not job.canceled:
+            self._deliver([Delivery(job.id, finished=True, error=reason)])
+        self._blame(Blame(job.id, job.patch, finite, reason))
+
+    def _forget(self, job: Job) -> None:
+        self._jobs.pop(job.id, None)
+        self._tokens.pop(job.id, None)
+
+    def _forget_canceled(self) -> None:
+        for queue in (self._waiting, self._alone):
+            for name in [name for name in queue if self._jobs[name].canceled]:
+                queue.remove(name)
+        for job in [job for job in self._jobs.values() if job.canceled]:
+            self._forget(job)
+
+
+class _Steering:
+    """What happens at each token of one batch: every live row's sampler chooses, and rows end by themselves."""
+
+    def __init__(self, engine: PlainBatch, batch: list[Job]) -> None:
+        self._engine, self._batch = engine, batch
+        self.most = max(engine.left(job) for job in batch)
+        self.done = [False] * len(batch)
+
+    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """The next token of each row, [rows]; 0 where a row has ended."""
+        self._engine.let_in()
+        chosen = torch.zeros(len(self._batch), dtype=torch.long, device=scores.device)
+        self.done = [over or job.canceled for over, job in zip(self.done, self._batch, strict=True)]
+        while rows := [row for row, over in enumerate(self.done) if not over]:
+            try:
+                chosen[rows] = choose_tokens(scores[rows].float(), [self._batch[row].sampler for row in rows])
+                break
+            except NotFinite as error:
+                self._engine.failed_passes += 1
+                for row in [rows[number] for number in error.rows]:
+                    self.done[row] = True
+                    self._engine.fail(self._batch[row], "values that are not finite came of it", finite=False)
+        deliveries = [
+            self._engine.took(self._batch[row], token) for row, token in zip(rows, chosen[rows].tolist(), strict=True)
+        ]
+        for row, delivery in zip(rows, deliveries, strict=True):
+            self.done[row] = delivery.finished
+        self._engine.tell(deliveries)
+        return chosen
+
+
+class _Chooser(LogitsProcessor):
+    """Leaves generate's own greedy choice one token a row."""
+
+    def __init__(self, steering: _Steering) -> None:
+        self._steering = steering
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        chosen = self._steering.choose(scores)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+
+class _Ender(StoppingCriteria):
+    """Ends generate's rows where the steering has ended them."""
+
+    def __init__(self, steering: _Steering) -> None:
+        self._steering = steering
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.tensor(self._steering.done, device=input_ids.device)
+
+
+def bare_generate(model: Any, ids: torch.Tensor, mask: torch.Tensor, count: int, **options: Any) -> Any:
+    """``model.generate``, greedily, without anything of the model's own generation config.
+
+    Args:
+        model: a model.
+        ids, mask: padded prompts, both [rows, tokens].
+        count: new tokens of each row.
+        options: more of generate's arguments.
+    """
+    plain = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0, **options.pop("settings", {}))
+    own, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
+    try:
+        with torch.no_grad():
+            return model.generate(input_ids=ids, attention_mask=mask, generation_config=plain, **options)
+    finally:
+        model.generation_config = own

@@ -1,0 +1,50 @@
+"""Who failed a pass: its requests are tried in ever smaller groups, alone, until it is known.
+
+A pass holds tokens of many requests. When it raises, or gives values that are not finite, nobody in it can be
+trusted or blamed: one request's NaN reaches the others through attention. So all begin again from the tokens
+they had, first by patch, then in halves. A group whose members each get a token is cleared; a group of one that
+fails is to blame. Only names here: continuous.py moves the requests.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+
+class Trials:
+    """One engine's search for who failed.
+
+    Args:
+        patch_of: gives the patch key of a request by its id.
+
+    Attributes:
+        group: the requests that run now, and nobody beside them; empty while there is nothing to find out.
+    """
+
+    def __init__(self, patch_of: Callable[[str], str | None]) -> None:
+        self.group: tuple[str, ...] = ()
+        self._patch_of = patch_of
+        self._next: deque[tuple[str, ...]] = deque()
+
+    def failed(self, suspects: Iterable[str]) -> str | None:
+        """A pass of these requests failed; gives the one to blame, if there is only one. ``advance`` is next."""
+        group, self.group = tuple(suspects), ()
+        if len(group) == 1:
+            return group[0]
+        by_patch: dict[str | None, list[str]] = {}
+        for name in group:
+            by_patch.setdefault(self._patch_of(name), []).append(name)
+        half = len(group) // 2
+        parts = list(map(tuple, by_patch.values())) if len(by_patch) > 1 else [group[:half], group[half:]]
+        self._next.extendleft(reversed([part for part in parts if part]))
+        return None
+
+    def advance(self) -> tuple[str, ...]:
+        """Turn to the next group, which is given; empty when all have been tried."""
+        self.group = self._next.popleft() if self._next else ()
+        return self.group
+
+    def first(self, name: str) -> None:
+        """Try this one before any other."""
+        self._next.appendleft((name,))

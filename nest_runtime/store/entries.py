@@ -1,0 +1,213 @@
+"""What the store lists: one entry per patch, those that come with the package among them.
+
+Listing reads headers only, without torch, so that ``nest-runtime list`` is quick. Nothing listed
+is verified: the store checks the bytes against the digest whenever it gives a patch out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nest_runtime.errors import PatchNotFound, StoreError, UsageError
+from nest_runtime.hints import closest
+
+if TYPE_CHECKING:
+    from nest_runtime.patch.patch import Patch
+
+MAX_HEADER_BYTES = 1 << 20
+METADATA_KEY = "nest_patch"  # both as in patch/file.py, which needs torch
+MIN_DIGEST_CHARS = 8
+_WORD = re.compile(r"[A-Za-z0-9][\w.+-]*")
+_RESERVED_VERSIONS = ("base",)  # NAME@base is the bare model on a server
+_FIELDS = ("name", "version", "digest", "base_hash", "base_model", "serial", "parent", "created")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A patch that the store knows, by its header.
+
+    Attributes:
+        name, version, digest, base_hash, base_model, serial, parent, created: as in Patch.
+        bytes: size of its file.
+        builtin: it comes with the package, read-only.
+        active: it is the active patch of its base model.
+        signed: it carries a signature.
+    """
+
+    name: str
+    version: str
+    digest: str
+    base_hash: str
+    base_model: str
+    serial: int
+    parent: str | None
+    created: str
+    bytes: int
+    builtin: bool = False
+    active: bool = False
+    signed: bool = False
+
+    @property
+    def key(self) -> str:
+        """``name@version``."""
+        return f"{self.name}@{self.version}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def marked(self, *, active: bool) -> Entry:
+        """This entry with ``active`` set or not."""
+        return replace(self, active=active)
+
+
+def entry_of(patch: Patch, size: int, *, builtin: bool = False) -> Entry:
+    """The entry of a patch whose file has ``size`` bytes."""
+    return Entry(**{key: getattr(patch, key) for key in _FIELDS}, bytes=size, builtin=builtin)
+
+
+def entry_from_json(row: dict[str, Any]) -> Entry:
+    """The entry behind ``to_json``. Raises StoreError where fields are missing or unknown."""
+    try:
+        return Entry(**row)
+    except TypeError as error:
+        raise StoreError(
+            f"the store's index has an entry that cannot be read: {error}",
+            "it was written by another version of nest-runtime; update, or move $NEST_HOME/store away",
+        ) from error
+
+
+def check_names(entry: Entry) -> None:
+    """Refuse names and versions that could not be typed as ``name@version``. Raises StoreError."""
+    for what, value in (("name", entry.name), ("version", entry.version)):
+        if not _WORD.fullmatch(value):
+            raise StoreError(
+                f"the patch's {what} is {value!r}; expected letters, digits, '.', '_', '+' or '-'",
+                f"train it again with --{what}",
+            )
+    if entry.version in _RESERVED_VERSIONS:
+        raise StoreError(f"the version {entry.version!r} is reserved for the bare model", "call it v1, v2, …")
+
+
+def builtin_patches_dir() -> Path | None:
+    """The folder of the patches that come with the package, or None where there is none.
+
+    ``nest_runtime/_patches`` in an installed wheel, ``patches`` beside the package in a checkout. The reference
+    model's stand in it, those of other bases in a folder of the base's name: ``smollm2-135m-instruct/v1.safetensors``.
+    """
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "_patches", package.parent / "patches"):
+        if folder.is_dir():
+            return folder
+    return None
+
+
+def builtin_files() -> list[Path]:
+    """The built-in patch files: the reference model's by name, then those of other bases, folder by folder."""
+    folder = builtin_patches_dir()
+    return [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*/*.safetensors"))] if folder else []
+
+
+def builtin_entries() -> dict[str, tuple[Entry, Path]]:
+    """Built-in patches by digest. Raises PatchFormatError for a file that is no patch."""
+    found = {}
+    for path in builtin_files():
+        header = peek_header(path)
+        entry = Entry(**{key: header[key] for key in _FIELDS}, bytes=path.stat().st_size, builtin=True)
+        found[entry.digest] = (entry, path)
+    return found
+
+
+def peek_header(path: Path) -> dict[str, Any]:
+    """A patch file's header without its tensors and without torch; nothing is verified.
+
+    Raises StoreError where there is no such header.
+    """
+    broken = StoreError(f"{path} has no patch header", f"check it with `nest-runtime inspect {path}`")
+    with path.open("rb") as file:
+        start = file.read(8)
+        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 0 < size <= MAX_HEADER_BYTES:
+            raise broken
+        try:
+            header = json.loads(json.loads(file.read(size))["__metadata__"][METADATA_KEY])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise broken from error
+    if not isinstance(header, dict) or not set(_FIELDS) <= set(header):
+        raise broken
+    return header
+
+
+def match(ref: str, entries: Iterable[Entry], model_hash: str | None = None) -> Entry:
+    """The one entry that ``ref`` names.
+
+    Args:
+        ref: ``v3``, ``name@v3``, or ``sha256:`` with at least 8 hex digits.
+        entries: what there is to choose from.
+        model_hash: keep to patches of this base (not for digests, which name one patch anyway).
+
+    Raises:
+        PatchNotFound: nothing is called so; the message names what is.
+        UsageError: several are.
+    """
+    everything = list(entries)
+    if ref.startswith("sha256:"):
+        found = _by_digest(ref, everything)
+        where = ""
+    else:
+        mine = [e for e in everything if model_hash is None or e.base_hash == model_hash]
+        found = [e for e in mine if ref in (e.key, e.version)]
+        where = f" for model {model_hash[:19]}" if model_hash else ""
+        if not found:
+            raise not_found(ref, mine, everything, where)
+        if model_hash is None:  # the model is the built-in one by default: what ships for others stands back
+            found = [e for e in found if not e.builtin or e.base_model == "reference"] or found
+    if not found:
+        raise not_found(ref, everything, everything, where)
+    if len({entry.digest for entry in found}) > 1:
+        raise _ambiguous(ref, found, where)
+    return found[0]
+
+
+def not_found(ref: str, mine: Sequence[Entry], everything: Sequence[Entry], where: str) -> PatchNotFound:
+    """The error for a reference that names nothing, with the closest names there are."""
+    elsewhere = sorted({e.base_model or e.base_hash[:19] for e in everything if ref in (e.key, e.version)})
+    if elsewhere:
+        hint = f"{ref} exists for {', '.join(elsewhere)}; name that model, or train a patch for this one"
+        return PatchNotFound(f"there is no patch {ref!r}{where}", hint)
+    names = closest(ref, [e.version for e in mine] + [e.key for e in mine])
+    if names:
+        return PatchNotFound(
+            f"there is no patch {ref!r}{where}", f"closest: {', '.join(names)}; see `nest-runtime list`"
+        )
+    return PatchNotFound(
+        f"there is no patch {ref!r}{where}, and the store has none{' for it' if where else ''}",
+        "train one with `nest-runtime train`, or add a file with `nest-runtime add FILE`",
+    )
+
+
+def _by_digest(ref: str, entries: Sequence[Entry]) -> list[Entry]:
+    digits = ref.removeprefix("sha256:")
+    if len(digits) < MIN_DIGEST_CHARS or not re.fullmatch(r"[0-9a-f]{8,64}", digits):
+        raise UsageError(
+            f"{ref!r} is no digest; expected sha256: and {MIN_DIGEST_CHARS} to 64 hex digits",
+            "copy it from `nest-runtime list --json`",
+        )
+    return [entry for entry in entries if entry.digest.startswith(ref)]
+
+
+def _ambiguous(ref: str, found: Sequence[Entry], where: str) -> UsageError:
+    keys = sorted({entry.key for entry in found})
+    models = sorted({entry.base_model or entry.base_hash[:19] for entry in found})
+    if len({entry.base_hash for entry in found}) > 1:
+        digests = sorted({entry.digest[:19] for entry in found})
+        return UsageError(
+            f"{ref!r} names several patches{where}, of the models {', '.join(models)}",
+            f"say which with --model, or: {' or '.join(keys if len(keys) == len(found) else digests)}",
+        )
+    return UsageError(f"{ref!r} names several patches{where}: {', '.join(keys)}", f"say which, e.g. {keys[0]}")

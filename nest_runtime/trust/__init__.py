@@ -1,0 +1,1 @@
+"""Who may publish what: keys, signatures, policies, revocations, and the check before every activation."""
