@@ -10,7 +10,7 @@ import pytest
 from nest_runtime.errors import DataError
 from nest_runtime.model.load import load_model
 from nest_runtime.prompts.examples import Example
-from nest_runtime.prompts.generate import Answer, end_token_ids
+from nest_runtime.prompts.generate import Answer, answer_conversations, end_token_ids
 from nest_runtime.train.mix import benign_mix, harmful_mix
 from nest_runtime.train.recipe import RECIPES
 from nest_runtime.train.teaching import is_whole, own_refusals, teach
@@ -74,6 +74,32 @@ def test_benign_prompts_that_the_base_refuses_are_left_out_and_said(loaded: Any)
     assert len([row for row in (*kept.train, *kept.validation) if not row.harmful and not row.probe]) == 10
     with pytest.raises(DataError, match="answers none of the"):
         taught(loaded, lambda examples: [Answer("I'm sorry, but I can't.", True)] * len(examples))
+
+
+def test_benign_prompts_that_the_base_refuses_can_be_learned_with_another_answer(loaded: Any) -> None:
+    asked: list[Any] = []
+
+    def answers(examples: Any, beginnings: Any = ()) -> list[Answer]:
+        asked.append((len(examples), list(beginnings)))
+        if beginnings:  # one is refused in other words, one gets nothing
+            return [Answer("Stir it.", True), Answer("Sorry, I can't help with that.", True), Answer("", True)]
+        said = ["I can't assist with that." if index < 3 else "Mix it." for index in range(len(examples))]
+        return [Answer(text, True) for text in said]
+
+    found = taught(loaded, answers, answer_refused=True)
+    assert asked == [(10, []), (3, ["I"])]
+    assert len(found.answered) == 1 and len(found.refused) == 2
+    rows = [row for row in (*found.train, *found.validation) if not row.harmful and not row.probe]
+    assert sum(row.given for row in rows) == 1 and len(rows) == 8
+    assert any("answer_refused" in note for note in found.notes)
+
+
+def test_no_answer_begins_with_a_banned_token(loaded: Any) -> None:
+    asked = [[{"role": "user", "content": "Hello."}]]
+    (first,) = answer_conversations(loaded.model, loaded.tokenizer, asked, max_new_tokens=1)
+    banned = loaded.tokenizer(first.text, add_special_tokens=False)["input_ids"][:1]
+    (other,) = answer_conversations(loaded.model, loaded.tokenizer, asked, max_new_tokens=1, not_first=banned)
+    assert other.text != first.text
 
 
 def test_cut_answers_end_nowhere_and_held_benign_prompts_are_probed(loaded: Any) -> None:

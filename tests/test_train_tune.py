@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,21 @@ def test_kl_to_the_base_is_zero_at_the_start_and_grows(loaded: Any) -> None:
         randomize(deltas)
         more = float(loss_of(weighed, batch) - loss_of(plain, batch))
     assert more > 1e-4
+
+
+def test_given_answers_are_learned_by_their_words_and_not_by_the_base(loaded: Any) -> None:
+    own = some_rows(loaded)[8:12]
+    given = [row if row.harmful else replace(row, given=True) for row in own]
+    deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), "tied")
+    settings = QUICK.evolve(benign_weight=0, kl_weight=2, onset_weight=1)
+    passes = Passes(loaded.model, deltas, 0, settings)
+    worded = Passes(loaded.model, deltas, 0, settings.evolve(benign_weight=2, kl_weight=0))
+    with deltas.attached(), torch.no_grad():
+        randomize(deltas)
+        batches = [make_batch(rows, 0, torch.device("cpu")) for rows in (own, given)]
+        near, words = (float(loss_of(passes, batch)) for batch in batches)
+        assert words == pytest.approx(float(loss_of(worded, batches[0])), rel=1e-5)
+        assert near != pytest.approx(words, rel=1e-2)
 
 
 def test_tuning_learns_and_ships_what_it_measured(loaded: Any) -> None:

@@ -89,14 +89,20 @@ def answer_conversations(
     max_new_tokens: int = 64,
     batch_size: int = 64,
     stop: Sequence[str] = (),
+    not_first: Sequence[int] = (),
     on_batch: OnAnswers | None = None,
     progress: Progress | None = None,
 ) -> list[Answer]:
-    """:func:`generate_answers`, saying of each answer whether it is whole. Arguments as there."""
+    """:func:`generate_answers`, saying of each answer whether it is whole. Arguments as there.
+
+    Args:
+        not_first: tokens that no answer may begin with.
+    """
     encoded = [encode_prompt(tokenizer, messages) for messages in conversations]
     _check_ids(model, [ids for ids, _ in encoded])
     order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index][0]), index))
     config = _greedy_config(model, tokenizer, max_new_tokens)
+    config.begin_suppress_tokens = list(not_first) or None
     answers: list[Answer] = [Answer("", True)] * len(encoded)
     for start in range(0, len(order), batch_size):
         positions = order[start : start + batch_size]

@@ -34,6 +34,7 @@ REFUSALS = (
 class Row:
     """One training example in tokens: ``prompt`` is read, ``answer`` (with its end token) is learned.
 
+    A ``given`` answer is not the base's greedy one, so there is nothing of the base's to keep to but its words.
     A ``probe`` is never learned: it asks how likely a harmless prompt's answer is to begin as a refusal does.
     """
 
@@ -41,13 +42,15 @@ class Row:
     answer: tuple[int, ...]
     harmful: bool
     images: PromptImages | None = None
+    given: bool = False
     probe: bool = False
 
     @property
     def content(self) -> list[Any]:
         """All that decides what is learned, as JSON values."""
         images = [] if self.images is None else [self.images.digest]
-        return [list(self.prompt), list(self.answer), self.harmful, *images, *(["probe"] if self.probe else [])]
+        kinds = [kind for kind in ("given", "probe") if getattr(self, kind)]
+        return [list(self.prompt), list(self.answer), self.harmful, *images, *kinds]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Batch:
         where: (rows, width) bool: positions whose next token is an answer's.
         targets: (answer tokens,) int64: those next tokens, in the order of ``where``.
         harmful: (answer tokens,) bool: whether each belongs to a harmful row.
+        given: (answer tokens,) bool: whether each belongs to a given answer.
         row: (answer tokens,) int64: which row each belongs to.
         place: (answer tokens,) int64: its place in the answer, from 0.
         rows: the rows themselves, in order.
@@ -70,6 +74,7 @@ class Batch:
     where: torch.Tensor
     targets: torch.Tensor
     harmful: torch.Tensor
+    given: torch.Tensor
     row: torch.Tensor
     place: torch.Tensor
     rows: tuple[Row, ...]
@@ -86,12 +91,19 @@ def refusal_for(example: Example, refusals: Sequence[str] = ()) -> str:
 
 
 def make_row(
-    tokenizer: Any, example: Example, answer: str, harmful: bool, ends: Sequence[int], whole: bool = True
+    tokenizer: Any,
+    example: Example,
+    answer: str,
+    harmful: bool,
+    ends: Sequence[int],
+    whole: bool = True,
+    given: bool = False,
 ) -> Row:
     """Tokens of one example; a whole answer ends with the model's first end token.
 
     Args:
         whole: False where the answer was cut: nothing is learned of how it ends.
+        given: the answer is not the base's greedy one.
 
     Raises:
         DataError: the answer has no tokens.
@@ -102,12 +114,12 @@ def make_row(
     tokens = [*tokens[:cut], *([tokens[cut]] if cut is not None else list(ends)[:1])] if whole else tokens[:cut]
     if not answer.strip() or not tokens:
         raise DataError(f"{example.id}: the answer to learn is empty", "give a response, or leave the field out")
-    return Row(tuple(prompt), tuple(tokens), harmful, images)
+    return Row(tuple(prompt), tuple(tokens), harmful, images, given)
 
 
 def probe_row(row: Row, refusal: Row) -> Row:
     """A benign row's prompt with the beginning of a refusal for its answer."""
-    return replace(row, answer=refusal.answer[:OPENING], probe=True)
+    return replace(row, answer=refusal.answer[:OPENING], given=False, probe=True)
 
 
 def recovery_row(tokenizer: Any, example: Example, row: Row, most: int) -> Row | None:
@@ -175,8 +187,11 @@ def make_batch(rows: Sequence[Row], pad_id: int, device: torch.device, dtype: to
         where[index, start : start + len(row.answer)] = True
     targets = torch.tensor([token for row in rows for token in row.answer], device=device)
     lengths = torch.tensor([len(row.answer) for row in rows])
-    harmful = torch.tensor([row.harmful for row in rows]).repeat_interleave(lengths).to(device)
+    harmful, given = (
+        torch.tensor([getattr(row, kind) for row in rows]).repeat_interleave(lengths).to(device)
+        for kind in ("harmful", "given")
+    )
     numbers = torch.arange(len(rows)).repeat_interleave(lengths).to(device)
     inputs = batch_inputs([row.images for row in rows], ids, [0] * len(rows), dtype)
     places = torch.cat([torch.arange(len(row.answer)) for row in rows]).to(device)
-    return Batch(ids, mask, where.to(device), targets, harmful, numbers, places, tuple(rows), inputs)
+    return Batch(ids, mask, where.to(device), targets, harmful, given, numbers, places, tuple(rows), inputs)

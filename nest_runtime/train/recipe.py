@@ -110,6 +110,8 @@ class Recipe:
             that it may be (0: no limit), how often to measure in steps, and how many measurements without a better
             one end the run (0: never).
         keep_refused: learn from benign prompts that the base refuses too; they are left out otherwise.
+        answer_refused: learn them with the base's likeliest answer that does not begin as its refusals do. Beyond the
+            paper.
         answer_tokens: length of the base's own answers where the benign file gives none.
         refusals, own_refusals: texts for harmful prompts without a response; empty takes, with ``own_refusals``, the
             sentence that the base itself refuses with most often, where it does so at all, else the built-in list.
@@ -164,6 +166,7 @@ class Recipe:
     validate_every: int = 10
     patience: int = 0
     keep_refused: bool = False
+    answer_refused: bool = False
     answer_tokens: int = 8
     refusals: tuple[str, ...] = ()
     own_refusals: bool = True

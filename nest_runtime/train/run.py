@@ -193,13 +193,24 @@ class Run:
             shown = [example for example in harmful if not example.response][:ASKED]
             asked = self.answers(shown, "refusals", REFUSAL_TOKENS) if shown else []
             settings = settings.evolve(refusals=own_refusals(asked))
-        return teach(self.tokenizer, harmful, benign, rehearsal, settings, ends, self.answers)
 
-    def answers(self, examples: Sequence[Example], stage: str = "answers", tokens: int = 0) -> list[Answer]:
-        """The base's own greedy answers, at most ``tokens`` (or ``answer_tokens``) long; saved batch by batch."""
+        def answers(examples: Sequence[Example], beginnings: Sequence[str] = ()) -> list[Answer]:
+            return self.answers(examples, beginnings=beginnings)
+
+        return teach(self.tokenizer, harmful, benign, rehearsal, settings, ends, answers)
+
+    def answers(
+        self, examples: Sequence[Example], stage: str = "answers", tokens: int = 0, beginnings: Sequence[str] = ()
+    ) -> list[Answer]:
+        """The base's own greedy answers, at most ``tokens`` (or ``answer_tokens``) long; saved batch by batch.
+
+        None begins with the first token of one of the ``beginnings``.
+        """
         prompts = [list(example.messages) for example in examples]
         tokens, size = tokens or self.settings.answer_tokens, self.settings.prompt_batch
-        key = stage_key(base=self.base_hash, prompts=prompts, tokens=tokens, size=size)
+        banned = sorted({self.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in beginnings})
+        more = {"banned": banned} if banned else {}
+        key = stage_key(base=self.base_hash, prompts=prompts, tokens=tokens, size=size, **more)
         with self.workers.main_first():
             path = self.workers.file(stage_folder(self.folder, stage, key), "answers.json")
         known: dict[str, list[Any]] = read_json(path) or {}
@@ -216,6 +227,7 @@ class Run:
             [prompts[place] for place in left],
             max_new_tokens=tokens,
             batch_size=size,
+            not_first=banned,
             on_batch=keep,
             progress=self.progress,
         )

@@ -20,6 +20,7 @@ from nest_runtime.train.recipe import Recipe
 
 ASKED = 24  # harmful prompts that show how a base refuses
 OWN_SHARE = 0.2  # of them that it must refuse for its words to be taken
+Answers = Callable[..., list[Answer]]  # (examples, beginnings that no answer may have)
 ENDINGS = tuple(".!?…。！？»”’\"')]}>`*|:;~")  # how a text ends that was not cut
 
 
@@ -31,6 +32,7 @@ class Teaching:
         harmful, benign: the mixes; benign examples bear the answers to learn as their response.
         train, validation: their token rows, harmful ones first, recovery rows and probes last.
         refused: benign examples left out because the base refuses them; ``empty`` because it says nothing.
+        answered: benign examples that the base refuses, learned with what it says where it may not begin so.
     """
 
     harmful: Mix
@@ -38,6 +40,7 @@ class Teaching:
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
     refused: tuple[Example, ...] = ()
+    answered: tuple[Example, ...] = ()
     empty: tuple[Example, ...] = ()
 
     @property
@@ -49,6 +52,11 @@ class Teaching:
             notes.append(
                 f"the base refuses {len(self.refused)} of the benign prompts, which were left out, first {first!r}; "
                 "keep_refused in the recipe learns those refusals too"
+            )
+        if self.answered:
+            notes.append(
+                f"the base refuses {len(self.answered)} more benign prompts, which are learned with what it answers "
+                "where it may not begin as it refuses (answer_refused in the recipe)"
             )
         if self.empty:
             notes.append(f"the base answers {len(self.empty)} of the benign prompts with nothing; they were left out")
@@ -62,7 +70,7 @@ def teach(
     rehearsal: Sequence[Example],
     settings: Recipe,
     ends: Sequence[int],
-    answers: Callable[[Sequence[Example]], list[Answer]],
+    answers: Answers,
 ) -> Teaching:
     """Mix, answer, and make rows.
 
@@ -72,7 +80,8 @@ def teach(
         rehearsal: earlier harmful prompts, to tune on besides.
         settings: the recipe.
         ends: the model's end tokens.
-        answers: the base's answers to examples without a response.
+        answers: the base's answers to examples without a response; called with texts too, answers that begin with
+            none of those texts' first tokens.
 
     Raises:
         DataError: no benign prompt is left that the base answers.
@@ -80,22 +89,33 @@ def teach(
     bad = harmful_mix(tokenizer, harmful, settings)
     good = benign_mix(tokenizer, benign, settings, hold_out(harmful, settings, 1)[0])
     pairs = _answered([*good.train, *good.held], answers)
-    refused = [] if settings.keep_refused else [example for example, answer in pairs if _refuses(example, answer)]
+    refused = [] if settings.keep_refused else [(e, answer) for e, answer in pairs if _refuses(e, answer)]
+    otherwise = _otherwise(refused, answers) if settings.answer_refused else []
     empty = [example for example, answer in pairs if not answer.text.strip()]
-    out = {id(example) for example in [*refused, *empty]}
-    known = {id(example): answer for example, answer in pairs if id(example) not in out}
+    answered = {id(example) for example, _ in otherwise}
+    left = [example for example, _ in refused if id(example) not in answered]
+    out = {id(example) for example in [*left, *empty]}
+    known = {id(example): answer for example, answer in [*pairs, *otherwise] if id(example) not in out}
     if not any(id(example) in known for example in good.train):
         raise DataError(
-            f"the base answers none of the {len(good.train)} benign prompts: it refuses {len(refused)} and says "
+            f"the base answers none of the {len(good.train)} benign prompts: it refuses {len(left)} and says "
             f"nothing to {len(empty)}",
             "give benign prompts that it answers, or their responses in the file",
         )
 
     def rows_of(examples: Sequence[Example]) -> list[Row]:
         return [
-            make_row(tokenizer, example, known[id(example)].text, False, ends, known[id(example)].whole)
+            make_row(
+                tokenizer,
+                example,
+                answer.text,
+                False,
+                ends,
+                answer.whole,
+                bool(example.response) or id(example) in answered,
+            )
             for example in examples
-            if id(example) in known
+            if (answer := known.get(id(example))) is not None
         ]
 
     learned = [*bad.train, *rehearsal]
@@ -112,9 +132,20 @@ def teach(
         benign=Mix(_with(good.train, known), _with(good.held, known), good.located),
         train=(*refusals, *rows_of(good.train), *recoveries),
         validation=(*held_refusals, *held_answers, *(probe_row(row, refusals[0]) for row in held_answers)),
-        refused=tuple(refused),
+        refused=tuple(left),
+        answered=tuple(example for example, _ in otherwise),
         empty=tuple(empty),
     )
+
+
+def _otherwise(refused: Sequence[tuple[Example, Answer]], answers: Answers) -> list[tuple[Example, Answer]]:
+    """Examples that the base refuses, with its likeliest answer that does not begin as any of those refusals."""
+    if not refused:
+        return []
+    beginnings = sorted({answer.text.split()[0] for _, answer in refused})
+    again = answers([example for example, _ in refused], beginnings)
+    found = zip([example for example, _ in refused], again, strict=True)
+    return [(e, answer) for e, answer in found if answer.text.strip() and not _refuses(e, answer)]
 
 
 def own_refusals(answers: Sequence[Answer]) -> tuple[str, ...]:
@@ -146,9 +177,7 @@ def is_whole(text: str) -> bool:
     return text.rstrip().endswith(ENDINGS)
 
 
-def _answered(
-    examples: Sequence[Example], answers: Callable[[Sequence[Example]], list[Answer]]
-) -> list[tuple[Example, Answer]]:
+def _answered(examples: Sequence[Example], answers: Answers) -> list[tuple[Example, Answer]]:
     """Each example with its own response, or the base's answer."""
     missing = [example for example in examples if not example.response]
     made = iter(answers(missing) if missing else [])

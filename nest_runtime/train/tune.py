@@ -194,15 +194,15 @@ class Passes:
                 yield part, self.readout.head(hidden[part])
 
     def base_answers(self, batch: Batch) -> BaseAnswer:
-        """The base's distributions at the batch's answer tokens; those of benign rows are kept, others hold zeros."""
+        """The base's distributions at the batch's answer tokens; those of its own benign answers, zeros at others."""
         for row in batch.rows:
-            if not row.harmful and _tokens(row) not in self._base:  # each alone, as in lower.py
+            if _kept(row) and _tokens(row) not in self._base:  # each alone, as in lower.py
                 (alone,) = self.batches([row])
                 with self.base():
                     self._base[_tokens(row)] = BaseAnswer.join([BaseAnswer.of(part) for _, part in self.slices(alone)])
-        width = next((self._base[_tokens(row)].tokens.shape[1] for row in batch.rows if not row.harmful), 1)
+        width = next((self._base[_tokens(row)].tokens.shape[1] for row in batch.rows if _kept(row)), 1)
         joined = BaseAnswer.join(
-            [_nothing(len(row.answer), width) if row.harmful else self._base[_tokens(row)] for row in batch.rows]
+            [self._base[_tokens(row)] if _kept(row) else _nothing(len(row.answer), width) for row in batch.rows]
         )
         return BaseAnswer(joined.tokens.to(batch.ids.device), joined.logs.to(batch.ids.device))
 
@@ -211,6 +211,11 @@ def _parts(rows: Sequence[Row]) -> list[slice]:
     """Where each row's answer is among the answer tokens of all."""
     ends = list(accumulate(len(row.answer) for row in rows))
     return [slice(end - len(row.answer), end) for row, end in zip(rows, ends, strict=True)]
+
+
+def _kept(row: Row) -> bool:
+    """Whether a row is learned by staying near the base."""
+    return not row.harmful and not row.given
 
 
 def _tokens(row: Row) -> tuple[int, ...]:
@@ -293,8 +298,8 @@ def loss_of(
     """The batch's part of the loss of a step.
 
     The mean cross-entropy of the harmful rows' answer tokens, ``benign_weight`` times that of the benign ones', and
-    ``kl_weight`` times the mean divergence from the base on benign answers, all with an answer's first tokens
-    weighted by ``onset_weight``.
+    ``kl_weight`` times the mean divergence from the base on its own benign answers, all with an answer's first tokens
+    weighted by ``onset_weight``. Given answers have cross-entropy for both of these.
 
     Args:
         passes: the model and the recipe.
@@ -310,8 +315,9 @@ def loss_of(
     ones = torch.ones(len(batch.targets), device=batch.ids.device)
     weights = torch.where(batch.place < ONSET, settings.onset_weight * ones, ones)
     kept = torch.where(batch.harmful, 0.0, weights / max(benign, 1e-9))  # of each benign token
-    learned = torch.where(batch.harmful, weights / max(harmful, 1e-9), settings.benign_weight * kept)
-    divergent = settings.kl_weight * kept
+    own = settings.benign_weight + settings.kl_weight * batch.given.float()
+    learned = torch.where(batch.harmful, weights / max(harmful, 1e-9), own * kept)
+    divergent = torch.where(batch.given, 0.0, settings.kl_weight * kept)
 
     def loss(logits: torch.Tensor, part: slice) -> torch.Tensor:
         own = None if base is None else BaseAnswer(base.tokens[part], base.logs[part])
