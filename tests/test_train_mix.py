@@ -88,9 +88,11 @@ def test_benign_prompts_that_the_base_refuses_can_be_learned_with_another_answer
 
     found = taught(loaded, answers, answer_refused=True)
     assert asked == [(10, []), (3, ["I"])]
-    assert len(found.answered) == 1 and len(found.refused) == 2
+    assert len(found.answered) == 1
+    assert len(found.refused) == 2
     rows = [row for row in (*found.train, *found.validation) if not row.harmful and not row.probe]
-    assert sum(row.given for row in rows) == 1 and len(rows) == 8
+    assert sum(row.given for row in rows) == 1
+    assert len(rows) == 8
     assert any("answer_refused" in note for note in found.notes)
 
 
