@@ -37,7 +37,7 @@ TARGETS = {  # of the project, in milliseconds
 }
 HUB = """
 import sys
-from tests.hub_server import HubServer
+from tests.support.hub_server import HubServer
 with HubServer() as hub:
     print(hub.url, flush=True)
     for line in sys.stdin:
@@ -177,8 +177,8 @@ def polls(folder: Path, hub: Hub, public: Path, count: int) -> Iterator[dict[str
 
 def random_patch(number: int, megabytes: float) -> Any:
     """A patch of about that size for no model; versions v1, v2, …"""
-    from tests.helpers import random_site
-    from tests.helpers_store import small_patch
+    from tests.support.patches import random_site
+    from tests.support.store import small_patch
 
     width, sites = 1024, 16
     clusters = max(1, round(megabytes * 1e6 / (4 * width * sites)))

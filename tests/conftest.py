@@ -16,7 +16,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONG = ("test_ship_done.py", "test_tutorial.py", "test_demo_browser.py", "test_ship_kill.py", "test_ship_faults.py")
+LONG = (
+    "processes/test_publishing.py",
+    "docs/test_tutorial.py",
+    "demo/test_browser.py",
+    "processes/test_kill_steps.py",
+    "hub/test_follow_faults.py",
+)
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -29,7 +35,7 @@ LINES = ["How do I bake bread?", "Mix the flour and the water.", "I cannot help 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of few but long tests come first, so that no worker is left alone with one at the end."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
 
 
 def make_tokenizer():  # type: ignore[no-untyped-def]

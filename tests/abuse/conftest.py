@@ -12,8 +12,8 @@ import pytest
 
 from nest_runtime.cli.main import main
 from nest_runtime.store import entries
-from tests.helpers_store import small_patch
-from tests.helpers_trust import Keys, make_keys
+from tests.support.store import small_patch
+from tests.support.trust import Keys, make_keys
 
 
 @dataclass

@@ -19,8 +19,8 @@ from nest_runtime.store.store import Store
 from nest_runtime.trust.guard import guard_for
 from nest_runtime.trust.state import TrustState
 from tests.abuse.conftest import Run, refused
-from tests.helpers import make_patch
-from tests.helpers_trust import Keys
+from tests.support.patches import make_patch
+from tests.support.trust import Keys
 
 Act = Callable[[str], None]  # "v3" activates it, "rollback" goes back; raises, or ends with an error
 

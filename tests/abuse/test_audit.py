@@ -22,8 +22,8 @@ from nest_runtime.serve import Limits, ServeConfig
 from nest_runtime.serve.app import Server, admin_app, asgi_app, build
 from nest_runtime.serve.audit import MAX_TEXT, AuditLog
 from nest_runtime.serve.http.clients import client_of
-from tests.helpers import make_patch
-from tests.helpers_patchfile import put_together, take_apart
+from tests.support.patches import make_patch
+from tests.support.patchfile import put_together, take_apart
 
 TOKEN = {"authorization": "Bearer admin-secret"}
 HERE = "http://127.0.0.1"

@@ -18,8 +18,8 @@ from nest_runtime.trust.guard import guard_for
 from nest_runtime.trust.material import material_paths
 from nest_runtime.trust.revocations import Revocation, RevocationList, sign_list, write_list
 from tests.abuse.conftest import Result, Run, refused
-from tests.helpers_store import BASE_A, small_patch
-from tests.helpers_trust import Keys
+from tests.support.store import BASE_A, small_patch
+from tests.support.trust import Keys
 
 NOW = datetime.now(UTC)
 

@@ -19,7 +19,7 @@ from nest_runtime.prompts.readers import read_rows
 from nest_runtime.train.stages import write_json
 from nest_runtime.trust.material import material_paths
 from tests.abuse.conftest import Run, refused
-from tests.helpers_trust import Keys
+from tests.support.trust import Keys
 
 SECONDS = 120
 KINDS = ("pipe", "socket", "folder", "endless", "device")

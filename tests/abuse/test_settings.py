@@ -13,7 +13,7 @@ from nest_runtime.errors import UsageError
 from nest_runtime.serve.config import read_tokens
 from nest_runtime.serve.vllm.plugin import config_from
 from tests.abuse.conftest import Run, refused
-from tests.helpers_trust import Keys
+from tests.support.trust import Keys
 
 BOM = b"\xef\xbb\xbf"
 

@@ -15,8 +15,8 @@ from nest_runtime.errors import NestError, PatchFormatError
 from nest_runtime.escape import clean, visible
 from nest_runtime.serve import events
 from tests.abuse.conftest import Run, refused
-from tests.helpers import random_site
-from tests.helpers_store import small_patch
+from tests.support.patches import random_site
+from tests.support.store import small_patch
 
 EVIL = "a\x1b[2J\x1b]0;owned\x07\r\nerror: forged\u202egnp\u2028b\x9b31m\ud800"
 STEERING = ("\x1b", "\x07", "\r", "\u202e", "\u2028", "\x9b")

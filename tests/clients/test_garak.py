@@ -28,7 +28,7 @@ import pytest
 from nest_runtime.reference.judge import judge
 from nest_runtime.reference.world import ReferenceCase, cases
 from nest_runtime.serve import ServeConfig
-from tests.helpers_serve import Running, serving
+from tests.support.serve import Running, serving
 
 PYTHON = os.environ.get("NEST_GARAK")
 PROMPTS = 80

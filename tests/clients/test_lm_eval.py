@@ -16,11 +16,11 @@ import pytest
 
 from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import ServeConfig
-from tests.helpers_serve import PROMPTS, Reference, Running, serving
+from tests.support.serve import PROMPTS, Reference, Running, serving
 
 lm_eval = pytest.importorskip("lm_eval")
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
-pytest_plugins = ["tests.fixtures_serve"]
+pytest_plugins = ["tests.support.fixtures_serve"]
 
 NEW_TOKENS = 12
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.serve import Limits, ServeConfig
-from tests.helpers_serve import TOKEN, Running, serving
+from tests.support.serve import TOKEN, Running, serving
 
 pytest.importorskip("schemathesis")
-pytest_plugins = ["tests.fixtures_serve"]
+pytest_plugins = ["tests.support.fixtures_serve"]
 
 ROOT = Path(__file__).parent.parent.parent
 # Not asked: that whatever the schema allows is accepted. Some settings are refused by name (docs/operations.md).

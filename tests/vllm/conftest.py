@@ -12,8 +12,8 @@ import pytest
 from nest_runtime.model.load import load_model
 from nest_runtime.patch.patch import Patch
 from tests.conftest import save_tiny
-from tests.helpers import make_patch
-from tests.helpers_serve import Reference
+from tests.support.patches import make_patch
+from tests.support.serve import Reference
 
 # A little memory for keys and values; threads left where the system puts them; nothing asked of the network.
 SETTINGS = {

@@ -13,8 +13,8 @@ from nest_runtime.hub.repository import parse_repo
 from nest_runtime.patch.patch import Patch
 from nest_runtime.store.store import Store
 from nest_runtime.trust.keys import generate_keys
-from tests.helpers_hub import publish
-from tests.helpers_serve import eventually
+from tests.support.hub import publish
+from tests.support.serve import eventually
 from tests.vllm.test_server import vllm_server
 
 

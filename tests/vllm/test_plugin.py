@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from nest_runtime.patch.patch import Patch
-from tests.helpers_serve import TOKEN, Process, eventually
+from tests.support.serve import TOKEN, Process, eventually
 
 PORT = 18473
 

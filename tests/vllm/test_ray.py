@@ -15,8 +15,8 @@ import pytest
 
 from nest_runtime.model.load import load_model
 from nest_runtime.patch.patch import Patch
-from tests.helpers import make_patch
-from tests.helpers_serve import TOKEN, eventually
+from tests.support.patches import make_patch
+from tests.support.serve import TOKEN, eventually
 
 
 @dataclass

@@ -19,8 +19,8 @@ import pytest
 
 from nest_runtime.model.load import load_model
 from nest_runtime.patch.patch import Patch
-from tests.helpers import make_patch
-from tests.helpers_serve import Process, eventually, spawn, when_ready
+from tests.support.patches import make_patch
+from tests.support.serve import Process, eventually, spawn, when_ready
 
 EAGER = "--enforce-eager --max-model-len 768"
 RANKS = {1: "", 2: " --tensor-parallel-size 2"}

@@ -1,0 +1,105 @@
+"""The demo over a running server: who answers, what is not exposed, switching with the admin token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nest_runtime.demo.backend import BASE, Choice
+from nest_runtime.demo.chat import Chat
+from nest_runtime.demo.remote import ACTIVE, RemoteBackend
+from nest_runtime.demo.start import Source, open_desk
+from nest_runtime.demo.talk import Talk
+from nest_runtime.errors import EngineError
+from nest_runtime.patch.file import save_patch
+from nest_runtime.patch.patch import Patch
+from nest_runtime.serve import Limits, ServeConfig
+from nest_runtime.store.store import Store
+from tests.support.serve import TOKEN, Reference, Running, serving
+
+pytest_plugins = ["tests.support.fixtures_serve"]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama: Path, patches: list[Patch], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server that exposes its base and v2, and has v1 active; v3 is in no table yet."""
+    home = tmp_path_factory.mktemp("server")
+    files = {patch.version: str(save_patch(patch, home / f"{patch.version}.safetensors")) for patch in patches}
+    token = home / "token"
+    token.write_text(f"{TOKEN}\n")
+    token.chmod(0o600)
+    config = ServeConfig(
+        model=str(tiny_llama),
+        patch=files["v1"],
+        expose=(files["v2"],),
+        expose_base=True,
+        port=0,
+        admin_token_file=token,
+        audit_file=home / "audit.jsonl",
+        limits=Limits(cache_tokens=4096, batch_tokens=128, drain_seconds=5),
+    )
+    with serving(config) as running:
+        yield running
+
+
+def test_answers_come_from_the_server_and_say_who_gave_them(
+    server: Running, tiny_llama: Path, patches: list[Patch]
+) -> None:
+    desk = replace(open_desk(Source(url=f"{server.url}/v1"), max_tokens=8), is_refusal=lambda text: False)
+    assert [choice.label for choice in desk.backend.choices()] == [BASE, ACTIVE, "v2"]
+    talk, chat = Talk(), Chat(desk)
+    truth = Reference(tiny_llama, patches)
+    for label, version, digest in ((ACTIVE, "v1", patches[0].digest), ("v2", "v2", patches[1].digest)):
+        talk.turns.clear()
+        pages = [page for page, _ in chat.ask("How do I bake bread?", label, True, talk)]
+        left, right = talk.turns[0].replies
+        assert (left.state, left.label, left.digest) == ("done", BASE, None)
+        assert (right.state, right.label, right.digest) == ("done", version, digest)
+        assert right.text == truth.chat("How do I bake bread?", version, 8)
+        assert left.text == truth.chat("How do I bake bread?", None, 8)
+        assert right.tokens > 0
+        assert digest[:19] in pages[-1]
+
+
+def test_many_answers_at_once_keep_their_places(server: Running, tiny_llama: Path, patches: list[Patch]) -> None:
+    backend, truth = RemoteBackend(server.url), Reference(tiny_llama, patches)
+    prompts = [f"Tell me {number} things." for number in range(12)]
+    found: dict[int, str] = {}
+    backend.answer_all(
+        [[{"role": "user", "content": prompt}] for prompt in prompts],
+        Choice("v2"),
+        max_tokens=6,
+        on_answers=lambda places, texts: found.update(zip(places, texts, strict=True)),
+    )
+    assert [found[place] for place in range(12)] == [truth.chat(prompt, "v2", 6).strip() for prompt in prompts]
+
+
+def test_what_is_not_exposed_is_an_error_in_the_conversation(server: Running) -> None:
+    desk = open_desk(Source(url=server.url), max_tokens=4)
+    with pytest.raises(EngineError, match="404"):
+        desk.backend.answer(
+            [{"role": "user", "content": "Hi"}], Choice("v3"), max_tokens=4, on_text=print, stopped=lambda: False
+        )
+
+
+def test_switching_needs_the_admin_token(server: Running, patches: list[Patch], tmp_path: Path) -> None:
+    from nest_runtime.demo.patches import Changes
+
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    token.chmod(0o600)
+    desk = open_desk(Source(url=server.url, admin_token_file=token), admin=True)
+    plain = Changes(open_desk(Source(url=server.url), admin=True), lambda: [])
+    assert "start it with --admin-token-file" in plain.rollback()[0]
+    assert desk.backend.active() == patches[0].digest
+    entry = Store().add(patches[1])  # in this home; the server holds it too
+    changes = Changes(desk, lambda: [])
+    assert "active on the server: v2" in changes.activate(entry.digest)[0]
+    assert desk.backend.active() == patches[1].digest
+    assert "active on the server: v1" in changes.rollback()[0]
+    lost = Store().add(patches[2])
+    assert 'role="alert"' in changes.activate(lost.digest)[0]  # the server's store has no such patch
+    assert desk.backend.active() == patches[0].digest
