@@ -24,6 +24,7 @@ class Job:
         eos: token ids that end the answer.
         patch: the runtime's key of the patch to answer under, or None for the bare base.
         sampler: its settings and dice.
+        kept: whether it goes before the clients'.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Job:
     eos: Sequence[int]
     patch: str | None
     sampler: Sampler
+    kept: bool = False
     delivered: int = field(default=0, init=False)
     canceled: bool = field(default=False, init=False)
     arrived: bool = field(default=False, init=False)  # the engine's thread has taken it in
@@ -53,7 +55,8 @@ class Blame:
 
     Attributes:
         job: its id.
-        patch: the key of the patch that it ran under, or None for the base.
+        patch: the key of the patch to blame; None where it ran on the base, or the base gives no finite values for the
+            same tokens either.
         finite: False where the pass gave values that are not finite; True where it raised something else.
         reason: what came of it.
     """

@@ -59,4 +59,5 @@ def slow_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.01)
         return choose_tokens(*arguments)
 
-    monkeypatch.setattr("nest_runtime.serve.transformers.continuous.choose_tokens", slowly)
+    for engine in ("continuous", "plain"):
+        monkeypatch.setattr(f"nest_runtime.serve.transformers.{engine}.choose_tokens", slowly)

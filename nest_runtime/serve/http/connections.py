@@ -19,12 +19,15 @@ from functools import partial
 from typing import Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE, H11Protocol
 
 KEPT = 16  # connections beyond the limit, where every other is at work: they are for operators
 ADMIN = 64  # connections of a listener that is the admin API's own
 MOST = 4096  # connections where descriptors are plenty
 UNSENT_BYTES = 4096  # that the system may hold for a client who does not take them; not all systems can be told so
+MAX_FIELDS = 100  # of a request's head
+FREE_PIECES = 1024  # of a request's body, and one more
+PIECE_BYTES = 64  # for as many bytes: what a piece costs must not depend on how little is in it
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close at once, and send nothing more
 
 log = logging.getLogger("nest_runtime.serve.connections")
@@ -130,6 +133,24 @@ class Crowd:
         connection.transport.abort()
 
 
+class _Bounded(h11.Connection):
+    """Reads requests like its base, and refuses heads of very many fields and bodies in very many pieces."""
+
+    def next_event(self) -> Any:
+        """What was received next. Raises h11.RemoteProtocolError, for these also."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._pieces = self._bytes = 0
+            if len(event.headers) > MAX_FIELDS:
+                raise h11.RemoteProtocolError(f"more than {MAX_FIELDS} header fields", 431)
+        elif isinstance(event, h11.Data):
+            self._pieces += 1
+            self._bytes += len(event.data)
+            if self._pieces > FREE_PIECES + self._bytes // PIECE_BYTES:
+                raise h11.RemoteProtocolError("the body comes in too many pieces")
+        return event
+
+
 class Connection(H11Protocol):
     """One connection; the app finds it in the request's state.
 
@@ -143,6 +164,7 @@ class Connection(H11Protocol):
 
     def __init__(self, crowd: Crowd, **settings: Any) -> None:
         super().__init__(**settings)
+        self.conn = _Bounded(h11.SERVER, DEFAULT_MAX_INCOMPLETE_EVENT_SIZE)
         self.beyond = False
         self.timeout_keep_alive = crowd.idle_seconds  # type: ignore[assignment]  # uvicorn hands it to call_later
         self.app_state = {**self.app_state, "connection": self}
@@ -169,6 +191,12 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:  # the request was answered before its body was read: there is nothing more to say
+            self.transport.abort()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

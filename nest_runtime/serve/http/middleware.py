@@ -27,7 +27,7 @@ from nest_runtime.errors import StoreError
 from nest_runtime.escape import visible
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.config import Limits, Tokens, host_of
-from nest_runtime.serve.http.bodies import check_counts
+from nest_runtime.serve.http.bodies import check_body
 from nest_runtime.serve.http.clients import client_of
 from nest_runtime.serve.http.connections import Connection
 from nest_runtime.serve.http.problems import ApiError
@@ -41,7 +41,6 @@ ANSWERS = ENDPOINTS[:2]
 PROBES = ("/health", "/ready", "/metrics")
 BODIES = 64  # of the largest size, that are held at once
 GONE = 499  # nginx's status for a client that left; nobody reads it but the log
-WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 DENIAL_SECONDS = 10.0  # at most one audit line per so many seconds: strangers must not fill the disk
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
@@ -235,7 +234,8 @@ class Frame:
 
         Raises ApiError for bodies that grow too long, never end, or hold too much; ClientDisconnect.
         """
-        if scope["method"] in WITHOUT_BODY:
+        headers = Headers(scope=scope)
+        if "transfer-encoding" not in headers and headers.get("content-length", "0").strip("0") == "":
             return receive
         most, seconds = self._limits.max_body_bytes, self._limits.request_seconds
         body, state = bytearray(), scope["state"]
@@ -266,7 +266,7 @@ class Frame:
         except TimeoutError:
             late = f"The body did not come in {seconds:g} s."
             raise ApiError(408, late, headers={"connection": "close"}) from None
-        check_counts(body, self._limits.max_values)
+        check_body(body, self._limits.max_values)
         return replayed(bytes(body), receive)
 
     def _note(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:

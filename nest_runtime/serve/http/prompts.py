@@ -13,7 +13,7 @@ from nest_runtime.errors import DataError
 from nest_runtime.prompts.control import controls, plain_ids, text_ids
 from nest_runtime.prompts.examples import encode
 from nest_runtime.serve.config import Allowed, Limits
-from nest_runtime.serve.http.bodies import MAX_NAMED, check_counts
+from nest_runtime.serve.http.bodies import MAX_NAMED, check_counts, check_depth
 from nest_runtime.serve.http.problems import ApiError, context_exceeded, control_tokens_closed, prefill_closed
 from nest_runtime.serve.http.schemas import ChatRequest, CompletionRequest
 
@@ -59,6 +59,7 @@ def _value(arguments: Any, where: str) -> Any:
         return {}
     if not isinstance(arguments, str):
         return arguments
+    check_depth(arguments.encode(), where)
     try:
         value = json.loads(arguments)
         json.dumps(value, ensure_ascii=False).encode()  # JSON within JSON can spell half a character once more

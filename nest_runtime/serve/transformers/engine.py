@@ -307,6 +307,7 @@ class Engine:
                 self._rules(len(work.prompts[prompt]), work.max_new_tokens[prompt]),
                 work.prompts[prompt],
             ),
+            kept=work.kept,
         )
 
     def _deliver(self, deliveries: list[Delivery]) -> None:

@@ -4,6 +4,10 @@ It takes the jobs that wait, as many as one batch holds, and answers them togeth
 batch has ended. Slower under load than continuous.py, and right for every model that ``model.generate`` is right for.
 Each row has its own patch, its own sampler and its own end. Rows share no attention: what is not finite stays in its
 row.
+
+A batch can be broken off between two tokens: its jobs go on later from the tokens they have. That is done for jobs
+that are ``kept`` (the operator's), and where a pass fails: whoever may be to blame is tried alone, for one token, and
+is to blame if it fails again on the same tokens.
 """
 
 from __future__ import annotations
@@ -20,9 +24,13 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from nest_runtime.errors import EngineError
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.jobs import Blame, Delivery, Job, dead
-from nest_runtime.serve.sampling import NotFinite, choose_tokens
+from nest_runtime.serve.sampling import NotFinite, Sampler, SamplingParams, choose_tokens
 from nest_runtime.serve.transformers.auto_fold import Steady
 from nest_runtime.serve.transformers.sizes import BatchSizes
+
+
+class _BrokenOff(Exception):
+    """No error, a signal: somebody else is to be answered first."""
 
 
 class PlainBatch:
@@ -50,7 +58,8 @@ class PlainBatch:
         self._jobs: dict[str, Job] = {}
         self._tokens: dict[str, list[int]] = {}  # prompt and answer so far, by job
         self._waiting: deque[str] = deque()
-        self._alone: deque[str] = deque()  # whose batch has failed: each gets one of its own
+        self._alone: deque[str] = deque()  # whose batch has failed: each gets a token in one of its own
+        self._failed_at: dict[str, int] = {}  # how many tokens a job had when its batch failed
         self._changed = threading.Condition()
         self._pauses = 0
         self._busy = False  # whether a pass may be running
@@ -127,7 +136,7 @@ class PlainBatch:
     def _run(self) -> None:
         try:
             while batch := self._take():
-                self._answer(batch)
+                self._answer(*batch)
         except Exception as error:
             self._fault = error
         finally:
@@ -135,49 +144,61 @@ class PlainBatch:
                 self._busy = False
                 self._changed.notify_all()
 
-    def _take(self) -> list[Job]:
-        """The jobs of the next batch, once there are any; none when the engine is to stop."""
+    def _take(self) -> tuple[list[Job], bool] | None:
+        """The jobs of the next batch, once there are any, and whether it is a trial; None at a stop."""
         with self._changed:
             while True:
                 self._busy = False
                 self._changed.notify_all()
                 self._forget_canceled()
                 if self._stopping:
-                    return []
-                if not self._pauses and (names := self._next()):
+                    return None
+                if not self._pauses and (found := self._next()):
                     self._busy = True
-                    return [self._jobs[name] for name in names]
+                    return [self._jobs[name] for name in found[0]], found[1]
                 self._changed.wait()
 
-    def _next(self) -> list[str]:
-        if self._alone:
-            return [self._alone.popleft()]
-        if not self._waiting:
-            return []
-        first = len(self._tokens[self._waiting[0]])
-        names = [name for name in self._waiting if self.padded or len(self._tokens[name]) == first][: self._running]
+    def _next(self) -> tuple[list[str], bool] | None:
+        line = [name for name in self._waiting if self._jobs[name].kept]
+        if self._alone and not line:
+            return [self._alone.popleft()], True
+        line = line or list(self._waiting)
+        if not line:
+            return None
+        first = len(self._tokens[line[0]])
+        names = [name for name in line if self.padded or len(self._tokens[name]) == first][: self._running]
         for name in names:
             self._waiting.remove(name)
-        return names
+        return names, False
 
-    def _answer(self, batch: list[Job]) -> None:
-        """Answer a batch to its end. What raises is tried again job by job; a job that raises alone fails."""
+    def _answer(self, batch: list[Job], trial: bool) -> None:
+        """Answer a batch to its end, or for one token each where it is a trial; then say who was to blame."""
         steering = _Steering(self, batch)
+        guides = {"logits_processor": [_Chooser(steering)], "stopping_criteria": [_Ender(steering)]}
+        most = 1 if trial else max(self.left(job) for job in batch)
+        suspects, failure = set(), None
         try:
-            self._generate([self._tokens[job.id] for job in batch], [job.patch for job in batch], steering)
+            self._generate([self._tokens[job.id] for job in batch], [job.patch for job in batch], most, **guides)
+        except _BrokenOff:
+            pass
         except Exception as error:
             if self._stopping:
                 return
             self.failed_passes += 1
-            left = [job for row, job in enumerate(batch) if not steering.done[row]]
-            if len(left) > 1:
-                self._alone.extend(job.id for job in left)
-                return
-            for job in left:
-                self.fail(job, f"{type(error).__name__}: {error}", finite=True)
-            self._generate([[0]], [None], None)  # if this raises too, the fault is the engine's
+            failure = error
+            suspects = set(error.rows if isinstance(error, NotFinite) else range(len(batch)))
+        left = [row for row, over in enumerate(steering.done) if not over]
+        with self._changed:
+            self._waiting.extendleft(batch[row].id for row in reversed(left) if row not in suspects)
+        for job in (batch[row] for row in left if row in suspects):
+            count = len(self._tokens[job.id])
+            if self._failed_at.get(job.id) == count and failure is not None:
+                self._end(job, failure)
+            else:
+                self._failed_at[job.id] = count
+                self._alone.append(job.id)
 
-    def _generate(self, rows: list[list[int]], patches: list[str | None], steering: _Steering | None) -> None:
+    def _generate(self, rows: list[list[int]], patches: list[str | None], most: int, **guides: Any) -> None:
         width = max(map(len, rows))
         ids = torch.zeros(len(rows), width, dtype=torch.long)  # (rows, width)
         mask = torch.zeros_like(ids)
@@ -185,15 +206,33 @@ class PlainBatch:
             ids[number, width - len(row) :] = torch.tensor(row)
             mask[number, width - len(row) :] = 1
         device = self._model.get_input_embeddings().weight.device
-        guides: dict[str, Any] = {}
-        if steering is not None:
-            guides = {"logits_processor": [_Chooser(steering)], "stopping_criteria": [_Ender(steering)]}
-        most = 1 if steering is None else steering.most
         with self._runtime.using_rows(patches):
             bare_generate(self._model, ids.to(device), mask.to(device), most, **guides)
 
-    def let_in(self) -> None:
-        """Called between two passes: who waits in ``pause`` has the model now. Raises EngineError at a stop."""
+    def _end(self, job: Job, error: Exception) -> None:
+        """End a job that failed by itself. Its patch is to blame where the base can do what it cannot.
+
+        Raises what comes of it where the base can compute nothing at all: the fault is the engine's.
+        """
+        finite, patch, tokens = not isinstance(error, NotFinite), job.patch, self._tokens[job.id]
+        reason = f"{type(error).__name__}: {error}" if finite else str(error)
+        if not job.canceled:
+            self._deliver([Delivery(job.id, finished=True, error=reason)])
+        if not finite and patch is not None:
+            look = _Look(Sampler(SamplingParams(), 0, job.sampler.rules, tokens))
+            try:
+                self._generate([tokens], [None], 1, logits_processor=[look])
+            except Exception:  # of any kind: the base cannot do it either
+                patch = None
+        self._forget(job)
+        self._blame(Blame(job.id, patch, finite, reason))
+        self._generate([[0]], [None], 1)
+
+    def let_in(self, batch: list[Job]) -> None:
+        """Called between two passes: who waits in ``pause`` has the model now.
+
+        Raises EngineError at a stop, _BrokenOff where jobs wait that go before those of the batch.
+        """
         with self._changed:
             if self._pauses or self._stopping:
                 self._busy = False
@@ -202,6 +241,8 @@ class PlainBatch:
                 self._busy = True
             if self._stopping:
                 raise EngineError("the engine is stopping")
+            if any(self._jobs[name].kept for name in self._waiting) and not any(job.kept for job in batch):
+                raise _BrokenOff
 
     def took(self, job: Job, token: int) -> Delivery:
         """Keep a new token; gives what the client is to get for it."""
@@ -221,16 +262,10 @@ class PlainBatch:
         if deliveries:
             self._deliver(deliveries)
 
-    def fail(self, job: Job, reason: str, *, finite: bool) -> None:
-        """End a job that failed by itself."""
-        self._forget(job)
-        if not job.canceled:
-            self._deliver([Delivery(job.id, finished=True, error=reason)])
-        self._blame(Blame(job.id, job.patch, finite, reason))
-
     def _forget(self, job: Job) -> None:
         self._jobs.pop(job.id, None)
         self._tokens.pop(job.id, None)
+        self._failed_at.pop(job.id, None)
 
     def _forget_canceled(self) -> None:
         for queue in (self._waiting, self._alone):
@@ -245,23 +280,19 @@ class _Steering:
 
     def __init__(self, engine: PlainBatch, batch: list[Job]) -> None:
         self._engine, self._batch = engine, batch
-        self.most = max(engine.left(job) for job in batch)
         self.done = [False] * len(batch)
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
-        """The next token of each row, [rows]; 0 where a row has ended."""
-        self._engine.let_in()
+        """The next token of each row, [rows]; 0 where a row has ended. Raises NotFinite with rows of the batch."""
+        self._engine.let_in(self._batch)
         chosen = torch.zeros(len(self._batch), dtype=torch.long, device=scores.device)
         self.done = [over or job.canceled for over, job in zip(self.done, self._batch, strict=True)]
-        while rows := [row for row, over in enumerate(self.done) if not over]:
-            try:
-                chosen[rows] = choose_tokens(scores[rows].float(), [self._batch[row].sampler for row in rows])
-                break
-            except NotFinite as error:
-                self._engine.failed_passes += 1
-                for row in [rows[number] for number in error.rows]:
-                    self.done[row] = True
-                    self._engine.fail(self._batch[row], "values that are not finite came of it", finite=False)
+        if not (rows := [row for row, over in enumerate(self.done) if not over]):
+            return chosen
+        try:
+            chosen[rows] = choose_tokens(scores[rows].float(), [self._batch[row].sampler for row in rows])
+        except NotFinite as error:
+            raise NotFinite(str(error), tuple(rows[number] for number in error.rows)) from error
         deliveries = [
             self._engine.took(self._batch[row], token) for row, token in zip(rows, chosen[rows].tolist(), strict=True)
         ]
@@ -280,6 +311,17 @@ class _Chooser(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         chosen = self._steering.choose(scores)
         return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+
+class _Look(LogitsProcessor):
+    """Raises NotFinite where a sampler could choose nothing."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        choose_tokens(scores.float(), [self._sampler])
+        return scores
 
 
 class _Ender(StoppingCriteria):

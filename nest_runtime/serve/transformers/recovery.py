@@ -3,14 +3,17 @@
 The second file that touches transformers' internals (5.23), beside continuous.py: it moves requests out of and into the
 library's scheduler. When a pass raises, or gives values that are not finite, its tokens are dropped and every page
 with them; its requests are tried by themselves (trials.py) while the others wait, and go on from the tokens they
-had. After each request that is found to blame one token is computed on the bare base: if that fails too, the fault
-is the engine's, and the engine ends.
+had. After each request that is found to blame one token is computed on the bare base. If values were not finite, it
+is the request's own next token first: a patch is to blame only where the base can do what it cannot, and no client
+takes a patch off with a prompt that the model itself cannot bear. If the base computes nothing at all, the fault is
+the engine's, and the engine ends.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
@@ -54,6 +57,7 @@ class Recovery:
         self._jobs, self._deliver, self._blame = jobs, deliver, blame
         self._trials = Trials(lambda job: jobs[job].patch)
         self._aside: dict[str, RequestState] = {}  # who waits while others are tried
+        self._accused: Blame | None = None  # whose tokens the canary is computing
         self._body = manager._generation_loop_body
         self._add = self._processor.scheduler.add_waiting_request
         manager._generation_loop_body = self._turn
@@ -98,26 +102,51 @@ class Recovery:
             log.warning("a pass over %d sequences failed; they are tried again", len(suspects), exc_info=error)
         states = self._evict()
         culprit = self._trials.failed(name for name in suspects if name in states)
+        self._aside.update(states)
         if culprit == CANARY:
-            raise EngineError(f"nothing can be computed any more: {error}") from error
-        kept = {**states, **self._aside}
-        over = [job.id for job in list(self._jobs.values()) if job.arrived and job.id not in kept]
-        if culprit is not None:
-            del kept[culprit]
-            over.append(culprit)
-            self._jobs[CANARY] = Job(CANARY, (0,), 1, (), None, Sampler(SamplingParams()))
-            kept[CANARY] = RequestState(CANARY, [0], streaming=True, max_new_tokens=1)
-            self._trials.first(CANARY)
+            del self._aside[CANARY], self._jobs[CANARY]
+            if self._accused is None:
+                raise EngineError(f"nothing can be computed any more: {error}") from error
+            self._judge(base=False)
+            self._send_canary()
+        over = [job.id for job in list(self._jobs.values()) if job.arrived and job.id not in self._aside]
         for name in over:
-            self._end(self._jobs.pop(name), error)
-        self._aside = kept
+            self._blame(self._end(self._jobs.pop(name), error))
+        if culprit is not None and culprit != CANARY:
+            state, job = self._aside.pop(culprit), self._jobs.pop(culprit)
+            blame = self._end(job, error)
+            if blame.finite or blame.patch is None:
+                self._blame(blame)
+                self._send_canary()
+            else:
+                self._accused = blame
+                self._send_canary(state.initial_tokens, job.sampler)
         self._next()
 
-    def _end(self, job: Job, error: Exception) -> None:
+    def _send_canary(self, tokens: Sequence[int] = (0,), sampler: Sampler | None = None) -> None:
+        """Let one token be computed on the bare base before anything else.
+
+        Args:
+            tokens: what comes before it.
+            sampler: whose rules are asked.
+        """
+        rules = () if sampler is None else sampler.rules
+        self._jobs[CANARY] = Job(CANARY, tokens, 1, (), None, Sampler(SamplingParams(), 0, rules, tokens))
+        self._aside[CANARY] = RequestState(CANARY, list(tokens), streaming=True, max_new_tokens=1)
+        self._trials.first(CANARY)
+
+    def _judge(self, *, base: bool) -> None:
+        """Say who is to blame, now that it is known whether the base can compute what the accused could not."""
+        if self._accused is not None:
+            self._blame(self._accused if base else replace(self._accused, patch=None))
+            self._accused = None
+
+    def _end(self, job: Job, error: Exception) -> Blame:
+        """Give a job its end; gives the blame, if nobody else is to have it."""
         reason = str(error) if isinstance(error, NotFinite) else f"{type(error).__name__}: {error}"
         if not job.canceled:
             self._deliver([Delivery(job.id, finished=True, error=reason)])
-        self._blame(Blame(job.id, job.patch, not isinstance(error, NotFinite), reason))
+        return Blame(job.id, job.patch, not isinstance(error, NotFinite), reason)
 
     def _evict(self) -> dict[str, RequestState]:
         """Every request the library holds, as if it came anew with the tokens it has; the cache is empty then."""
@@ -137,6 +166,8 @@ class Recovery:
         left = [found[name] for name in self._trials.group if name in found]
         if any(not state.generated_tokens for state in left):
             return
+        if self._trials.group == (CANARY,):
+            self._judge(base=True)
         for state in left:
             scheduler.finish_request(state.request_id)
             self._aside[state.request_id] = state.create_equivalent_initial_request()

@@ -3,7 +3,8 @@
 A pass holds tokens of many requests. When it raises, or gives values that are not finite, nobody in it can be
 trusted or blamed: one request's NaN reaches the others through attention. So all begin again from the tokens
 they had, first by patch, then in halves. A group whose members each get a token is cleared; a group of one that
-fails is to blame. Only names here: continuous.py moves the requests.
+fails is to blame. Who was alone in the pass that failed is tried once more like the others: what failed may have
+been the machine, or what somebody before left behind. Only names here: recovery.py moves the requests.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ class Trials:
 
     def failed(self, suspects: Iterable[str]) -> str | None:
         """A pass of these requests failed; gives the one to blame, if there is only one. ``advance`` is next."""
-        group, self.group = tuple(suspects), ()
+        group, tried, self.group = tuple(suspects), bool(self.group), ()
         if len(group) == 1:
-            return group[0]
+            if tried:
+                return group[0]
+            self._next.appendleft(group)
+            return None
         by_patch: dict[str | None, list[str]] = {}
         for name in group:
             by_patch.setdefault(self._patch_of(name), []).append(name)

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from nest_runtime.serve import ServeConfig
-from nest_runtime.serve.http.bodies import MAX_NAMED, check_counts
+from nest_runtime.serve.http.bodies import MAX_DEPTH, MAX_NAMED, check_counts
 from nest_runtime.serve.http.problems import ApiError
 from tests.support.serve import PROMPTS, Running, eventually, serving
 
@@ -35,6 +35,11 @@ def server(config: ServeConfig) -> Iterator[Running]:
 
 def post(server: Running, body: bytes, path: str = "/v1/completions") -> httpx.Response:
     return server.http("POST", path, content=body, headers={"content-type": "application/json"})
+
+
+def connect(server: Running) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), 30)
 
 
 def filled(server: Running, piece: bytes, size: int) -> bytes:
@@ -91,8 +96,7 @@ def test_bodies_that_never_end_fill_no_memory(config: ServeConfig) -> None:
     limits = replace(config.limits, max_body_bytes=10_000)
     with serving(replace(config, limits=limits)) as server, ExitStack() as senders:
         head = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 10000\r\n\r\n"
-        host, port = server.url.removeprefix("http://").split(":")
-        sent = [senders.enter_context(socket.create_connection((host, int(port)), 30)) for _ in range(65)]
+        sent = [senders.enter_context(connect(server)) for _ in range(65)]
         for sender in sent:
             sender.sendall(head + b"x" * 9_990)
 
@@ -104,6 +108,69 @@ def test_bodies_that_never_end_fill_no_memory(config: ServeConfig) -> None:
         assert server.admin("POST", "/v1/patches/activate", json={"patch": "v1"}).status_code == 200
         senders.close()
         assert eventually(lambda: not refused())
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "DELETE", "PUT"])
+def test_a_body_is_bounded_whatever_the_method(config: ServeConfig, method: str) -> None:
+    """Chunks announce no size: whoever reads them has to count."""
+    limits = replace(config.limits, max_body_bytes=10_000)
+    with serving(replace(config, limits=limits)) as server, connect(server) as sender:
+        head = f"{method} /v1/models HTTP/1.1\r\nhost: 127.0.0.1\r\ntransfer-encoding: chunked\r\n\r\n"
+        sender.sendall(head.encode() + (b"1000\r\n" + b"x" * 4096 + b"\r\n") * 4)
+        assert sender.recv(65536).split(b" ")[1] == b"413"
+
+
+def test_a_body_of_tiny_chunks_is_refused(server: Running) -> None:
+    """A chunk costs more than a byte: bodies in chunks of a few bytes, in great number, are no client's."""
+    body = json.dumps({"model": server.name, "messages": USER, "max_tokens": 1}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+    head += b"transfer-encoding: chunked\r\n\r\n"
+
+    def send(text: bytes, size: int) -> bytes:
+        pieces = [text[at : at + size] for at in range(0, len(text), size)]
+        with connect(server) as sender:
+            sender.sendall(head + b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n")
+            return sender.recv(65536).split(b" ")[1]
+
+    assert send(body, 1) == b"200"
+    assert send(body + b" " * 200_000, 100) == b"200"
+    with contextlib.suppress(OSError):  # the server has closed before all was sent
+        assert send(body + b" " * 200_000, 1) == b"400"
+    assert server.http("GET", "/health").status_code == 200
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+def test_bodies_in_other_encodings_are_refused(server: Running, encoding: str) -> None:
+    """What is counted in bytes is in UTF-8: half of a letter elsewhere reads like a quotation mark."""
+    text = f'{{"user": "\u0122", "model": "{server.name}", "prompt": [{"{}," * 200_000}{{}}]}}'
+    refused = post(server, text.encode(encoding))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_value")
+    assert "expected JSON in UTF-8" in refused.json()["error"]["message"]
+    assert post(server, text.encode("utf-8-sig")).json()["error"]["code"] == "too_many_values"
+
+
+@pytest.mark.parametrize("depth", [MAX_DEPTH + 1, 944, 16_000, 2_000_000])
+@pytest.mark.parametrize(
+    "field", ['"metadata": {"a": %s}', '"tools": [{"a": %s}]', '"x": %s', '"messages": [{"role": "user", "a": %s}]']
+)
+def test_bodies_nested_too_deep_are_refused(server: Running, field: str, depth: int) -> None:
+    body = f'{{"model": "{server.name}", {field % ("[" * depth + "]" * depth)}}}'
+    refused = post(server, body.encode(), "/v1/chat/completions")
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] in ("nested_too_deep", "too_many_values")
+    open_ = post(server, b'{"a": ' * min(depth, 500_000), "/v1/chat/completions")
+    assert open_.status_code == 400
+
+
+def test_what_is_deep_but_not_too_deep_is_read(server: Running) -> None:
+    value: Any = "x"
+    for _ in range(MAX_DEPTH // 2 - 4):
+        value = {"a": [value]}
+    text = "[{" * 500 + '"]}' * 500  # within a string, brackets are text
+    messages = [*USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": value}}]}, *USER]
+    messages[1]["tool_calls"].append({"function": {"name": "f", "arguments": json.dumps(value)}})
+    body = {"model": server.name, "messages": messages, "metadata": {"a": text}, "max_tokens": 1}
+    assert server.http("POST", "/v1/chat/completions", json=body).status_code == 200
 
 
 def test_long_texts_are_no_large_numbers_of_values(server: Running) -> None:

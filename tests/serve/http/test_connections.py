@@ -132,6 +132,25 @@ def test_a_second_head_has_no_more_time_than_the_first(config: ServeConfig) -> N
         assert closed(kept)
 
 
+def test_a_head_of_very_many_fields_is_refused(config: ServeConfig) -> None:
+    with serving(config) as server:
+        for count, status in ((80, b"200"), (1000, b"400"), (15_000, b"400")):
+            with connect(server.url) as sender:
+                sender.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n" + b"a:\r\n" * count + b"\r\n")
+                assert sender.recv(65536).split(b" ")[1] == status
+
+
+def test_what_is_no_http_after_an_answer_ends_the_connection_without_a_word(config: ServeConfig, caplog: Any) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ntransfer-encoding: chunked\r\n"
+    with serving(replace(config, allowed_hosts=())) as server, connect(server.url) as sender:
+        sender.sendall(head.replace(b"127.0.0.1", b"elsewhere.example") + b"\r\n")
+        assert sender.recv(65536).split(b" ")[1] == b"403"
+        sender.sendall(b"no chunk\r\n")
+        assert closed(sender)
+    assert "Traceback" not in caplog.text
+    assert "exception" not in caplog.text.lower()
+
+
 def test_a_client_that_is_silent_after_its_answer_is_let_go(config: ServeConfig) -> None:
     with limited(config, idle_seconds=0.5) as server, connect(server.url) as kept:
         assert healthy(kept)

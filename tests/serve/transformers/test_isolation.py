@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from nest_runtime.errors import PatchNotFinite
 from nest_runtime.model.load import load_model
 from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import Limits, ServeConfig
-from nest_runtime.serve.sampling import choose_tokens
+from nest_runtime.serve.app import SELFCHECK_TEXT
+from nest_runtime.serve.sampling import NotFinite, choose_tokens
+from nest_runtime.serve.transformers.tryout import PROMPTS as TRIED
+from tests.conftest import save_tiny
 from tests.support.patches import make_patch
 from tests.support.serve import PROMPTS, Reference, Running, eventually, serving
 
@@ -36,16 +41,17 @@ def server(config: ServeConfig, files: dict[str, str]) -> Iterator[Running]:
 
 
 @pytest.fixture
-def raise_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[Any]], bool]], None]:
+def raise_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let steps raise while a condition over the samplers of their rows holds."""
 
-    def arm(condition: Callable[[list[Any]], bool]) -> None:
+    def arm(condition: Callable[[list[Any]], bool], error: Exception | None = None) -> None:
         def choose(logits: Any, samplers: list[Any]) -> Any:
             if condition(samplers):
-                raise RuntimeError("injected fault")
+                raise error or RuntimeError("injected fault")
             return choose_tokens(logits, samplers)
 
-        monkeypatch.setattr("nest_runtime.serve.transformers.continuous.choose_tokens", choose)
+        for engine in ("continuous", "plain"):
+            monkeypatch.setattr(f"nest_runtime.serve.transformers.{engine}.choose_tokens", choose)
 
     return arm
 
@@ -130,6 +136,79 @@ def test_a_client_that_leaves_while_others_are_tried_is_forgotten(
         )
     assert server.http("GET", "/ready").status_code == 200
     assert eventually(lambda: server.server.service.engine.jobs == 0)
+
+
+@pytest.mark.parametrize("engine", ["transformers", "generate"])
+@pytest.mark.parametrize("error", [RuntimeError("injected fault"), NotFinite("injected values", (0,))], ids=type)
+def test_a_lone_request_is_not_to_blame_for_what_happens_once(
+    config: ServeConfig, reference: Reference, raise_in_step: Callable[..., None], error: Exception, engine: str
+) -> None:
+    with serving(replace(config, engine=engine)) as server:
+        passes = iter(range(10**6))
+        raise_in_step(lambda samplers: next(passes) in (0, 4, 9), error)
+        body = {"model": server.name, "messages": [{"role": "user", "content": PROMPTS[1]}], "max_tokens": 12}
+        answer = server.http("POST", "/v1/chat/completions", json=body)
+        assert answer.json()["choices"][0]["message"]["content"] == reference.chat(PROMPTS[1], "v1", 12)
+        assert server.server.service.engine.failed_passes == 3
+        assert server.http("GET", "/ready").json()["patch"] == "v1"
+        assert "nest_failed_requests_total{" not in server.http("GET", "/metrics").text
+
+
+@pytest.mark.parametrize("engine", ["transformers", "generate"])
+def test_a_prompt_that_the_base_cannot_bear_takes_no_patch_off(
+    config: ServeConfig, tmp_path: Path, engine: str
+) -> None:
+    """A row of the embedding that nobody trained may hold anything; any client can ask for it."""
+    folder = save_tiny(tmp_path / "model", "LlamaForCausalLM", "LlamaConfig")
+    tokenizer = load_model(folder).tokenizer
+    known = {token for text in (*TRIED, SELFCHECK_TEXT, "userassistant") for token in tokenizer(text)["input_ids"]}
+    rare = max(set(range(6, 300)) - known)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][rare] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = load_model(folder)
+    paths = [
+        str(
+            make_patch(loaded.model, version=f"v{n}", serial=n, seed=n, base_hash=loaded.hash).save(
+                tmp_path / f"v{n}.safetensors"
+            )
+        )
+        for n in (1, 2)
+    ]
+    with serving(replace(config, model=str(folder), patch=paths[0], expose=(paths[1],), engine=engine)) as server:
+        for name in (server.name, f"{server.name}@v2", server.name):
+            body = {"model": name, "prompt": [5, rare, 6], "max_tokens": 3}
+            refused = server.http("POST", "/v1/completions", json=body)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
+            answered = server.http("POST", "/v1/completions", json={**body, "prompt": [5, 6]})
+            assert answered.status_code == 200
+        assert server.http("GET", "/ready").json()["patch"] == "v1"
+        assert 'nest_failed_requests_total{patch="base",reason="not finite"} 3.0' in server.http("GET", "/metrics").text
+
+
+def test_the_plain_engine_finds_who_is_to_blame(
+    config: ServeConfig,
+    reference: Reference,
+    raise_in_step: Callable[..., None],
+    files: dict[str, str],
+    tiny_llama: Path,
+    tmp_path: Path,
+) -> None:
+    with serving(replace(config, engine="generate", expose=(files["v2"],), expose_base=True)) as server:
+        table = server.server.service.table
+        table.loader.tryout = lambda patch: None
+        bad = huge(tiny_llama, "float32", 1e20)
+        server.admin("POST", "/v1/patches", json={"patch": str(bad.save(tmp_path / "v9.safetensors"))})
+        table.expose(next(served for served in table.loaded() if served.label == "v9"))
+        raise_in_step(lambda samplers: any(sampler.params.seed == POISON for sampler in samplers))
+        body = {"model": server.name, "messages": [{"role": "user", "content": PROMPTS[1]}], "max_tokens": 9}
+        extra = [{**body, "seed": POISON, "temperature": 1}, {**body, "model": f"{server.name}@v9"}]
+        answers, others = ask_all(server, extra)
+        assert answers == alone(reference)
+        assert {other.status_code for other in others} == {503}
+        assert eventually(lambda: table.withdrawn() == ["v9"])
+        assert server.http("GET", "/ready").json()["patch"] == "v1"
+        assert server.server.service.engine.jobs == 0
 
 
 def huge(folder: Path, dtype: str, scale: float) -> Patch:

@@ -26,9 +26,11 @@ def ask(server: Running, count: int = 150, prompt: str = PROMPTS[3]) -> tuple[in
     return response.status_code, text
 
 
+@pytest.mark.parametrize("engine", ["transformers", "generate"])
 def test_a_full_queue_keeps_the_gates_probes_waiting_for_nobody(
-    config: ServeConfig, slow_engine: None, files: dict[str, str]
+    config: ServeConfig, slow_engine: None, files: dict[str, str], engine: str
 ) -> None:
+    config = replace(config, engine=engine)
     limits = Limits(running=2, cache_tokens=4096, batch_tokens=128, drain_seconds=60)
     with serving(replace(config, limits=limits, max_queue=4)) as server, ThreadPoolExecutor(7) as pool:
         assert server.admin("POST", "/v1/patches", json={"patch": files["v2"]}).status_code == 200
