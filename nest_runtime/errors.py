@@ -139,5 +139,9 @@ class Downgrade(TrustError):
     """An older patch than one already accepted was offered without permission."""
 
 
+class ClaimsRefused(TrustError):
+    """A patch lacks claims that are demanded of it, or its claims do not hold."""
+
+
 class Expired(TrustError):
     """A signed channel file is past its date: its publisher no longer stands by it."""

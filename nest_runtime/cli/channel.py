@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nest_runtime.cli import complete
+from nest_runtime.cli import claim, complete
+from nest_runtime.cli.claim import AllowJudge, BehaviorsOption
 from nest_runtime.cli.common import examples
 from nest_runtime.cli.hub import (
     KEY_VARIABLE,
@@ -110,10 +111,23 @@ def channel_set(
     valid: Annotated[
         str, typer.Option("--valid", metavar="TIME", help="How long servers may go by it: 90s, 10m, 12h, 30d.")
     ] = "30d",
+    demand_claims: Annotated[
+        bool | None,
+        typer.Option(
+            "--demand-claims/--no-demand-claims",
+            help="Demand claims as strict as this version's from now on, or none; what was demanded by default.",
+        ),
+    ] = None,
+    behaviors: BehaviorsOption = None,
+    judge: AllowJudge = None,
+    model: WhoseModel = None,
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Point a channel to a version, or renew it before it expires. Servers that follow it switch by themselves."""
+    """Point a channel to a version, or renew it before it expires. Servers that follow it switch by themselves.
+
+    Where the channel demands claims, those of the version are measured first, on --model or its base.
+    """
     from nest_runtime.hub.publish import set_channel
     from nest_runtime.hub.repository import connect
     from nest_runtime.store.store import Store
@@ -128,6 +142,8 @@ def channel_set(
         key=private_key,
         passphrase=passphrase_of(private_key) if private_key else "",
         valid=timedelta(seconds=seconds_of(valid, "--valid")),
+        demand=demand_claims,
+        prove=claim.prover(out, model, behaviors, judge),
         timeout=timeout,
     )
     document = {
@@ -140,6 +156,8 @@ def channel_set(
 
     def render() -> None:
         out.line(f"{ref.place}: {channel} is {found.version} ({short(found.digest)}) until {found.expires}")
+        if found.claims is not None:
+            out.line(f"it demands claims: {len(found.claims.rows)}, judged by {found.claims.judge}")
         if private_key is None:
             out.note("it is not signed: it counts only where no signature is required")
 

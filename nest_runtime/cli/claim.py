@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_hash_of, examples, model_for, where_is, writable_file
 from nest_runtime.cli.measuring import cases_of, interval
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output, percent, short
-from nest_runtime.errors import BaseMismatch, EvaluationError, SiteMismatch, UsageError
+from nest_runtime.errors import BaseMismatch, ClaimsRefused, EvaluationError, SiteMismatch, UsageError
 from nest_runtime.io import expand
 
 if TYPE_CHECKING:
@@ -261,16 +262,24 @@ def check(out: Output, patch: Patch, means: Means) -> list[Checked]:
     return check_claims(claims, measure, given=given, judge=means.judge)
 
 
-def require(out: Output, patch: Patch, means: Means) -> list[Checked]:
-    """The same, and raise EvaluationError unless every claim was measured and holds."""
-    found = check(out, patch, means)
-    lost = [row for row in found if not row.ok]
-    if lost:
-        raise EvaluationError(
-            f"{len(lost)} of {len(found)} claims of {patch.name}@{patch.version} do not hold: {say(lost[0])}",
-            "see them all with `nest-runtime verify PATCH --claims`",
-        )
-    return found
+def prover(out: Output, model: str | None, behaviors: list[str] | None, judge: str | None) -> Callable[[Patch], None]:
+    """Gives what measures a patch's claims, each patch once, and raises ClaimsRefused unless every one holds."""
+    proven: set[str] = set()
+
+    def prove(patch: Patch) -> None:
+        if patch.digest in proven:
+            return
+        found = check(out, patch, means_for(patch, model, behaviors, judge))
+        lost = [row for row in found if not row.ok]
+        if lost:
+            raise ClaimsRefused(
+                f"{len(lost)} of {len(found)} claims of {patch.name}@{patch.version} do not hold: {say(lost[0])}",
+                "see them all with `nest-runtime verify PATCH --claims`",
+            )
+        proven.add(patch.digest)
+        out.note(f"{len(found)} of {len(found)} claims of {patch.name}@{patch.version} hold")
+
+    return prove
 
 
 def say(row: Checked) -> str:

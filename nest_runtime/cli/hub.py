@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nest_runtime.cli import complete
+from nest_runtime.cli import claim, complete
+from nest_runtime.cli.claim import AllowJudge, BehaviorsOption
 from nest_runtime.cli.common import base_flag, base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, short
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption, WhoseModel, passphrase_of
@@ -82,6 +83,12 @@ def push(
     results: Annotated[
         Path | None, typer.Option("--results", metavar="FILE", help="What `eval --json` printed, for the card.")
     ] = None,
+    demand_claims: Annotated[
+        bool,
+        typer.Option("--demand-claims", help="The channel demands claims as strict as this patch's from now on."),
+    ] = False,
+    behaviors: BehaviorsOption = None,
+    judge: AllowJudge = None,
     model: WhoseModel = None,
     allow_downgrade: DowngradeOption = False,
     timeout: TimeoutOption = None,
@@ -90,7 +97,10 @@ def push(
     """Publish a patch: one commit and one tag, with its card and, where it has one, its signature.
 
     A published version never changes. The signature is the one beside the file or in the store, or made with --key.
+    Where the channel demands claims, they are measured first; nothing is sent if they are missing or do not hold.
     """
+    from nest_runtime.errors import UsageError
+    from nest_runtime.hub.demanded import check_before_push
     from nest_runtime.hub.publish import push as publish
     from nest_runtime.hub.publish import set_channel
     from nest_runtime.store.store import Store
@@ -98,7 +108,23 @@ def push(
     out, store, ref = Output.of(ctx, as_json), Store(), repository(repo)
     quiet_client(ctx)
     private_key = signing_key(key)
+    if demand_claims and channel is None:
+        raise UsageError("--demand-claims is for a channel", "name it with --channel")
     chosen, material = patch_and_material(patch, store, model, private_key)
+    secret = passphrase_of(private_key) if private_key and channel is not None else ""
+    prove = claim.prover(out, model, behaviors, judge)
+    demand = True if demand_claims else None
+    if channel is not None:
+        check_before_push(
+            chosen,
+            ref,
+            channel,
+            demand=demand,
+            key=private_key,
+            passphrase=secret,
+            prove=prove,
+            timeout=timeout,
+        )
     done = publish(
         chosen,
         ref,
@@ -112,8 +138,17 @@ def push(
     )
     document = done.to_json()
     if channel is not None:
-        secret = passphrase_of(private_key) if private_key else ""
-        set_channel(ref, channel, done.version, store=store, key=private_key, passphrase=secret, timeout=timeout)
+        set_channel(
+            ref,
+            channel,
+            done.version,
+            store=store,
+            key=private_key,
+            passphrase=secret,
+            demand=demand,
+            prove=prove,
+            timeout=timeout,
+        )
         document["channel"] = channel
 
     def render() -> None:

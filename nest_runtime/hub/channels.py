@@ -8,6 +8,7 @@ gone: it says so, and keeps its patch. Fetching and following is not done here.
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import model_validator
 
 from nest_runtime.errors import Expired, NestError, SignatureError, UsageError
+from nest_runtime.hub.demands import Demands, check_met
 from nest_runtime.io import atomic_write
 from nest_runtime.trust.documents import Digest, Document, Label, Serial, Time, moment_of, read_file, stamp
 from nest_runtime.trust.policy import Policy
@@ -36,10 +38,12 @@ class Channel(Document):
         name, version, serial, digest, base_hash: of the patch.
         issued, expires: from when until when the publisher stands by it.
         revocations: serial of the revocation list at that time; a source that serves an older one withholds it.
+        claims: what is demanded of the patches named here; None for nothing. A file with demands is of format 2, and
+            no other is: who knows nothing of them refuses it, instead of passing them over.
     """
 
     kind: Literal["nest-runtime-channel"] = "nest-runtime-channel"
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 1
     channel: Label
     name: Label
     version: Label
@@ -49,12 +53,20 @@ class Channel(Document):
     issued: Time
     expires: Time
     revocations: Serial = 0
+    claims: Demands | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Channel:
         if moment_of(self.issued, "issued") >= moment_of(self.expires, "expires"):
             raise ValueError(f"expires is {self.expires}, not after issued, {self.issued}")
+        if self.format != (1 if self.claims is None else 2):
+            raise ValueError(f"format is {self.format}; expected 2 with claims, and 1 without")
         return self
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON, as every document; without ``claims`` where there are none."""
+        value = self.model_dump(mode="json", exclude=set() if self.claims is not None else {"claims"})
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
     def expired(self, now: datetime | None = None) -> bool:
         """Whether its date is past."""
@@ -90,7 +102,10 @@ class Channel(Document):
             )
 
     def check_patch(self, patch: Patch) -> None:
-        """Whether a patch is the one named. Raises SignatureError naming the first field that differs."""
+        """Whether a patch is the one named, and carries the claims that are demanded.
+
+        Raises SignatureError naming the first field that differs, or ClaimsRefused.
+        """
         for field in ("name", "version", "serial", "digest", "base_hash"):
             wanted, found = getattr(self, field), getattr(patch, field)
             if wanted != found:
@@ -98,17 +113,31 @@ class Channel(Document):
                     f"channel {self.channel} names a patch with {field} {wanted}; this one has {found}",
                     "the source serves another patch under that version: ask the publisher",
                 )
+        if self.claims is not None:
+            check_met(patch, self.claims, f"channel {self.channel}")
 
 
 def channel_for(
-    patch: Patch, channel: str, valid: timedelta, *, revocations: int = 0, now: datetime | None = None
+    patch: Patch,
+    channel: str,
+    valid: timedelta,
+    *,
+    revocations: int = 0,
+    claims: Demands | None = None,
+    now: datetime | None = None,
 ) -> Channel:
     """The unsigned content of a channel file that points to a patch from now on. Raises UsageError."""
     now = now or datetime.now(UTC)
     fields = {key: getattr(patch, key) for key in ("name", "version", "serial", "digest", "base_hash")}
     try:
         return Channel(
-            channel=channel, **fields, issued=stamp(now), expires=stamp(now + valid), revocations=revocations
+            format=1 if claims is None else 2,
+            channel=channel,
+            **fields,
+            issued=stamp(now),
+            expires=stamp(now + valid),
+            revocations=revocations,
+            claims=claims,
         )
     except (ValueError, OverflowError) as error:
         raise UsageError(

@@ -18,6 +18,7 @@ from nest_runtime.errors import Downgrade, HubError, RepoMissing, SignatureError
 from nest_runtime.hints import did_you_mean
 from nest_runtime.hub.card import render_card
 from nest_runtime.hub.channels import CHANNELS, Channel, channel_for, sign_channel
+from nest_runtime.hub.demanded import Prove, settle
 from nest_runtime.hub.fetch import fetch_revision
 from nest_runtime.hub.mirror import MirrorRemote
 from nest_runtime.hub.origins import Origins
@@ -133,6 +134,8 @@ def set_channel(
     key: Path | None = None,
     passphrase: str = "",
     valid: timedelta = CHANNEL_VALID,
+    demand: bool | None = None,
+    prove: Prove | None = None,
     timeout: float | None = None,
 ) -> tuple[Channel, str]:
     """Point a channel to a version, or renew it; gives the new file and the commit.
@@ -144,9 +147,10 @@ def set_channel(
         store: as in ``push``.
         key, passphrase: the private key; without one the file is unsigned, and counts only where no key is trusted.
         valid: until when followers may go by it.
+        demand, prove: what claims the channel demands, and how they are measured: see ``demanded.settle``.
         timeout: as in ``push``.
 
-    Raises HubError, and UsageError for a name or key that cannot be used.
+    Raises HubError, UsageError for a name or key that cannot be used, and ClaimsRefused.
     """
     if not may_be_channel(channel):
         raise UsageError(f"{channel!r:.60} is a version's name, no channel's", "call it stable, canary, …")
@@ -158,7 +162,8 @@ def set_channel(
             near = did_you_mean(version, refs.tags)
             raise HubError(f"{ref.place} has no version {version!r}; it has {known}", near + "push it first")
         patch = fetch_revision(remote, ref, refs.tags[version], store=store).patch
-        new = channel_for(patch, channel, valid, revocations=_list_serial(remote, refs))
+        demands = settle(patch, remote, refs, channel, demand=demand, key=key, passphrase=passphrase, prove=prove)
+        new = channel_for(patch, channel, valid, revocations=_list_serial(remote, refs), claims=demands)
         if key is None and remote.read(f"{CHANNELS}/{channel}.sig", refs.head) is not None:
             raise SignatureError(
                 f"channel {channel} of {ref.place} is signed", "give --key: an unsigned file would be refused"

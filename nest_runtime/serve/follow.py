@@ -22,6 +22,7 @@ from nest_runtime.serve.gate import Gate, make_gate
 from nest_runtime.serve.http.api import Service
 from nest_runtime.serve.patches import Served
 from nest_runtime.serve.pools import Pool
+from nest_runtime.serve.promises import try_claims
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
@@ -147,7 +148,9 @@ class Following:
         served = await table.load(digest, self._who)
         try:
             shares = await gate.check(engine, self._service.tokenizer, served)
-            log.info("%s passes the gate: %s", served.label, shares)
+            asked = self._guard is not None and self._guard.policy.require_claims
+            tried = await try_claims(engine, self._service.tokenizer, served, required=asked)
+            log.info("%s passes the gate: %s", served.label, {**shares, **tried})
         except NestError:
             if digest not in before:
                 await self._unload(digest)

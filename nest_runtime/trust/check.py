@@ -1,10 +1,10 @@
 """Trust in a patch: signing it, and the one check that everything passes before it is active.
 
 ``check_trust`` asks, in this order: is the signature over exactly this patch and its manifest, and true;
-may that key sign patches of this name; is the serial above the policy's minimum; is the patch revoked;
-is it older than one already accepted here. It changes nothing: what was accepted is remembered by
-``remember`` once the patch is in force. It does not ask whether the patch fits a model (runtime/), nor
-whether it does any good (evaluate/).
+may that key sign patches of this name; is the serial above the policy's minimum; does it carry claims, if
+the policy asks for them; is the patch revoked; is it older than one already accepted here. It changes
+nothing: what was accepted is remembered by ``remember`` once the patch is in force. It does not ask
+whether the patch fits a model (runtime/), nor whether it does any good (evaluate/).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.errors import Downgrade, NestError, PatchFormatError, Revoked, SignatureError
+from nest_runtime.errors import ClaimsRefused, Downgrade, NestError, PatchFormatError, Revoked, SignatureError
 from nest_runtime.io import expand
 from nest_runtime.store.entries import builtin_entries
 from nest_runtime.trust.keys import PublicKey
@@ -191,6 +191,7 @@ def check_trust(
     Raises:
         SignatureError: missing though required, false, over another patch, or by a key that may not sign this name.
         Downgrade: below the policy's minimum, or below what was accepted here.
+        ClaimsRefused: it carries no claims, and the policy asks for them.
         Revoked: its publisher has revoked it.
         NestError: model-signing is not installed.
     """
@@ -249,6 +250,11 @@ def _check(
         raise Downgrade(
             f"{label} has serial {patch.serial}; the trust policy asks for {minimum} or more",
             "use a newer version, or change minimum_serial in the policy",
+        )
+    if policy.require_claims and patch.claims is None:
+        raise ClaimsRefused(
+            f"{label} carries no claims; the trust policy asks for them",
+            "make them with `nest-runtime claim`, and sign the file that it writes",
         )
     before, revoked = None, frozenset[str]()
     if state is not None:

@@ -2,6 +2,7 @@
 
     format = 1
     require_signature = true
+    require_claims = false                # true: patches must carry claims
     on_revoked = "newest-good"            # or "stop"
 
     [[keys]]
@@ -70,6 +71,7 @@ class Policy(Value):
 
     Attributes:
         require_signature: unsigned patches are refused; otherwise they pass unsigned, and say so.
+        require_claims: patches without claims are refused, and servers switch to none whose claims they cannot try.
         keys: the trusted keys.
         minimum_serial: glob over patch names → lowest serial that is ever accepted.
         on_revoked: what a server does when its active patch is revoked: go to the newest good version, or stop.
@@ -77,6 +79,7 @@ class Policy(Value):
 
     format: Literal[1] = 1
     require_signature: bool = True
+    require_claims: bool = False
     keys: tuple[KeyRule, ...] = ()
     minimum_serial: dict[str, Serial] = Field(default_factory=dict)
     on_revoked: Literal["newest-good", "stop"] = "newest-good"
