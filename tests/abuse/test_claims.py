@@ -21,8 +21,8 @@ from nest_runtime.store.store import Store
 from nest_runtime.trust.check import check_trust
 from nest_runtime.trust.policy import Policy, read_policy
 from tests.abuse.conftest import Run, refused
-from tests.helpers_store import BASE_A, small_patch
-from tests.helpers_trust import Keys, only, signed
+from tests.support.store import BASE_A, small_patch
+from tests.support.trust import Keys, only, signed
 
 MONTH = timedelta(days=30)
 

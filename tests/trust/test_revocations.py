@@ -220,7 +220,8 @@ def test_channels_that_make_no_sense(tmp_path: Path) -> None:
     for change, message in (
         ((b"2026-07-02", b"2026-13-02"), "which no calendar has"),
         ((b"2026-07-02", b"2026-06-02"), "not after issued"),
-        ((b'"format":1', b'"format":2'), "format: input should be 1"),
+        ((b'"format":1', b'"format":2'), "format is 2; expected 2 with claims, and 1 without"),
+        ((b'"format":1', b'"format":3'), "format: input should be 1 or 2"),
         ((b'"serial":1', b'"serial":1,"serial":1'), "twice"),
         ((b"{", b"{ "), "not in canonical form"),
         ((b'"serial":1', b'"serial":"1"'), "serial: input should be a valid integer"),

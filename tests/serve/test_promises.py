@@ -24,8 +24,8 @@ from nest_runtime.serve import ServeConfig
 from nest_runtime.serve.config import FollowConfig
 from nest_runtime.serve.promises import chance
 from nest_runtime.store.store import Store
-from tests.helpers_serve import eventually, serving
-from tests.helpers_trust import make_keys, signed
+from tests.support.serve import eventually, serving
+from tests.support.trust import make_keys, signed
 
 ZERO = "sha256:" + "0" * 64
 
