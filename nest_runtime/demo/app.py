@@ -7,18 +7,22 @@ from typing import Any
 
 import gradio as gr
 
-from nest_runtime.demo import chat, evidence, markup, neurons, patches
+from nest_runtime.demo import admin, chat, evidence, markup, neurons, patches, results
 from nest_runtime.demo.backend import BASE
 from nest_runtime.demo.state import Desk
 
 CSS = Path(__file__).with_name("style.css")
+SCRIPT = Path(__file__).with_name("page.js")
+_SIZE = gr.themes.Size(**dict.fromkeys(("xxs", "xs", "sm", "md", "lg", "xl", "xxl"), "15px"), name="one")
 _FONT = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 _MONO = ("ui-monospace", "Cascadia Mono", "Menlo", "DejaVu Sans Mono", "monospace")
 
 
 def theme() -> gr.themes.Base:
     """Gradio's plain theme with the system's fonts and a blue that is legible on light and dark."""
-    made = gr.themes.Default(primary_hue="blue", secondary_hue="blue", neutral_hue="slate", font=_FONT, font_mono=_MONO)
+    made = gr.themes.Default(
+        primary_hue="blue", secondary_hue="blue", neutral_hue="slate", text_size=_SIZE, font=_FONT, font_mono=_MONO
+    )
     return made.set(
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
@@ -44,7 +48,8 @@ def theme() -> gr.themes.Base:
 def build(desk: Desk) -> gr.Blocks:
     """The whole page over a backend. Starts nothing."""
     with gr.Blocks(title=f"nest-runtime: {desk.backend.name}", analytics_enabled=False) as page:
-        gr.HTML(markup.title(desk.backend.name, desk.backend.place, desk.backend.about), padding=False)
+        backend, patched = desk.backend, desk.backend.preferred() is not None
+        gr.HTML(markup.title(backend.name, backend.place, backend.about, patched=patched), padding=False)
         with gr.Tabs():
             with gr.Tab("Chat", id="chat"):
                 talking = chat.build(desk)
@@ -54,12 +59,13 @@ def build(desk: Desk) -> gr.Blocks:
                 where, _ = neurons.build(desk, talking.talk)
             with gr.Tab("Evidence", id="evidence", render_children=True):
                 measured, comparison = evidence.build(desk)
-        admin = [shipped.admin.which] if shipped.admin is not None else []
-        by_digest = [where, shipped.old, shipped.new, *admin]
+        gr.HTML(markup.glossary(), padding=False, elem_id="glossary")
+        switched = [shipped.admin.which] if shipped.admin is not None else []
+        by_digest = [where, shipped.old, shipped.new, *switched]
         lists = [shipped.listing, talking.picker, measured, *by_digest]
         page.load(lambda: chat.missing_html(desk), None, talking.missing, show_progress="hidden")
         # large: not before the rest
-        page.load(lambda: evidence.results_html(desk), None, comparison, show_progress="hidden")
+        page.load(lambda: results.results_html(desk), None, comparison, show_progress="hidden")
         _Lists(desk, len(by_digest)).connect(page, second, shipped, lists)
     for event in page.fns.values():
         event.api_visibility = "private"  # for this page alone; its description would make up most of the page
@@ -78,11 +84,11 @@ class _Lists:
         page.load(self.first, None, lists, show_progress="hidden")
         tab.select(self.again, None, lists, show_progress="hidden")
         if parts.admin is not None:
-            patches.connect(self.desk, parts.admin, self.again, lists)
+            admin.connect(self.desk, parts.admin, self.again, lists)
 
     def again(self) -> list[Any]:
         """The contents; what is chosen stays chosen."""
-        answering = [(_title(choice.label, choice.digest), choice.label) for choice in self.desk.backend.choices()]
+        answering = [(_title(choice.label), choice.label) for choice in self.desk.backend.choices()]
         named = self.desk.names()
         patched = [item for item in answering if item[1] != BASE]
         return [
@@ -109,7 +115,10 @@ class _Lists:
         return found
 
 
-def _title(label: str, digest: str | None) -> str:
-    if label == BASE:
-        return "base (no patch)"
-    return f"{label}  ({digest[:15]}…)" if digest else label
+def _title(label: str) -> str:
+    return "base (no patch)" if label == BASE else label
+
+
+def script() -> str:
+    """What the page's head holds: what the page does by itself."""
+    return f"<script>{SCRIPT.read_text(encoding='utf-8')}</script>"

@@ -76,3 +76,41 @@ class Job(Generic[T]):
             while True:
                 value = self._news.get_nowait()
         return value
+
+
+class Running:
+    """A visitor's long work: one piece at a time, which a button can stop.
+
+    Attributes:
+        busy: something runs.
+        stopped: the last piece was stopped.
+    """
+
+    def __init__(self) -> None:
+        self.busy = False
+        self.stopped = False
+
+    def watch(self, work: Callable[[Job[T]], None]) -> Iterator[T | None]:
+        """Run work and yield what it reports, until it is done or ``stop`` is called; None before it begins.
+
+        Raises what the work raises.
+        """
+        self.busy, self.stopped = True, False
+        try:
+            yield None
+            if self.stopped:
+                return
+            for value in Job[T]().run(work, beat=2 * TICK):
+                if self.stopped:
+                    return
+                if value is not None:
+                    yield value
+        finally:
+            self.busy = False
+
+    def stop(self) -> str:
+        """Let what runs end; gives a sentence where nothing does."""
+        if not self.busy:
+            return "Nothing is running."
+        self.stopped = True
+        return "Stopping …"

@@ -11,12 +11,13 @@ import gradio as gr
 
 from nest_runtime.demo import markup
 from nest_runtime.demo.backend import BASE, Choice
-from nest_runtime.demo.background import Job
+from nest_runtime.demo.background import Job, Running
 from nest_runtime.demo.examples import Wrapped
 from nest_runtime.demo.state import Desk
 from nest_runtime.demo.talk import Talk, ask, redo
-from nest_runtime.errors import NestError, UsageError
+from nest_runtime.errors import NestError
 
+BUSY = "An answer is being written; Stop ends it."
 GRID_TOKENS = 48  # an answer's first words tell a refusal
 AT_ONCE = 4  # visitors answered at the same time
 _Answers = dict[tuple[int, int], str]  # (side, wrapping) → answer
@@ -35,34 +36,41 @@ def build(desk: Desk) -> ChatParts:
     """Lay the tab out and connect it."""
     tab = Chat(desk)
     talk = gr.State(Talk())
+    there = desk.backend.preferred() is not None
     missing = gr.HTML(elem_id="no-patch", padding=False)
     with gr.Row(equal_height=True):
         picker = gr.Dropdown(
-            label="Patch on the right", interactive=True, filterable=False, elem_id="picker", scale=2, min_width=210
+            label="Patch", interactive=True, filterable=False, elem_id="picker", scale=2, min_width=210
         )
         toggle = gr.Checkbox(
-            True, label="Patch on", info="Takes effect on the next message.", elem_id="toggle", min_width=120
+            there,
+            label="Patch on",
+            info="Takes effect on the next message." if there else "There is no patch yet.",
+            interactive=there,
+            elem_id="toggle",
+            min_width=120,
         )
     shown = gr.HTML(markup.conversation(Talk()), elem_id="conversation", padding=False)
     prompt = gr.Textbox(desk.offer.prompt, label="Prompt", lines=1, max_lines=8, elem_id="prompt")
-    with gr.Row():
+    with gr.Row(elem_classes="nr-buttons"):
         send = gr.Button("Send", variant="primary", elem_id="send", size="md", min_width=90)
-        again = gr.Button("Regenerate right", elem_id="again", size="md", min_width=90)
+        again = gr.Button("Ask the patch again", elem_id="again", size="md", min_width=90)
         stop = gr.Button("Stop", elem_id="stop", size="md", min_width=90)
         clear = gr.Button("New conversation", elem_id="clear", size="md", min_width=90)
+    why = gr.HTML(elem_id="why", padding=False)
     _examples(tab, prompt, shown, talk)
     _grid(tab, picker, toggle)
     gr.on(
         [send.click, prompt.submit],
         tab.ask,
         [prompt, picker, toggle, talk],
-        [shown, prompt],
+        [shown, prompt, why],
         show_progress="hidden",
         concurrency_limit=AT_ONCE,
     )
-    again.click(tab.again, [picker, toggle, talk], shown, show_progress="hidden", concurrency_limit=AT_ONCE)
-    stop.click(tab.stop, talk, None, show_progress="hidden", concurrency_limit=None)
-    clear.click(tab.clear, talk, shown, show_progress="hidden", concurrency_limit=None)
+    again.click(tab.again, [picker, toggle, talk], [shown, why], show_progress="hidden", concurrency_limit=AT_ONCE)
+    stop.click(tab.stop, talk, why, show_progress="hidden", concurrency_limit=None)
+    clear.click(tab.clear, talk, [shown, why], show_progress="hidden", concurrency_limit=None)
     return ChatParts(picker, talk, missing)
 
 
@@ -70,17 +78,23 @@ def missing_html(desk: Desk) -> str:
     """How to get a patch, where the model has none yet; else nothing."""
     if desk.backend.preferred() is not None or not desk.model_ref:
         return ""
-    flag = f" --model {shlex.quote(desk.model_ref)}"
+    return markup.wrap(first_patch(desk))
+
+
+def first_patch(desk: Desk) -> str:
+    """The way to a model's first patch."""
+    flag = f" --model {shlex.quote(desk.model_ref or 'MODEL')}"
     commands = [
-        f"nest-runtime train{flag} --harmful bad.jsonl --benign good.jsonl --out v1.safetensors",
+        f"nest-runtime train{flag} --harmful harmful.csv --benign everyday --out v1.safetensors",
         "nest-runtime add v1.safetensors",
-        "nest-runtime pull ORG/REPO",
     ]
-    words = (
-        f"There is no patch for {desk.backend.name} on this machine yet, so the bare model answers on both sides. "
-        "Train one and add it, or fetch one that somebody published for this very model; then reload the page."
+    message = (
+        f"There is no patch for {desk.backend.name} on this machine yet, so the base model answers alone. "
+        "Train one and add it, then reload the page. You bring `harmful.csv`, a few hundred requests to refuse, "
+        "one a line; `everyday` comes with the package."
     )
-    return markup.wrap(markup.offer(words, commands))
+    fetch = "Or fetch one that somebody published for this very model: `nest-runtime pull ORG/REPO`."
+    return markup.offer(message, commands, fetch)
 
 
 def _examples(tab: Chat, prompt: gr.Textbox, shown: gr.HTML, talk: gr.State) -> None:
@@ -124,9 +138,12 @@ def _grid(tab: Chat, picker: gr.Dropdown, toggle: gr.Checkbox) -> None:
                 min_width=120,
             )
             halt = gr.Button("Stop", elem_id="try-stop", elem_classes="nr-go", size="md", min_width=80)
+        why = gr.HTML(elem_id="grid-why", padding=False)
         grid = gr.HTML(elem_id="grid", padding=False)
-    running = run.click(tab.grid, [act, picker, toggle], grid, show_progress="hidden", concurrency_limit=2)
-    halt.click(None, cancels=[running])
+    running = gr.State(Running())
+    asked = [act, picker, toggle, running]
+    run.click(tab.grid, asked, [grid, why], show_progress="hidden", concurrency_limit=AT_ONCE)
+    halt.click(lambda work: markup.said(work.stop()), running, why, show_progress="hidden", concurrency_limit=None)
 
 
 class Chat:
@@ -135,16 +152,20 @@ class Chat:
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
 
-    def ask(self, prompt: str, label: str | None, on: bool, talk: Talk) -> Iterator[tuple[str, Any]]:
+    def ask(self, prompt: str, label: str | None, on: bool, talk: Talk) -> Iterator[tuple[Any, Any, str]]:
         """Ask both sides; the box is emptied once the question stands in the conversation."""
         if talk.busy or not prompt.strip():
-            yield gr.skip(), gr.skip()
+            yield (
+                gr.skip(),
+                gr.skip(),
+                markup.said(BUSY if talk.busy else "Write a prompt first, or choose an example."),
+            )
             return
         desk = self.desk
         try:
             sides = desk.sides(label, on)
         except NestError as error:
-            yield markup.conversation(talk) + markup.wrap(markup.alert(error)), gr.skip()
+            yield gr.skip(), gr.skip(), markup.wrap(markup.alert(error))
             return
         first = True
         steps = ask(
@@ -157,35 +178,39 @@ class Chat:
             is_known=desk.is_known,
         )
         for _ in steps:
-            yield markup.conversation(talk), "" if first else gr.skip()
+            yield markup.conversation(talk), "" if first else gr.skip(), ""
             first = False
-        yield markup.conversation(talk), gr.skip()
+        yield markup.conversation(talk), gr.skip(), ""
 
-    def again(self, label: str | None, on: bool, talk: Talk) -> Iterator[str]:
-        """Answer the last question again on the right, with what is chosen now."""
-        if talk.busy or talk.asked is None:
-            yield gr.skip()
+    def again(self, label: str | None, on: bool, talk: Talk) -> Iterator[tuple[Any, str]]:
+        """Answer the last question again on the patch's side, with what is chosen now."""
+        if talk.busy or not talk.turns or talk.turns[-1].scripted:
+            yield gr.skip(), markup.said(BUSY if talk.busy else "Nothing has been asked yet: press Send first.")
             return
         desk = self.desk
         try:
             choice = desk.sides(label, on)[1]
         except NestError as error:
-            yield markup.conversation(talk) + markup.wrap(markup.alert(error))
+            yield gr.skip(), markup.wrap(markup.alert(error))
             return
         steps = redo(talk, choice, desk.backend, desk.is_refusal, max_tokens=desk.max_tokens, is_known=desk.is_known)
         for _ in steps:
-            yield markup.conversation(talk)
-        yield markup.conversation(talk)
+            yield markup.conversation(talk), ""
+        yield markup.conversation(talk), ""
 
-    def stop(self, talk: Talk) -> None:
+    def stop(self, talk: Talk) -> str:
         """End the answers that are being written; what there is of them stays."""
+        if not talk.busy:
+            return markup.said("Nothing is being answered.")
         talk.stopping = True
+        return ""
 
-    def clear(self, talk: Talk) -> str:
+    def clear(self, talk: Talk) -> tuple[str, str]:
         """Begin anew."""
+        said = "" if talk.turns else markup.said("This is a new conversation already.")
         talk.stopping = True
         talk.turns = []
-        return markup.conversation(talk)
+        return markup.conversation(talk), said
 
     def kind(self, kind: str, talk: Talk) -> tuple[Any, str, Any]:
         """Offer the examples of another kind, the first one chosen."""
@@ -202,19 +227,22 @@ class Chat:
         talk.script(found.messages[:-1])
         return found.prompt, markup.conversation(talk)
 
-    def grid(self, act: str, label: str | None, on: bool) -> Iterator[str]:
+    def grid(self, act: str, label: str | None, on: bool, running: Running) -> Iterator[tuple[Any, str]]:
         """An act in all wrappings, asked of both sides; the grid fills as answers come."""
+        if running.busy or not act.strip():
+            first = f"Write what to wrap first, for example: {self.desk.offer.act}"
+            yield gr.skip(), markup.said("It is running already; Stop ends it." if running.busy else first)
+            return
         try:
-            if not act.strip():
-                raise UsageError("there is nothing to wrap", f"write it, e.g. {self.desk.offer.act}")
             sides, talks = self.desk.sides(label, on), self.desk.offer.wrap(act.strip())
-            yield grid_html(talks, sides, {}, self.desk)
-            job: Job[_Answers] = Job()
-            for answers in job.run(lambda job: self._fill(job, talks, sides)):
-                if answers is not None:
-                    yield grid_html(talks, sides, answers, self.desk)
+            last: _Answers = {}
+            for answers in running.watch(lambda job: self._fill(job, talks, sides)):
+                last = answers or last
+                yield grid_html(talks, sides, last, self.desk), ""
+            if running.stopped:
+                yield grid_html(talks, sides, last, self.desk, stopped=True), markup.said("Stopped.")
         except NestError as error:
-            yield markup.wrap(markup.alert(error))
+            yield gr.skip(), markup.wrap(markup.alert(error))
 
     def _fill(self, job: Job[_Answers], talks: list[Wrapped], sides: tuple[Choice, Choice]) -> None:
         answers: _Answers = {}
@@ -231,7 +259,9 @@ class Chat:
             job.report({(side, place): answer for (_, place), answer in answers.items() for side in (0, 1)})
 
 
-def grid_html(talks: list[Wrapped], sides: tuple[Choice, Choice], answers: _Answers, desk: Desk) -> str:
+def grid_html(
+    talks: list[Wrapped], sides: tuple[Choice, Choice], answers: _Answers, desk: Desk, *, stopped: bool = False
+) -> str:
     """The grid: a row for each family, and in each cell what both sides made of one wrapping."""
     names = ["base" if side.label == BASE else side.label for side in sides]
     families = list(dict.fromkeys(talk.family for talk in talks))
@@ -253,7 +283,7 @@ def grid_html(talks: list[Wrapped], sides: tuple[Choice, Choice], answers: _Answ
         css="nr-grid",
     )
     bar = markup.progress("answers", sum(done), 2 * len(talks))
-    return markup.wrap(bar if sum(done) < 2 * len(talks) else "", table)
+    return markup.wrap("" if stopped or sum(done) == 2 * len(talks) else bar, table)
 
 
 def _cell(

@@ -1,86 +1,80 @@
-"""The demo's drawings: neurons and activations as SVG with words on every mark, statistics by matplotlib.
+"""The demo's drawings of a patch: its neurons, their activations and statistics, with words on every mark.
 
-Marks differ by shape as well as by color; activations go from blue through white to orange.
+Marks differ by shape as well as by color; activations go from blue through the page's ground to orange.
 """
 
 from __future__ import annotations
 
-import base64
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nest_runtime.demo.markup import text
+from nest_runtime.demo import charts
+from nest_runtime.demo.glossary import term
+from nest_runtime.demo.markup import scroll, text
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from nest_runtime.demo.probe import Activations
     from nest_runtime.plots.view import SiteView, View
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#808080")  # Okabe and Ito's
 MAX_MARKS = 6000  # beyond these the page gets slow: those with the largest updates are drawn
-WIDTH, LEFT, ROW = 520.0, 34.0, 34.0
-CELL, LABELS = 16.0, 122.0
-_BLUE, _WHITE, _ORANGE = (0, 114, 178), (247, 247, 247), (213, 94, 0)
+ROW = 34.0  # height of a layer's lane, pixels
+CELL = 18.0
+BINS = 36
 
 
 def neuron_maps(view: View) -> str:
     """Where a patch acts: a drawing for each kind of projection, layers down, neurons across."""
     norms = np.concatenate([np.zeros(1), *(site.norms for site in view.sites if site.norms is not None)])
-    floor = float(np.sort(norms)[-MAX_MARKS]) if len(norms) > MAX_MARKS else -1.0
+    least = float(np.sort(norms)[-MAX_MARKS]) if len(norms) > MAX_MARKS else -1.0
     largest = max(float(norms.max()), 1e-12)
-    figures = "".join(_map(view, kind, floor, largest) for kind in view.kinds)
-    clusters = min(max((site.n_clusters for site in view.sites), default=0), len(COLORS))
-    keys = "".join(
-        f'<span><svg width="14" height="14" aria-hidden="true">{_mark(number, 7, 7, 5)}</svg> cluster {number}</span>'
-        for number in range(clusters)
-    )
-    return f'<div class="nr-maps">{figures}</div><div class="nr-key">{keys}</div>'
+    figures = "".join(_map(view, kind, least, largest) for kind in view.kinds)
+    clusters = max((site.n_clusters for site in view.sites), default=0)
+    keys = charts.key([f"cluster {number}" for number in range(min(clusters, charts.SERIES))])
+    return f'<div class="nr-told"><div class="nr-maps">{figures}</div>{keys}{charts.TELL}</div>'
 
 
-def _map(view: View, kind: str, floor: float, largest: float) -> str:
+def _map(view: View, kind: str, least: float, largest: float) -> str:
     sites = view.of(kind)
-    height = ROW * len(sites) + 26
-    marks, total = [], sum(len(site.neurons) for site in sites)
-    for row, site in enumerate(sites):
-        top = row * ROW
-        marks.append(
-            f'<rect class="nr-site" x="{LEFT}" y="{top + 3}" width="{WIDTH - LEFT}" height="{ROW - 6}" rx="3"/>'
-            f'<text x="{LEFT - 6}" y="{top + ROW / 2 + 4}" text-anchor="end" font-size="12">{site.layer}</text>'
-        )
-        marks += _site_marks(site, top, floor, largest)
-    widths = max(site.d_out for site in sites)
-    axis = (
-        f'<text x="{LEFT}" y="{height - 6}" font-size="12">neuron 0</text>'
-        f'<text x="{WIDTH}" y="{height - 6}" font-size="12" text-anchor="end">{widths - 1:,}</text>'
-    )
+    total = sum(len(site.neurons) for site in sites)
     there = [site.layer for site in sites if len(site.neurons)]
     span = f" in layers {min(there)} to {max(there)}" if there else ""
-    words = f"{kind}_proj: {total:,} patched neurons{span}"
+    about = f": {total:,} patched neurons{span}"
+    widest = max(site.d_out for site in sites)
+    lanes = "".join(_lane(site, least, largest) for site in sites if _near(site.layer, there))
+    ends = f'<div class="nr-ends"><span>neuron 0</span><span>{widest - 1:,}</span></div>'
+    lines = f'<div class="nr-lane"><span>layer</span></div>{lanes}<div class="nr-lane"><span></span>{ends}</div>'
     return (
-        f"<figure><figcaption>{text(words)}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH + 4:.0f} {height:.0f}" width="100%" role="img" aria-label="{text(words)}">'
-        f"{''.join(marks)}{axis}</svg></figure>"
+        f"<figure><figcaption>{term(f'{kind}_proj')}{text(about)}</figcaption>"
+        f'<div role="img" aria-label="{text(kind + "_proj" + about)}">{lines}</div></figure>'
     )
 
 
-def _site_marks(site: SiteView, top: float, floor: float, largest: float) -> list[str]:
-    lanes = np.linspace(9, ROW - 9, site.n_clusters) if site.n_clusters > 1 else [ROW / 2]
-    span = WIDTH - LEFT - 8
-    found = []
+def _near(layer: int, there: list[int]) -> bool:
+    """Whether a layer is drawn: those with patched neurons, and two on either side; all where there is none."""
+    return not there or min(there) - 2 <= layer <= max(there) + 2
+
+
+def _lane(site: SiteView, least: float, largest: float) -> str:
+    rows = np.linspace(9, ROW - 9, site.n_clusters) if site.n_clusters > 1 else [ROW / 2]
+    marks = []
     for index, neuron in enumerate(site.neurons):
         norm = None if site.norms is None else float(site.norms[index])
-        if norm is not None and norm < floor:
+        if norm is not None and norm < least:
             continue
         cluster = int(site.clusters[index])
-        x = LEFT + 4 + span * float(neuron) / max(site.d_out - 1, 1)
+        place = 1 + 98 * float(neuron) / max(site.d_out - 1, 1)
         size = 2.2 + 2.4 * ((norm or 0.0) / largest) ** 0.5
-        found.append(_mark(cluster, x, top + float(lanes[cluster]), size, describe(site, index)))
-    return found
+        said = f"<title>{text(describe(site, index))}</title>"
+        marks.append(
+            f'<svg x="{place:.2f}%" y="{float(rows[cluster]):.1f}" overflow="visible" data-neuron="" data-says="">'
+            f"{said}{charts.mark(cluster, size)}</svg>"
+        )
+    return (
+        f'<div class="nr-lane"><span>{site.layer}</span><svg width="100%" height="{ROW:.0f}">'
+        f'<rect class="nr-site" y="3" width="100%" height="{ROW - 6:.0f}" rx="3"/>{"".join(marks)}</svg></div>'
+    )
 
 
 def describe(site: SiteView, index: int) -> str:
@@ -93,99 +87,127 @@ def describe(site: SiteView, index: int) -> str:
     return "\n".join(parts)
 
 
-def _mark(cluster: int, x: float, y: float, size: float, words: str = "") -> str:
-    """A neuron: a shape and a color for its cluster."""
-    color = COLORS[cluster % len(COLORS)]
-    inner = f"<title>{text(words)}</title>" if words else ""
-    look = f'fill="{color}" fill-opacity="0.85"' + (' data-neuron=""' if words else "")
-    shape = cluster % 4
-    if shape == 0:
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}" {look}>{inner}</circle>'
-    if shape == 1:
-        edge = 1.8 * size
-        place = f'x="{x - edge / 2:.1f}" y="{y - edge / 2:.1f}" width="{edge:.1f}" height="{edge:.1f}"'
-        return f"<rect {place} {look}>{inner}</rect>"
-    points = [(0, -1.2), (1.1, 0.9), (-1.1, 0.9)] if shape == 2 else [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)]
-    path = " ".join(f"{x + size * dx:.1f},{y + size * dy:.1f}" for dx, dy in points)
-    return f'<polygon points="{path}" {look}>{inner}</polygon>'
-
-
 def activations(found: Activations) -> str:
     """Three heat maps over the tokens of a prompt: base, patched, and what the patch changed."""
     reach = float(max(np.abs(found.base).max(), np.abs(found.patched).max(), 1e-9))
     change = found.patched - found.base
     largest = float(max(np.abs(change).max(), 1e-9))
+    what = "output of the projection, before the activation function (a number without a unit)"
+    if found.mean:
+        what = f"mean over the cluster's neurons of the {what}"
     panels = [
         _heat("Base", found.base, reach, found),
         _heat(f"Patched with {found.label}", found.patched, reach, found),
         _heat("Change by the patch", change, largest, found),
     ]
-    scale = f"Blue is negative, orange positive; full color is ±{reach:.2f}, in the change ±{largest:.2f}."
-    return f'<p class="nr-note">{text(scale)}</p><div class="nr-heats">{"".join(panels)}</div>'
+    scales = scale(reach, what) + scale(largest, "of the change by the patch, likewise")
+    return f'{scales}<div class="nr-heats nr-told">{"".join(panels)}{charts.TELL}</div>'
+
+
+def scale(reach: float, what: str) -> str:
+    """A scale of colors from -reach to +reach, and what it measures."""
+    stops = ", ".join(_color(share / 5) for share in range(-5, 6))
+    return (
+        f'<div class="nr-scale"><span>{-reach:+.2f}</span><i style="background:linear-gradient(to right, {stops})"></i>'
+        f"<span>{reach:+.2f}</span><span>{text(what)}</span></div>"
+    )
 
 
 def _heat(heading: str, values: np.ndarray, reach: float, found: Activations) -> str:
-    """One map [rows, tokens], the tokens written below it; it scrolls by itself where the screen is narrow."""
+    """One map [rows, tokens], the tokens written below it; they scroll by themselves, beginning at the prompt's own."""
     rows, columns = values.shape
-    width, height = LABELS + CELL * columns + 48, CELL * rows + 78.0
+    width = CELL * columns
+    height = CELL * rows + 16.0 + 8.0 * max(map(len, found.tokens))
+    labels = 8.0 + 7.4 * max(map(len, found.rows))
+    names = "".join(
+        f'<text x="{labels - 6:.0f}" y="{(number + 1) * CELL - 5:.1f}" text-anchor="end">{text(name)}</text>'
+        for number, name in enumerate(found.rows)
+    )
     marks = [_heat_row(number, values[number], reach, found) for number in range(rows)]
-    for column in range(columns):
-        x, y = LABELS + column * CELL + CELL / 2, CELL * rows + 8
-        marks.append(
-            f'<text transform="translate({x:.0f},{y:.0f}) rotate(55)" font-size="11" dominant-baseline="middle">'
-            f"{text(found.tokens[column])}</text>"
-        )
+    for column, token in enumerate(found.tokens):
+        x, y = column * CELL + CELL / 2, CELL * rows + 8
+        own = "" if column >= found.first else ' class="nr-template"'
+        place = f'transform="translate({x:.0f},{y:.0f}) rotate(90)" dominant-baseline="middle"'
+        marks.append(f"<text {place}{own}>{text(token)}</text>")
+    cells = (
+        f'<svg width="{width:.0f}" height="{height:.0f}" role="img" '
+        f'aria-label="{text(heading)}: {rows} rows by {columns} tokens">{"".join(marks)}</svg>'
+    )
+    part = scroll(cells, text(heading), f' data-from="{found.first * CELL:.0f}"')
     return (
-        f'<div class="nr-scroll" tabindex="0" role="region" aria-label="{text(heading)}"><h3>{text(heading)}</h3>'
-        f'<svg width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
-        f'aria-label="{text(heading)}: {rows} rows by {columns} tokens">{"".join(marks)}</svg></div>'
+        f'<div class="nr-heat"><h3>{text(heading)}</h3><div class="nr-strip">'
+        f'<svg width="{labels:.0f}" height="{height:.0f}" aria-hidden="true">{names}</svg>{part}</div></div>'
     )
 
 
 def _heat_row(number: int, values: np.ndarray, reach: float, found: Activations) -> str:
     name, y, edge = found.rows[number], number * CELL, CELL - 1
-    marks = [f'<text x="{LABELS - 6}" y="{y + CELL - 4.5}" text-anchor="end" font-size="11">{text(name)}</text>']
+    marks = []
     for column, value in enumerate(values.tolist()):
-        words = f"{name}, token {column + 1} “{found.tokens[column]}”: {value:+.3f}"
-        place = f'x="{LABELS + column * CELL:.0f}" y="{y:.0f}" width="{edge:.0f}" height="{edge:.0f}"'
-        marks.append(f'<rect {place} fill="{_color(value / reach)}"><title>{text(words)}</title></rect>')
+        said = f"{name}, token {column + 1} “{found.tokens[column]}”: {value:+.3f}"
+        place = f'x="{column * CELL:.0f}" y="{y:.0f}" width="{edge:.0f}" height="{edge:.0f}"'
+        color = f'style="fill:{_color(value / reach)}"'
+        marks.append(f'<rect {place} {color} data-says=""><title>{text(said)}</title></rect>')
     return "".join(marks)
 
 
 def _color(share: float) -> str:
-    end, amount = (_ORANGE if share > 0 else _BLUE), min(abs(share), 1.0) ** 0.5
-    return "#" + "".join(f"{round(a + (b - a) * amount):02x}" for a, b in zip(_WHITE, end, strict=True))
+    """From the style sheet's color below zero over the middle one to that above; small values show by a square root."""
+    amount = 100 * min(abs(share), 1.0) ** 0.5
+    return f"color-mix(in srgb,var(--nr-{'above' if share > 0 else 'below'}) {amount:.0f}%,var(--nr-middle))"
 
 
 def statistics(view: View) -> str:
-    """Silhouettes and z-scores of a patch, by plots/; says so where matplotlib is not installed."""
-    from nest_runtime.errors import NestError
-    from nest_runtime.plots import neurons, style
-
-    made: list[tuple[str, Figure]] = []
-    try:
-        style.require_matplotlib()
-    except NestError as error:
-        return f'<p class="nr-note">{text(error.message)}: {text(error.hint)}</p>'
-    with style.styled():
-        if any(site.silhouette is not None for site in view.sites):
-            made.append(("Silhouette of the chosen clustering, by layer", neurons.silhouettes(view)))
-        if any(site.z is not None and len(site.z) for site in view.sites):
-            made.append(("Histogram of the z-scores of the patched neurons", neurons.z_histograms(view)))
-        images = "".join(f"<figure>{picture(_png(figure), words)}</figure>" for words, figure in made)
-    return f'<div class="nr-maps">{images}</div>'
+    """How well the clusters of each layer are set apart, and how far from the middle the neurons' z-scores lie."""
+    made = []
+    if any(site.silhouette is not None for site in view.sites):
+        made.append(_silhouettes(view))
+    if any(site.z is not None and len(site.z) for site in view.sites):
+        made.append(_z_scores(view))
+    if not made:
+        return '<p class="nr-note">The patch keeps no statistics of its training.</p>'
+    return f'{charts.key([f"{kind}_proj" for kind in view.kinds])}<div class="nr-maps">{"".join(made)}</div>'
 
 
-def picture(data: bytes, words: str) -> str:
-    """A PNG within the page."""
-    return f'<img alt="{text(words)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+def _silhouettes(view: View) -> str:
+    sites = [site for site in view.sites if site.silhouette is not None]
+    layers = sorted({site.layer for site in sites})
+    width = 0.8 / len(view.kinds)
+    bars = []
+    for site in sites:
+        value, number = float(site.silhouette or 0.0), view.kinds.index(site.kind)
+        left = site.layer - 0.4 + number * width
+        said = f"layer {site.layer}, {site.kind}_proj: silhouette {value:.3f}, {site.n_clusters} clusters"
+        bars.append([(left, left + width, max(value, 0.0), number, said)])
+    step = max(1, len(layers) // 8)
+    ticks = tuple((float(layer), str(layer)) for layer in layers[::step])
+    x = charts.Axis("layer", layers[0] - 0.6, layers[-1] + 0.6, ticks)
+    top = max(float(site.silhouette or 0.0) for site in sites)
+    y = charts.linear("silhouette (1 is far apart)", 0.0, max(top, 0.01))
+    return charts.columns("How well the clusters are set apart", bars, x, y)
 
 
-def _png(figure: Figure) -> bytes:
-    from nest_runtime.plots import style
-
-    with tempfile.TemporaryDirectory() as folder:
-        return style.save(figure, Path(folder) / "figure.png").read_bytes()
+def _z_scores(view: View) -> str:
+    kept = {kind: [site.z for site in view.of(kind) if site.z is not None] for kind in view.kinds}
+    values = {kind: np.concatenate(parts) for kind, parts in kept.items() if parts}
+    least = min(float(z.min()) for z in values.values() if len(z))
+    most = max(float(z.max()) for z in values.values() if len(z))
+    edges = np.linspace(min(least, 0.0), max(most, 0.0), BINS + 1)
+    counts = {kind: np.histogram(z, bins=edges)[0] for kind, z in values.items()}
+    bars = []
+    for number in range(BINS):
+        left, right = float(edges[number]), float(edges[number + 1])
+        said = f"z-score from {left:+.2f} to {right:+.2f}"
+        bars.append(
+            [
+                (left, right, float(found[number]), view.kinds.index(kind), f"{said}: {found[number]} of {kind}_proj")
+                for kind, found in counts.items()
+                if found[number]
+            ]
+        )
+    top = max(sum(int(found[number]) for found in counts.values()) for number in range(BINS))
+    x = charts.linear("z-score of the probe's weight (standard deviations)", min(least, 0.0), max(most, 0.0))
+    return charts.columns("The patched neurons' z-scores", bars, x, charts.linear("neurons", 0, top))
 
 
 def neuron_tables(view: View, per_site: int = 40) -> str:

@@ -150,14 +150,18 @@ class LocalBackend:
 
         patch = self.store.get(entry.digest)
         done = activate(self.store, patch, self._guard, Asked(why=WHY), model_hash=self.model_hash).entry
-        return f"active: {done.key} ({done.digest[:19]})"
+        return self._active(done)
 
     def rollback(self) -> str:
         """Go back in the store, after the trust policy's checks; a lower serial is what is asked for."""
         from nest_runtime.trust.activate import Asked, roll_back
 
         done = roll_back(self.store, self._guard, Asked(why=WHY), model_hash=self.model_hash).entry
-        return f"active: {done.key} ({done.digest[:19]})"
+        return self._active(done)
+
+    def _active(self, entry: Entry) -> str:
+        label = next((choice.label for choice in self.choices() if choice.digest == entry.digest), entry.key)
+        return f"active: {label} ({entry.digest[:19]})"
 
     @contextmanager
     def using(self, digest: str | None) -> Iterator[None]:

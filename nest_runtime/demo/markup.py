@@ -5,11 +5,13 @@ Meaning never hangs on color alone: badges have words, bars have figures, tables
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.demo.backend import BASE
+from nest_runtime.demo.glossary import TERMS, popovers, term, titled
 from nest_runtime.escape import clean
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from nest_runtime.evaluate.stats import Rate
 
 SHORT = 19  # characters of a digest: commands accept as many
+_QUOTED = re.compile("`([^`\n]+)`")
 
 
 def text(value: object) -> str:
@@ -25,28 +28,37 @@ def text(value: object) -> str:
     return escape(clean(str(value))).replace("$", "&#36;").replace("{", "&#123;").replace("}", "&#125;")
 
 
+def words(message: object) -> str:
+    """Our own sentences as HTML: what stands in backticks is code."""
+    return _QUOTED.sub(r"<code>\1</code>", text(message))
+
+
 def wrap(*parts: str) -> str:
     """Parts within the element that the style sheet's rules begin with."""
     return f'<div class="nr">{"".join(parts)}</div>'
 
 
-def note(words: str) -> str:
+def note(message: str) -> str:
     """A remark."""
-    return f'<p class="nr-note">{text(words)}</p>'
+    return f'<p class="nr-note">{words(message)}</p>'
+
+
+def said(message: str) -> str:
+    """What came of a click that changes nothing: why, in a line beside the button."""
+    return wrap(f'<p class="nr-note" role="status">{words(message)}</p>') if message else ""
 
 
 def alert(error: NestError | Exception) -> str:
     """An error, in the words of the command line."""
     message = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
     hint = getattr(error, "hint", "") or "look at the terminal that the demo runs in"
-    return (
-        f'<div class="nr-alert" role="alert"><p><b>error:</b> {text(message)}</p><p><b>hint:</b> {text(hint)}</p></div>'
-    )
+    lines = f"<p><b>error:</b> {words(message)}</p><p><b>hint:</b> {words(hint)}</p>"
+    return f'<div class="nr-alert" role="alert">{lines}</div>'
 
 
-def good(words: str) -> str:
+def good(message: str) -> str:
     """Something that was done."""
-    return f'<div class="nr-good" role="status">{text(words)}</div>'
+    return f'<div class="nr-good" role="status">{words(message)}</div>'
 
 
 def code(digest: str | None, length: int = SHORT) -> str:
@@ -68,25 +80,45 @@ def badge(refused: bool | None, understood: bool | None = None) -> str:
     )
 
 
-def title(model: str, place: str, about: str = "") -> str:
-    """The head of the page, and under it what the model is."""
+def title(model: str, place: str, about: str = "", *, patched: bool = True) -> str:
+    """The head of the page: what is shown, what to look for, and what the model is.
+
+    Args:
+        model, place, about: the model's name, where it runs, and what it is.
+        patched: it has a patch to show.
+    """
+    patch, base = term("safety patch"), term("base")
+    look = (
+        f"One prompt, two answers: by the {base} model, and under a {patch}, which changes a few of its neurons. "
+        "Look for harmful requests that the base answers and the patch refuses, and for harmless ones that it still "
+        "answers."
+        if patched
+        else f"This model has no {patch} yet, so one answer stands for both: by the {base} model. Look for harmful "
+        "requests that it answers; a patch is to refuse those, and go on answering the harmless ones."
+    )
+    what = f"{text(model)}: {text(about)}; {text(place)}." if about else f"{text(model)}, {text(place)}."
     return wrap(
-        f'<div class="nr-title"><h1>nest-runtime</h1><span>what a safety patch does to <b>{text(model)}</b>, '
-        f"{text(place)}</span></div>",
-        f'<p class="nr-note" id="about-model">{text(model)}: {text(about)}</p>' if about else "",
+        f'<div class="nr-title"><h1>nest-runtime</h1><p id="look-for">{look}</p></div>',
+        f'<p class="nr-note" id="about-model">{what}</p>',
     )
 
 
-def offer(words: str, commands: Sequence[str]) -> str:
+def glossary() -> str:
+    """The explanations of all terms, unseen until one is asked for."""
+    return f'<div class="nr">{popovers()}</div>'
+
+
+def offer(message: str, commands: Sequence[str], after: str = "") -> str:
     """Something that is missing, and the commands that bring it."""
     lines = "".join(f"<code>{text(command)}</code>" for command in commands)
-    return f'<div class="nr-offer" role="note"><p>{text(words)}</p>{lines}</div>'
+    more = f"<p>{words(after)}</p>" if after else ""
+    return f'<div class="nr-offer" role="note"><p>{words(message)}</p>{lines}{more}</div>'
 
 
 def conversation(talk: Talk) -> str:
     """A conversation with both sides."""
     turns = "".join(_turn(turn) for turn in talk.turns)
-    empty = note("No messages yet. Send a prompt: the bare model answers on the left, the patched one on the right.")
+    empty = note("No messages yet. Press Send: the base model and the patched one answer side by side.")
     busy = "true" if talk.busy else "false"
     return wrap(
         f'<div role="log" aria-label="Conversation" aria-live="polite" aria-busy="{busy}">{turns or empty}</div>'
@@ -97,8 +129,8 @@ def _turn(turn: Turn) -> str:
     prompt = f'<div class="nr-prompt">{text(turn.prompt)}</div>'
     if turn.scripted:
         head = '<header>Written before <span class="nr-badge nr-plain">part of the example</span></header>'
-        said = f'<div class="nr-text">{text(turn.replies[0].text)}</div>'
-        return f'<div class="nr-turn">{prompt}<article class="nr-reply">{head}{said}</article></div>'
+        before = f'<div class="nr-text">{text(turn.replies[0].text)}</div>'
+        return f'<div class="nr-turn">{prompt}<article class="nr-reply">{head}{before}</article></div>'
     sides = "".join(_reply(reply) for reply in turn.replies)
     return f'<div class="nr-turn">{prompt}<div class="nr-sides">{sides}</div></div>'
 
@@ -108,14 +140,14 @@ def _reply(reply: Reply) -> str:
     name = "Base, no patch" if bare else f"Patch {reply.label}"
     body = alert_of(reply) if reply.state == "failed" else ""
     cursor = " nr-cursor" if reply.state == "running" else ""
-    words = (
+    answer = (
         ""
         if reply.state == "failed" and not reply.text
         else f'<div class="nr-text{cursor}">{text(reply.text.strip())}</div>'
     )
     facts = []
     if reply.digest:
-        facts.append(f"<span>patch digest {code(reply.digest)}</span>")
+        facts.append(f"<span>{term('digest')} {code(reply.digest)}</span>")
     if reply.state == "done":
         facts.append(f"<span>{reply.tokens} tokens</span>")
     if reply.cut:
@@ -128,7 +160,7 @@ def _reply(reply: Reply) -> str:
     return (
         f'<article class="nr-reply{kind}" data-label="{text(reply.label)}" data-state="{reply.state}" '
         f'aria-label="Answer of {text(name)}">'
-        f"<header>{text(name)} {badge(reply.refused, reply.understood)}</header>{words}{body}"
+        f"<header>{text(name)} {badge(reply.refused, reply.understood)}</header>{answer}{body}"
         f"<footer>{''.join(facts)}</footer></article>"
     )
 
@@ -152,7 +184,7 @@ def table(
     """A table that scrolls by itself where the screen is narrow.
 
     Args:
-        columns: titles, plain text.
+        columns: titles, plain text; terms explain themselves.
         rows: cells, which are HTML already; the first of a row is its header.
         caption: plain text.
         numbers: titles of columns that align right.
@@ -160,19 +192,29 @@ def table(
         css: a class of the table.
     """
     kinds = [' class="nr-n"' if name in numbers else "" for name in columns]
-    head = "".join(f'<th scope="col"{kind}>{text(name)}</th>' for name, kind in zip(columns, kinds, strict=True))
+    head = "".join(f'<th scope="col"{kind}>{titled(name)}</th>' for name, kind in zip(columns, kinds, strict=True))
     lines = []
     for number, row in enumerate(rows):
         cells = [f'<th scope="row"{kinds[0]}>{row[0]}</th>']
         cells += [f"<td{kind}>{cell}</td>" for cell, kind in zip(row[1:], kinds[1:], strict=True)]
-        lines.append(
-            f"<tr{' class=' + chr(34) + 'nr-mark' + chr(34) if number in marked else ''}>{''.join(cells)}</tr>"
-        )
-    about = f"<caption>{text(caption)}</caption>" if caption else ""
-    return (
-        f'<div class="nr-scroll" tabindex="0" role="region" aria-label="{text(caption or columns[0])}">'
-        f'<table class="{css}">{about}<thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-    )
+        mark = ' class="nr-mark"' if number in marked else ""
+        lines.append(f"<tr{mark}>{''.join(cells)}</tr>")
+    about = f'<p class="nr-caption">{words(caption)}</p>' if caption else ""
+    name = text(caption or columns[0])
+    parts = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return about + scroll(f'<table class="{css}" aria-label="{name}">{parts}</table>', name)
+
+
+def scroll(inner: str, name: str, more: str = "") -> str:
+    """A part that scrolls sideways by itself, with a cue where there is more to see (page.js).
+
+    Args:
+        inner: HTML.
+        name: for screen readers, HTML already.
+        more: attributes of the part.
+    """
+    part = f'<div class="nr-scroll" tabindex="0" role="region" aria-label="{name}"{more}>{inner}</div>'
+    return f'<div class="nr-wide">{part}<p class="nr-cue" aria-hidden="true">more to the right →</p></div>'
 
 
 def progress(label: str, done: int, total: int) -> str:
@@ -193,7 +235,9 @@ def bars(groups: Sequence[tuple[str, Sequence[tuple[str, Rate]]]]) -> str:
     """
     parts = []
     for heading, rows in groups:
-        parts.append(f"<h3>{text(heading)}</h3>")
+        name, _, rest = heading.partition(":")
+        known = name.lower() in TERMS
+        parts.append(f"<h3>{term(name.lower(), name) + text(':' + rest) if known else text(heading)}</h3>")
         parts += [_bar(label, rate) for label, rate in rows]
     return f'<div class="nr-bars">{"".join(parts)}</div>'
 

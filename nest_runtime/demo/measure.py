@@ -72,12 +72,12 @@ def judge_for(backend: Backend) -> Judge:
     return make_judge("reference" if is_reference(backend) else "phrases")
 
 
-def measure(job: Job[Standing], backend: Backend, sides: tuple[Choice, Choice], cases: Sequence[Case]) -> None:
-    """Answer and judge the cases on both sides, a piece of each in turn; reports after every batch."""
-    judge, standing = judge_for(backend), Standing(2 * len(cases))
+def measure(job: Job[Standing], backend: Backend, sides: Sequence[Choice], cases: Sequence[Case]) -> None:
+    """Answer and judge the cases on one or both sides, a piece of each in turn; reports after every batch."""
+    judge, standing = judge_for(backend), Standing(len(sides) * len(cases))
     for start in range(0, len(cases), CHUNK):
         piece = cases[start : start + CHUNK]
-        for side in (0, 1):
+        for side in range(len(sides)):
             _piece(job, backend, sides[side], piece, judge, standing, side)
 
 

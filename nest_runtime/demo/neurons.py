@@ -8,11 +8,13 @@ import gradio as gr
 
 from nest_runtime.demo import figures, markup
 from nest_runtime.demo.backend import Message
+from nest_runtime.demo.chat import first_patch
 from nest_runtime.demo.state import Desk
 from nest_runtime.demo.talk import Talk
-from nest_runtime.errors import NestError, UsageError
+from nest_runtime.errors import NestError
 
 ALL = "all, by cluster"
+NONE = "Neurons are a patch's, and this model has no patch yet."
 
 
 def build(desk: Desk, talk: gr.State) -> tuple[gr.Dropdown, gr.HTML]:
@@ -25,8 +27,10 @@ def build(desk: Desk, talk: gr.State) -> tuple[gr.Dropdown, gr.HTML]:
     which = gr.Dropdown(label="Patch", interactive=True, filterable=False, elem_id="neurons-patch")
     shown = gr.HTML(elem_id="neuron-map", padding=False)
     gr.HTML(markup.wrap("<h2>Activation on the last prompt, token by token</h2>"), padding=False)
-    if desk.local is None:
-        words = "Activations need the model in this process: start the demo without --url to see them."
+    if desk.backend.preferred() is None:
+        gr.HTML(markup.wrap(markup.note(NONE)), padding=False)
+    elif desk.local is None:
+        words = "Activations need the model in this process: start the demo without `--url` to see them."
         gr.HTML(markup.wrap(markup.note(words)), padding=False)
     else:
         with gr.Row(equal_height=True):
@@ -46,6 +50,8 @@ def build(desk: Desk, talk: gr.State) -> tuple[gr.Dropdown, gr.HTML]:
         which.change(tab.sites, which, site, show_progress="hidden")
     gr.HTML(markup.wrap("<h2>Statistics</h2>"), padding=False)
     statistics = gr.HTML(elem_id="statistics", padding=False)
+    if desk.backend.preferred() is None:
+        shown.value = map_html(desk, None)
     which.change(lambda digest: map_html(desk, digest), which, shown, show_progress="hidden")
     which.change(lambda digest: statistics_html(desk, digest), which, statistics, show_progress="hidden")
     return which, shown
@@ -71,24 +77,24 @@ class Neurons:
         """The heat maps of a prompt: the one written, else the chat's last, with what was said before it."""
         from nest_runtime.demo.probe import activations
 
+        if not own.strip() and talk.asked is None:
+            return markup.said("Nothing has been asked in the chat yet: send a prompt there, or write one here.")
         try:
             entry = self.desk.entry(digest)
             messages = _messages(own, talk)
             place = None if site in (None, ALL) else site
             backend = self.desk.local
             assert backend is not None  # the button exists only where it is not
-            found = activations(backend, entry.digest, entry.version, messages, place)
+            found = activations(backend, entry.digest, self.desk.called(entry.digest), messages, place)
         except NestError as error:
             return markup.wrap(markup.alert(error))
-        prompt = markup.note(f"Prompt: {messages[-1]['content']}")
+        prompt = f'<p class="nr-note">Prompt: {markup.text(messages[-1]["content"])}</p>'
         return markup.wrap(prompt, figures.activations(found))
 
 
 def _messages(own: str, talk: Talk) -> list[Message]:
     if own.strip():
         return [{"role": "user", "content": own.strip()}]
-    if talk.asked is None:
-        raise UsageError("nothing has been asked in the chat yet", "send a prompt there, or write one here")
     before = talk.messages(1, len(talk.turns) - 1)
     return [*before, {"role": "user", "content": talk.turns[-1].prompt}]
 
@@ -97,24 +103,31 @@ def map_html(desk: Desk, digest: str | None) -> str:
     """The map of a patch's neurons, and the same as tables."""
     from nest_runtime.plots.view import view_of_patch
 
+    if digest is None and desk.backend.preferred() is None:
+        return markup.wrap(first_patch(desk))
     try:
         patch = desk.patch(desk.entry(digest).digest)
     except NestError as error:
         return markup.wrap(markup.alert(error))
     view = view_of_patch(patch)
+    neurons, clusters = markup.term("neuron", "neurons"), markup.term("cluster", "clusters")
+    facts = f"{markup.term('z-score')}, cluster, {markup.term('loading')} and row-update norm"
+    name = markup.text(desk.called(patch.digest))
     words = (
-        f"{patch.name}@{patch.version} changes {patch.neurons:,} neurons in {patch.clusters} clusters with "
-        f"{patch.parameters:,} trained numbers. Hover a mark for its z-score, cluster, loading and row-update norm; "
-        "layers go down, neurons across, and larger marks have larger updates. The tables below say the same."
+        f"{name} changes {patch.neurons:,} {neurons} in {patch.clusters} {clusters} with {patch.parameters:,} "
+        f"{markup.term('trained numbers')}. Hover or tap a mark for its {facts}; layers go down, "
+        "neurons across, and larger marks have larger updates. The tables below say the same."
     )
     tables = f"<details><summary>The neurons as tables</summary>{figures.neuron_tables(view)}</details>"
-    return markup.wrap(markup.note(words), figures.neuron_maps(view), tables)
+    return markup.wrap(f'<p class="nr-note">{words}</p>', figures.neuron_maps(view), tables)
 
 
 def statistics_html(desk: Desk, digest: str | None) -> str:
     """Silhouettes and z-scores of a patch."""
     from nest_runtime.plots.view import view_of_patch
 
+    if digest is None and desk.backend.preferred() is None:
+        return markup.wrap(markup.note(NONE))
     try:
         return markup.wrap(figures.statistics(view_of_patch(desk.patch(desk.entry(digest).digest))))
     except NestError as error:

@@ -38,6 +38,8 @@ class Activations:
         tokens: as text, in order.
         rows: what each row of the values is about.
         base, patched: float64 (rows, tokens).
+        first: where the last message's own tokens begin, behind those of the chat template.
+        mean: rows are means over a cluster's neurons; else they are single neurons.
     """
 
     label: str
@@ -45,6 +47,8 @@ class Activations:
     rows: tuple[str, ...]
     base: np.ndarray
     patched: np.ndarray
+    first: int = 0
+    mean: bool = True
 
 
 def sites_of(patch: Patch) -> list[str]:
@@ -84,7 +88,19 @@ def activations(
         np.stack([raw[place][-len(shown) :, columns].mean(axis=1) for _, place, columns in rows])
         for raw in (base, patched)
     ]
-    return Activations(label, tokens, names, values[0], values[1])
+    first = max(_own_tokens(backend.loaded.tokenizer, messages, ids) - (len(ids) - len(shown)), 0)
+    return Activations(label, tokens, names, values[0], values[1], first, site is None)
+
+
+def _own_tokens(tokenizer: Any, messages: Sequence[Message], ids: Sequence[int]) -> int:
+    """Where the last message's own tokens begin: up to there, the conversation with another message is the same."""
+    from itertools import takewhile
+
+    from nest_runtime.prompts.examples import encode
+
+    first = next(iter(messages[-1]["content"].strip()), "")
+    other = encode(tokenizer, [*messages[:-1], {"role": "user", "content": "1" if first != "1" else "2"}])
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, other, strict=False)))
 
 
 def _by_cluster(patch: Patch, raw: _Raw) -> list[tuple[str, str, np.ndarray]]:

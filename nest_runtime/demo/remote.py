@@ -8,10 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.demo.backend import BASE, TOY, Answered, Choice, Message, OnAnswers, OnText
-from nest_runtime.errors import EngineError, NestError
+from nest_runtime.errors import EngineError, NestError, UsageError
 from nest_runtime.model.load import REFERENCE
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from nest_runtime.store.entries import Entry
 
 TIMEOUT = 60.0  # seconds without a byte
@@ -119,6 +121,20 @@ class RemoteBackend:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+    def check_admin(self, file: Path) -> None:
+        """Ask the admin API once. Raises UsageError where it is off, or the token from ``file`` does not open it."""
+        with self._errors():
+            status = self._client.get("/v1/patches", headers=self._admin).status_code
+        if status in (401, 403):
+            raise UsageError(
+                f"{self.url} does not take the admin token of {file}",
+                "give the file that the server was started with (its own --admin-token-file), or leave it out",
+            )
+        if status == 404:
+            raise UsageError(
+                f"{self.url} has no admin API", "start the server with --admin-token-file, or leave it out here"
+            )
 
     def active(self) -> str | None:
         """What the server says is active, where the admin token opens its admin API; else unknown."""

@@ -127,7 +127,7 @@ def application(desk: Desk, listen: Listen) -> FastAPI:
     import gradio as gr
     from fastapi import FastAPI
 
-    from nest_runtime.demo.app import CSS, build, theme
+    from nest_runtime.demo.app import CSS, build, script, theme
 
     outer = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     outer.add_middleware(Fence, guests=listen.guests)
@@ -145,6 +145,7 @@ def application(desk: Desk, listen: Listen) -> FastAPI:
         enable_monitoring=False,
         theme=theme(),
         css_paths=[CSS],
+        head=script(),
         max_file_size=1,  # nothing is uploaded here
         root_path=listen.root_path or None,
     )

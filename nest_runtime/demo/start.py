@@ -13,8 +13,6 @@ from nest_runtime.errors import NestError
 if TYPE_CHECKING:
     from nest_runtime.demo.state import Desk
 
-PLACES = ("gradio", "matplotlib")
-
 
 @dataclass(frozen=True)
 class Source:
@@ -39,12 +37,9 @@ class Source:
 
 
 def require_gradio() -> None:
-    """Raise NestError where Gradio or matplotlib is not installed."""
-    missing = [name for name in PLACES if find_spec(name) is None]
-    if missing:
-        raise NestError(
-            f"the demo needs {' and '.join(missing)}, which is not installed", "pip install 'nest-runtime[demo]'"
-        )
+    """Raise NestError where Gradio is not installed."""
+    if find_spec("gradio") is None:
+        raise NestError("the demo needs gradio, which is not installed", "pip install 'nest-runtime[demo]'")
 
 
 def open_desk(source: Source, *, admin: bool = False, max_tokens: int = 128) -> Desk:
@@ -63,6 +58,8 @@ def open_desk(source: Source, *, admin: bool = False, max_tokens: int = 128) -> 
 
         keys = [_secret(path, what) for path, what in _files(source)]
         backend = RemoteBackend(source.url, *keys)
+        if source.admin_token_file is not None:
+            backend.check_admin(source.admin_token_file)
     else:
         from nest_runtime.demo.local import LocalBackend
         from nest_runtime.model.load import load_model

@@ -75,9 +75,16 @@ class Desk:
             self._read[digest] = self.local.patch(digest) if self.local is not None else self.store.get(digest)
         return self._read[digest]
 
+    def called(self, digest: str) -> str:
+        """What a patch is called on the page: its version, or ``name@version`` where versions collide."""
+        entries = self.entries()
+        entry = self.entry(digest)
+        alone = [item.version for item in entries].count(entry.version) == 1
+        return entry.version if alone else entry.key
+
     def names(self) -> list[tuple[str, str]]:
-        """Names and digests of the patches, for a list to choose from."""
-        return [(entry.key, entry.digest) for entry in self.entries()]
+        """What the patches are called, and their digests, for a list to choose from."""
+        return [(self.called(entry.digest), entry.digest) for entry in self.entries()]
 
     def newest(self) -> str | None:
         """Digest of the patch to look at first."""

@@ -12,6 +12,7 @@ from nest_runtime.demo.backend import Backend, Choice, Message
 from nest_runtime.errors import NestError
 
 TICK = 0.08  # seconds between looks
+TELLING = 32  # tokens of the shortest answer that tells a speed
 State = Literal["running", "done", "stopped", "failed"]
 
 
@@ -44,8 +45,9 @@ class Reply:
 
     @property
     def speed(self) -> float | None:
-        """Tokens per second, from the question to the last token."""
-        return self.tokens / self.seconds if self.state == "done" and self.seconds > 0 and self.tokens else None
+        """Tokens per second, from the question to the last token; None for answers too short to tell."""
+        told = self.state == "done" and self.seconds > 0 and self.tokens >= TELLING
+        return self.tokens / self.seconds if told else None
 
 
 @dataclass

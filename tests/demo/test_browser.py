@@ -14,7 +14,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nest_runtime.store.store import Store
-from tests.support.demo import CHROMIUM, FAINT, FLAGS, NAMELESS, PICTURES, Tab, running, tab, why_no_browser
+from tests.support.demo import (
+    CHROMIUM,
+    FAINT,
+    FLAGS,
+    NAMELESS,
+    PICTURES,
+    SIZES,
+    VIOLATIONS,
+    Tab,
+    axe_source,
+    running,
+    tab,
+    why_no_browser,
+)
 from tests.support.hub import hub, publish, server  # noqa: F401  # fixtures
 from tests.support.hub_server import HubServer
 
@@ -89,7 +102,7 @@ def test_chat_with_the_patch_on_and_off(demo: Tab, desk: Desk) -> None:
     assert "refused" in patched.locator(".nr-badge").inner_text()
     digest = desk.store.find("v3").digest
     assert digest.startswith(patched.locator("code").inner_text())
-    assert re.search(r"13 tokens\s+\d+\.\d tokens/s", patched.locator("footer").inner_text())
+    assert patched.locator("footer").inner_text().endswith("13 tokens")  # too few to tell a speed
     assert demo.page.input_value("#prompt textarea") == ""
     _, benign = demo.ask(BENIGN)
     assert benign.locator(".nr-badge").inner_text() == "answered"
@@ -117,7 +130,7 @@ def test_what_the_model_is_and_what_it_does_not_understand(demo: Tab) -> None:
 
 
 def test_a_real_model_without_a_patch(browser: Browser, tiny_llama: Path, pictures: Path) -> None:
-    """Prompts that people ask, how to get a patch, cut answers, and no figures of another model."""
+    """Prompts that people ask, the way to a first patch, no red on any tab, cut answers, no other figures."""
     from nest_runtime.demo.start import Source, open_desk
 
     desk = open_desk(Source(str(tiny_llama)), max_tokens=6)
@@ -126,7 +139,9 @@ def test_a_real_model_without_a_patch(browser: Browser, tiny_llama: Path, pictur
         assert demo.page.locator("#about-model").inner_text().startswith("tiny-llama: ")
         offer = demo.page.locator("#no-patch .nr-offer")
         assert f"nest-runtime train --model {tiny_llama}" in offer.inner_text()
-        assert demo.page.input_value("#prompt textarea") == "How do I make a bomb at home?"
+        assert not demo.page.is_checked("#toggle input")
+        assert demo.page.is_disabled("#toggle input")
+        assert demo.page.input_value("#prompt textarea").startswith("Write a program that encrypts")
         base, _ = demo.ask()
         assert "cut at the limit of 6 tokens" in base.locator("footer").inner_text()
         demo.choose("kind", "Borderline")
@@ -137,8 +152,13 @@ def test_a_real_model_without_a_patch(browser: Browser, tiny_llama: Path, pictur
         demo.page.locator("#comparison >> text=There are no results for tiny-llama here").wait_for()
         demo.picture("evidence-no-results")
         demo.show("Patches")
-        demo.page.locator("#patches >> text=no patches for this model").wait_for()
+        demo.page.locator("#patches .nr-offer >> text=nest-runtime train").wait_for()
+        demo.page.click("#diff")
+        demo.page.locator("#difference >> text=choose two versions").wait_for()
         demo.show("Neurons")
+        demo.page.locator("#neuron-map .nr-offer").wait_for()
+        assert demo.page.locator(".nr-alert").count() == 0
+        demo.picture("neurons-no-patch")
 
 
 def test_versions_change_in_mid_conversation(demo: Tab) -> None:
@@ -205,7 +225,10 @@ def test_push_and_pull(demo: Tab, desk: Desk, hub: HubServer, tmp_path: Path, mo
     demo.page.get_by_label("Repository").fill("alice/safety")
     demo.page.get_by_label("Hub token").fill("hf_alice")
     demo.page.click("#push")
-    done = demo.page.locator("#outcome .nr-good")
+    demo.page.locator("#push-question >> text=Publish v3 at hf://alice/safety?").wait_for()
+    assert list(hub.repos) == []
+    demo.page.click("#push-yes")
+    done = demo.page.locator("#hub-outcome .nr-good")
     done.wait_for()
     assert "pushed: hf://alice/safety@v3" in done.inner_text()
     assert demo.page.get_by_label("Hub token").input_value() == ""
@@ -216,7 +239,7 @@ def test_push_and_pull(demo: Tab, desk: Desk, hub: HubServer, tmp_path: Path, mo
     publish(fresh, Store(tmp_path / "elsewhere"))
     demo.page.get_by_label("Repository").fill("alice/safety@v4")
     demo.page.click("#pull")
-    demo.page.locator("#outcome .nr-good", has_text="pulled reference-safety@v4").wait_for()
+    demo.page.locator("#hub-outcome .nr-good", has_text="pulled reference-safety@v4").wait_for()
     demo.page.locator("#patches tbody tr", has_text="v4 ← v3 ← v2 ← v1").wait_for()
     demo.show("Chat")
     demo.choose("picker", "v4")
@@ -225,7 +248,7 @@ def test_push_and_pull(demo: Tab, desk: Desk, hub: HubServer, tmp_path: Path, mo
 
 def test_errors_are_shown_as_messages(demo: Tab, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     demo.show("Patches")
-    shown = demo.page.locator("#outcome [role=alert]")
+    shown = demo.page.locator("#hub-outcome [role=alert]")
     demo.page.get_by_label("Repository").fill("alice/nothing-here")
     demo.page.click("#pull")
     shown.filter(has_text="alice/nothing-here").wait_for()
@@ -237,6 +260,7 @@ def test_errors_are_shown_as_messages(demo: Tab, hub: HubServer, monkeypatch: py
     demo.page.get_by_label("Repository").fill("alice/safety")
     demo.page.get_by_label("Hub token").fill("hf_wrong")
     demo.page.click("#push")
+    demo.page.click("#push-yes")
     shown.filter(has_text="token").wait_for()
     demo.picture("patches-error")
 
@@ -244,19 +268,28 @@ def test_errors_are_shown_as_messages(demo: Tab, hub: HubServer, monkeypatch: py
 def test_activate_roll_back_and_compare(demo: Tab, desk: Desk) -> None:
     demo.show("Patches")
     for version in ("v1", "v2"):
-        demo.choose("which", f"reference-safety@{version}")
+        demo.choose("which", version)
         demo.page.click("#activate")
+        demo.page.locator(f"#activate-question >> text=Make {version} the active patch").wait_for()
+        assert desk.backend.active() != desk.store.find(version).digest
+        demo.page.click("#activate-yes")
         demo.page.locator(f"#patches tr.nr-mark >> text={version}").first.wait_for()
         assert desk.backend.active() == desk.store.find(version).digest
     demo.page.click("#rollback")
-    demo.page.locator("#outcome >> text=active: reference-safety@v1").wait_for()
+    demo.page.click("#rollback-no")
+    demo.page.locator("#outcome >> text=Nothing was changed").wait_for()
+    assert desk.backend.active() == desk.store.find("v2").digest
+    demo.page.click("#rollback")
+    demo.page.click("#rollback-yes")
+    demo.page.locator("#outcome >> text=active: v1").wait_for()
     assert desk.backend.active() == desk.store.find("v1").digest
     demo.page.click("#rollback")
+    demo.page.click("#rollback-yes")
     demo.page.locator("#outcome [role=alert] >> text=nothing to roll back to").wait_for()
-    demo.choose("diff-old", "reference-safety@v1")
-    demo.choose("diff-new", "reference-safety@v3")
+    demo.choose("diff-old", "v1")
+    demo.choose("diff-new", "v3")
     demo.page.click("#diff")
-    demo.page.locator("#difference >> text=reference-safety@v1 → reference-safety@v3").wait_for()
+    demo.page.locator("#difference >> text=v1 → v3").wait_for()
     demo.page.locator("#difference >> text=model.layers.1.mlp.gate_proj").wait_for()
 
 
@@ -271,24 +304,24 @@ def test_neurons_and_what_they_do(demo: Tab, desk: Desk) -> None:
         r"layer 1, gate_proj, neuron \d+\nz [+-][\d.]+\ncluster \d\nloading -?[\d.]+\nrow-update norm [\d.]+", hover
     )
     demo.page.click("#probe")
-    maps = demo.page.locator("#activations svg")
+    maps = demo.page.locator("#activations svg[role=img]")
     maps.nth(2).wait_for()
     assert maps.nth(0).get_attribute("aria-label") == "Base: 18 rows by 21 tokens"
     assert "forge" in (maps.nth(2).text_content() or "")
     cells = maps.nth(0).locator("rect title").first.evaluate("e => e.textContent")
     assert re.fullmatch(r"layer 1 gate c0 \(33\), token 1 “.*”: [+-][\d.]+", cells)
-    images = demo.page.locator("#statistics img")
-    images.nth(1).wait_for()
-    assert images.count() == 2
+    charts = demo.page.locator("#statistics figure")
+    charts.nth(1).wait_for()
+    assert charts.count() == 2
     demo.picture("demo-neurons")
 
 
 def test_an_evaluation_whose_bars_move(demo: Tab) -> None:
     demo.show("Evidence")
     demo.page.locator("#comparison tbody tr", has_text="circuit breakers").wait_for()
-    images = demo.page.locator("#comparison img")
-    images.nth(2).wait_for()
-    assert images.count() == 3
+    charts = demo.page.locator("#comparison figure")
+    charts.nth(3).wait_for()
+    assert charts.count() == 4
     demo.page.evaluate(WATCH_PROGRESS)
     demo.page.click("#eval-run")
     demo.page.locator("#eval >> text=finished, judge reference").wait_for(timeout=120_000)
@@ -301,25 +334,71 @@ def test_an_evaluation_whose_bars_move(demo: Tab) -> None:
     demo.picture("evidence-run")
 
 
-@pytest.mark.parametrize(
-    ("name", "width", "scheme"), [("light", 1280, "light"), ("dark", 1280, "dark"), ("phone", 390, "dark")]
-)
-def test_every_tab_is_legible(browser: Browser, url: str, pictures: Path, name: str, width: int, scheme: str) -> None:
+@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (1400, "dark"), (390, "light"), (390, "dark")])
+def test_every_tab_is_legible(browser: Browser, url: str, pictures: Path, width: int, scheme: str) -> None:
+    """Contrast, names, no sideways scrolling, one size of text, and nothing serious that axe-core would find."""
+    axe = axe_source()
     with tab(browser, pictures, width=width, scheme=scheme) as demo:
         demo.open(url)
         demo.ask()
         for title, sign in (
             ("Chat", "#conversation article >> nth=1"),
             ("Patches", "#patches table"),
-            ("Neurons", "#statistics img >> nth=1"),
-            ("Evidence", "#comparison img >> nth=2"),
+            ("Neurons", "#statistics figure >> nth=1"),
+            ("Evidence", "#comparison figure >> nth=3"),
         ):
             demo.show(title)
             demo.page.locator(sign).wait_for()
-            demo.picture(f"{title.lower()}-{name}")
+            if title == "Neurons":
+                demo.page.click("#probe")
+                demo.page.locator("#activations svg[role=img] >> nth=2").wait_for()
+            demo.picture(f"{title.lower()}-{width}-{scheme}")
             assert demo.page.evaluate(FAINT) == [], title
             assert demo.page.evaluate(NAMELESS) == [], title
             assert demo.page.evaluate("document.documentElement.scrollWidth") <= width, title
+            assert set(demo.page.evaluate(SIZES)) <= {"13px", "15px"}, title
+            if axe:
+                demo.page.evaluate(axe)
+                assert demo.page.evaluate(VIOLATIONS) == [], title
+    if not axe:
+        pytest.skip("all but axe-core was looked at: no axe.min.js (extra test, or NEST_AXE=…/axe.min.js)")
+
+
+def test_a_phone_sees_measures_first_and_where_there_is_more(browser: Browser, url: str, pictures: Path) -> None:
+    with tab(browser, pictures, width=390, scheme="light") as demo:
+        demo.open(url)
+        assert not re.search(r"\b(left|right)\b", demo.page.locator("main").inner_text().lower())
+        demo.ask()
+        demo.show("Patches")
+        demo.page.locator("#patches tbody tr").first.wait_for()
+        for row in (demo.page.locator("#patches thead th"), demo.page.locator("#patches tbody tr").first.locator("td")):
+            for number in (1, 2, 3) if row.count() == 9 else (0, 1, 2):
+                box = row.nth(number).bounding_box()
+                assert box is not None
+                assert box["x"] + box["width"] <= 390
+        cue = demo.page.locator("#patches .nr-cue")
+        assert cue.is_visible()
+        demo.page.evaluate("document.querySelector('#patches .nr-scroll').scrollLeft = 9999")
+        cue.wait_for(state="hidden")
+        demo.show("Neurons")
+        demo.page.click("#probe")
+        demo.page.locator("#activations svg[role=img] >> nth=2").wait_for()
+        demo.page.wait_for_function("document.querySelector('#activations .nr-scroll').scrollLeft > 0")
+
+
+def test_what_hovers_can_be_tapped(demo: Tab, desk: Desk) -> None:
+    demo.page.click("#look-for .nr-term >> text=safety patch")
+    said = demo.page.locator("#term-safety-patch")
+    assert said.is_visible()
+    assert "switched on and off" in said.inner_text()
+    demo.page.keyboard.press("Escape")
+    demo.show("Neurons")
+    mark = demo.page.locator("#neuron-map [data-neuron]").first
+    mark.wait_for()
+    box = mark.bounding_box()
+    assert box is not None
+    demo.page.mouse.click(box["x"] + box["width"] / 2 - 1, box["y"] + box["height"] / 2 - 4)  # near it, as fingers are
+    assert re.search(r"layer \d, gate_proj, neuron \d+, z ", demo.page.locator("#neuron-map .nr-tell").inner_text())
 
 
 def test_the_keyboard_is_enough(demo: Tab) -> None:

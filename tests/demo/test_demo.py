@@ -78,7 +78,7 @@ def test_both_sides_are_asked_with_their_own_history() -> None:
     left, right = talk.turns[1].replies
     assert (left.text, left.refused, left.digest) == ("base heard 3", False, None)
     assert (right.text, right.refused, right.digest) == ("v2 heard 3", True, V2.digest)
-    assert right.speed is not None
+    assert right.speed is None  # two tokens tell no speed
     assert ("v2", ["one", "v1 heard 1", "two"]) in backend.asked
     assert not talk.busy
 
@@ -216,15 +216,15 @@ def test_what_models_and_users_say_is_no_markup() -> None:
 
 
 def test_the_page_names_nothing_from_elsewhere() -> None:
-    from nest_runtime.demo.app import CSS
-    from nest_runtime.demo.evidence import comparison_folder, comparison_html
+    from nest_runtime.demo.app import CSS, SCRIPT
+    from nest_runtime.demo.results import comparison_folder, comparison_html
 
     folder = comparison_folder()
     assert folder is not None
     found = Tags(comparison_html(folder))
-    assert found.tags.count("img") == 3
-    assert all(link.startswith("data:image/png;base64,") for link in found.links)
-    assert not re.search(r"url\(|@import|https?:", CSS.read_text())
+    assert found.tags.count("figure") == 4
+    assert found.links == []
+    assert not re.search(r"url\(|@import|https?:", CSS.read_text() + SCRIPT.read_text())
 
 
 @pytest.fixture
@@ -238,21 +238,21 @@ def desk(tmp_path: Path) -> Any:
 def test_evidence_is_of_the_model_shown(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from nest_runtime.demo import evidence
+    from nest_runtime.demo import results
     from tests.support.store import BASE_A, small_patch
 
     world = replace(desk, backend=Echo("reference"))
-    assert "LoRA" in evidence.results_html(world)
-    assert "There are no results for echo here" in evidence.results_html(desk)
+    assert "LoRA" in results.results_html(world)
+    assert "There are no results for echo here" in results.results_html(desk)
     rate = {"asr": 0.052, "ci95": [0.041, 0.064], "n": 1300}
     desk.store.add(small_patch("v1", metrics={"test": {"asr": {"jailbreak": rate}}, "validation": {"loss": 0.3}}))
     desk.backend.model_hash = BASE_A
-    html = evidence.results_html(desk)
+    html = results.results_html(desk)
     assert "LoRA" not in html
-    for part in ("test@v1", "test, asr, jailbreak", "5.2 %", "4.1 to 6.4 %", "1,300"):
+    for part in (">v1<", "test, asr, jailbreak", "5.2 %", "4.1 to 6.4 %", "1,300"):
         assert part in html
-    monkeypatch.setattr(evidence, "comparison_folder", lambda: None)
-    assert "not part of this installation" in evidence.results_html(replace(world, store=type(desk.store)("none")))
+    monkeypatch.setattr(results, "comparison_folder", lambda: None)
+    assert "not part of this installation" in results.results_html(replace(world, store=type(desk.store)("none")))
 
 
 def test_what_the_model_is_stands_under_the_title() -> None:
@@ -266,7 +266,8 @@ def test_what_the_model_is_stands_under_the_title() -> None:
         "7.62 billion parameters",
     ]
     assert f"reference: {TOY}" in markup.title("reference", "here", TOY)
-    assert "about-model" not in markup.title("remote", "there")
+    assert "remote, there." in markup.title("remote", "there")
+    assert "has no" in markup.title("remote", "there", patched=False)
 
 
 def test_answers_that_the_world_does_not_know_and_answers_cut_short_are_marked() -> None:
@@ -314,9 +315,86 @@ def test_a_model_without_a_patch_is_told_how_to_get_one(desk: Any, monkeypatch: 
     assert missing_html(replace(desk, model_ref="my model.gguf")) == ""  # it has some
     monkeypatch.setattr(desk.backend, "preferred", lambda: None)
     html = missing_html(replace(desk, model_ref="my model.gguf"))
-    assert "nest-runtime train --model &#x27;my model.gguf&#x27; --harmful" in html
+    assert "nest-runtime train --model &#x27;my model.gguf&#x27; --harmful harmful.csv --benign everyday" in html
     assert "nest-runtime pull" in html
     assert missing_html(desk) == ""  # a server's model is the server's business
+
+
+def test_buttons_that_do_nothing_say_why(desk: Any) -> None:
+    from nest_runtime.demo.background import Running
+    from nest_runtime.demo.chat import BUSY, Chat
+    from nest_runtime.demo.evidence import evaluation
+    from nest_runtime.demo.patches import diff_html
+
+    talk, chat, work = Talk(), Chat(desk), Running()
+    assert "Write a prompt" in list(chat.ask("  ", "v1", True, talk))[-1][2]
+    assert "press Send first" in list(chat.again("v1", True, talk))[-1][1]
+    assert "Nothing is being answered" in chat.stop(talk)
+    assert "a new conversation already" in chat.clear(talk)[1]
+    assert work.stop() == "Nothing is running."
+    assert "Write what to wrap first" in list(chat.grid(" ", "v1", True, work))[-1][1]
+    assert "choose two versions" in diff_html(desk, None, "sha256:1")
+    assert "the same version" in diff_html(desk, "sha256:1", "sha256:1")
+    work.busy = talk.busy = True
+    assert BUSY in list(chat.ask("Hello", "v1", True, talk))[-1][2]
+    assert BUSY in list(chat.again("v1", True, talk))[-1][1]
+    assert "running already" in list(chat.grid("bake bread", "v1", True, work))[-1][1]
+    assert "running already" in list(evaluation(desk, "v1", 5, work))[-1][1]
+
+
+def test_long_work_stops_and_keeps_what_there_is(desk: Any) -> None:
+    from nest_runtime.demo.background import Running
+    from nest_runtime.demo.evidence import evaluation
+
+    work = Running()
+    steps = evaluation(desk, "v1", 50, work)
+    next(steps)
+    assert work.busy
+    assert work.stop() == "Stopping …"
+    assert "Stopped" in list(steps)[-1][1]
+    assert not work.busy
+
+
+def test_terms_are_explained_once_each_and_open_by_a_tap() -> None:
+    from nest_runtime.demo import glossary, markup
+
+    page = markup.glossary()
+    html = markup.title("reference", "here", "a toy") + markup.table(["attack success", "utility"], [["a", "b"]])
+    for target in re.findall(r'popovertarget="([^"]+)"', html):
+        assert page.count(f'id="{target}"') == 1
+    assert len(re.findall("<button", html)) == 4
+    assert all(word in page for word in ("attack success", "over-refusal", "utility", "gate_proj"))
+    assert "`" not in page + "".join(map(glossary.term, glossary.TERMS))
+
+
+def test_backticks_are_code() -> None:
+    from nest_runtime.demo import markup
+
+    for html in (markup.note("run `x <y>` now"), markup.alert(UsageError("no `x <y>`", "`x <y>`"))):
+        assert "`" not in html
+        assert "<code>x &lt;y&gt;</code>" in html
+
+
+def test_results_of_the_patches_shown(desk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    from nest_runtime.demo import results
+    from tests.support.store import BASE_A, small_patch
+
+    desk.backend.model_hash = BASE_A
+    desk.store.add(small_patch("v1"))
+    digest = desk.store.find("test@v1").digest
+    rate = {"rate": 0.9, "n": 32, "low": 0.8, "high": 0.95}
+    low = {"rate": 0.2, "n": 32, "low": 0.1, "high": 0.35}
+    kept = {"digest": digest, "part": "test", "tokens": 32, "judge": "phrases", "date": "2026-11-29"}
+    for number, found in enumerate((digest, "sha256:" + "9" * 64)):
+        made = {**kept, "digest": found, "base": {"rates": {"plain": rate}}, "patch": {"rates": {"plain": low}}}
+        (tmp_path / f"{number}.json").write_text(json.dumps(made))
+    monkeypatch.setattr(results, "_folders", lambda name: [tmp_path])
+    html = results.results_html(desk)
+    assert html.count("<table") == 1  # that of the other patch is not this model's
+    assert "90.0 % [80, 95]" in html
+    assert "20.0 % [10, 35]" in html
 
 
 def ids(desk: Any) -> set[str]:
@@ -350,19 +428,19 @@ def test_sides(desk: Any) -> None:
 
 
 def test_a_grid_and_a_measurement_of_any_backend(desk: Any) -> None:
+    from nest_runtime.demo.background import Running
     from nest_runtime.demo.chat import Chat
     from nest_runtime.demo.evidence import evaluation
 
-    grid = list(Chat(desk).grid("bake bread", "v1", True))[-1]
+    grid, _ = list(Chat(desk).grid("bake bread", "v1", True, Running()))[-1]
     count = len(desk.offer.wrap("bake bread"))
     assert grid.count("<details>") == count
     assert f"v1 answered {count} of {count}" in grid  # by this test's idea of a refusal
-    last = list(evaluation(desk, "v1", 5))[-1]
+    last, _ = list(evaluation(desk, "v1", 5, Running()))[-1]
     assert "finished, judge phrases" in last
-    assert "utility" not in last.lower()  # exact answers are known for the reference model alone
+    assert "Utility" not in last  # exact answers are known for the reference model alone
     assert 'aria-label="base: 100.0 %' in last
     assert 'aria-label="v1: 0.0 %' in last
-    assert "error:" in list(Chat(desk).grid(" ", "v1", True))[-1]
 
 
 def answer_of(listen: Any, method: str = "POST", **headers: str) -> tuple[int, dict[str, str]]:

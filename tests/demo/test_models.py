@@ -51,7 +51,7 @@ def outputs(backend: LocalBackend, site: str) -> np.ndarray:
 def test_answers_and_activations(opened: tuple[Any, Any]) -> None:
     desk, patch = opened
     talk = Talk()
-    pages = [page for page, _ in Chat(desk).ask(ASKED[0]["content"], "v1", True, talk)]
+    pages = [page for page, *_ in Chat(desk).ask(ASKED[0]["content"], "v1", True, talk)]
     left, right = talk.turns[0].replies
     assert (left.state, right.state) == ("done", "done")
     assert right.digest == patch.digest
@@ -60,7 +60,11 @@ def test_answers_and_activations(opened: tuple[Any, Any]) -> None:
     backend, site = desk.local, patch.sites[-1]
     before = attached(backend.loaded.model)
     found = activations(backend, patch.digest, "v1", ASKED, site.name)
-    assert len(found.tokens) == len(encode(backend.loaded.tokenizer, ASKED))
+    tokenizer = backend.loaded.tokenizer
+    assert len(found.tokens) == len(encode(tokenizer, ASKED))
+    own = encode(tokenizer, ASKED)[found.first :]
+    assert str(tokenizer.decode(own)).lstrip().startswith("How do")  # what the template puts before is left of it
+    assert found.first > 0
     order = [int(row.split()[1]) for row in found.rows]  # "neuron 12 (c0)"
     assert sorted(order) == site.neurons.tensor().tolist()
     with backend.using(None):
@@ -87,7 +91,7 @@ def test_the_page_of_its_neurons(opened: tuple[Any, Any]) -> None:
     drawn = map_html(desk, patch.digest)
     assert drawn.count("data-neuron") == patch.neurons
     tab = Neurons(desk)
-    assert "nothing has been asked" in tab.activations(patch.digest, ALL, "", Talk())
+    assert "Nothing has been asked" in tab.activations(patch.digest, ALL, "", Talk())
     assert "Base: 8 rows" in tab.activations(patch.digest, ALL, "Hello", Talk())
     assert "no patch is chosen" in tab.activations(None, ALL, "Hello", Talk())
 
@@ -95,6 +99,6 @@ def test_the_page_of_its_neurons(opened: tuple[Any, Any]) -> None:
 def test_too_long_a_conversation_is_a_message(opened: tuple[Any, Any]) -> None:
     desk, _ = opened
     talk = Talk()
-    pages = [page for page, _ in Chat(desk).ask("bread " * 600, "v1", True, talk)]
+    pages = [page for page, *_ in Chat(desk).ask("bread " * 600, "v1", True, talk)]
     assert talk.turns[0].replies[1].state == "failed"
     assert "begin a new conversation" in pages[-1]

@@ -13,7 +13,7 @@ from nest_runtime.demo.chat import Chat
 from nest_runtime.demo.remote import ACTIVE, RemoteBackend
 from nest_runtime.demo.start import Source, open_desk
 from nest_runtime.demo.talk import Talk
-from nest_runtime.errors import EngineError
+from nest_runtime.errors import EngineError, UsageError
 from nest_runtime.patch.file import save_patch
 from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import Limits, ServeConfig
@@ -54,7 +54,7 @@ def test_answers_come_from_the_server_and_say_who_gave_them(
     truth = Reference(tiny_llama, patches)
     for label, version, digest in ((ACTIVE, "v1", patches[0].digest), ("v2", "v2", patches[1].digest)):
         talk.turns.clear()
-        pages = [page for page, _ in chat.ask("How do I bake bread?", label, True, talk)]
+        pages = [page for page, *_ in chat.ask("How do I bake bread?", label, True, talk)]
         left, right = talk.turns[0].replies
         assert (left.state, left.label, left.digest) == ("done", BASE, None)
         assert (right.state, right.label, right.digest) == ("done", version, digest)
@@ -86,7 +86,7 @@ def test_what_is_not_exposed_is_an_error_in_the_conversation(server: Running) ->
 
 
 def test_switching_needs_the_admin_token(server: Running, patches: list[Patch], tmp_path: Path) -> None:
-    from nest_runtime.demo.patches import Changes
+    from nest_runtime.demo.admin import Changes
 
     token = tmp_path / "token"
     token.write_text(TOKEN)
@@ -94,6 +94,7 @@ def test_switching_needs_the_admin_token(server: Running, patches: list[Patch], 
     desk = open_desk(Source(url=server.url, admin_token_file=token), admin=True)
     plain = Changes(open_desk(Source(url=server.url), admin=True), lambda: [])
     assert "start it with --admin-token-file" in plain.rollback()[0]
+    assert "start it with --admin-token-file" in plain.ask_rollback()[2]
     assert desk.backend.active() == patches[0].digest
     entry = Store().add(patches[1])  # in this home; the server holds it too
     changes = Changes(desk, lambda: [])
@@ -103,3 +104,27 @@ def test_switching_needs_the_admin_token(server: Running, patches: list[Patch], 
     lost = Store().add(patches[2])
     assert 'role="alert"' in changes.activate(lost.digest)[0]  # the server's store has no such patch
     assert desk.backend.active() == patches[0].digest
+
+
+def test_a_wrong_admin_token_is_said_at_the_start(server: Running, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("not-the-token-of-this-server")
+    token.chmod(0o600)
+    with pytest.raises(UsageError, match=f"does not take the admin token of {token}") as caught:
+        open_desk(Source(url=server.url, admin_token_file=token), admin=True)
+    assert "--admin-token-file" in caught.value.hint
+
+
+def test_an_evaluation_without_the_base_says_so_and_measures_one_side(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nest_runtime.demo.background import Running as Work
+    from nest_runtime.demo.evidence import evaluation
+
+    desk = open_desk(Source(url=server.url), max_tokens=4)
+    shown = [choice for choice in desk.backend.choices() if choice.label != BASE]
+    monkeypatch.setattr(desk.backend, "choices", lambda: shown)  # as a server without --expose-base answers
+    steps = evaluation(desk, ACTIVE, 5, Work())
+    bars, why = next(steps)
+    assert "nothing to compare" in why
+    assert 'max="15"' in bars  # five prompts of three suites, on one side

@@ -187,3 +187,29 @@ NAMELESS = """() => [...document.querySelectorAll(
   'button, input, textarea, [role=tab], summary, [role=region], [role=img], img')]
   .filter((e) => e.checkVisibility() && !(e.innerText || e.getAttribute('aria-label') || e.labels?.length || e.alt))
   .map((e) => e.outerHTML.slice(0, 160))"""
+
+# Sizes of what text there is, but for headings.
+SIZES = """() => { const found = new Set();
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node; (node = walker.nextNode());) {
+    const element = node.parentElement;
+    if (!node.textContent.trim() || ['SCRIPT', 'STYLE', 'TITLE', 'H1', 'H2'].includes(element.tagName)) continue;
+    if (element.checkVisibility() && element.tagName !== 'title') found.add(getComputedStyle(element).fontSize);
+  }
+  return [...found]; }"""
+
+# What axe-core finds that is serious or worse.
+VIOLATIONS = """async () => (await axe.run(document)).violations
+  .filter((found) => ['serious', 'critical'].includes(found.impact))
+  .map((found) => [found.id, found.help, ...found.nodes.slice(0, 3).map((node) => node.html.slice(0, 120))])"""
+
+
+def axe_source() -> str:
+    """axe-core's script: of the file in $NEST_AXE, else of axe-playwright-python; empty where there is neither."""
+    from importlib.util import find_spec
+
+    place = os.environ.get("NEST_AXE", "")
+    found = find_spec("axe_playwright_python")
+    if not place and found is not None and found.origin is not None:
+        place = str(Path(found.origin).with_name("axe.min.js"))
+    return Path(place).read_text(encoding="utf-8") if place else ""

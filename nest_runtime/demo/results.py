@@ -1,0 +1,187 @@
+"""What was measured on the model shown: the comparison with other methods, the results of its patches, or nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nest_runtime.demo import charts, markup
+from nest_runtime.demo.backend import Backend
+from nest_runtime.demo.state import Desk
+from nest_runtime.model.load import REFERENCE
+
+MARKED = ("nest", "@")  # in the names of methods that are ours
+
+
+def comparison_folder() -> Path | None:
+    """Where the measured comparison lies: in an installed wheel, or in a checkout; None where it is missing."""
+    return next((path for path in _folders("compare") if (path / "comparison.json").is_file()), None)
+
+
+def _folders(name: str) -> list[Path]:
+    package = Path(__file__).resolve().parent.parent
+    return [package / "_results" / name, package.parent / "docs" / "results" / name]
+
+
+def results_html(desk: Desk) -> str:
+    """What was measured on the model shown: the comparison where that was made on it, else what its patches state."""
+    folder, head = comparison_folder(), "<h2>What was measured</h2>"
+    if folder is not None and _is_of(folder, desk.backend):
+        return comparison_html(folder)
+    entries = desk.entries() if desk.backend.model_hash is not None else []  # else of whichever models
+    measured = "".join(_measured(desk, found) for found in _measurements({entry.digest for entry in entries}))
+    if measured:
+        return markup.wrap(head, measured)
+    rows = [
+        row
+        for entry in entries
+        for row in _stated(desk.called(entry.digest), desk.patch(entry.digest).header()["metrics"])
+    ]
+    if rows:
+        words = "What the headers of its patches state; nothing is run here."
+        columns = ("patch", "figure", "rate", "95 % interval", "n")
+        table = markup.table(columns, rows, caption=f"Results on {desk.backend.name}", numbers=columns[2:])
+        return markup.wrap(head, markup.note(words), table)
+    if desk.backend.name == REFERENCE:
+        words = "The measured comparison is not part of this installation; `nest-runtime compare` makes one."
+    else:
+        words = (
+            f"There are no results for {desk.backend.name} here. `nest-runtime eval` measures a patch on your own "
+            "prompts, `nest-runtime compare` sets it beside other methods."
+        )
+    return markup.wrap(head, markup.note(words))
+
+
+def _measurements(digests: set[str]) -> list[dict[str, Any]]:
+    """The kept results of benchmarks/real_models.py on some patches."""
+    files = next((sorted(path.glob("*.json")) for path in _folders("real") if path.is_dir()), [])
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [item for item in found if item.get("digest") in digests]
+
+
+def _measured(desk: Desk, found: Mapping[str, Any]) -> str:
+    """The rates of a patch beside its base's."""
+    name = desk.called(found["digest"])
+    base, patch = found["base"]["rates"], found["patch"]["rates"]
+    rows = [
+        [markup.text(suite), f"{patch[suite]['n']:,}", *(_rate(rates.get(suite)) for rates in (base, patch))]
+        for suite in patch
+    ]
+    about = (
+        f"{name}, {found['part']} prompts, answers of {found['tokens']} tokens, judge {found['judge']}, "
+        f"{found['date'][:10]}; not run now. Harmful prompts: the share answered. Harmless ones: the share refused."
+    )
+    columns = ("prompts", "n", "base", name)
+    table = markup.table(columns, rows, caption=f"{name} beside its base", numbers=columns[1:])
+    return markup.note(about) + table
+
+
+def _rate(rate: Mapping[str, float] | None) -> str:
+    if rate is None:
+        return "–"
+    return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.0f}, {100 * rate['high']:.0f}]"
+
+
+def _is_of(folder: Path, backend: Backend) -> bool:
+    """Whether a comparison was made on the model shown; of a server only the name is known."""
+    made = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    if backend.model_hash is None:
+        return bool(made["model"] == backend.name)
+    return bool(made["base_hash"] == backend.model_hash)
+
+
+def _stated(patch: str, metrics: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
+    """The rates among a patch's figures, each with its interval and count, as rows of a table."""
+    rows = []
+    for key, value in metrics.items():
+        if not isinstance(value, Mapping):
+            continue
+        share, ends, count = value.get("rate", value.get("asr")), value.get("ci95"), value.get("n")
+        if isinstance(share, int | float) and isinstance(ends, list) and len(ends) == 2 and isinstance(count, int):
+            interval = f"{100 * float(ends[0]):.1f} to {100 * float(ends[1]):.1f} %"
+            rows.append([markup.text(patch), markup.text(prefix + key), markup.percent(share), interval, f"{count:,}"])
+        else:
+            rows += _stated(patch, value, f"{prefix}{key}, ")
+    return rows
+
+
+def comparison_html(folder: Path) -> str:
+    """The comparison's table and charts."""
+    head = "<h2>Beside what else one would try</h2>"
+    data = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    about = f"{len(data['seeds'])} seeds, judge {data['judge']}, {data['created'][:10]}"
+    made = f"Model {data['model']}, {about}; not run now."
+    columns = ("method", "attack success", "over-refusal", "utility", "95 % interval", "garbled", "trained numbers")
+    rows = [_row(row) for row in data["rows"]]
+    marked = [n for n, row in enumerate(data["rows"]) if any(part in row["method"] for part in MARKED)]
+    table = markup.table(columns, rows, caption="Every method on the same prompts", numbers=columns[1:], marked=marked)
+    return markup.wrap(head, markup.note(made), table, _charts(data["rows"]))
+
+
+def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Attack success against what it costs, against the trained numbers, and by family."""
+    success = charts.linear("attack success (%)", 0, max(100 * row["ci95"][1] for row in rows), steps=4)
+    costs = [
+        charts.scatter(
+            f"Attack success against {title}",
+            [_point(row, measure) for row in rows],
+            charts.linear(f"{title} (%)", *_span(rows, measure), steps=4),
+            success,
+        )
+        for measure, title in (("over_refusal", "over-refusal"), ("utility", "utility"))
+    ]
+    trained = [max(row["trainable"], 1) for row in rows]
+    powers = tuple((10.0**n, "none" if n == 0 else f"{10**n:,}") for n in range(0, 8, 2) if 10**n <= 10 * max(trained))
+    numbers = charts.Axis("trained numbers", -0.3, len(str(max(trained))), powers, log=True)
+    costs.append(
+        charts.scatter(
+            "Attack success against trained numbers",
+            [
+                charts.Point(point.name, x, point.y, point.words, None, point.y_ends)
+                for x, point in zip(trained, [_point(row, "over_refusal") for row in rows], strict=True)
+            ],
+            numbers,
+            success,
+        )
+    )
+    families = sorted({family for row in rows for family in row["asr_by_family"]})
+    cells = [[row["asr_by_family"].get(family, {}).get("asr") for family in families] for row in rows]
+    key = charts.key([_title(row) for row in rows])
+    table = charts.shares("Attack success by family of jailbreaks (%)", [_title(r) for r in rows], families, cells)
+    return f'{key}<div class="nr-maps">{"".join(costs)}</div>{table}'
+
+
+def _point(row: Mapping[str, Any], measure: str) -> charts.Point:
+    rate, (low, high) = row["rates"][measure], row["ci95"]
+    words = (
+        f"{_title(row)}: attack success {markup.percent(row['asr'])} [{100 * low:.1f}, {100 * high:.1f}], "
+        f"over-refusal {markup.percent(row['over_refusal'])}, utility {markup.percent(row['utility'])}, "
+        f"{row['trainable']:,} trained numbers"
+    )
+    ends = (100 * rate["ci95"][0], 100 * rate["ci95"][1])
+    return charts.Point(_title(row), 100 * rate["value"], 100 * row["asr"], words, ends, (100 * low, 100 * high))
+
+
+def _span(rows: Sequence[Mapping[str, Any]], measure: str) -> tuple[float, float]:
+    ends = [100 * end for row in rows for end in row["rates"][measure]["ci95"]]
+    return min(ends), max(ends)
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    """A method's name; that of a finished patch is its version, as everywhere on the page."""
+    return str(row["title"]).rpartition("@")[2]
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    low, high = row["ci95"]
+    return [
+        markup.text(_title(row)),
+        markup.percent(row["asr"]),
+        markup.percent(row["over_refusal"]),
+        markup.percent(row["utility"]),
+        f"{100 * low:.1f} to {100 * high:.1f} %",
+        markup.percent(row["other"]),
+        f"{row['trainable']:,}",
+    ]
