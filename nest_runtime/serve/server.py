@@ -44,7 +44,7 @@ def serve(config: ServeConfig, *, on_event: Emit | None = None, until: threading
     if until is None:  # the process is the server's own
         emit = _settled(emit)
     set_up_logging(config.json)
-    check_tls(config)
+    tls_context(config)
     with contextlib.closing(bind(config)) as port, bind_admin(config) as admin_port:
         warn(config, emit)
         emit({"event": "loading", "model": config.model, "patch": config.patch})
@@ -223,15 +223,13 @@ def _uvicorn_config(
 ) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=crowd.protocol,  # type: ignore[arg-type]  # a factory is as good as a class
+        http=crowd.protocol(tls_context(server.config)),  # type: ignore[arg-type]  # a factory is as good as a class
         ws="none",
         backlog=backlog(descriptors()),
         log_config=None,
         access_log=False,
         proxy_headers=False,  # who asks is read from the connection, and from proxies that were named (clients.py)
         lifespan=lifespan,
-        ssl_certfile=server.config.ssl_certfile,
-        ssl_keyfile=server.config.ssl_keyfile,
         timeout_graceful_shutdown=max(1, round(server.config.limits.drain_seconds)),
         server_header=False,
     )
@@ -284,17 +282,19 @@ def _port_taken(host: str, number: int) -> EngineError:
     return EngineError(f"port {number} on {host} is in use", "stop the other server, or give another --port")
 
 
-def check_tls(config: ServeConfig) -> None:
-    """Read certificate and key, before anything is loaded. Raises UsageError where they are none, or no pair."""
+def tls_context(config: ServeConfig) -> ssl.SSLContext | None:
+    """Certificate and key, or None without TLS. Raises UsageError where they are none, or no pair."""
     if config.ssl_certfile is None:
-        return
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         files = f"{config.ssl_certfile}{f' and {config.ssl_keyfile}' if config.ssl_keyfile else ''}"
         raise UsageError(
             f"{files} cannot be used for TLS: {error}", "give a certificate with its chain and its key, in PEM"
         ) from error
+    return context
 
 
 def warn(config: ServeConfig, emit: Emit) -> None:

@@ -11,7 +11,9 @@ import asyncio
 import logging
 import os
 import socket
+import ssl
 import struct
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -82,21 +84,22 @@ class Crowd:
     stall_seconds: float
     turned_away: int = field(default=0, init=False)
     slow: int = field(default=0, init=False)
-    _open: set[Connection] = field(default_factory=set, init=False)
-    _silent: dict[Connection, None] = field(default_factory=dict, init=False)  # wait for a request; longest first
-    _sending: dict[Connection, None] = field(default_factory=dict, init=False)  # wait for a request's body
+    _open: set[Connection | _Handshake] = field(default_factory=set, init=False)
+    _silent: dict[Connection | _Handshake, None] = field(
+        default_factory=dict, init=False
+    )  # wait for a request; longest first
+    _sending: dict[Connection | _Handshake, None] = field(default_factory=dict, init=False)  # wait for a request's body
 
-    @property
-    def protocol(self) -> Callable[..., Connection]:
-        """What makes the protocol of a new connection, for uvicorn."""
-        return partial(Connection, self)
+    def protocol(self, tls: ssl.SSLContext | None = None) -> Callable[..., Connection | _Handshake]:
+        """What makes the protocol of a new connection, for uvicorn; with TLS, if there is a context for that."""
+        return partial(Connection, self) if tls is None else partial(_Handshake, self, tls)
 
     @property
     def open(self) -> int:
         """Connections that are open."""
         return len(self._open)
 
-    def enter(self, connection: Connection) -> None:
+    def enter(self, connection: Connection | _Handshake) -> None:
         """Take a new connection in, at another's cost where need be, or turn it away."""
         if len(self._open) >= self.limit:
             waiting = self._silent or self._sending
@@ -120,13 +123,13 @@ class Crowd:
             else:
                 waiting.setdefault(connection)
 
-    def leave(self, connection: Connection) -> None:
+    def leave(self, connection: Connection | _Handshake) -> None:
         """Forget a connection."""
         self._open.discard(connection)
         self._silent.pop(connection, None)
         self._sending.pop(connection, None)
 
-    def _turn_away(self, connection: Connection) -> None:
+    def _turn_away(self, connection: Connection | _Handshake) -> None:
         self.turned_away += 1
         self.leave(connection)
         log.warning("all %d connections are taken: one that waits for its client is closed for a new one", self.limit)
@@ -151,6 +154,38 @@ class _Bounded(h11.Connection):
         return event
 
 
+class _Handshake(SSLProtocol):
+    """The TLS of one connection. It has a place from its first moment on, and no more time than a request's head.
+
+    asyncio would say nothing of a connection before its handshake is done, and wait a minute for that.
+    """
+
+    def __init__(self, crowd: Crowd, context: ssl.SSLContext, **settings: Any) -> None:
+        within, seconds = Connection(crowd, **settings), crowd.header_seconds
+        super().__init__(
+            within.loop,
+            within,
+            context,
+            None,  # type: ignore[arg-type]  # nobody waits for the handshake
+            server_side=True,
+            ssl_handshake_timeout=seconds,  # type: ignore[arg-type]  # any number of seconds
+            ssl_shutdown_timeout=seconds,
+        )
+        self.beyond = False
+        self.transport: Any = None
+        self._crowd = crowd
+        within.handshake = self
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self._crowd.enter(self)
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._crowd.leave(self)
+        super().connection_lost(exc)
+
+
 class Connection(H11Protocol):
     """One connection; the app finds it in the request's state.
 
@@ -160,12 +195,14 @@ class Connection(H11Protocol):
 
     Attributes:
         beyond: it was taken in beyond the limit.
+        handshake: what its TLS began with, if it has any.
     """
 
     def __init__(self, crowd: Crowd, **settings: Any) -> None:
         super().__init__(**settings)
         self.conn = _Bounded(h11.SERVER, DEFAULT_MAX_INCOMPLETE_EVENT_SIZE)
         self.beyond = False
+        self.handshake: _Handshake | None = None
         self.timeout_keep_alive = crowd.idle_seconds  # type: ignore[assignment]  # uvicorn hands it to call_later
         self.app_state = {**self.app_state, "connection": self}
         self._crowd = crowd
@@ -179,6 +216,8 @@ class Connection(H11Protocol):
         if port is not None and hasattr(socket, "TCP_NOTSENT_LOWAT"):
             with suppress(OSError):  # no TCP
                 port.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        if self.handshake is not None:
+            self._crowd.leave(self.handshake)
         self._crowd.enter(self)
         self._watch()
 
@@ -223,7 +262,8 @@ class Connection(H11Protocol):
 
     def cut(self) -> None:
         """Close at once if the client has not taken all it was sent: what waits for it is thrown away."""
-        if not self.flow.write_paused or self.transport.is_closing():
+        held = 0 if self.handshake is None else self.handshake.transport.get_write_buffer_size()
+        if not (self.flow.write_paused or held) or self.transport.is_closing():
             return
         port = self.transport.get_extra_info("socket")
         with suppress(OSError):

@@ -20,7 +20,7 @@ from nest_runtime.serve.app import Server
 from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.events import Emit, json_events, json_line, sentence, set_up_logging
 from nest_runtime.serve.running import noted
-from nest_runtime.serve.server import admin_listener, bind, bind_admin, check_tls, note_of, reread_on_hangup, warn
+from nest_runtime.serve.server import admin_listener, bind, bind_admin, note_of, reread_on_hangup, tls_context, warn
 from nest_runtime.serve.vllm.arguments import engine_arguments, environment
 from nest_runtime.serve.vllm.plugin import PLAN
 
@@ -38,7 +38,7 @@ def serve(config: ServeConfig, *, on_event: Emit | None = None) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise EngineError("vLLM is not installed here", "install it beside nest-runtime as docs/engines.md says")
     set_up_logging(config.json)
-    check_tls(config)
+    tls_context(config)
     warn(config, emit)
     emit({"event": "loading", "model": config.model, "patch": config.patch})
     with contextlib.closing(bind(config)) as free:

@@ -6,6 +6,7 @@ import json
 import logging
 import resource
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from nest_runtime.errors import UsageError
 from nest_runtime.serve import ServeConfig
 from nest_runtime.serve.events import Thinned
 from nest_runtime.serve.http.connections import KEPT, clients_share
+from tests.support.certificates import certificate
 from tests.support.serve import PROMPTS, Process, Running, eventually, process, serving
 
 pytest_plugins = ["tests.support.fixtures_serve"]
@@ -77,6 +79,24 @@ def test_idle_connections_give_way_to_those_that_ask(config: ServeConfig) -> Non
         assert crowd.open <= 20
         assert crowd.turned_away >= 81
         assert "nest_connections_limit 20.0" in server.http("GET", "/metrics").text
+
+
+def test_connections_that_never_finish_a_handshake_give_way_too(config: ServeConfig, tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    secure = replace(config, ssl_certfile=cert, ssl_keyfile=key)
+    trusting = ssl.create_default_context(cafile=str(cert))
+    with limited(secure, connections=20, header_seconds=2.0) as server, ExitStack() as idle:
+        url, named = server.url.replace("https", "http"), server.url.replace("127.0.0.1", "localhost")
+        first = idle.enter_context(connect(url))
+        others = [idle.enter_context(connect(url)) for _ in range(100)]
+        others[-1].sendall(b"\x16\x03\x01")  # a handshake's beginning
+        assert httpx.get(f"{named}/v1/models", verify=trusting).status_code == 200
+        assert closed(first)
+        assert server.server.crowd.open <= 20
+        assert server.server.crowd.turned_away >= 81
+        assert all(map(closed, others[-3:]))  # those that did not have to give way have run out of time
+        assert httpx.get(f"{named}/ready", verify=trusting).status_code == 200
+        assert eventually(lambda: server.server.crowd.open == 0)
 
 
 def test_where_all_connections_are_at_work_operators_still_get_one(config: ServeConfig, slow_engine: None) -> None:

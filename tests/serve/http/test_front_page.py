@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import ssl
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from nest_runtime import __version__
 from nest_runtime.cli.main import app, main
 from nest_runtime.errors import UsageError
 from nest_runtime.serve import ServeConfig
-from nest_runtime.serve.server import check_tls, warn
+from nest_runtime.serve.server import tls_context, warn
+from tests.support.certificates import certificate
 from tests.support.cli import Run, fails
 from tests.support.serve import PROMPTS, Reference, serving
 
@@ -26,33 +26,6 @@ pytest_plugins = ["tests.support.fixtures_serve", "tests.support.cli"]
 
 CHAT: list[Any] = [{"role": "user", "content": PROMPTS[0]}]
 PAGE = {"accept": "text/html,*/*"}
-
-
-def certificate(folder: Path, stem: str = "server") -> tuple[Path, Path]:
-    """A certificate for this machine that signs itself, and its key."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name, now = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")]), datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    cert, private = folder / f"{stem}.crt", folder / f"{stem}.key"
-    cert.write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    private.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return cert, private
 
 
 def test_tls_on_both_listeners(config: ServeConfig, tmp_path: Path, tiny_llama: Path, patches: list[Any]) -> None:
@@ -91,10 +64,10 @@ def test_certificates_that_are_none_are_refused_before_anything_is_loaded(config
         replace(config, ssl_certfile=key, ssl_keyfile=key),
     ):
         with pytest.raises(UsageError, match="cannot be used for TLS"):
-            check_tls(bad)
+            tls_context(bad)
     both = tmp_path / "both.pem"
     both.write_bytes(cert.read_bytes() + key.read_bytes())
-    check_tls(replace(config, ssl_certfile=both))
+    tls_context(replace(config, ssl_certfile=both))
 
 
 def test_keys_on_the_command_line_count_beside_the_file_and_are_warned_of(config: ServeConfig, tmp_path: Path) -> None:
