@@ -7,18 +7,16 @@ by the runtime, whether it is signed by the trust policy; neither happens here.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nest_runtime.errors import PatchNotFound
 from nest_runtime.io import expand
+from nest_runtime.store.entries import PATCH_SUFFIX, is_path
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
     from nest_runtime.store.store import Store
-
-_SUFFIX = ".safetensors"
 
 
 def load_patch(ref: str | Path, *, model_hash: str | None = None, store: Store | None = None) -> Patch:
@@ -51,15 +49,6 @@ def load_patch(ref: str | Path, *, model_hash: str | None = None, store: Store |
     return store.get(text, model_hash=model_hash)
 
 
-def is_path(ref: str | Path) -> bool:
-    """Whether a reference means a file of its own rather than something in the store or on the Hub."""
-    if isinstance(ref, Path):
-        return True
-    if ref.startswith(("hf://", "sha256:")):
-        return False
-    return ref.endswith(_SUFFIX) or os.sep in ref or "/" in ref or ref.startswith(("~", "."))
-
-
 def _from_file(path: Path) -> Patch:
     from nest_runtime.hints import closest
     from nest_runtime.patch.file import read_patch
@@ -68,7 +57,7 @@ def _from_file(path: Path) -> Patch:
         raise PatchNotFound(f"{path} is a folder; expected a patch file", "name the .safetensors file in it")
     if not path.exists():
         beside = (
-            closest(path.name, (p.name for p in sorted(path.parent.glob(f"*{_SUFFIX}"))))
+            closest(path.name, (p.name for p in sorted(path.parent.glob(f"*{PATCH_SUFFIX}"))))
             if path.parent.is_dir()
             else []
         )

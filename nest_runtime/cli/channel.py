@@ -79,7 +79,7 @@ def revoke(
     )
     entry = revocations.find(chosen.digest, chosen.name)
     assert entry is not None  # just added, or there before
-    from nest_runtime.hub.repository import connect
+    from nest_runtime.hub.connect import connect
 
     document = {
         "repo": ref.place,
@@ -128,8 +128,8 @@ def channel_set(
 
     Where the channel demands claims, those of the version are measured first, on --model or its base.
     """
+    from nest_runtime.hub.connect import connect
     from nest_runtime.hub.publish import set_channel
-    from nest_runtime.hub.repository import connect
     from nest_runtime.store.store import Store
 
     out, ref, private_key = Output.of(ctx, as_json), repository(repo), signing_key(key)
@@ -180,8 +180,8 @@ def channel_show(
     """Show which version a channel names, and until when. Exit status 3 for a false signature or an expired file."""
     from nest_runtime.errors import HubError
     from nest_runtime.hints import did_you_mean
+    from nest_runtime.hub.connect import connect
     from nest_runtime.hub.news import channels_like, read_channel, read_revocations
-    from nest_runtime.hub.repository import connect
     from nest_runtime.store.store import Store
     from nest_runtime.trust.guard import guard_for
 

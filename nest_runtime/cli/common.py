@@ -96,7 +96,8 @@ def model_for(ctx: typer.Context, out: Output, model: str, patch: str | None) ->
 
 def where_is(base_hash: str, name: str, patch: str) -> str:
     """The model reference of a patch's base. Raises BaseMismatch, naming it, where that is not known."""
-    from nest_runtime.model.bases import known_base, noted_base
+    from nest_runtime.model.bases import noted_base
+    from nest_runtime.model.load import known_base
 
     place, noted = known_base(base_hash), noted_base(base_hash)
     if place is not None:
@@ -112,7 +113,8 @@ def base_named(ref: str) -> tuple[str, str] | None:
 
     None where nothing is called so: the command that goes on says it best.
     """
-    from nest_runtime.resolve import is_path, load_patch
+    from nest_runtime.resolve import load_patch
+    from nest_runtime.store.entries import is_path
     from nest_runtime.store.store import Store
 
     if is_path(ref) or ref.startswith("hf://"):

@@ -199,8 +199,7 @@ def _base_of(patch: Patch, model: str | None) -> Path | None:
     Raises:
         BaseMismatch: the model named is another.
     """
-    from nest_runtime.model.bases import known_base
-    from nest_runtime.model.load import REFERENCE, REFERENCE_FOLDER, resolve_model
+    from nest_runtime.model.load import REFERENCE, REFERENCE_FOLDER, known_base, resolve_model
 
     if model is None:
         if (REFERENCE_FOLDER / "config.json").is_file() and base_hash_of(REFERENCE) == patch.base_hash:

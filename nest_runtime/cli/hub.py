@@ -206,8 +206,9 @@ def pull(
 
 def patch_and_material(ref: str, store: Store, model: str | None, key: Path | None) -> tuple[Patch, Material | None]:
     """The patch to publish, and its signature: made now, or beside its file, or kept in the store."""
-    from nest_runtime.patch.file import to_bytes
-    from nest_runtime.resolve import is_path, load_patch
+    from nest_runtime.patch.write import to_bytes
+    from nest_runtime.resolve import load_patch
+    from nest_runtime.store.entries import is_path
     from nest_runtime.trust.check import sign_bytes
     from nest_runtime.trust.guard import Guard
     from nest_runtime.trust.material import patch_path

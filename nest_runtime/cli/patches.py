@@ -99,8 +99,8 @@ def hash_model(
 
 def describe(patch: Patch) -> dict[str, Any]:
     """A patch as the JSON of ``inspect``."""
-    from nest_runtime.patch.file import to_bytes
     from nest_runtime.patch.values import TORCH_NAMES
+    from nest_runtime.patch.write import to_bytes
 
     header = patch.header()
     sites = [

@@ -126,8 +126,7 @@ def _scans(
 ) -> list[Scan]:
     """The prompts run on the model that the views are of. Raises BaseMismatch for another model."""
     from nest_runtime.errors import BaseMismatch
-    from nest_runtime.model.bases import known_base
-    from nest_runtime.model.load import load_model
+    from nest_runtime.model.load import known_base, load_model
     from nest_runtime.plots.scan import scan
 
     if not views:

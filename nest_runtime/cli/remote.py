@@ -97,7 +97,7 @@ def as_seen_there(ref: str, url: str) -> str:
 
     from nest_runtime.addresses import is_loopback
     from nest_runtime.io import expand
-    from nest_runtime.resolve import is_path
+    from nest_runtime.store.entries import is_path
 
     if not is_path(ref) or not is_loopback(urlsplit(url).hostname or ""):
         return ref

@@ -192,7 +192,8 @@ def activate(
     With --url it is that server that is switched, and its store with it.
     Where keys are trusted, here or in $NEST_HOME/trust.toml, the patch must pass: signature, revocations, serial.
     """
-    from nest_runtime.resolve import is_path, load_patch
+    from nest_runtime.resolve import load_patch
+    from nest_runtime.store.entries import is_path
     from nest_runtime.store.store import Store
     from nest_runtime.trust.activate import Asked
     from nest_runtime.trust.activate import activate as put_in_force

@@ -235,10 +235,11 @@ def revocations(
 
 
 def _sign_stored(ref: str, model: str | None, key: Path, passphrase: str) -> tuple[Any, list[str]]:
-    from nest_runtime.patch.file import to_bytes
-    from nest_runtime.store.signatures import keep_signature, signature_folder
+    from nest_runtime.patch.write import to_bytes
+    from nest_runtime.store.signatures import signature_folder
     from nest_runtime.store.store import Store
     from nest_runtime.trust.check import sign_bytes
+    from nest_runtime.trust.kept import keep_signature
 
     store = Store()
     patch = store.get(ref, model_hash=base_hash_of(model))
@@ -309,7 +310,7 @@ def _only(keys: list[Path] | None, file: Path | None) -> Policy:
 def _path(ref: str) -> Path | None:
     """The file or folder that a reference means, or None for one that the store answers."""
     from nest_runtime.errors import UsageError
-    from nest_runtime.resolve import is_path
+    from nest_runtime.store.entries import is_path
 
     if ref.startswith("hf://"):
         raise UsageError(f"{ref} is on the Hub; expected a file, a folder or a stored patch", "pull it first")

@@ -52,7 +52,7 @@ class LocalBackend:
 
     def entries(self) -> list[Entry]:
         """The store's patches for the model, and the one that was named, by name and serial."""
-        from nest_runtime.patch.file import to_bytes
+        from nest_runtime.patch.write import to_bytes
         from nest_runtime.store.entries import entry_of
 
         entries = self.store.list(self.loaded.hash)

@@ -19,6 +19,7 @@ from nest_runtime.evaluate.judges.local import NAME as LOCAL
 from nest_runtime.evaluate.judges.local import measured_errors
 from nest_runtime.evaluate.records import Record, breakdown, measures, other_share, rate_of
 from nest_runtime.evaluate.stats import Agreement, Corrected, PairedChange, Rate, corrected, paired_change
+from nest_runtime.evaluate.tables import markdown
 from nest_runtime.io import MAX_RESULT, atomic_write, parse_json, read_text
 
 FORMAT = 1
@@ -216,8 +217,6 @@ class EvalResult:
 
     def markdown(self) -> str:
         """Tables for people: rates by suite, then attack success by family."""
-        from nest_runtime.evaluate.tables import markdown
-
         return markdown(self)
 
 

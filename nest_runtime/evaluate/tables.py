@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from nest_runtime.evaluate.markdown import NONE, interval, p_value, percent, signed_percent, table
 from nest_runtime.evaluate.records import HITS, rates_by
-from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.stats import PairedChange, Rate
+
+if TYPE_CHECKING:
+    from nest_runtime.evaluate.report import EvalResult
 
 _TITLES = {"asr": "attack success", "over_refusal": "over-refusal", "utility": "utility"}
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from nest_runtime.errors import ClaimsRefused, RepoMissing, SignatureError
 from nest_runtime.hub.channels import CHANNELS, Channel
+from nest_runtime.hub.connect import connect
 from nest_runtime.hub.demands import Demands, check_met, demands_of
-from nest_runtime.hub.repository import Refs, Remote, RepoRef, connect
+from nest_runtime.hub.repository import Refs, Remote, RepoRef
 from nest_runtime.trust.keys import public_key_of
 from nest_runtime.trust.signing import read_bundle, verify_files
 

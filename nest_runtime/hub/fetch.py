@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nest_runtime.errors import HubError, SignatureError, TrustError
 from nest_runtime.hints import did_you_mean
 from nest_runtime.hub.channels import Channel
+from nest_runtime.hub.connect import connect
 from nest_runtime.hub.news import News, channels_like, read_channel, read_revocations
 from nest_runtime.hub.origins import Origins
 from nest_runtime.hub.repository import (
@@ -23,7 +24,6 @@ from nest_runtime.hub.repository import (
     Refs,
     Remote,
     RepoRef,
-    connect,
     may_be_channel,
     parse_repo,
     size_limit,
@@ -182,7 +182,7 @@ def fetch_revision(
     Origins(store.root).check_name(ref, patch.name)
     Origins(store.root).check(ref, patch.version, revision, patch.digest)
     if material is not None:
-        from nest_runtime.store.signatures import keep_signature
+        from nest_runtime.trust.kept import keep_signature
 
         keep_signature(store.root, patch, material, verified=verified is not None)
     return Fetched(ref, revision, patch, material, verified, remote.url(revision))

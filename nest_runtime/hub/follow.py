@@ -29,11 +29,12 @@ from nest_runtime.errors import (
 )
 from nest_runtime.hints import did_you_mean
 from nest_runtime.hub.channels import Channel
+from nest_runtime.hub.connect import connect
 from nest_runtime.hub.fetch import Fetched, fetch_revision
 from nest_runtime.hub.follow_status import Kind, Outcome, Status
 from nest_runtime.hub.news import News, channels_like, read_channel, read_revocations
 from nest_runtime.hub.origins import Origins
-from nest_runtime.hub.repository import Refs, Remote, RepoRef, connect, parse_repo
+from nest_runtime.hub.repository import Refs, Remote, RepoRef, parse_repo
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch

@@ -18,20 +18,12 @@ from nest_runtime.errors import Downgrade, HubError, RepoMissing, SignatureError
 from nest_runtime.hints import did_you_mean
 from nest_runtime.hub.card import render_card
 from nest_runtime.hub.channels import CHANNELS, Channel, channel_for, sign_channel
+from nest_runtime.hub.connect import connect
 from nest_runtime.hub.demanded import Prove, settle
 from nest_runtime.hub.fetch import fetch_revision
 from nest_runtime.hub.mirror import MirrorRemote
 from nest_runtime.hub.origins import Origins
-from nest_runtime.hub.repository import (
-    CARD_FILE,
-    LATEST,
-    USUAL_CHANNELS,
-    Refs,
-    Remote,
-    RepoRef,
-    connect,
-    may_be_channel,
-)
+from nest_runtime.hub.repository import CARD_FILE, LATEST, USUAL_CHANNELS, Refs, Remote, RepoRef, may_be_channel
 from nest_runtime.trust.material import MANIFEST_FILE, PATCH_FILE, SIGNATURE_FILE, Manifest, Material
 from nest_runtime.trust.revocations import LIST_FILE, LIST_SIGNATURE, RevocationList, read_list, revoke
 
@@ -100,11 +92,11 @@ def push(
         Downgrade: the repository has a higher serial.
         SignatureError: the signature is not this patch's.
     """
-    from nest_runtime.patch.file import to_bytes
+    from nest_runtime.patch.write import to_bytes
 
     data = to_bytes(patch)
     if material is not None:
-        from nest_runtime.store.signatures import keep_signature
+        from nest_runtime.trust.kept import keep_signature
 
         keep_signature(store.root, patch, material)
     remote = connect(ref, timeout=timeout)

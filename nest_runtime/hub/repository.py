@@ -143,19 +143,3 @@ def parse_repo(text: str) -> RepoRef:
 def may_be_channel(name: str) -> bool:
     """Whether a revision's name can be a channel's: versions begin with a digit, with ``v`` before it or not."""
     return _VERSION.fullmatch(name) is None
-
-
-def connect(ref: RepoRef, *, timeout: float | None = None) -> Remote:
-    """The repository that a reference names, ready to be asked; asks nothing yet.
-
-    Args:
-        ref: see ``parse_repo``.
-        timeout: seconds that any one step may take; by default what suits the place.
-    """
-    if ref.on_hub:
-        from nest_runtime.hub.huggingface import DEFAULT_TIMEOUT, HubRemote
-
-        return HubRemote(ref.repo_id, timeout=timeout or DEFAULT_TIMEOUT)
-    from nest_runtime.hub.mirror import MirrorRemote
-
-    return MirrorRemote(ref.place)

@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.errors import NestError
 from nest_runtime.io import nest_home
 
 _VERSION = 1
@@ -42,21 +41,6 @@ def remember_base(model_hash: str, name: str, source: Path) -> None:
         _write(json.dumps({"version": _VERSION, "bases": kept}, indent=1, ensure_ascii=False))
     except OSError:
         return  # a read-only or full home
-
-
-def known_base(model_hash: str) -> str | None:
-    """The model reference that a hash was loaded from, where it still hashes so; else None."""
-    from nest_runtime.model.fingerprint import hash_report
-    from nest_runtime.model.load import resolve_model
-
-    place = noted_base(model_hash)
-    if place is None:
-        return None
-    try:
-        same = hash_report(resolve_model(place)[1])["hash"] == model_hash
-    except (NestError, OSError):  # it is gone, or no model any more
-        return None
-    return place if same else None
 
 
 def noted_base(model_hash: str) -> str | None:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.errors import ModelError
+from nest_runtime.errors import ModelError, NestError
 from nest_runtime.hints import did_you_mean
 from nest_runtime.io import expand
 from nest_runtime.model.fetch import fetch_model, quiet
@@ -104,6 +104,21 @@ def resolve_model(ref: str | Path, *, trust_remote_code: bool = False, config_on
     if found.is_dir():
         _check_folder(found)
     return ref.partition("@")[0], found
+
+
+def known_base(model_hash: str) -> str | None:
+    """The model reference that a hash was loaded from, where it still hashes so; else None."""
+    from nest_runtime.model.bases import noted_base
+    from nest_runtime.model.fingerprint import hash_report
+
+    place = noted_base(model_hash)
+    if place is None:
+        return None
+    try:
+        same = hash_report(resolve_model(place)[1])["hash"] == model_hash
+    except (NestError, OSError):  # it is gone, or no model any more
+        return None
+    return place if same else None
 
 
 def _folder_name(folder: Path) -> str:

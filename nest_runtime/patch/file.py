@@ -1,6 +1,6 @@
-"""Patches as safetensors files: written byte for byte the same every time, read strictly.
+"""Patch files, read strictly; write.py writes them.
 
-docs/patch-format.md is the law of this file. Reading checks the frame, the header and every tensor's
+docs/patch-format.md is the law of both. Reading checks the frame, the header and every tensor's
 name, dtype, shape and place before any tensor is read, the digest, in pieces, before any tensor is kept
 or believed, and gives a Patch or an error, nothing in between. Whether a patch fits a model is not asked here
 (patch.check_sites), nor whether its publisher is trusted (trust/).
@@ -9,24 +9,18 @@ or believed, and gives a Patch or an error, nothing in between. Whether a patch 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from nest_runtime.errors import DigestMismatch, NestError, PatchFormatError, PatchNotFound
-from nest_runtime.io import Unfit, atomic_write, expand, open_file
+from nest_runtime.errors import DigestMismatch, PatchFormatError, PatchNotFound
+from nest_runtime.io import Unfit, expand, open_file
 from nest_runtime.patch.frame import Entry, Frame, FramingError, header_length, parse_frame, parse_object
 from nest_runtime.patch.patch import CLAIMS_VERSION, FORMAT_VERSIONS, Patch
 from nest_runtime.patch.site import PARTS, REQUIRED_PARTS, Site, check_parts
 from nest_runtime.patch.values import FrozenTensor, canonical_json, digest_of
+from nest_runtime.patch.write import MAX_FILE, MAX_HEADER, METADATA_KEY
 
-METADATA_KEY = "nest_patch"
-MAX_FILE = 1 << 30  # bytes
-MAX_HEADER = 1 << 20  # bytes of the safetensors header, metadata included
-
-_ORDER = ("F32", "I32", "BF16", "F16")  # of tensors in the file, as the safetensors package writes them
 _FETCH = "fetch or copy the file again"
 _FIELDS: dict[str, tuple[type, ...]] = {
     "format_version": (int,),
@@ -50,22 +44,6 @@ _SITE_FIELDS: dict[str, tuple[type, ...]] = {"name": (str,), "d_out": (int,), "s
 _PIECE = 1 << 20  # bytes read at a time while nothing is known to be right
 
 Read = Callable[[int, int], bytes]  # the data area's bytes from start to stop; fewer where the file was cut meanwhile
-
-
-def save_patch(patch: Patch, path: str | os.PathLike[str]) -> Path:
-    """Write a patch file atomically: whoever looks sees the old file or the whole new one.
-
-    Raises:
-        PatchFormatError: the patch cannot be a file (no rows digest, header or file too large).
-        NestError: the path cannot be written.
-    """
-    target, data = expand(path), to_bytes(patch)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(target, data)
-    except OSError as error:
-        raise NestError(f"{target} cannot be written: {error.strerror or error}", "choose another path") from error
-    return target
 
 
 def read_patch(path: str | os.PathLike[str]) -> Patch:
@@ -95,40 +73,6 @@ def read_patch(path: str | os.PathLike[str]) -> Patch:
         ) from error
     except OSError as error:
         raise PatchNotFound(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from error
-
-
-def to_bytes(patch: Patch) -> bytes:
-    """The file of a patch; the same bytes for the same content, on any machine.
-
-    Raises:
-        PatchFormatError: ``rows_digest`` is missing, or the header or file would be too large.
-    """
-    if not patch.rows_digest:
-        raise PatchFormatError(
-            f"{patch.name}@{patch.version} has no rows_digest",
-            "set it from the base: patch.evolve(rows_digest=nest_runtime.rows_digest(model, …))",
-        )
-    text = canonical_json({**patch.header(), "digest": patch.digest}).decode()
-    tensors = sorted(patch.tensors.items(), key=lambda item: (_ORDER.index(item[1].dtype_name), item[0]))
-    fields: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
-    at = 0
-    for name, tensor in tensors:
-        stop = at + len(tensor.data)
-        fields[name] = {
-            "dtype": tensor.dtype_name,
-            "shape": list(tensor.shape),
-            "data_offsets": [at, stop],
-        }
-        at = stop
-    header = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
-    if len(header) > MAX_HEADER or 8 + len(header) + at > MAX_FILE:
-        raise PatchFormatError(
-            f"the patch would have a header of {len(header)} bytes and {at} of data; "
-            f"the limits are {MAX_HEADER} and a file of {MAX_FILE}",
-            "record less in method, data, metrics or stats, or patch fewer neurons",
-        )
-    return b"".join([len(header).to_bytes(8, "little"), header, *(tensor.data for _, tensor in tensors)])
 
 
 def from_bytes(data: bytes | bytearray | memoryview, source: str = "") -> Patch:

@@ -8,7 +8,7 @@ each neuron's cluster, and optionally one loading per neuron. Its update is
 
 which is NeST's cluster-shared update (arXiv 2602.16835) and exactly a rank-K LoRA.
 
-Nothing here reads or writes files (file.py), computes with rows (algebra.py) or touches a model (runtime/).
+Nothing here reads or writes files (file.py, write.py), computes with rows (algebra.py) or touches a model (runtime/).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from nest_runtime.errors import PatchFormatError, SiteMismatch
 from nest_runtime.patch.claims import Claims
 from nest_runtime.patch.site import DELTA_DTYPES, Site
 from nest_runtime.patch.values import MAX_INT, FrozenTensor, canonical_json, content_digest, freeze_json, thaw_json
+from nest_runtime.patch.write import save_patch
 
 if TYPE_CHECKING:
     from nest_runtime.model.anatomy import Projection
@@ -173,9 +174,7 @@ class Patch:
         return replace(self, **({"claims": None, **changes} if changes else {}))
 
     def save(self, path: str | Path) -> Path:
-        """Write this patch as a safetensors file, atomically (patchfile.save_patch)."""
-        from nest_runtime.patch.file import save_patch
-
+        """Write this patch as a safetensors file, atomically."""
         return save_patch(self, path)
 
     def __hash__(self) -> int:

@@ -16,11 +16,11 @@ from weakref import WeakValueDictionary
 
 from nest_runtime.errors import NestError, PatchNotFound, StoreError, UsageError
 from nest_runtime.patch.patch import Patch
-from nest_runtime.resolve import is_path, load_patch
+from nest_runtime.resolve import load_patch
 from nest_runtime.serve.engine import Holder, NoSteps, Steps
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.served_patch import BASE, Served
-from nest_runtime.store.entries import check_names, entry_of
+from nest_runtime.store.entries import check_names, entry_of, is_path
 from nest_runtime.store.store import Entry, Store
 
 if TYPE_CHECKING:

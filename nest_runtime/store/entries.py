@@ -7,6 +7,7 @@ is verified: the store checks the bytes against the digest whenever it gives a p
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections.abc import Iterable, Sequence
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
 
 MAX_HEADER_BYTES = 1 << 20
-METADATA_KEY = "nest_patch"  # both as in patch/file.py, which needs torch
+METADATA_KEY = "nest_patch"  # both as in patch/write.py, which needs torch
 MIN_DIGEST_CHARS = 8
+PATCH_SUFFIX = ".safetensors"
 _WORD = re.compile(r"[A-Za-z0-9][\w.+-]*")
 _RESERVED_VERSIONS = ("base",)  # NAME@base is the bare model on a server
 _FIELDS = ("name", "version", "digest", "base_hash", "base_model", "serial", "parent", "created")
@@ -211,3 +213,12 @@ def _ambiguous(ref: str, found: Sequence[Entry], where: str) -> UsageError:
             f"say which with --model, or: {' or '.join(keys if len(keys) == len(found) else digests)}",
         )
     return UsageError(f"{ref!r} names several patches{where}: {', '.join(keys)}", f"say which, e.g. {keys[0]}")
+
+
+def is_path(ref: str | Path) -> bool:
+    """Whether a reference means a file of its own rather than something in the store or on the Hub."""
+    if isinstance(ref, Path):
+        return True
+    if ref.startswith(("hf://", "sha256:")):
+        return False
+    return ref.endswith(PATCH_SUFFIX) or os.sep in ref or "/" in ref or ref.startswith(("~", "."))

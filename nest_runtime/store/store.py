@@ -107,7 +107,7 @@ class Store:
             PatchFormatError, DigestMismatch: the file is no valid patch.
         """
         patch = _as_patch(source)
-        from nest_runtime.patch.file import to_bytes
+        from nest_runtime.patch.write import to_bytes
 
         data = to_bytes(patch)
         entry = entry_of(patch, len(data))
@@ -151,7 +151,7 @@ class Store:
 
         Raises what ``get`` raises, and BaseMismatch where a digest names a patch of another base than ``model_hash``.
         """
-        from nest_runtime.patch.file import to_bytes
+        from nest_runtime.patch.write import to_bytes
 
         with self._writing() as index:
             entry = match(ref, self._known(index), model_hash)

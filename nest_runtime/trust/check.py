@@ -96,7 +96,8 @@ def sign_bytes(data: bytes, key: Path, passphrase: str = "", where: str = "patch
         PatchFormatError, DigestMismatch: it is no valid patch, or not written as nest-runtime writes it.
         UsageError: the key cannot be used.
     """
-    from nest_runtime.patch.file import from_bytes, to_bytes
+    from nest_runtime.patch.file import from_bytes
+    from nest_runtime.patch.write import to_bytes
 
     patch = from_bytes(data, where)
     if to_bytes(patch) != data:
@@ -195,7 +196,7 @@ def check_trust(
         Revoked: its publisher has revoked it.
         NestError: model-signing is not installed.
     """
-    from nest_runtime.patch.file import to_bytes
+    from nest_runtime.patch.write import to_bytes
 
     return _check(patch, to_bytes(patch), material, policy, state, allow_downgrade)
 

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 from nest_runtime.errors import NestError, SignatureError
 from nest_runtime.io import expand
-from nest_runtime.resolve import is_path
-from nest_runtime.store.entries import builtin_entries
-from nest_runtime.store.signatures import keep_signature, kept_signatures
+from nest_runtime.store.entries import builtin_entries, is_path
 from nest_runtime.trust.check import Verified, check_trust, remember
+from nest_runtime.trust.kept import keep_signature, kept_signatures
 from nest_runtime.trust.material import Material, patch_path, read_material
 from nest_runtime.trust.policy import Policy, policy_for
 from nest_runtime.trust.state import TrustState

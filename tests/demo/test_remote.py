@@ -14,8 +14,8 @@ from nest_runtime.demo.remote import ACTIVE, RemoteBackend
 from nest_runtime.demo.start import Source, open_desk
 from nest_runtime.demo.talk import Talk
 from nest_runtime.errors import EngineError, UsageError
-from nest_runtime.patch.file import save_patch
 from nest_runtime.patch.patch import Patch
+from nest_runtime.patch.write import save_patch
 from nest_runtime.serve import Limits, ServeConfig
 from nest_runtime.store.store import Store
 from tests.support.serve import TOKEN, Reference, Running, serving

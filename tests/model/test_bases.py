@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.io import nest_home
-from nest_runtime.model.bases import bases_file, known_base, remember_base
+from nest_runtime.model.bases import bases_file, remember_base
 from nest_runtime.model.fingerprint import model_hash
-from nest_runtime.model.load import load_model
+from nest_runtime.model.load import known_base, load_model
 from tests.conftest import save_tiny
 from tests.support.cli import Run, fails
 from tests.support.patches import make_patch

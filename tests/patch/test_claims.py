@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from nest_runtime.errors import DigestMismatch, NestError, PatchFormatError
 from nest_runtime.patch.algebra import diff
 from nest_runtime.patch.claims import AT_MOST, MEASURES, Claim, Claims
-from nest_runtime.patch.file import from_bytes, read_patch, to_bytes
+from nest_runtime.patch.file import from_bytes, read_patch
 from nest_runtime.patch.patch import Patch
+from nest_runtime.patch.write import to_bytes
 from tests.support.patchfile import ONE_HASH, ZERO_HASH, golden_patch, take_apart, with_header
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden_v2.safetensors"

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from nest_runtime.errors import DigestMismatch, NestError, PatchFormatError, PatchNotFound
 from nest_runtime.patch import file as patchfile
-from nest_runtime.patch.file import from_bytes, read_patch, save_patch, to_bytes
+from nest_runtime.patch.file import from_bytes, read_patch
 from nest_runtime.patch.patch import Patch, Site
+from nest_runtime.patch.write import save_patch, to_bytes
 from tests.support.patchfile import (
     ONE_HASH,
     golden_patch,

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.errors import DigestMismatch, PatchFormatError, SignatureError
-from nest_runtime.patch.file import MAX_FILE, from_bytes, read_patch, to_bytes
+from nest_runtime.patch.file import MAX_FILE, from_bytes, read_patch
+from nest_runtime.patch.write import to_bytes
 from nest_runtime.trust.check import sign_patch, verify_patch
 from nest_runtime.trust.keys import generate_keys
 from nest_runtime.trust.policy import policy_for

@@ -22,8 +22,9 @@ from nest_runtime.hub.mirror import MirrorRemote
 from nest_runtime.hub.origins import Origins
 from nest_runtime.hub.repository import parse_repo
 from nest_runtime.store.history import ChainLog
-from nest_runtime.store.signatures import keep_signature, signature_folder
+from nest_runtime.store.signatures import signature_folder
 from nest_runtime.store.store import Store
+from nest_runtime.trust.kept import keep_signature
 from nest_runtime.trust.keys import generate_keys
 from nest_runtime.trust.policy import policy_for
 from nest_runtime.trust.revocations import read_list, revoke

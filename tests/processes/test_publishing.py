@@ -25,8 +25,8 @@ import pytest
 
 from nest_runtime.hub.channels import CHANNELS, channel_for, sign_channel
 from nest_runtime.hub.publish import CHANNEL_VALID
-from nest_runtime.patch.file import to_bytes
 from nest_runtime.patch.patch import Patch
+from nest_runtime.patch.write import to_bytes
 from nest_runtime.resolve import load_patch
 from nest_runtime.trust.check import sign_bytes
 from nest_runtime.trust.keys import generate_keys

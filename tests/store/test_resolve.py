@@ -13,8 +13,9 @@ from urllib.parse import unquote
 import pytest
 
 from nest_runtime.errors import DigestMismatch, HubError, PatchNotFound, TrustError, UsageError
-from nest_runtime.resolve import is_path, load_patch
+from nest_runtime.resolve import load_patch
 from nest_runtime.store import entries
+from nest_runtime.store.entries import is_path
 from nest_runtime.store.store import Store
 from tests.support.hub import quick_tries
 from tests.support.store import BASE_A, BASE_B, small_patch
@@ -172,7 +173,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def to_bytes(version: str, **fields: object) -> bytes:
-    from nest_runtime.patch.file import to_bytes as write
+    from nest_runtime.patch.write import to_bytes as write
 
     return write(small_patch(version, **fields))  # type: ignore[arg-type]
 

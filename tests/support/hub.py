@@ -13,8 +13,8 @@ import pytest
 
 from nest_runtime.hub.publish import Pushed, push
 from nest_runtime.hub.repository import parse_repo
-from nest_runtime.patch.file import to_bytes
 from nest_runtime.patch.patch import Patch
+from nest_runtime.patch.write import to_bytes
 from nest_runtime.store.store import Store
 from nest_runtime.trust.check import sign_bytes
 from nest_runtime.trust.guard import Guard, guard_for

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.patch.file import to_bytes
 from nest_runtime.patch.patch import Patch
+from nest_runtime.patch.write import to_bytes
 from nest_runtime.trust.check import sign_bytes
 from nest_runtime.trust.keys import PublicKey, generate_keys
 from nest_runtime.trust.material import Material

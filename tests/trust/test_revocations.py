@@ -16,10 +16,10 @@ from nest_runtime.errors import (
 )
 from nest_runtime.hub.channels import Channel, channel_for, read_channel, verify_channel, write_channel
 from nest_runtime.store import entries
-from nest_runtime.store.signatures import keep_signature
 from nest_runtime.store.store import Store
 from nest_runtime.trust.check import check_trust, remember, sign_patch
 from nest_runtime.trust.guard import Guard, keep_beside
+from nest_runtime.trust.kept import keep_signature
 from nest_runtime.trust.material import material_paths
 from nest_runtime.trust.policy import Policy
 from nest_runtime.trust.revocations import (

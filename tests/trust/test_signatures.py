@@ -26,7 +26,8 @@ from nest_runtime.errors import (
     UsageError,
 )
 from nest_runtime.hub.channels import channel_for, read_channel, verify_channel
-from nest_runtime.patch.file import read_patch, to_bytes
+from nest_runtime.patch.file import read_patch
+from nest_runtime.patch.write import to_bytes
 from nest_runtime.trust.check import check_trust, open_patch, sign_patch, verify_patch
 from nest_runtime.trust.keys import generate_keys, read_public_key
 from nest_runtime.trust.material import Material, read_material

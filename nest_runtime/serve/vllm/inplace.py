@@ -13,8 +13,8 @@ from contextlib import nullcontext
 from typing import Any
 
 from nest_runtime.errors import EngineError, NestError
-from nest_runtime.patch.file import to_bytes
 from nest_runtime.patch.patch import Patch
+from nest_runtime.patch.write import to_bytes
 from nest_runtime.serve.vllm.base import Base, check_prepared, digests
 from nest_runtime.serve.vllm.replicas import Replicas, Reports
 
