@@ -58,10 +58,14 @@ _HOMES = {
     **dict.fromkeys(_ERRORS, "nest_runtime.errors"),
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+_CALLED = ("compare", "evaluate")  # packages that can be called
+
+__all__ = ["__version__", *_HOMES, *_CALLED]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
+    if name in _CALLED:
+        return import_module(f"nest_runtime.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'nest_runtime' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
@@ -72,7 +76,9 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from nest_runtime.compare.api import compare as compare
     from nest_runtime.errors import *  # noqa: F403
+    from nest_runtime.evaluate.api import evaluate as evaluate
     from nest_runtime.evaluate.judging import judge as judge
     from nest_runtime.export import export_gguf as export_gguf
     from nest_runtime.export import export_merged as export_merged

@@ -249,14 +249,9 @@ def _settings(
     out: Output, path: Path | None, comparison: Comparison, steps: int | None
 ) -> tuple[Recipe, dict[str, float]]:
     """Recipe and values: of the file named, of the shipped sweep where it was made for this base, else defaults."""
-    from nest_runtime.compare.methods.registry import DEFAULTS, read_settings
-    from nest_runtime.train.recipe import RECIPES, Recipe
+    from nest_runtime.compare.api import settings_for
 
-    recipe, values = RECIPES["reference" if comparison.target.name == "reference" else "default"], {}
-    if path is not None or DEFAULTS.is_file():
-        found = read_settings(path or DEFAULTS)
-        if path is not None or found["base_hash"] == comparison.target.base_hash:
-            recipe, values = Recipe.of_header(found["recipe"]), dict(found["values"])
+    recipe, values = settings_for(comparison.target, path)
     if not values:
         out.note(
             "no sweep was made for this model: learning rates are the methods' usual ones (choose them with --sweep)"

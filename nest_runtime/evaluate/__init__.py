@@ -4,12 +4,15 @@
     result = evaluate(model, tokenizer, cases, judge)     # run.py
     print(result.markdown()); result.save("eval.json")    # report.py
 
-Importing this package loads neither torch nor transformers.
+Importing this package loads neither torch nor transformers. It can be called: ``nest.evaluate("reference", "v3")`` is
+api.py's function, which does all of this at once.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
@@ -39,6 +42,17 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'nest_runtime.evaluate' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
 
+
+class _Callable(ModuleType):
+    """This package: importing it takes the name that the public function has, so it answers calls as well."""
+
+    def __call__(self, *args: Any, **settings: Any) -> EvalResult:
+        from nest_runtime.evaluate.api import evaluate
+
+        return evaluate(*args, **settings)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate.attacks import apply_attacks as apply_attacks

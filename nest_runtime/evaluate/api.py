@@ -1,0 +1,142 @@
+"""``nest.evaluate``: what the command ``eval`` does, as one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nest_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from nest_runtime.evaluate.cases import Case
+    from nest_runtime.evaluate.judges import Judge
+    from nest_runtime.evaluate.report import EvalResult
+    from nest_runtime.evaluate.rounds import Progress
+    from nest_runtime.model.load import LoadedModel
+    from nest_runtime.patch.patch import Patch
+
+
+def evaluate(
+    model: str | Path | LoadedModel = "reference",
+    patch: str | Path | Patch | None = None,
+    *,
+    suites: Sequence[str] = (),
+    behaviors: Sequence[str | Path] = (),
+    attacks: Sequence[str] = (),
+    judge: str | Judge | Sequence[str | Judge] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    with_base: bool = False,
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+    workdir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """Measure attack success, over-refusal and utility of a model under a patch, or of the bare base.
+
+    Args:
+        model: a model reference, or what ``load_model`` gave.
+        patch: a patch, or a reference to one; None measures the bare base.
+        suites, behaviors: what to ask, as ``eval --suite`` and ``--behaviors`` take it. Without both, the reference
+            model is asked all of its world's test suites.
+        attacks: jailbreaks to wrap the harmful cases in, as ``--attacks`` takes them.
+        judge: a judge or its name, or several; None takes the one that fits the cases.
+        limit: at most so many cases of each suite, drawn by ``seed``.
+        seed: of ``limit`` and of the attacks.
+        with_base: measure the base too, and compare with it, case by case.
+        max_new_tokens, batch_size: of generation; decoding is greedy.
+        workdir: where answers and verdicts are kept; the same call goes on from them.
+        progress: called as (stage, done, total).
+
+    Returns:
+        The result: ``rate("asr")``, ``over_refusal``, ``utility``, ``summary()``, ``markdown()``, ``save(path)``.
+
+    Raises:
+        UsageError: nothing to ask of another model than the reference, or no such suite, attack or judge.
+        DataError: a file of behaviors cannot be read.
+        EvaluationError: a judge cannot work. BaseMismatch: the patch is for another base.
+    """
+    from nest_runtime.evaluate.attacks import apply_attacks, parse_attacks
+    from nest_runtime.evaluate.run import check_judges
+    from nest_runtime.evaluate.run import evaluate as measure
+    from nest_runtime.resolve import load_patch
+    from nest_runtime.runtime import PatchRuntime
+
+    cases = find_cases(model, suites, behaviors, limit, seed)
+    made = parse_attacks(list(attacks)) if attacks else []
+    judges = find_judges(judge, cases)
+    check_judges(judges)
+    loaded = opened(model)
+    chosen = load_patch(patch, model_hash=loaded.hash) if isinstance(patch, str | Path) else patch
+    with PatchRuntime(loaded.model, base_hash=loaded.hash) as runtime:
+        if chosen is not None:
+            runtime.add(chosen)
+        if made:
+            with runtime.using(None if chosen is None else chosen.digest):  # against what is measured
+                cases = apply_attacks(
+                    cases, made, seed=seed, model=loaded.model, tokenizer=loaded.tokenizer, progress=progress
+                )
+        results = [
+            measure(
+                loaded.model,
+                loaded.reader,
+                cases,
+                judges,
+                runtime=runtime,
+                patch=subject,
+                model_name=loaded.name,
+                base_hash=loaded.hash,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                workdir=workdir,
+                progress=progress,
+            )
+            for subject in ([chosen, None] if with_base and chosen is not None else [chosen])
+        ]
+    return results[0].compared_with(results[1]) if len(results) > 1 else results[0]
+
+
+def opened(model: str | Path | LoadedModel) -> LoadedModel:
+    """A model reference, loaded; or what was loaded before."""
+    from nest_runtime.model.load import load_model
+
+    return load_model(model) if isinstance(model, str | Path) else model
+
+
+def find_cases(
+    model: str | Path | LoadedModel,
+    suites: Sequence[str],
+    behaviors: Sequence[str | Path],
+    limit: int | None = None,
+    seed: int = 0,
+) -> list[Case]:
+    """The cases asked for; all of the reference world's where nothing is said and the model is the reference.
+
+    Raises:
+        UsageError: nothing is said for another model, or a text is given where a list belongs; no such suite.
+        DataError: a file cannot be read.
+    """
+    from nest_runtime.evaluate.suites import load_behaviors, load_suites, sample_cases
+    from nest_runtime.model.load import REFERENCE
+
+    for name, given in (("suites", suites), ("behaviors", behaviors)):
+        if isinstance(given, str | Path):
+            raise UsageError(f"{name} is one text, {str(given)!r}; expected a list", f"give {name}=[{str(given)!r}]")
+    name = str(model) if isinstance(model, str | Path) else model.name
+    if not suites and not behaviors:
+        if name != REFERENCE:
+            raise UsageError(f"nothing to measure {name} on: no suites and no behaviors", "give behaviors=[FILE]")
+        suites = ["reference"]
+    cases = [*load_suites(list(suites)), *(case for file in behaviors for case in load_behaviors(file))]
+    return cases if limit is None else sample_cases(cases, limit, seed=seed)
+
+
+def find_judges(judge: str | Judge | Sequence[str | Judge] | None, cases: Sequence[Case]) -> list[Judge]:
+    """The judges named; where none is, the one that fits the cases."""
+    from nest_runtime.evaluate.judges import make_judge
+    from nest_runtime.evaluate.judges.base import Judge as Made
+    from nest_runtime.evaluate.suites import default_judge
+
+    given = [default_judge(cases)] if judge is None else [judge] if isinstance(judge, str | Made) else list(judge)
+    return [make_judge(item) if isinstance(item, str) else item for item in given]
