@@ -186,6 +186,9 @@ def serve(
     allow_special_tokens: Annotated[
         bool, typer.Option("--allow-special-tokens", help="Read control tokens in prompts as such, and not as text.")
     ] = False,
+    allow_json_schema: Annotated[
+        bool, typer.Option("--allow-json-schema", help="Let clients hold answers to a JSON schema (response_format).")
+    ] = False,
     context: Annotated[
         int | None,
         typer.Option("--context", metavar="N", min=1, help="Tokens of a prompt and its answer; what the model holds."),
@@ -283,7 +286,7 @@ def serve(
             idle_seconds=idle_timeout,
             context=context,
         ),
-        allowed=Allowed(allow_completions, allow_prefill, allow_special_tokens),
+        allowed=Allowed(allow_completions, allow_prefill, allow_special_tokens, allow_json_schema),
         json=as_json,
         device=device,
         dtype=dtype,

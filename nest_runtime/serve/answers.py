@@ -12,20 +12,22 @@ from typing import Any
 
 from nest_runtime.errors import PatchReplaced
 from nest_runtime.serve.detokenize import AnswerText
-from nest_runtime.serve.generation import Generation, Restarted
+from nest_runtime.serve.generation import ChoiceTokens, Generation, Restarted
 from nest_runtime.serve.http.problems import ApiError
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.observe import Watch
+from nest_runtime.serve.odds import OddsOfChoice, TokenOdds
 from nest_runtime.serve.served_patch import Served
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some text of one choice, and why the choice ended if it did ("stop" or "length")."""
+    """Some text of one choice, and why the choice ended if it did ("stop" or "length"); log probabilities if wanted."""
 
     index: int
     text: str
     finish_reason: str | None = None
+    odds: tuple[TokenOdds, ...] = ()
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Choice:
     index: int
     text: str
     finish_reason: str
+    odds: tuple[TokenOdds, ...] = ()
 
 
 @dataclass
@@ -69,6 +72,7 @@ class Answer:
     usage: Usage = field(init=False)
     _until: float = field(init=False)
     _pin: Served | None = field(default=None, init=False)  # whose words were given out last
+    _odds: list[OddsOfChoice] = field(default_factory=list, init=False)  # one for each choice, where they are wanted
 
     def __post_init__(self) -> None:
         self._until = asyncio.get_running_loop().time() + self.seconds
@@ -79,15 +83,17 @@ class Answer:
         while True:
             texts = [""] * self.generation.work.choices
             reasons = ["stop"] * len(texts)
+            odds: list[tuple[TokenOdds, ...]] = [()] * len(texts)
             try:
                 async for piece in self._pieces():
                     texts[piece.index] += piece.text
                     reasons[piece.index] = piece.finish_reason or reasons[piece.index]
+                    odds[piece.index] += piece.odds
             except Restarted:
                 self._forget()
                 continue
             self._pin = self.generation.work.pin
-            return [Choice(index, text, reasons[index]) for index, text in enumerate(texts)]
+            return [Choice(index, text, reasons[index], odds[index]) for index, text in enumerate(texts)]
 
     @property
     def stale(self) -> bool:
@@ -116,7 +122,10 @@ class Answer:
         self.usage = Usage(sum(len(prompt) for prompt in self.generation.work.prompts))
 
     async def _pieces(self) -> AsyncIterator[Piece]:
-        texts = [AnswerText(self.tokenizer, self.stops) for _ in range(self.generation.work.choices)]
+        work = self.generation.work
+        texts = [AnswerText(self.tokenizer, self.stops) for _ in range(work.choices)]
+        told = work.params.logprobs is not None
+        self._odds = [OddsOfChoice(self.tokenizer) for _ in range(work.choices)] if told else []
         watch = Watch(self.metrics, self.generation)
         events = self.generation.events()
         try:
@@ -127,7 +136,7 @@ class Answer:
                 except StopAsyncIteration:
                     return
                 watch.tokens(len(event.tokens))
-                for piece in self._read(texts[event.index], event.index, event.tokens, event.finish_reason):
+                for piece in self._read(texts[event.index], event):
                     watch.text(piece.index, piece.text, piece.finish_reason is not None)
                     yield piece
         except TimeoutError:
@@ -138,13 +147,16 @@ class Answer:
         finally:
             watch.finish(self.usage)
 
-    def _read(self, text: AnswerText, index: int, tokens: tuple[int, ...], reason: str | None) -> list[Piece]:
+    def _read(self, text: AnswerText, event: ChoiceTokens) -> list[Piece]:
         """Token by token, so that where a stop string cuts does not depend on how tokens arrived."""
         if text.stopped:  # what came after the cut, before the engine heard of it
             return []
-        shown = ""
-        for token in tokens:
+        shown, index, reason = "", event.index, event.finish_reason
+        last = len(event.tokens) - 1 if reason == "stop" else None  # the end token, which has no odds
+        for place, token in enumerate(event.tokens):
             self.usage.completion += 1
+            if self._odds and place != last:
+                self._odds[index].add(token, event.odds[place], text.length)
             shown += text.add(token)
             if text.stopped:
                 break
@@ -153,4 +165,7 @@ class Answer:
         if text.stopped:
             self.generation.end_choice(index)
             reason = "stop"
-        return [Piece(index, shown, reason)] if shown or reason else []
+        if not shown and not reason:
+            return []
+        odds = self._odds[index].give(len(shown), ended=bool(reason), cut=text.stopped) if self._odds else ()
+        return [Piece(index, shown, reason, odds)]

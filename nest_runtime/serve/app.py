@@ -25,6 +25,7 @@ from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.broken import Broken
 from nest_runtime.serve.config import ServeConfig, Tokens, read_tokens
 from nest_runtime.serve.follow import Following
+from nest_runtime.serve.grammar import Grammars
 from nest_runtime.serve.http.admin import admin_routes
 from nest_runtime.serve.http.api import Service, probes, routes
 from nest_runtime.serve.http.connections import ADMIN, Crowd, clients_share, descriptors
@@ -183,6 +184,7 @@ def build(config: ServeConfig) -> Server:
         max_new_tokens=getattr(loaded.model.generation_config, "max_new_tokens", None),
         log_prompts=config.log_prompts,
         allowed=config.allowed,
+        grammars=Grammars(loaded.tokenizer, engine.rows, ends),
     )
     measure(service, name, loaded.hash)
     table.loader.tryout = Tryout(loaded.model, runtime, loaded.tokenizer, engine.beside)

@@ -89,11 +89,13 @@ class Allowed:
         completions: go on from a text of the client's own (``/v1/completions``), past the chat template.
         prefill: end a conversation with the assistant's turn.
         special_tokens: spell control tokens in prompts.
+        schemas: have answers keep to a JSON schema, whose own texts the model then says.
     """
 
     completions: bool = False
     prefill: bool = False
     special_tokens: bool = False
+    schemas: bool = False
 
 
 @dataclass(frozen=True)

@@ -111,12 +111,17 @@ class StopScanner:
 
 
 class AnswerText:
-    """The text of one choice: detokenized, and cut at stop strings."""
+    """The text of one choice: detokenized, and cut at stop strings.
+
+    Attributes:
+        length: characters so far, those that are held back included.
+    """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
         self._detokenizer = Detokenizer(tokenizer)
         self._scanner = StopScanner(stops)
         self._specials = special_tokens(tokenizer) if stops else {}
+        self.length = 0
 
     @property
     def stopped(self) -> bool:
@@ -125,7 +130,9 @@ class AnswerText:
 
     def add(self, token: int) -> str:
         """Take one token in; gives the text to show now."""
-        text = self._scanner.add(self._detokenizer.add([token]))
+        found = self._detokenizer.add([token])
+        self.length += len(found)
+        text = self._scanner.add(found)
         if token in self._specials:
             text += self._scanner.add(self._specials[token], hidden=True)
         return text

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from nest_runtime.errors import EngineError, PatchReplaced
 from nest_runtime.serve.jobs import Delivery
-from nest_runtime.serve.sampling import SamplingParams
+from nest_runtime.serve.sampling import Odds, Rule, SamplingParams
 from nest_runtime.serve.served_patch import Served
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class Work:
         pin: the patch that answers.
         follows: whether it asked for the active patch, and not for one by name: an enforced switch restarts it.
         kept: whether it has places of its own, beside the clients': the operator's probes.
+        makers: what makes the request's own rules for each sequence, from the tokens of its prompt; a rule may
+            remember its sequence. They come after the model's own.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -45,6 +47,11 @@ class Work:
     pin: Served
     follows: bool = False
     kept: bool = False
+    makers: tuple[Callable[[int], Rule], ...] = ()
+
+    def rules(self, prompt: int) -> list[Rule]:
+        """New rules for a sequence whose prompt has so many tokens."""
+        return [make(prompt) for make in self.makers]
 
     @property
     def choices(self) -> int:
@@ -53,11 +60,15 @@ class Work:
 
 @dataclass(frozen=True)
 class ChoiceTokens:
-    """New tokens of one choice; ``finish_reason`` is "stop" (end of sequence) or "length" with the last of them."""
+    """New tokens of one choice; ``finish_reason`` is "stop" (end of sequence) or "length" with the last of them.
+
+    ``odds`` has one entry for each token where they are wanted, else none.
+    """
 
     index: int
     tokens: tuple[int, ...]
     finish_reason: str | None = None
+    odds: tuple[Odds, ...] = ()
 
 
 class Generation:
@@ -147,7 +158,7 @@ class Generation:
             ended = bool(delivery.tokens) and delivery.tokens[-1] in self._engine.eos
             reason = "stop" if ended else "length"
             self._close(delivery.job)
-        self._events.put_nowait(ChoiceTokens(index, delivery.tokens, reason))
+        self._events.put_nowait(ChoiceTokens(index, delivery.tokens, reason, delivery.odds))
 
     def fail(self, error: EngineError) -> None:
         """End every choice with an error."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nest_runtime.errors import EngineError
-from nest_runtime.serve.sampling import Sampler
+from nest_runtime.serve.sampling import Odds, Sampler
 
 
 @dataclass
@@ -41,12 +41,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Delivery:
-    """What one step brought for one job: new tokens, or its end, or an error."""
+    """What one step brought for one job: new tokens, with their odds where they are wanted, or its end, or an error."""
 
     job: str
     tokens: tuple[int, ...] = ()
     finished: bool = False
     error: str | None = None
+    odds: tuple[Odds, ...] = ()
 
 
 @dataclass(frozen=True)

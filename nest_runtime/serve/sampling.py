@@ -33,6 +33,8 @@ class SamplingParams:
         presence_penalty, frequency_penalty: subtracted from the logits of tokens already generated
             (once, and once per occurrence), as OpenAI documents them.
         seed: makes the answer reproducible, or None for a fresh one.
+        logprobs: how many of the likeliest tokens to tell at each place, with their log probabilities and the chosen
+            token's; None tells nothing.
     """
 
     temperature: float = 0.0
@@ -42,6 +44,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
+    logprobs: int | None = None
 
     @property
     def greedy(self) -> bool:
@@ -50,6 +53,14 @@ class SamplingParams:
     @property
     def penalized(self) -> bool:
         return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+@dataclass(frozen=True)
+class Odds:
+    """How likely a chosen token was, and what was likeliest in its place: the model's own log probabilities."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 class Sampler:
@@ -61,6 +72,9 @@ class Sampler:
             is the same whether or not others were asked for.
         rules: logits processors to go through first.
         prompt: the sequence so far, for the rules.
+
+    Attributes:
+        odds: of each token that was chosen, where they are wanted.
     """
 
     def __init__(
@@ -70,6 +84,7 @@ class Sampler:
         self.rules = tuple(rules)
         self._tokens = list(prompt) if rules else []
         self.counts: Counter[int] = Counter()
+        self.odds: list[Odds] = []
         self._dice = None if params.greedy else random.Random(_dice_seed(params.seed, index))
 
     def draw(self) -> float:
@@ -122,7 +137,7 @@ def choose_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor
     Raises NotFinite, before any sampler has drawn, for rows that hold NaN or no finite maximum. Logits of -inf are
     tokens that a model rules out.
     """
-    logits = _penalize(logits, samplers)
+    own, logits = logits, _penalize(logits, samplers)
     best, tokens = logits.max(dim=-1)  # (rows,); NaN is larger than anything
     if not all_finite(best):
         rows = tuple((~best.isfinite()).nonzero().flatten().tolist())
@@ -131,10 +146,25 @@ def choose_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor
     if drawn:
         index = torch.tensor(drawn, device=logits.device)
         tokens[index] = _sample(logits[index], [samplers[row] for row in drawn])
+    told = [row for row, sampler in enumerate(samplers) if sampler.params.logprobs is not None]
+    if told:
+        _tell(own, tokens, told, samplers)
     if any(sampler.params.penalized or sampler.rules for sampler in samplers):
         for sampler, token in zip(samplers, tokens.tolist(), strict=True):
             sampler.observe(token)
     return tokens
+
+
+def _tell(logits: torch.Tensor, tokens: torch.Tensor, rows: list[int], samplers: list[Sampler]) -> None:
+    """Write down the log probabilities of the tokens chosen in some rows, and of the likeliest there."""
+    odds = torch.log_softmax(logits[rows].double(), dim=-1)  # (rows, vocabulary)
+    chosen = odds.gather(-1, tokens[rows][:, None]).squeeze(-1).tolist()  # (rows,)
+    most = min(max(samplers[row].params.logprobs or 0 for row in rows), odds.shape[-1])
+    values, names = (found.tolist() for found in odds.topk(most, dim=-1))  # (rows, most)
+    for place, row in enumerate(rows):
+        wanted = samplers[row].params.logprobs or 0
+        top = tuple(zip(names[place][:wanted], values[place][:wanted], strict=True))
+        samplers[row].odds.append(Odds(chosen[place], top))
 
 
 def _sample(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor:

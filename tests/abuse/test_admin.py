@@ -26,6 +26,7 @@ OPEN = {
     "/v1/models/{model:path}",
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/responses",
 }
 # FastAPI's own description of the routes, which says nothing that the documentation does not.
 OPEN |= {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/static-offline-docs"}

@@ -122,7 +122,8 @@ def test_the_page_from_start_to_stop(console: Console) -> None:
     assert [title for title in BLOCKS if BLOCKS[title]] == [
         "Start", "Watch", "Switch", "Roll back", "Follow", "Revoke", "Prove",
     ]  # fmt: skip
-    start, (variables,) = BLOCKS["Start"]
+    start, (variables,), (image,) = BLOCKS["Start"]
+    assert image.startswith("docker build")
     for command in start:
         console.run(command)
     assert console.patch() == "v1"
@@ -134,7 +135,7 @@ def test_the_page_from_start_to_stop(console: Console) -> None:
     for name in ("active_patch_info", "sequences_live", "engine_alive"):
         assert f"nest_{name}" in metrics
 
-    (listing, load, activate), (enforce,), (unload,) = BLOCKS["Switch"]
+    (listing, load, activate), (enforce,), by_name, (unload,) = BLOCKS["Switch"]
     assert json.loads(console.run(listing))["active"] == "v1"
     assert json.loads(console.run(load))["label"] == "v2"
     assert console.patch() == "v1"
@@ -142,6 +143,13 @@ def test_the_page_from_start_to_stop(console: Console) -> None:
     assert (switched["active"], switched["previous"], switched["policy"]) == ("v2", "v1", "drain")
     assert console.patch() == "v2"
     assert json.loads(console.run(enforce))["policy"] == "enforce"
+    assert console.patch() == "v3"
+    there, *rest = by_name
+    listed, activated, rolled_back, told = (console.run(f"{there}\n{command}") for command in rest)
+    assert "v3" in listed
+    assert "was v3" in activated
+    assert "was v2" in rolled_back
+    assert "is whole" in told
     assert console.patch() == "v3"
     assert json.loads(console.run(unload))["removed"] == "v1"
 

@@ -36,8 +36,8 @@ from nest_runtime.serve.patches import PatchTable
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.served_patch import Served
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/patches", "/v1/audit")
-ANSWERS = ENDPOINTS[:2]
+ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+ENDPOINTS = (*ANSWERS, "/v1/models", "/v1/patches", "/v1/audit")
 PROBES = ("/health", "/ready", "/metrics")
 BODIES = 64  # of the largest size, that are held at once
 GONE = 499  # nginx's status for a client that left; nobody reads it but the log

@@ -107,6 +107,15 @@ def prefill_closed() -> ApiError:
     return ApiError(400, message, code="not_allowed", param="messages")
 
 
+def schemas_closed() -> ApiError:
+    """400 where clients may not have the model say what a schema spells out."""
+    message = (
+        "response_format: this server holds answers to {'type': 'json_object'}, and to no schema of a client's own "
+        "(the operator can allow that: --allow-json-schema)"
+    )
+    return ApiError(400, message, code="not_allowed", param="response_format")
+
+
 def control_tokens_closed(param: str) -> ApiError:
     """400 where clients may not send control tokens, and what they sent cannot be read as text."""
     message = f"{param}: it holds a control token of the model (the operator can allow that: --allow-special-tokens)"

@@ -25,13 +25,15 @@ def chat_tokens(tokenizer: Any, request: ChatRequest, allowed: Allowed) -> Token
     messages = _messages(request)
     if messages[-1]["role"] == "assistant" and not allowed.prefill:
         raise prefill_closed()
-    effort = request.reasoning_effort
+    settings = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort:
+        settings["reasoning_effort"] = request.reasoning_effort
     try:
         tokens = encode(
             tokenizer,
             messages,
             tools=request.tools if request.tool_choice != "none" else None,
-            variables={"reasoning_effort": effort} if effort else None,
+            variables=settings or None,
             allow_special=allowed.special_tokens,
         )
     except DataError as error:

@@ -13,19 +13,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from nest_runtime.serve.http.formats import ResponseFormat, Strict, no_setting
 from nest_runtime.serve.served_patch import SwapPolicy
 
 MAX_STOPS = 16
 MAX_MESSAGES = 2048
+MAX_TOP = 20  # of the likeliest tokens
 SEED = 2**63
 FIRST = Field(fail_fast=True)
 
 Stop = Annotated[str, Field(min_length=1, max_length=512)]
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Strict):
@@ -118,6 +116,9 @@ class Sampling(Strict):
     seed: int | None = Field(None, ge=-SEED, lt=SEED)
     presence_penalty: float | None = Field(0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0, ge=-2, le=2)
+    repetition_penalty: float | None = Field(
+        None, gt=0, le=2, description="Not OpenAI's: above 1, tokens that the answer already has get less likely."
+    )
     logit_bias: dict[str, float] | None = Field(None, description="Refused unless empty.")
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -145,6 +146,11 @@ class Sampling(Strict):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    def odds(self) -> int | None:
+        """How many of the likeliest tokens to tell at each place; None for no log probabilities at all."""
+        return None
+
+    @property
     def include_usage(self) -> bool:
         """Whether the stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -159,8 +165,11 @@ class ChatRequest(Sampling):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    response_format: dict[str, Any] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Not OpenAI's: settings of the model's chat template, such as enable_thinking."
+    )
     store: bool | None = None
     service_tier: str | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
@@ -199,25 +208,19 @@ class ChatRequest(Sampling):
             raise _unsupported("verbosity", "answers are as long as they come")
         return value
 
-    @field_validator("logprobs", mode="after")
-    @classmethod
-    def _no_logprobs(cls, value: bool | None) -> bool | None:
-        if value:
-            raise _unsupported("logprobs", "this server does not report log probabilities")
-        return value
-
     @field_validator("top_logprobs", mode="after")
     @classmethod
-    def _no_top_logprobs(cls, value: int | None) -> int | None:
-        if value:
-            raise _unsupported("top_logprobs", "this server does not report log probabilities")
+    def _needs_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and not info.data.get("logprobs"):
+            raise PydanticCustomError("invalid_value", "only allowed when logprobs is true")
         return value
 
-    @field_validator("response_format", mode="after")
+    @field_validator("chat_template_kwargs", mode="after")
     @classmethod
-    def _text_only(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value is not None and value.get("type") != "text":
-            raise _unsupported("response_format", "only {'type': 'text'} is, answers are not constrained")
+    def _settings_alone(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name, setting in (value or {}).items():
+            if why := no_setting(name, setting):
+                raise _unsupported(f"chat_template_kwargs.{name[:64]}", why)
         return value
 
     @field_validator("tool_choice", "function_call", mode="after")
@@ -233,6 +236,11 @@ class ChatRequest(Sampling):
         if value:
             raise _unsupported("store", "answers are not kept")
         return value
+
+    @property
+    def odds(self) -> int | None:
+        """How many of the likeliest tokens to tell at each place; None for no log probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def limit(self) -> int | None:
@@ -252,10 +260,10 @@ class CompletionRequest(Sampling):
     max_tokens: int | None = Field(16, ge=1)
     best_of: int | None = None
     echo: bool | None = False
-    logprobs: int | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP)
     suffix: str | None = None
 
-    @field_validator("echo", "logprobs", "suffix", mode="after")
+    @field_validator("echo", "suffix", mode="after")
     @classmethod
     def _not_done(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None and value is not False and value != "":
@@ -275,6 +283,11 @@ class CompletionRequest(Sampling):
         if isinstance(value, list) and (not value or [] in value):
             raise PydanticCustomError("invalid_value", "expected text or token ids")
         return value
+
+    @property
+    def odds(self) -> int | None:
+        """How many of the likeliest tokens to tell at each place; None for no log probabilities at all."""
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

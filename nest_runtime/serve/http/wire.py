@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nest_runtime.serve.answers import Choice, Piece, Usage
+from nest_runtime.serve.http.problems import ApiError
+from nest_runtime.serve.odds import TokenOdds, for_completions
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,14 @@ class Wire:
         model: the name that the client asked for.
         fingerprint: model hash and patch digest.
         usage_in_stream: whether the client asked for a usage chunk.
+        odds: whether it asked for log probabilities.
     """
 
     chat: bool
     model: str
     fingerprint: str
     usage_in_stream: bool = False
+    odds: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -41,12 +46,17 @@ class Wire:
 
     def piece(self, piece: Piece) -> bytes:
         """A chunk with text, or with the end of a choice, or both."""
-        body: dict[str, Any] = {"index": piece.index, "logprobs": None, "finish_reason": piece.finish_reason}
+        odds = self._odds(piece.odds)
+        body: dict[str, Any] = {"index": piece.index, "logprobs": odds, "finish_reason": piece.finish_reason}
         if self.chat:
             body["delta"] = {"content": piece.text} if piece.text else {}
         else:
             body["text"] = piece.text
         return self._chunk([body])
+
+    def error(self, error: ApiError) -> bytes:
+        """What ends a stream that cannot go on."""
+        return sse(error.body())
 
     def last(self, usage: Usage) -> bytes:
         """What ends a stream: the usage chunk, if asked for, and the mark."""
@@ -54,12 +64,20 @@ class Wire:
         return self._chunk([], usage.body()) + done if self.usage_in_stream else done
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
-        body: dict[str, Any] = {"index": choice.index, "logprobs": None, "finish_reason": choice.finish_reason}
+        odds = self._odds(choice.odds)
+        body: dict[str, Any] = {"index": choice.index, "logprobs": odds, "finish_reason": choice.finish_reason}
         if self.chat:
             body["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
         else:
             body["text"] = choice.text
         return body
+
+    def _odds(self, entries: Sequence[TokenOdds]) -> dict[str, Any] | None:
+        if not self.odds:
+            return None
+        if self.chat:
+            return {"content": [entry.for_chat() for entry in entries], "refusal": None}
+        return for_completions(entries)
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
         body = self._head("chat.completion.chunk" if self.chat else "text_completion") | {"choices": choices}
@@ -80,7 +98,12 @@ class Wire:
 _LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"})
 
 
+def escaped(line: str) -> str:
+    """JSON on one line, also for clients that take Unicode's ends of lines for ends of lines."""
+    return line.translate(_LINE_ENDS)
+
+
 def sse(body: dict[str, Any]) -> bytes:
-    """One server-sent event, on one line also for clients that take Unicode's ends of lines for ends of lines."""
-    line = json.dumps(body, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
+    """One server-sent event."""
+    line = escaped(json.dumps(body, ensure_ascii=False, separators=(",", ":")))
     return b"data: " + line.encode() + b"\n\n"

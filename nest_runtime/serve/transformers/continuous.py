@@ -269,8 +269,9 @@ class _Router(OutputRouter):
         if job.canceled:
             return None
         tokens = tuple(output.generated_tokens[job.delivered :])
+        odds = tuple(job.sampler.odds[job.delivered : job.delivered + len(tokens)])
         job.delivered += len(tokens)
         error = None
         if output.status == RequestStatus.FAILED:
             error = output.error or "the engine gave no reason"
-        return Delivery(job.id, tokens, output.is_finished(), error)
+        return Delivery(job.id, tokens, output.is_finished(), error, odds)

@@ -304,7 +304,10 @@ class Engine:
             sampler=Sampler(
                 work.params,
                 index,
-                self._rules(len(work.prompts[prompt]), work.max_new_tokens[prompt]),
+                [
+                    *self._rules(len(work.prompts[prompt]), work.max_new_tokens[prompt]),
+                    *work.rules(len(work.prompts[prompt])),
+                ],
                 work.prompts[prompt],
             ),
             kept=work.kept,

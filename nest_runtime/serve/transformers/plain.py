@@ -251,7 +251,7 @@ class PlainBatch:
         finished = token in job.eos or len(tokens) - len(job.prompt) >= job.max_new_tokens
         if finished:
             self._forget(job)
-        return Delivery(job.id, (token,), finished)
+        return Delivery(job.id, (token,), finished, odds=tuple(job.sampler.odds[-1:]))
 
     def left(self, job: Job) -> int:
         """How many tokens a job may still get."""

@@ -257,9 +257,11 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": [{"role": "user"}]}, "messages.0.content", "invalid_value"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "invalid_value"),
     ({"temprature": 1}, "temprature", "unknown_parameter"),
-    ({"logprobs": True}, "logprobs", "unsupported_parameter"),
+    ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
     ({"logit_bias": {"5": 100}}, "logit_bias", "unsupported_parameter"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+    ({"response_format": {"type": "regex"}}, "response_format.type", "invalid_value"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format", "not_allowed"),
     ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
 ]
@@ -287,7 +289,7 @@ def test_bad_requests_name_the_field(
         {"prompt": [[]]},
         {"prompt": [5, 9999]},
         {"prompt": "x", "echo": True},
-        {"prompt": "x", "logprobs": 0},
+        {"prompt": "x", "logprobs": -1},
     ],
 )
 def test_bad_completions_are_refused(server: Running, fields: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ def seen(server: Running, template: str, **fields: Any) -> str:
         patcher.setattr(service.tokenizer, "chat_template", template)
         patcher.setattr(service, "log_prompts", True)
         patcher.setattr(
-            "nest_runtime.serve.http.api.prompt_log.info",
+            "nest_runtime.serve.http.answering.prompt_log.info",
             lambda message, values, extra: texts.append(values["prompt"]),
         )
         prompt_tokens(server, **fields)
