@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from nest_runtime.errors import PatchNotFound
 from nest_runtime.io import expand
-from nest_runtime.store.entries import PATCH_SUFFIX, is_path
+from nest_runtime.store.entries import PATCH_SUFFIX, is_path, is_repository
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
     from nest_runtime.store.store import Store
+
+_PATCH = "patch.safetensors"  # a repository's newest version
 
 
 def load_patch(ref: str | Path, *, model_hash: str | None = None, store: Store | None = None) -> Patch:
@@ -24,7 +26,8 @@ def load_patch(ref: str | Path, *, model_hash: str | None = None, store: Store |
 
     Args:
         ref: a version of the store or of the package (``v3``), ``name@v3``, a path to a
-            ``.safetensors`` file, ``sha256:<hex>`` (8 digits or more), or ``hf://org/repo[@tag]`` (hub/fetch.py).
+            ``.safetensors`` file, ``sha256:<hex>`` (8 digits or more), ``hf://org/repo[@tag]`` (hub/fetch.py), or a
+            folder or URL that was pushed to, ``./mirror[@tag]``.
         model_hash: the model at hand; a version is looked up among its patches only.
         store: where to look; the store of ``$NEST_HOME`` by default.
 
@@ -36,7 +39,7 @@ def load_patch(ref: str | Path, *, model_hash: str | None = None, store: Store |
         TrustError: what the Hub serves is damaged, moved or revoked.
     """
     text = str(ref)
-    if text.startswith("hf://"):
+    if is_repository(ref) or (is_path(ref) and (expand(text) / _PATCH).is_file()):
         from nest_runtime.hub.fetch import load
 
         return load(text, store)

@@ -114,10 +114,10 @@ def base_named(ref: str) -> tuple[str, str] | None:
     None where nothing is called so: the command that goes on says it best.
     """
     from nest_runtime.resolve import load_patch
-    from nest_runtime.store.entries import is_path
+    from nest_runtime.store.entries import is_path, is_repository
     from nest_runtime.store.store import Store
 
-    if is_path(ref) or ref.startswith("hf://"):
+    if is_path(ref) or is_repository(ref):
         patch = load_patch(ref)
         return patch.base_hash, patch.base_model
     store = Store()
@@ -150,3 +150,15 @@ def choose_patch(out: Output, ref: str | None, no_patch: bool, model_hash: str) 
     else:
         out.note(f"with {patch.name}@{patch.version}, the active patch of this model")
     return patch
+
+
+def base_id(name: str | None) -> str | None:
+    """The value of ``--base-model``. Raises UsageError for what is no id of the Hub's."""
+    from nest_runtime.hub.card import base_on_hub
+
+    if name is not None and base_on_hub(name) is None:
+        raise UsageError(
+            f"--base-model is {name!r:.120}; expected org/name, as the Hub has it",
+            "leave it out for a base of your own",
+        )
+    return name

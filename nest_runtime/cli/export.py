@@ -179,8 +179,10 @@ class _Job:
     def _can_check(self, package: str) -> bool:
         from importlib.util import find_spec
 
+        from nest_runtime.install import extra
+
         if self.check and find_spec(package) is None:
-            self.out.note(f"not compared with the patch: {package} is not installed (nest-runtime[{package}])")
+            self.out.note(f"not compared with the patch: {package} is not installed ({extra(package)})")
             return False
         return True
 

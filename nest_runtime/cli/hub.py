@@ -11,7 +11,7 @@ import typer
 
 from nest_runtime.cli import claim, complete
 from nest_runtime.cli.claim import AllowJudge, BehaviorsOption
-from nest_runtime.cli.common import base_flag, base_hash_of, examples
+from nest_runtime.cli.common import base_flag, base_hash_of, base_id, examples
 from nest_runtime.cli.output import JsonOption, Output, short
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption, WhoseModel, passphrase_of
 from nest_runtime.io import expand
@@ -32,6 +32,10 @@ KeyOption = Annotated[
 ]
 TimeoutOption = Annotated[
     float | None, typer.Option("--timeout", metavar="SECONDS", min=1, help="How long one step may take; 120 s.")
+]
+BaseModelOption = Annotated[
+    str | None,
+    typer.Option("--base-model", metavar="ORG/NAME", help="What the Hub calls the base, for the card."),
 ]
 WhatPatch = Annotated[
     str,
@@ -83,6 +87,7 @@ def push(
     results: Annotated[
         Path | None, typer.Option("--results", metavar="FILE", help="What `eval --json` printed, for the card.")
     ] = None,
+    base_model: BaseModelOption = None,
     demand_claims: Annotated[
         bool,
         typer.Option("--demand-claims", help="The channel demands claims as strict as this patch's from now on."),
@@ -110,6 +115,7 @@ def push(
     private_key = signing_key(key)
     if demand_claims and channel is None:
         raise UsageError("--demand-claims is for a channel", "name it with --channel")
+    named_base = base_id(base_model)
     chosen, material = patch_and_material(patch, store, model, private_key)
     secret = passphrase_of(private_key) if private_key and channel is not None else ""
     prove = claim.prover(out, model, behaviors, judge)
@@ -133,6 +139,7 @@ def push(
         private=private,
         license_id=license_id,
         results=_results(results),
+        base_model=named_base,
         allow_downgrade=allow_downgrade,
         timeout=timeout,
     )

@@ -97,11 +97,10 @@ def as_seen_there(ref: str, url: str) -> str:
 
     from nest_runtime.addresses import is_loopback
     from nest_runtime.io import expand
-    from nest_runtime.store.entries import is_path
+    from nest_runtime.store.entries import is_path, is_repository
 
-    if not is_path(ref) or not is_loopback(urlsplit(url).hostname or ""):
-        return ref
-    return os.path.abspath(expand(ref))
+    here = is_path(ref) or (is_repository(ref) and "://" not in ref)
+    return os.path.abspath(expand(ref)) if here and is_loopback(urlsplit(url).hostname or "") else ref
 
 
 def show_switch(out: Output, server: AdminClient, done: dict[str, Any]) -> None:

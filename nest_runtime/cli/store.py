@@ -193,7 +193,7 @@ def activate(
     Where keys are trusted, here or in $NEST_HOME/trust.toml, the patch must pass: signature, revocations, serial.
     """
     from nest_runtime.resolve import load_patch
-    from nest_runtime.store.entries import is_path
+    from nest_runtime.store.entries import is_path, is_repository
     from nest_runtime.store.store import Store
     from nest_runtime.trust.activate import Asked
     from nest_runtime.trust.activate import activate as put_in_force
@@ -211,7 +211,7 @@ def activate(
         policy_file=trust_policy,
         allow_downgrade=allow_downgrade,
     )
-    foreign = is_path(patch) or patch.startswith("hf://")
+    foreign = is_path(patch) or is_repository(patch)
     loaded = load_patch(patch) if foreign else store.get(patch, model_hash=model_hash)
     done = put_in_force(store, loaded, guard, Asked(why=why), ref=patch, model_hash=model_hash)
     _show_switch(out, done, f"activate {done.entry.key}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import examples, model_flag, model_for, writable_file
+from nest_runtime.cli.common import base_id, examples, model_flag, model_for, writable_file
 from nest_runtime.cli.output import DeviceOption, DtypeOption, Interrupted, JsonOption, ModelOption, Output, short, size
 from nest_runtime.errors import UsageError
 from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
@@ -150,6 +150,10 @@ def train(
     version: Annotated[
         str | None, typer.Option("--version", metavar="vK", help="Its version; the next free one.")
     ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option("--base-model", metavar="ORG/NAME", help="What the Hub calls the base; the model's own name."),
+    ] = None,
     loadings: Annotated[
         bool | None, typer.Option("--loadings/--tied", help="A trained loading per neuron, or the paper's tied rows.")
     ] = None,
@@ -183,7 +187,9 @@ def train(
     kind = None if loadings is None else ("learned" if loadings else "tied")
     given = {"z": z, "k_max": k_max, "steps": steps, "lr": lr, "control": control, "seed": seed, "loadings": kind}
     recipe = recipe_of(recipe_name, model, **given)
-    workdir = check_out(out_file, ".safetensors")
+    workdir, named_base = check_out(out_file, ".safetensors"), base_id(base_model)
+    if named_base is not None and model == "reference":
+        raise UsageError("--base-model names a base of the Hub's, and the model is the built-in one", "leave it out")
     if rehearsal and not parent:
         raise UsageError(
             "--rehearsal without --from", "name the patch to re-tune with --from, or leave --rehearsal out"
@@ -212,7 +218,7 @@ def train(
             name=named,
             version=numbered,
             base_hash=loaded.hash,
-            base_model=loaded.name,
+            base_model=named_base or loaded.name,
             parent=before,
             rehearsal=again,
             workdir=workdir,
@@ -299,7 +305,7 @@ def check_out(path: Path, suffix: str) -> Path:
     """Refuse what could not be written in the end, before the work; gives the folder for interrupted work."""
     if path.suffix != suffix:
         raise UsageError(
-            f"--out is {path}; expected a name that ends with {suffix}", f"write --out {path.name}{suffix}"
+            f"--out is {path}; expected a name that ends with {suffix}", f"write --out {path.with_suffix(suffix)}"
         )
     if path.is_dir() or not path.absolute().parent.is_dir():
         what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"

@@ -310,10 +310,10 @@ def _only(keys: list[Path] | None, file: Path | None) -> Policy:
 def _path(ref: str) -> Path | None:
     """The file or folder that a reference means, or None for one that the store answers."""
     from nest_runtime.errors import UsageError
-    from nest_runtime.store.entries import is_path
+    from nest_runtime.store.entries import is_path, is_repository
 
-    if ref.startswith("hf://"):
-        raise UsageError(f"{ref} is on the Hub; expected a file, a folder or a stored patch", "pull it first")
+    if is_repository(ref):
+        raise UsageError(f"{ref} is in a repository; expected a file, a folder or a stored patch", "pull it first")
     return expand(ref) if is_path(ref) else None
 
 

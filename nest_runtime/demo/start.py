@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nest_runtime.errors import NestError
+from nest_runtime.install import extra
 
 if TYPE_CHECKING:
     from nest_runtime.demo.state import Desk
@@ -39,7 +40,7 @@ class Source:
 def require_gradio() -> None:
     """Raise NestError where Gradio is not installed."""
     if find_spec("gradio") is None:
-        raise NestError("the demo needs gradio, which is not installed", "pip install 'nest-runtime[demo]'")
+        raise NestError("the demo needs gradio, which is not installed", extra("demo"))
 
 
 def open_desk(source: Source, *, admin: bool = False, max_tokens: int = 128) -> Desk:

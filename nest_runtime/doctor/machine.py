@@ -13,14 +13,15 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from nest_runtime.doctor.finding import NOTE, OK, PROBLEM, Finding
+from nest_runtime.install import PACKAGE, in_clone
 from nest_runtime.io import nest_home
 
-PACKAGE = "nest-runtime"
 SHOWN = ("nest-runtime", "torch", "transformers", "huggingface_hub", "safetensors")
 OLDEST_PYTHON = (3, 11)
 LITTLE_DISK = 1 << 30  # bytes
 GPU_DEVICE = Path("/dev/nvidia0")
 _NOT_FOR_USERS = ("test", "docs")
+_APART = {"vllm": "docs/engines.md"}  # it wants older versions of what everything else here wants
 
 
 def python() -> Finding:
@@ -35,7 +36,7 @@ def packages() -> Finding:
     """Whether what the package requires is there, in versions it allows."""
     wrong = list(_unmet(_requirements()))
     if wrong:
-        return Finding("packages", PROBLEM, "; ".join(wrong), f"pip install --upgrade {PACKAGE}")
+        return Finding("packages", PROBLEM, "; ".join(wrong), "install nest-runtime again, as its README says")
     return Finding("packages", OK, ", ".join(f"{name} {_version(name) or 'unknown'}" for name in SHOWN))
 
 
@@ -44,8 +45,10 @@ def extras() -> Finding:
     names = [name for name in metadata.metadata(PACKAGE).get_all("Provides-Extra") or [] if name not in _NOT_FOR_USERS]
     missing = [name for name in names if list(_unmet(_requirements(name)))]
     there = ", ".join(name for name in names if name not in missing) or "none"
-    advice = f"for the others: pip install '{PACKAGE}[{','.join(missing)}]'" if missing else ""
-    return Finding("extras", OK, f"{there}; not installed: {', '.join(missing) or 'none'}", advice)
+    wanted = ",".join(name for name in missing if name not in _APART)
+    advice = [f"for more, in a clone: {in_clone(wanted)}"] if wanted else []
+    advice += [f"{name} wants an environment of its own ({page})" for name, page in _APART.items() if name in missing]
+    return Finding("extras", OK, f"{there}; not installed: {', '.join(missing) or 'none'}", "; ".join(advice))
 
 
 def devices() -> Finding:

@@ -21,6 +21,7 @@ from nest_runtime.errors import EvaluationError, NestError, UsageError
 from nest_runtime.evaluate.ability import Score, finite
 from nest_runtime.evaluate.ledger import Ledger
 from nest_runtime.evaluate.rounds import Progress, Subject
+from nest_runtime.install import extra
 
 PREFIX = "lm-eval:"
 BOOTSTRAPS = 1000  # for the standard errors of metrics that are no means
@@ -167,7 +168,7 @@ def settings(tasks: Tasks, tokenizer: Any) -> dict[str, Any]:
 
 def _require() -> None:
     if find_spec("lm_eval") is None:
-        raise NestError(f"suites {PREFIX}… need lm-eval, which is not installed", "pip install 'nest-runtime[eval]'")
+        raise NestError(f"suites {PREFIX}… need lm-eval, which is not installed", extra("eval"))
 
 
 def _find(names: Sequence[str], include: Path | None) -> tuple[Any, list[str]]:

@@ -19,6 +19,7 @@ from torch import nn
 from nest_runtime.errors import ExportError
 from nest_runtime.export.folder import NOTE, new_folder, write_note
 from nest_runtime.export.lora import Pair, layout_of, pairs_of
+from nest_runtime.install import extra
 from nest_runtime.patch.patch import Patch
 
 ADAPTER = "adapter.gguf"
@@ -152,5 +153,5 @@ def _gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise ExportError("the gguf package is not installed", "pip install 'nest-runtime[gguf]'") from error
+        raise ExportError("the gguf package is not installed", extra("gguf")) from error
     return gguf

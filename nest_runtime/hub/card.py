@@ -7,9 +7,11 @@ wrote outside the two markers stays. A card is not signed and nothing is decided
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from nest_runtime.install import install
 from nest_runtime.patch.values import thaw_json
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ BEGIN, END = "<!-- nest-runtime begin: written by `push`; put your own words out
 VERSIONS_KEY = "nest_versions"
 TAGS = ("safety", "nest-runtime", "jailbreak-defense", "safety-patch", "adapter")
 MAX_RESULTS = 60
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COUNTS = {"n", "successes", "count", "steps", "seconds", "ci95", "low", "high", "seed", "tokens"}
 _NAMES = {"asr": "attack_success_rate"}
 
@@ -34,6 +37,7 @@ def render_card(
     license_id: str | None = None,
     results: Mapping[str, Any] | None = None,
     signed_by: str | None = None,
+    base_model: str | None = None,
 ) -> str:
     """The card of a repository whose newest version is ``patch``.
 
@@ -44,6 +48,8 @@ def render_card(
         license_id: an SPDX-like id as the Hub knows them; otherwise the old card's.
         results: the document of ``nest-runtime eval --json``, shown beside the patch's own metrics.
         signed_by: id of the key that signed the patch.
+        base_model: the base's id on the Hub; otherwise the patch's own name for it, where that is one, or the last
+            card's.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -51,10 +57,11 @@ def render_card(
     versions = [row for row in _versions(fields) if row["version"] != patch.version] + [_row(patch)]
     license_id = license_id or fields.get("license") or ("apache-2.0" if patch.base_model == "reference" else "other")
     evaluations = list(eval_results({**thaw_json(patch.metrics), **(results or {})}))[:MAX_RESULTS]
+    base = base_on_hub(base_model or patch.base_model) or base_on_hub(fields.get("base_model"))
     more: dict[str, Any] = {"base_model_relation": "adapter", VERSIONS_KEY: versions}
     data = ModelCardData(
         library_name=LIBRARY,
-        base_model=patch.base_model or None,
+        base_model=base,
         pipeline_tag="text-generation",
         license=license_id,
         tags=list(dict.fromkeys([*TAGS, *(tag for tag in fields.get("tags") or () if isinstance(tag, str))])),
@@ -65,7 +72,7 @@ def render_card(
         **more,
     )
     before, after = words
-    text = "\n".join([BEGIN, _text(patch, repo, versions, evaluations, signed_by), END])
+    text = "\n".join([BEGIN, _text(patch, base, repo, versions, evaluations, signed_by), END])
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{before}{text}{after}"))
 
 
@@ -127,20 +134,32 @@ def _row(patch: Patch) -> dict[str, Any]:
     return {key: getattr(patch, key) for key in _KEYS}
 
 
+def base_on_hub(name: object) -> str | None:
+    """A base's name where it is an id of the Hub's, ``org/name``; None for what is a name on one machine only."""
+    return name if isinstance(name, str) and _HUB_ID.fullmatch(name) else None
+
+
 def _text(
-    patch: Patch, repo: str, versions: list[dict[str, Any]], results: list[EvalResult], signed_by: str | None
+    patch: Patch,
+    base: str | None,
+    repo: str,
+    versions: list[dict[str, Any]],
+    results: list[EvalResult],
+    signed_by: str | None,
 ) -> str:
     ref = f"{repo}@{patch.version}"
+    model = (
+        "reference" if patch.base_model == "reference" else base or f"FOLDER-OR-FILE-OF-{patch.base_model or 'BASE'}"
+    )
+    option = "" if model == "reference" else f" --model {model}"
     parts = [
         f"# {patch.name}",
         f"A safety patch for `{patch.base_model or patch.base_hash[:19]}`, made by Neuron Selective Tuning "
         f"(arXiv 2602.16835): {patch.neurons:,} safety neurons in {patch.clusters:,} clusters, "
         f"{patch.parameters:,} trained numbers. It is no model: it needs its base, and fits no other.",
         "## Use",
-        f"```bash\npip install nest-runtime\nnest-runtime pull {ref}\nnest-runtime serve"
-        f"{_model_option(patch)} --patch {ref}\n```",
-        "```python\nimport nest_runtime as nest\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{patch.base_model or "BASE MODEL"}")\n'
+        f"```bash\n{install()}\nnest-runtime pull {ref}\nnest-runtime serve{option} --patch {ref}\n```",
+        f'```python\nimport nest_runtime as nest\n\nmodel = nest.load_model("{model}").model\n'
         f'runtime = nest.PatchRuntime(model)\nruntime.add(nest.load_patch("{ref}"))\n'
         f'runtime.activate("{patch.version}")\n```',
         "## Versions",
@@ -172,10 +191,6 @@ def _lineage(versions: list[dict[str, Any]]) -> str:
             f"| {row['parameters']} | `{row['digest'][:19]}` |"
         )
     return "\n".join(lines)
-
-
-def _model_option(patch: Patch) -> str:
-    return "" if patch.base_model in ("", "reference") else f" --model {patch.base_model}"
 
 
 def _size(result: EvalResult) -> str:

@@ -68,6 +68,7 @@ def push(
     private: bool = False,
     license_id: str | None = None,
     results: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
     allow_downgrade: bool = False,
     timeout: float | None = None,
 ) -> Pushed:
@@ -81,7 +82,7 @@ def push(
         store: remembers the commit, and keeps the signature.
         material: manifest and signature; None publishes it unsigned.
         private: for a repository that has to be made.
-        license_id, results: for the card, see ``render_card``.
+        license_id, results, base_model: for the card, see ``render_card``.
         allow_downgrade: publish a lower serial than the repository's newest.
         timeout: seconds that any one step may take.
 
@@ -105,7 +106,7 @@ def push(
     done = _already(remote, ref, refs, patch, store)
     if done is None:
         _check_follows(remote, refs, patch, ref, allow_downgrade)
-        files = _files(patch, data, material, remote, refs, ref, license_id, results)
+        files = _files(patch, data, material, remote, refs, ref, license_id, results, base_model)
         done = remote.publish(files, f"{patch.name} {patch.version}", parent=refs.head, tag=patch.version)
         unchanged = False
     else:
@@ -297,6 +298,7 @@ def _files(
     ref: RepoRef,
     license_id: str | None,
     results: Mapping[str, Any] | None,
+    base_model: str | None,
 ) -> dict[str, bytes]:
     old = remote.read(CARD_FILE, refs.head)
     card = render_card(
@@ -306,6 +308,7 @@ def _files(
         license_id=license_id,
         results=results,
         signed_by=material.key_id if material else None,
+        base_model=base_model,
     )
     files = {PATCH_FILE: data, CARD_FILE: card.encode()}
     if material is not None:

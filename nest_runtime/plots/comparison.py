@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import NestError
+from nest_runtime.install import extra
 
 OKABE_ITO = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 _STYLES = {  # the same in every picture, relatives alike
@@ -57,9 +58,7 @@ def draw(data: Mapping[str, Any], folder: Path) -> list[Path]:
 def require_matplotlib() -> None:
     """Raise NestError where matplotlib is not installed: before hours of work, not after."""
     if find_spec("matplotlib") is None:
-        raise NestError(
-            "plots need matplotlib, which is not installed", "pip install 'nest-runtime[plot]', or --no-plots"
-        )
+        raise NestError("plots need matplotlib, which is not installed", f"{extra('plot')}, or --no-plots")
 
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, str]]:

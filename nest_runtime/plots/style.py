@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import NestError
+from nest_runtime.install import extra
 from nest_runtime.io import atomic_write
 from nest_runtime.plots.comparison import DPI, OKABE_ITO
 
@@ -42,7 +43,7 @@ _SETTINGS: Any = {
 def require_matplotlib() -> None:
     """Raise NestError where matplotlib is not installed."""
     if find_spec("matplotlib") is None:
-        raise NestError("pictures need matplotlib, which is not installed", "pip install 'nest-runtime[plot]'")
+        raise NestError("pictures need matplotlib, which is not installed", extra("plot"))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from nest_runtime.resolve import load_patch
 from nest_runtime.serve.engine import Holder, NoSteps, Steps
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.served_patch import BASE, Served
-from nest_runtime.store.entries import check_names, entry_of, is_path
+from nest_runtime.store.entries import check_names, entry_of, is_path, is_repository
 from nest_runtime.store.store import Entry, Store
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Loader:
         if known is not None and known.patch is not None:
             patch, where = known.patch, None
         else:
-            pool = self._fetching if ref.startswith("hf://") else self._reading
+            pool = self._fetching if is_repository(ref) else self._reading
             patch, where = await pool.run(load_patch, ref, model_hash=self._hash, store=self._store), ref
         verified = await self.check(patch, where, older=older)
         others = () if known is not None else await self._judging.run(self._others, patch)

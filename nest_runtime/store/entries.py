@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import PatchNotFound, StoreError, UsageError
 from nest_runtime.hints import closest
+from nest_runtime.io import expand
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
@@ -216,9 +217,27 @@ def _ambiguous(ref: str, found: Sequence[Entry], where: str) -> UsageError:
 
 
 def is_path(ref: str | Path) -> bool:
-    """Whether a reference means a file of its own rather than something in the store or on the Hub."""
+    """Whether a reference means a file of its own rather than something in the store, on the Hub or in a mirror."""
     if isinstance(ref, Path):
         return True
-    if ref.startswith(("hf://", "sha256:")):
+    if ref.startswith("sha256:") or is_repository(ref):
         return False
-    return ref.endswith(PATCH_SUFFIX) or os.sep in ref or "/" in ref or ref.startswith(("~", "."))
+    return ref.endswith(PATCH_SUFFIX) or _is_pathlike(ref)
+
+
+def is_repository(ref: str | Path) -> bool:
+    """Whether a reference means a version of a repository: on the Hub, under a URL, or ``FOLDER@version``."""
+    if isinstance(ref, Path) or ref.endswith(PATCH_SUFFIX):
+        return False
+    if "://" in ref:
+        return True
+    place, at, _ = ref.rpartition("@")
+    while at and _is_pathlike(place):
+        if expand(place).is_dir():
+            return True
+        place, at, _ = place.rpartition("@")  # FOLDER@NAME@version
+    return False
+
+
+def _is_pathlike(text: str) -> bool:
+    return os.sep in text or "/" in text or text.startswith(("~", "."))

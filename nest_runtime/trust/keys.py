@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from nest_runtime.errors import NestError, UsageError
+from nest_runtime.install import extra
 from nest_runtime.io import open_file
 
 MAX_KEY = 64 * 1024  # bytes
@@ -124,7 +125,7 @@ def _need_cryptography() -> None:
 def _not_installed(error: ImportError) -> NestError:
     return NestError(
         f"signatures need model-signing and pyOpenSSL, which are not installed ({error})",
-        "pip install 'nest-runtime[sign]'",
+        extra("sign"),
     )
 
 

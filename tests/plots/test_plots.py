@@ -408,4 +408,4 @@ def test_without_matplotlib_it_says_what_to_install(run: Any, monkeypatch: pytes
     monkeypatch.setattr(style, "find_spec", lambda name: None)
     status, _, errors = run("plot", "v1")
     assert status == 1
-    assert "nest-runtime[plot]" in errors
+    assert "pip install 'matplotlib" in errors

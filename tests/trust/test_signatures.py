@@ -428,4 +428,4 @@ def test_without_the_extra_the_error_says_what_to_install(
     for call in (lambda: sign_patch(path, keys.mine), lambda: verify_patch(path, policy)):
         with pytest.raises(NestError, match="not installed") as caught:
             call()
-        assert "nest-runtime[sign]" in caught.value.hint
+        assert "model-signing" in caught.value.hint

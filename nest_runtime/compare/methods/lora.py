@@ -15,6 +15,7 @@ import torch
 from nest_runtime.compare.methods.base import FitData, Learned, Method, Progress, Target
 from nest_runtime.compare.methods.parameters import ParameterSet, supervise, tuning_report
 from nest_runtime.errors import ModelError, NestError
+from nest_runtime.install import extra
 from nest_runtime.model.anatomy import find_sites
 from nest_runtime.train.recipe import Recipe
 
@@ -176,4 +177,4 @@ def require_peft() -> None:
     from importlib.util import find_spec
 
     if find_spec("peft") is None:
-        raise NestError("this method needs the peft package", "pip install 'nest-runtime[peft]'")
+        raise NestError("this method needs the peft package", extra("peft"))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import ModelError
+from nest_runtime.install import extra
 
 MAGIC = b"GGUF"
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -171,9 +172,7 @@ def type_sizes() -> dict[int, tuple[int, int]]:
     try:
         from gguf.constants import GGML_QUANT_SIZES
     except ImportError as error:
-        raise ModelError(
-            "reading GGUF files needs the package gguf, which is not installed", "pip install 'nest-runtime[gguf]'"
-        ) from error
+        raise ModelError("reading GGUF files needs the package gguf, which is not installed", extra("gguf")) from error
     return {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
 
 

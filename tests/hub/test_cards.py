@@ -1,0 +1,91 @@
+"""What a card says to type: it works as it stands, for a repository in a folder, and names no base that is none."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+import nest_runtime as nest
+from nest_runtime.hub.card import render_card
+from nest_runtime.install import install
+from nest_runtime.store.store import Store
+from tests.support.cli import Run, fails
+from tests.support.serve import spawn, when_ready
+from tests.support.store import small_patch
+
+pytest_plugins = ["tests.support.cli"]
+
+
+def blocks(card: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+
+
+def test_the_commands_of_a_card_work(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror = tmp_path / "mirror"
+    assert run("push", "v3", mirror).status == 0
+    card = (mirror / "README.md").read_text(encoding="utf-8")
+    (shell,) = blocks(card, "bash")
+    first, pull, serve = shell.splitlines()
+    assert first == install()
+    home = tmp_path / "elsewhere"
+    monkeypatch.setenv("NEST_HOME", str(home))
+    assert run(*shlex.split(pull)[1:]).status == 0
+    (python,) = blocks(card, "python")
+    names: dict[str, Any] = {}
+    exec(python, names)
+    assert names["runtime"].active == "v3"
+    popen = spawn(home, *shlex.split(serve)[2:])
+    try:
+        assert when_ready(popen, home).http("GET", "/ready").json()["patch"] == "v3"
+    finally:
+        popen.terminate()
+        popen.communicate(timeout=60)
+
+
+def test_a_folder_is_read_by_every_command_as_pull_reads_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = tmp_path / "mirror"
+    for version in ("v1", "v2"):
+        assert run("push", version, mirror).status == 0
+    for ref, version in ((f"{mirror}@v1", "v1"), (str(mirror), "v2"), (f"{mirror}@reference-safety@v1", "v1")):
+        assert nest.load_patch(ref).version == version
+    assert nest.load_patch(f"file://{mirror}@v1").version == "v1"
+    monkeypatch.chdir(tmp_path)
+    assert run("inspect", "./mirror@v1", "--json").document["version"] == "v1"
+    assert run("activate", "./mirror@v1", "--json").document["version"] == "v1"
+    assert Store().find("v1", model_hash=nest.load_patch(str(mirror)).base_hash).active
+    fails(run("inspect", "./mirror@v7"), 1, "v7", "v1, v2")
+    fails(run("inspect", f"{tmp_path}/none@v1"), 1, "there is no patch file")
+
+
+def fields_of(card: str) -> dict[str, Any]:
+    return dict(ModelCard(card).data.to_dict())
+
+
+def test_a_base_is_named_where_the_hub_has_it() -> None:
+    local = small_patch("v1")
+    bare = render_card(local, "hf://org/repo")
+    assert "base_model" not in fields_of(bare)
+    assert f"--model FOLDER-OR-FILE-OF-{local.base_model}" in bare
+    named = render_card(local, "hf://org/repo", base_model="org/base")
+    assert fields_of(named)["base_model"] == "org/base"
+    assert 'nest.load_model("org/base")' in named
+    assert "serve --model org/base --patch hf://org/repo@v1" in named
+    kept = render_card(small_patch("v2"), "hf://org/repo", old=named)
+    assert fields_of(kept)["base_model"] == "org/base"
+
+
+def test_a_wrong_base_is_refused_before_the_work(run: Run, tmp_path: Path) -> None:
+    fails(run("push", "v3", tmp_path / "mirror", "--base-model", "smollm2"), 2, "org/name")
+    assert not (tmp_path / "mirror").exists()
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    train = ("train", "--harmful", prompts, "--benign", prompts, "--out", tmp_path / "x.safetensors")
+    fails(run(*train, "--base-model", "smollm2"), 2, "org/name")
+    fails(run(*train, "--base-model", "org/name"), 2, "built-in")
