@@ -18,7 +18,7 @@ RUN python -m venv /opt/nest-runtime
 # The large part first: it stays in the cache when only our own code changes.
 COPY constraints.txt deploy/install.sh ./
 RUN sh install.sh torch "${TORCH}"
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE nest_verify.py ./
 COPY nest_runtime nest_runtime
 COPY patches patches
 COPY docs/results/compare docs/results/compare

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Makes lock.txt and torch-cuda.txt from pyproject.toml and constraints.txt, with the hashes that PyPI states, and
+# apps/requirements.txt with the same versions. Needs uv (pip install uv) and PyPI; downloads no packages.
+#
+# torch-cpu.txt is kept by hand: the CPU build is on download.pytorch.org/whl/cpu, not on PyPI.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+grep -v '^torch==' constraints.txt > "$work/constraints.txt"
+torch=$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)
+echo "torch==$torch" >> "$work/constraints.txt"
+printf 'hatchling\neditables\n' > "$work/build.in"
+
+compile() {
+  uv pip compile -q --no-config --python-platform x86_64-manylinux_2_28 --python-version 3.11.7 \
+    --no-header --no-annotate -c "$work/constraints.txt" "$@"
+}
+compile pyproject.toml --extra test --extra docs --extra eval "$work/build.in" --generate-hashes -o "$work/all.txt"
+compile pyproject.toml --extra demo -o "$work/demo.txt"
+
+python3 - "$work" "$torch" <<'PYTHON'
+import re
+import sys
+from pathlib import Path
+
+work, torch = Path(sys.argv[1]), sys.argv[2]
+blocks = re.findall(r"^[A-Za-z0-9].*(?:\n +--hash=.*)*", (work / "all.txt").read_text(), re.M)
+of_torch = [b for b in blocks if re.match(r"torch==|triton==|nvidia-|cuda-", b)]
+about = "# Made by requirements/make.sh: Linux on x86-64, Python 3.11. docs/operations.md says how it is used.\n"
+Path("requirements/lock.txt").write_text(about + "\n".join(b for b in blocks if b not in of_torch) + "\n")
+Path("requirements/torch-cuda.txt").write_text(about + "\n".join(of_torch) + "\n")
+pins = [line for line in (work / "demo.txt").read_text().splitlines() if re.match(r"[A-Za-z0-9]", line)]
+kept = [line for line in pins if not re.match(r"torch==|triton==|nvidia-|cuda-", line)]
+Path("apps/requirements.txt").write_text(
+    "# What a Space installs, CPU only, in the versions that were tested (requirements/make.sh wrote them). Without hashes: the\n"
+    "# Space's builder adds packages of its own to the same command. README.md says how to put a wheel of this checkout here.\n"
+    "--extra-index-url https://download.pytorch.org/whl/cpu\n"
+    + "\n".join([f"torch=={torch}+cpu", *kept, "nest-runtime[demo]"]) + "\n"
+)
+PYTHON
