@@ -29,6 +29,7 @@ from nest_runtime.evaluate.judges import ReferenceJudge
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.run import evaluate
 from nest_runtime.evaluate.stats import Rate
+from nest_runtime.io import read_json, write_json, write_text
 from nest_runtime.model.anatomy import find_sites
 from nest_runtime.model.load import LoadedModel, load_model
 from nest_runtime.patch.patch import Patch
@@ -38,7 +39,7 @@ from nest_runtime.reference.world import training_prompts
 from nest_runtime.train.recipe import RECIPES, Recipe
 from nest_runtime.train.run import Run
 from nest_runtime.train.sites import SitesFile
-from nest_runtime.train.stages import read_json, stage_key, write_json, write_text
+from nest_runtime.train.stages import stage_key
 
 SUITES = ("jailbreak-seen", "jailbreak-held-out", "plain", "over-refusal", "utility")
 DRAWN = (

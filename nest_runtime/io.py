@@ -175,6 +175,37 @@ def atomic_write(
         file.write(data.encode("utf-8") if isinstance(data, str) else data)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically; its folder is made where missing. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, text)
+
+
+def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
+    """Write a JSON file for people to read, atomically; its folder is made where missing. Raises OSError."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, sort_keys=sort_keys) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value of a file of our own, or None where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def canonical_json(value: Any, *, errors: str = "strict", allow_nan: bool = False, default: Any = None) -> bytes:
+    """The one byte form of a JSON value, for digests and signatures: sorted keys, no spaces, UTF-8.
+
+    Args:
+        value: what to write.
+        errors: what becomes of half a surrogate pair, as for ``str.encode``.
+        allow_nan: write NaN and infinities, which are no JSON.
+        default: makes something of values that are no JSON, as for ``json.dumps``.
+    """
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=allow_nan, default=default
+    )
+    return text.encode("utf-8", errors)
+
+
 def check_target(target: Path) -> None:
     """Refuse to replace what is no file: a folder, a device. Raises OSError."""
     try:

@@ -30,7 +30,7 @@ INTERVAL_VARIABLE = "NEST_PROGRESS_SECONDS"
 class Progress(Protocol):
     """What a library calls: the stage's name, how much is done, and of how much (0: unknown)."""
 
-    def __call__(self, stage: str, done: int, total: int) -> None: ...
+    def __call__(self, stage: str, done: int, total: int, /) -> None: ...
 
 
 def tell(progress: Progress | None, stage: str, done: int, total: int, *, note: str = "") -> None:

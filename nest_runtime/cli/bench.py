@@ -18,8 +18,9 @@ import typer
 
 from nest_runtime.cli import complete
 from nest_runtime.cli.common import examples, model_for
-from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output, short
+from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output
 from nest_runtime.errors import ModelError
+from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.model.load import LoadedModel
@@ -270,7 +271,7 @@ def _setup(loaded: LoadedModel, patch: Patch, run: Bench) -> dict[str, Any]:
         "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "patch": f"{patch.name}@{patch.version}",
+        "patch": patch.label,
         "digest": patch.digest,
         "patch_parameters": patch.parameters,
         "batch": run.batch,

@@ -22,8 +22,9 @@ from nest_runtime.cli.hub import (
     repository,
     signing_key,
 )
-from nest_runtime.cli.output import JsonOption, Output, short
+from nest_runtime.cli.output import JsonOption, Output
 from nest_runtime.cli.trust import PolicyOption, RequireOption, TrustOption, WhoseModel, passphrase_of
+from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.hub.repository import RepoRef
@@ -223,5 +224,5 @@ def _home_of(ref: str, patch: Patch, store: Store) -> RepoRef:
     places = sorted({origin.place for origin in Origins(store.root).of_patch(patch.digest)})
     if len(places) != 1:
         known = ", ".join(places) or "none is known"
-        raise UsageError(f"where is {patch.name}@{patch.version} published? ({known})", "say so with --to REPO")
+        raise UsageError(f"where is {patch.label} published? ({known})", "say so with --to REPO")
     return RepoRef(places[0])

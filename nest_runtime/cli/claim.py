@@ -12,9 +12,10 @@ import typer
 from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_hash_of, examples, model_for, where_is, writable_file
 from nest_runtime.cli.measuring import cases_of, interval
-from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output, percent, short
+from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output, percent
 from nest_runtime.errors import BaseMismatch, ClaimsRefused, EvaluationError, SiteMismatch, UsageError
 from nest_runtime.io import expand
+from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate import Case, EvalResult, Judge
@@ -165,7 +166,7 @@ def claim(
         columns = ("SUITE", "MEASURE", "LIMIT", "MEASURED", "N")
         rows = [(row.suite, row.measure, row.bound, percent(row.value), row.n) for row in claims.rows]
         out.table(columns, rows, right=columns[3:])
-        out.line(f"wrote {claimed.name}@{claimed.version} ({short(claimed.digest)}) to {target}")
+        out.line(f"wrote {claimed.label} ({short(claimed.digest)}) to {target}")
         if {row.measure for row in claims.rows} == {"asr"}:
             out.note("a low attack success alone says nothing: claim over-refusal or utility beside it")
         out.note(f"next: nest-runtime sign {target} --key KEY")
@@ -248,7 +249,7 @@ def check(out: Output, patch: Patch, means: Means) -> list[Checked]:
     claims = patch.claims
     if claims is None:
         raise EvaluationError(
-            f"{patch.name}@{patch.version} ({short(patch.digest)}) carries no claims",
+            f"{patch.label} ({short(patch.digest)}) carries no claims",
             "its publisher makes them with `nest-runtime claim`",
         )
     given = [case for file in means.behaviors for case in load_behaviors(file)]
@@ -273,11 +274,11 @@ def prover(out: Output, model: str | None, behaviors: list[str] | None, judge: s
         lost = [row for row in found if not row.ok]
         if lost:
             raise ClaimsRefused(
-                f"{len(lost)} of {len(found)} claims of {patch.name}@{patch.version} do not hold: {say(lost[0])}",
+                f"{len(lost)} of {len(found)} claims of {patch.label} do not hold: {say(lost[0])}",
                 "see them all with `nest-runtime verify PATCH --claims`",
             )
         proven.add(patch.digest)
-        out.note(f"{len(found)} of {len(found)} claims of {patch.name}@{patch.version} hold")
+        out.note(f"{len(found)} of {len(found)} claims of {patch.label} hold")
 
     return prove
 
@@ -318,5 +319,5 @@ def means_for(
         raise UsageError("--model is a hash; claims are measured on a model", "name the model itself")
     if model is None:
         known = patch.base_hash == base_hash_of("reference")
-        model = "reference" if known else where_is(patch.base_hash, patch.base_model, f"{patch.name}@{patch.version}")
+        model = "reference" if known else where_is(patch.base_hash, patch.base_model, patch.label)
     return Means(model, behaviors or [], judge, device=device, dtype=dtype)

@@ -148,7 +148,7 @@ def choose_patch(out: Output, ref: str | None, no_patch: bool, model_hash: str) 
     if patch is None:
         out.note("no patch is active for this model: the bare base answers (choose one with --patch)")
     else:
-        out.note(f"with {patch.name}@{patch.version}, the active patch of this model")
+        out.note(f"with {patch.label}, the active patch of this model")
     return patch
 
 

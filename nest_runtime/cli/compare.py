@@ -158,7 +158,7 @@ def compare(
     document = write_results(outcome, plan, out_folder, plots)
     if write_settings is not None:
         from nest_runtime.compare.sweep import settings_file
-        from nest_runtime.train.stages import write_json
+        from nest_runtime.io import write_json
 
         write_json(write_settings, settings_file(outcome.values, outcome.sweep, outcome.identity))
     out.result(document, lambda: _render(out, document, out_folder))
@@ -272,7 +272,7 @@ def write_results(outcome: Outcome, plan: Plan, folder: Path, plots: bool) -> di
     """Write comparison.json, comparison.md and the pictures; gives the JSON."""
     from nest_runtime.compare.rows import document
     from nest_runtime.compare.tables import markdown
-    from nest_runtime.train.stages import write_json, write_text
+    from nest_runtime.io import write_json, write_text
 
     made = document(outcome, {method.name: method.title for method in plan.methods})
     write_json(folder / "comparison.json", made)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from nest_runtime.patch.values import short
+
 SUITES = ("reference", "plain", "jailbreak-seen", "jailbreak-held-out", "over-refusal", "utility")
 METHODS = (
     *("base", "filter", "in-context", "full", "lora", "lora-ffn", "circuit-breaker"),
@@ -41,8 +43,8 @@ def _patches() -> Names:
     from nest_runtime.store.store import Store
 
     entries = Store().list()
-    yield from ((entry.version, f"{entry.key} for {entry.base_model or entry.base_hash[:19]}") for entry in entries)
-    yield from ((entry.key, f"for {entry.base_model or entry.base_hash[:19]}") for entry in entries)
+    yield from ((entry.version, f"{entry.key} for {entry.base_model or short(entry.base_hash)}") for entry in entries)
+    yield from ((entry.key, f"for {entry.base_model or short(entry.base_hash)}") for entry in entries)
 
 
 def _models() -> Names:

@@ -14,6 +14,7 @@ from nest_runtime.cli.evaluate_view import render
 from nest_runtime.cli.measuring import cases_of
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output
 from nest_runtime.errors import UsageError
+from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate import Case, EvalResult, Judge
@@ -140,7 +141,7 @@ def evaluate(
         result.save(out_file)
     out.result(result.summary(), lambda: render(out, result))
     if session.patch is not None and not out.json:
-        out.note(f"next: nest-runtime serve --patch {patch or session.patch.digest[:19]}{model_flag(model)}")
+        out.note(f"next: nest-runtime serve --patch {patch or short(session.patch.digest)}{model_flag(model)}")
 
 
 @dataclass(frozen=True)

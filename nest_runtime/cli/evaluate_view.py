@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.cli.measuring import change, interval
-from nest_runtime.cli.output import Output, percent, short
+from nest_runtime.cli.output import Output, percent
+from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate import EvalResult

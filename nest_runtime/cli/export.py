@@ -104,7 +104,7 @@ class _Job:
             facts |= {"changed": len(made.tensors), "left_out": list(made.left_out)}
         return {
             "to": self.form.value,
-            "patch": f"{self.patch.name}@{self.patch.version}",
+            "patch": self.patch.label,
             "digest": self.patch.digest,
             "base_hash": self.patch.base_hash,
             "base": None if self.base is None else str(self.base),
@@ -134,7 +134,7 @@ class _Job:
 
         if self.base is None:
             raise UsageError(
-                f"--to merged needs the base of {self.patch.name}@{self.patch.version} "
+                f"--to merged needs the base of {self.patch.label} "
                 f"({self.patch.base_model or 'unnamed'}, {self.patch.base_hash})",
                 "name it with --model",
             )
@@ -211,7 +211,7 @@ def _base_of(patch: Patch, model: str | None) -> Path | None:
     found = base_hash_of(model)
     if found != patch.base_hash:
         raise BaseMismatch(
-            f"{patch.name}@{patch.version} is for base {patch.base_hash}; {model} is {found}",
+            f"{patch.label} is for base {patch.base_hash}; {model} is {found}",
             "name the patch's own base, unpatched and unmerged",
         )
     return resolve_model(model)[1]

@@ -12,9 +12,10 @@ import typer
 from nest_runtime.cli import claim, complete
 from nest_runtime.cli.claim import AllowJudge, BehaviorsOption
 from nest_runtime.cli.common import base_flag, base_hash_of, base_id, examples
-from nest_runtime.cli.output import JsonOption, Output, short
+from nest_runtime.cli.output import JsonOption, Output
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption, WhoseModel, passphrase_of
 from nest_runtime.io import expand
+from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.hub.repository import RepoRef
@@ -227,7 +228,7 @@ def patch_and_material(ref: str, store: Store, model: str | None, key: Path | No
         ref = str(named if not path.exists() and named.exists() else patch_path(path))
     patch = load_patch(ref, model_hash=base_hash_of(model), store=store)
     if key is not None:
-        return patch, sign_bytes(to_bytes(patch), key, passphrase_of(key), f"{patch.name}@{patch.version}").material
+        return patch, sign_bytes(to_bytes(patch), key, passphrase_of(key), patch.label).material
     return patch, Guard(Policy(require_signature=False), store).material(patch, ref)
 
 

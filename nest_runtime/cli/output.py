@@ -218,11 +218,6 @@ def _choice_meant(message: str) -> list[str]:
     return alike(found[1], re.findall(r"'([^']*)'", found[2]), limit=1) if found else []
 
 
-def short(digest: str | None) -> str:
-    """A digest for a table: ``sha256:`` and 12 digits, which commands accept as well."""
-    return digest[:19] if digest else "-"
-
-
 def size(count: int) -> str:
     """A number of bytes for people: 512 B, 9.6 kB, 1.2 MB."""
     value = float(count)

@@ -9,7 +9,7 @@ import typer
 
 from nest_runtime.cli import complete
 from nest_runtime.cli.common import examples, model_flag
-from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output, short
+from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output
 from nest_runtime.cli.patches import PatchArgument
 from nest_runtime.cli.train import (
     PROMPTS,
@@ -25,6 +25,7 @@ from nest_runtime.cli.train import (
     write_patch,
 )
 from nest_runtime.errors import UsageError
+from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
@@ -103,7 +104,7 @@ def retarget(
     if out_file is None and target.exists():
         raise UsageError(f"{target} is there already", "name the new patch's file with --out")
     workdir = check_out(target, ".safetensors")
-    out.note(f"bringing {before.name}@{before.version} to {loaded.name}, as {named}@{numbered}")
+    out.note(f"bringing {before.label} to {loaded.name}, as {named}@{numbered}")
     with keeping(workdir), out.bars() as bars:
         result = retarget_patch(
             loaded.model,
@@ -122,7 +123,7 @@ def retarget(
         )
     if not team.main:
         return
-    neurons, label = result.report["parent_neurons"], f"{before.name}@{before.version}"
+    neurons, label = result.report["parent_neurons"], before.label
     kept = f"{neurons['kept']:,} kept, {neurons['added']:,} added, {neurons['dropped']:,} dropped"
     origin = {"patch": label, "digest": before.digest, "base_hash": before.base_hash}
     write_patch(

@@ -9,7 +9,7 @@ import typer
 
 from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_flag, base_hash_of, examples
-from nest_runtime.cli.output import JsonOption, Output, short, size
+from nest_runtime.cli.output import JsonOption, Output, size
 from nest_runtime.cli.remote import (
     SwapOption,
     TokenOption,
@@ -23,6 +23,7 @@ from nest_runtime.cli.remote import (
     warn_of_servers,
 )
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption
+from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.trust.activate import Activated

@@ -120,7 +120,7 @@ def _list_patches(talk: Conversation, out: Output) -> None:
     entries = Store().list(talk.loaded.hash)
     lines = [f"{'*' if entry.digest == talk.digest else ' '} {entry.key}" for entry in entries]
     if talk.patch is not None and talk.digest not in {entry.digest for entry in entries}:
-        lines.append(f"* {talk.patch.name}@{talk.patch.version} (not in the store)")
+        lines.append(f"* {talk.patch.label} (not in the store)")
     out.note("\n".join(lines) or "no patches for this model")
 
 

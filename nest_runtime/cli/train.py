@@ -13,9 +13,10 @@ import typer
 
 from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_id, examples, model_flag, model_for, writable_file
-from nest_runtime.cli.output import DeviceOption, DtypeOption, Interrupted, JsonOption, ModelOption, Output, short, size
+from nest_runtime.cli.output import DeviceOption, DtypeOption, Interrupted, JsonOption, ModelOption, Output, size
 from nest_runtime.errors import UsageError
 from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
+from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.model.load import LoadedModel
@@ -377,7 +378,7 @@ def write_patch(
         seconds = "  ".join(f"{stage} {value:.1f} s" for stage, value in result.report["seconds"].items())
         out.pairs(
             {
-                "patch": f"{patch.name}@{patch.version}",
+                "patch": patch.label,
                 "digest": patch.digest,
                 **rows,
                 "took": seconds,

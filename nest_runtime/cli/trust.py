@@ -12,8 +12,9 @@ import typer
 from nest_runtime.cli import claim, complete
 from nest_runtime.cli.claim import AllowJudge, BehaviorsOption
 from nest_runtime.cli.common import base_hash_of, examples
-from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output, short
+from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output
 from nest_runtime.io import expand
+from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
@@ -243,7 +244,7 @@ def _sign_stored(ref: str, model: str | None, key: Path, passphrase: str) -> tup
 
     store = Store()
     patch = store.get(ref, model_hash=base_hash_of(model))
-    signed = sign_bytes(to_bytes(patch), key, passphrase, f"{patch.name}@{patch.version}")
+    signed = sign_bytes(to_bytes(patch), key, passphrase, patch.label)
     keep_signature(store.root, patch, signed.material, verified=True)
     folder = signature_folder(store.root, patch.digest)
     return signed, [str(folder / "manifest.json"), str(folder / f"{signed.key.id.partition(':')[2]}.sig")]

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from nest_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from nest_runtime.compare.methods.base import Progress, Target
+    from nest_runtime.compare.methods.base import Target
     from nest_runtime.evaluate.judges import Judge
     from nest_runtime.model.load import LoadedModel
     from nest_runtime.patch.patch import Patch
+    from nest_runtime.progress import Progress
     from nest_runtime.prompts.examples import Example
     from nest_runtime.train.recipe import Recipe
 

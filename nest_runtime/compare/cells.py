@@ -17,8 +17,8 @@ from nest_runtime.compare.provenance import code_digest
 from nest_runtime.errors import DataError
 from nest_runtime.evaluate.cases import Case, digest_of
 from nest_runtime.evaluate.report import EvalResult
+from nest_runtime.io import read_json, write_json
 from nest_runtime.train.recipe import Recipe
-from nest_runtime.train.stages import read_json, write_json
 
 CELL_FORMAT = 2
 _FIELDS = ("method", "knob", "value", "seed", "fit", "judge", "made")

@@ -8,7 +8,7 @@ each method's value; rows, tables and claims are made from cells in rows.py, pic
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from nest_runtime.evaluate.judges.base import Judge
 from nest_runtime.evaluate.prompting import PrefillView
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.run import Answerer, Subject, check_judges, evaluate_answers
+from nest_runtime.progress import Progress
 from nest_runtime.prompts.examples import Example, examples_digest
 from nest_runtime.train.recipe import Recipe
 
-Progress = Callable[[str, int, int], None]
 CELL_FILE = "cell.json"
 
 

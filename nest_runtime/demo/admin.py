@@ -15,6 +15,7 @@ from nest_runtime.demo import markup
 from nest_runtime.demo.background import Job
 from nest_runtime.demo.state import Desk
 from nest_runtime.errors import NestError, UsageError
+from nest_runtime.patch.values import short
 
 BEAT = 0.5  # seconds between two signs of life of a step that says nothing
 
@@ -204,7 +205,7 @@ class Changes:
             done = push(patch, ref, store=store, material=material, private=private)
             verb = "is there already" if done.unchanged else "pushed"
             place = f"{ref.place}@{done.version}, {done.url}" + ("" if done.signed_by else "; it is not signed")
-            return f"{patch.name}@{done.version} ({done.digest[:19]}) {verb}: {place}"
+            return f"{patch.name}@{done.version} ({short(done.digest)}) {verb}: {place}"
 
         for said in self._with_hub(work, token):
             yield [said, ""]
@@ -224,8 +225,8 @@ class Changes:
                 if checked and fetched.verified
                 else "no signature was checked"
             )
-            base = entry.base_model or entry.base_hash[:19]
-            return f"pulled {entry.key} ({entry.digest[:19]}) for {base}, from {fetched.ref.place}; {signed}"
+            base = entry.base_model or short(entry.base_hash)
+            return f"pulled {entry.key} ({short(entry.digest)}) for {base}, from {fetched.ref.place}; {signed}"
 
         said, unchanged = "", [gr.skip()] * len(self.refresh())
         for said in self._with_hub(work, token):

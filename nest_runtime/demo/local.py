@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nest_runtime.demo.backend import BASE, TOY, Answered, Choice, Message, OnAnswers, OnText, told_size
 from nest_runtime.errors import UsageError
 from nest_runtime.model.load import REFERENCE
+from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.model.load import LoadedModel
@@ -161,7 +162,7 @@ class LocalBackend:
 
     def _active(self, entry: Entry) -> str:
         label = next((choice.label for choice in self.choices() if choice.digest == entry.digest), entry.key)
-        return f"active: {label} ({entry.digest[:19]})"
+        return f"active: {label} ({short(entry.digest)})"
 
     @contextmanager
     def using(self, digest: str | None) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nest_runtime.doctor.finding import NOTE, OK, PROBLEM, Finding
 from nest_runtime.errors import NestError
+from nest_runtime.patch.values import short
 from nest_runtime.store.store import Entry, Store
 
 
@@ -47,7 +48,9 @@ def active() -> Finding:
             "active patches", NOTE, "none: the bare base answers where no patch is named", "nest-runtime activate v3"
         )
     return Finding(
-        "active patches", OK, "; ".join(f"{entry.key} for {entry.base_model or entry.base_hash[:19]}" for entry in now)
+        "active patches",
+        OK,
+        "; ".join(f"{entry.key} for {entry.base_model or short(entry.base_hash)}" for entry in now),
     )
 
 

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from nest_runtime.evaluate.cases import Case
     from nest_runtime.evaluate.judges import Judge
     from nest_runtime.evaluate.report import EvalResult
-    from nest_runtime.evaluate.rounds import Progress
     from nest_runtime.model.load import LoadedModel
     from nest_runtime.patch.patch import Patch
+    from nest_runtime.progress import Progress
 
 
 def evaluate(

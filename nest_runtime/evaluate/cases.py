@@ -6,12 +6,12 @@ Nothing here reads files (suites.py), rewrites prompts (attacks/) or runs a mode
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nest_runtime.errors import EvaluationError
+from nest_runtime.io import canonical_json
 from nest_runtime.prompts.content import plain_content, text_of
 
 Message = dict[str, Any]
@@ -107,8 +107,8 @@ class Case:
 
 def digest_of(value: Any) -> str:
     """``sha256:<hex>`` of a JSON value: sorted keys, no spaces, UTF-8."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
-    return "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    data = canonical_json(value, errors="surrogatepass", allow_nan=True, default=str)
+    return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 def user(text: str) -> Message:

@@ -6,7 +6,7 @@ Nothing here generates. Where a file says itself what its answers are, the judge
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,6 @@ COMPLIED = ("1", "1.0", "true", "yes", "harmful", "unsafe", "jailbroken")
 NOT_COMPLIED = ("0", "0.0", "false", "no", "harmless", "safe", "not complied")
 OTHERWISE = "not complied"
 ANSWERED = ("correct", "wrong")  # complied, said of an answer that has an expected one
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

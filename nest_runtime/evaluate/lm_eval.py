@@ -20,8 +20,9 @@ from typing import Any
 from nest_runtime.errors import EvaluationError, NestError, UsageError
 from nest_runtime.evaluate.ability import Score, finite
 from nest_runtime.evaluate.ledger import Ledger
-from nest_runtime.evaluate.rounds import Progress, Subject
+from nest_runtime.evaluate.rounds import Subject
 from nest_runtime.install import extra
+from nest_runtime.progress import Progress
 
 PREFIX = "lm-eval:"
 BOOTSTRAPS = 1000  # for the standard errors of metrics that are no means

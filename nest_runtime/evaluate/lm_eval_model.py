@@ -10,7 +10,8 @@ from lm_eval.models.huggingface import HFLM
 
 from nest_runtime.evaluate.cases import digest_of
 from nest_runtime.evaluate.ledger import Ledger
-from nest_runtime.evaluate.rounds import Progress, Subject
+from nest_runtime.evaluate.rounds import Subject
+from nest_runtime.progress import Progress
 
 CHUNK = 8  # batches between two writes of the work file
 

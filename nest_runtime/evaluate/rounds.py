@@ -15,8 +15,8 @@ from nest_runtime.evaluate.cases import Case, Message, assistant, digest_of, use
 from nest_runtime.evaluate.judges.base import Judge, Verdict, judge_answers
 from nest_runtime.evaluate.ledger import Ledger
 from nest_runtime.evaluate.records import Record
+from nest_runtime.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 OnBatch = Callable[[list[int], list[str]], None]
 Conversation = list[Message]
 # Answers conversations in order; calls on_batch(positions, answers) as they come, so that they are kept.

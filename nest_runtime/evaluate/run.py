@@ -19,7 +19,8 @@ from nest_runtime.evaluate.judges.base import Judge
 from nest_runtime.evaluate.ledger import Ledger
 from nest_runtime.evaluate.records import Record
 from nest_runtime.evaluate.report import EvalResult
-from nest_runtime.evaluate.rounds import BASE, Answerer, Conversation, OnBatch, Progress, Rounds, Subject
+from nest_runtime.evaluate.rounds import BASE, Answerer, Conversation, OnBatch, Rounds, Subject
+from nest_runtime.progress import Progress
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate.lm_eval import Tasks

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from nest_runtime.evaluate.markdown import NONE, interval, p_value, percent, signed_percent, table
 from nest_runtime.evaluate.records import HITS, rates_by
 from nest_runtime.evaluate.stats import PairedChange, Rate
+from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate.report import EvalResult
@@ -16,7 +17,7 @@ _TITLES = {"asr": "attack success", "over_refusal": "over-refusal", "utility": "
 
 def markdown(result: EvalResult) -> str:
     """The rates by suite, with the change from the base where it is known; attack success by family; judges."""
-    who = f"{result.model or 'model'}, patch {result.patch}" + (f" ({result.digest[:19]}…)" if result.digest else "")
+    who = f"{result.model or 'model'}, patch {result.patch}" + (f" ({short(result.digest)}…)" if result.digest else "")
     judges = f", judged by {', '.join(result.judges)}" if result.judges else ""
     parts = [f"**{who}**{judges}."]
     parts += [made for make in (_suite_table, _family_table, _ability_table) if (made := make(result))]

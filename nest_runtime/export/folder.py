@@ -77,7 +77,7 @@ def write_note(folder: Path, kind: str, patch: Patch, **more: Any) -> None:
     """Write ``nest_export.json``: which patch, for which base, in which form."""
     note = {
         "kind": kind,
-        "patch": f"{patch.name}@{patch.version}",
+        "patch": patch.label,
         "digest": patch.digest,
         "base_model": patch.base_model,
         "base_hash": patch.base_hash,

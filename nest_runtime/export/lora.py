@@ -70,7 +70,7 @@ def layout_of(patch: Patch, model: nn.Module | None = None) -> dict[str, Project
     experts = [site.name for site in patch.sites if ".experts." in site.name]
     if experts:
         raise ExportError(
-            f"{patch.name}@{patch.version} changes experts ({experts[0]}), whose layout is the model's",
+            f"{patch.label} changes experts ({experts[0]}), whose layout is the model's",
             "give the base model too: model=, or --model on the command line",
         )
     return {site.name: _guess(site) for site in patch.sites}
@@ -83,7 +83,7 @@ def pairs_of(patch: Patch, layout: Mapping[str, Projection]) -> list[Pair]:
         if site.n_neurons:
             modules.setdefault(layout[site.name].tensor, []).append(site)
     if not modules:
-        raise ExportError(f"{patch.name}@{patch.version} changes no neuron", "export a patch that does something")
+        raise ExportError(f"{patch.label} changes no neuron", "export a patch that does something")
     return [_pair(sites, layout) for sites in modules.values()]
 
 

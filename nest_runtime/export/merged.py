@@ -25,8 +25,8 @@ from nest_runtime.model.gguf.header import find_gguf
 from nest_runtime.model.load import skeleton
 from nest_runtime.model.projection import Projection
 from nest_runtime.patch.patch import Patch, check_sites
+from nest_runtime.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 # Weights in other forms would be the base's, unpatched, under the patched model's name.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".safetensors")
 
@@ -134,15 +134,14 @@ def _check_base(
     found = model_hash(folder, progress=progress)
     hint = "export with the patch's own base: the unpatched, unmerged checkpoint"
     if found != patch.base_hash:
-        raise BaseMismatch(f"{patch.name}@{patch.version} is for base {patch.base_hash}; {folder} is {found}", hint)
+        raise BaseMismatch(f"{patch.label} is for base {patch.base_hash}; {folder} is {found}", hint)
     neurons = {site.name: site.neurons.tensor() for site in patch.sites}
     layout = {projection.name: projection for projection in find_sites(model)}
     stored = {s.name: checkpoint.read(layout[s.name], neurons[s.name]) for s in patch.sites if s.n_neurons}
     if not rows_fit(model, stored, neurons, patch.rows_digest):
         rows = rows_digest(model, neurons, read=lambda _, projection, index: stored[projection.name])
         raise BaseMismatch(
-            f"the rows that {patch.name}@{patch.version} changes have digest {rows} in {folder}; "
-            f"it was made on {patch.rows_digest}",
+            f"the rows that {patch.label} changes have digest {rows} in {folder}; it was made on {patch.rows_digest}",
             hint,
         )
 

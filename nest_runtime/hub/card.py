@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.install import install
-from nest_runtime.patch.values import thaw_json
+from nest_runtime.patch.values import short, thaw_json
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -154,7 +154,7 @@ def _text(
     option = "" if model == "reference" else f" --model {model}"
     parts = [
         f"# {patch.name}",
-        f"A safety patch for `{patch.base_model or patch.base_hash[:19]}`, made by Neuron Selective Tuning "
+        f"A safety patch for `{patch.base_model or short(patch.base_hash)}`, made by Neuron Selective Tuning "
         f"(arXiv 2602.16835): {patch.neurons:,} safety neurons in {patch.clusters:,} clusters, "
         f"{patch.parameters:,} trained numbers. It is no model: it needs its base, and fits no other.",
         "## Use",
@@ -185,7 +185,7 @@ def _lineage(versions: list[dict[str, Any]]) -> str:
     lines = ["| version | serial | made from | created | neurons | numbers | digest |", "|---|---|---|---|---|---|---|"]
     for row in sorted(versions, key=lambda r: r["serial"], reverse=True):
         parent = row["parent"]
-        origin = known.get(parent, f"`{parent[:19]}`") if parent else "the base"
+        origin = known.get(parent, f"`{short(parent)}`") if parent else "the base"
         lines.append(
             f"| {row['version']} | {row['serial']} | {origin} | {row['created'][:10] or 'unknown'} | {row['neurons']} "
             f"| {row['parameters']} | `{row['digest'][:19]}` |"

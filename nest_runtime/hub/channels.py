@@ -8,7 +8,6 @@ gone: it says so, and keeps its patch. Fetching and following is not done here.
 
 from __future__ import annotations
 
-import json
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,7 +17,7 @@ from pydantic import model_validator
 
 from nest_runtime.errors import Expired, NestError, SignatureError, UsageError
 from nest_runtime.hub.demands import Demands, check_met
-from nest_runtime.io import atomic_write
+from nest_runtime.io import atomic_write, canonical_json
 from nest_runtime.trust.documents import Digest, Document, Label, Serial, Time, moment_of, read_file, stamp
 from nest_runtime.trust.policy import Policy
 from nest_runtime.trust.signing import sign_files, verify_files
@@ -66,7 +65,7 @@ class Channel(Document):
     def to_bytes(self) -> bytes:
         """Canonical JSON, as every document; without ``claims`` where there are none."""
         value = self.model_dump(mode="json", exclude=set() if self.claims is not None else {"claims"})
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+        return canonical_json(value) + b"\n"
 
     def expired(self, now: datetime | None = None) -> bool:
         """Whether its date is past."""

@@ -61,7 +61,7 @@ def settle(
     if demand:
         if patch.claims is None:
             raise ClaimsRefused(
-                f"{patch.name}@{patch.version} carries no claims that {where} could demand",
+                f"{patch.label} carries no claims that {where} could demand",
                 "make them with `nest-runtime claim`, and sign the file that it writes",
             )
         demands = demands_of(patch.claims)
@@ -71,7 +71,7 @@ def settle(
     if not renewed:
         if prove is None:
             raise ClaimsRefused(
-                f"{where} demands claims, and those of {patch.name}@{patch.version} were not measured",
+                f"{where} demands claims, and those of {patch.label} were not measured",
                 "publish with `nest-runtime push` or `channel set`, on a machine that has the model",
             )
         prove(patch)

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from nest_runtime.errors import ClaimsRefused
 from nest_runtime.patch.claims import MAX_ROWS, Claims, bound
+from nest_runtime.patch.values import short
 from nest_runtime.trust.documents import Digest, Value
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def check_met(patch: Patch, demands: Demands, where: str) -> None:
 
     Raises ClaimsRefused naming what is missing first.
     """
-    label = f"{patch.name}@{patch.version}"
+    label = patch.label
     claims = patch.claims
     if claims is None:
         raise ClaimsRefused(
@@ -73,14 +74,14 @@ def check_met(patch: Patch, demands: Demands, where: str) -> None:
         )
     if (claims.judge, claims.judge_digest) != (demands.judge, demands.judge_digest):
         raise ClaimsRefused(
-            f"{where} demands claims judged by {demands.judge} ({demands.judge_digest[:19]}); those of {label} "
-            f"are judged by {claims.judge} ({claims.judge_digest[:19]})",
+            f"{where} demands claims judged by {demands.judge} ({short(demands.judge_digest)}); those of {label} "
+            f"are judged by {claims.judge} ({short(claims.judge_digest)})",
             "make the claims with that judge, by the same rules",
         )
     rows = {(row.cases, row.measure): row for row in claims.rows}
     for demand in demands.rows:
         found = rows.get((demand.cases, demand.measure))
-        what = f"{demand.measure} on {demand.suite} ({demand.cases[:19]}) of {bound(demand.measure, demand.limit)}"
+        what = f"{demand.measure} on {demand.suite} ({short(demand.cases)}) of {bound(demand.measure, demand.limit)}"
         if found is None or not found.as_strict_as(demand.limit):
             claimed = f"{label} claims {found.bound}" if found is not None else f"{label} claims nothing of it"
             raise ClaimsRefused(f"{where} demands {what}; {claimed}", "claim at least what is demanded")

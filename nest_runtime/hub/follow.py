@@ -35,6 +35,7 @@ from nest_runtime.hub.follow_status import Kind, Outcome, Status
 from nest_runtime.hub.news import News, channels_like, read_channel, read_revocations
 from nest_runtime.hub.origins import Origins
 from nest_runtime.hub.repository import Refs, Remote, RepoRef, parse_repo
+from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
@@ -235,7 +236,7 @@ class Follower:
         Origins(self._store.root).check_name(self.ref, channel.name)
         if channel.base_hash != self._base_hash:
             raise BaseMismatch(
-                f"{self.ref} names a patch for model {channel.base_hash[:19]}; this one is {self._base_hash[:19]}",
+                f"{self.ref} names a patch for model {short(channel.base_hash)}; this one is {short(self._base_hash)}",
                 "follow a repository of patches for this model",
             )
         last = self._channel

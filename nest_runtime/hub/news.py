@@ -50,9 +50,7 @@ class News:
         """Refuse a patch that the list names. With a guard, check_trust has said so before. Raises Revoked."""
         entry = self.find(patch.digest, patch.name)
         if entry is not None:
-            raise Revoked(
-                f"{patch.name}@{patch.version} was revoked on {entry.date[:10]}: {entry.reason}", "use another version"
-            )
+            raise Revoked(f"{patch.label} was revoked on {entry.date[:10]}: {entry.reason}", "use another version")
 
     def _counts(self, name: str) -> bool:
         return self.rule is None or self.rule.allows("revocations", name)

@@ -9,19 +9,17 @@ here is how a version is found in the Hub client's cache.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from filelock import Timeout
-
-from nest_runtime.errors import StoreError, TrustError
+from nest_runtime.errors import TrustError
 from nest_runtime.hub.repository import LATEST, RepoRef
-from nest_runtime.io import atomic_write, parse_json
-from nest_runtime.store import history
+from nest_runtime.patch.values import short
+from nest_runtime.store.locked import LockedJson
+
+MAX_ORIGINS = 1 << 26  # bytes
 
 
 @dataclass(frozen=True)
@@ -53,15 +51,24 @@ class Origins:
     """
 
     def __init__(self, store_root: Path) -> None:
-        self._path = store_root / "origins.json"
+        path = store_root / "origins.json"
+        self._file = LockedJson(
+            path,
+            path.with_suffix(".lock"),
+            empty=dict,
+            parse=_parse,
+            dump=_dump,
+            forgets="which commits versions were at",
+            limit=MAX_ORIGINS,
+        )
 
     def find(self, place: str, version: str) -> Origin | None:
         """What is known of a version of a repository."""
-        return self._read().get(f"{place}@{version}")
+        return self._file.read().get(f"{place}@{version}")
 
     def of_patch(self, digest: str) -> list[Origin]:
         """Every place that a patch was seen at."""
-        return [origin for origin in self._read().values() if origin.digest == digest]
+        return [origin for origin in self._file.read().values() if origin.digest == digest]
 
     def check_name(self, ref: RepoRef, name: str) -> None:
         """Refuse a patch of another name than asked for, or than the place was first seen with. Raises TrustError."""
@@ -80,41 +87,23 @@ class Origins:
         known = self.find(ref.place, version)
         if known is not None and known.digest != digest:
             raise TrustError(
-                f"{ref.place} serves {digest[:19]} as {version} (at {revision[:12]}); "
-                f"on this machine it was {known.digest[:19]} (at {known.revision[:12]})",
+                f"{ref.place} serves {short(digest)} as {version} (at {revision[:12]}); "
+                f"on this machine it was {short(known.digest)} (at {known.revision[:12]})",
                 "a published version never changes: its tag was moved; ask its publisher",
             )
 
     def record(self, place: str, version: str, revision: str, digest: str, name: str) -> None:
         """Remember a version, and that the place is of this name. Raises StoreError where the disk refuses."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        with self._writing() as known:
+        with self._file.changing() as known:
             for key in (version, ""):
                 known[f"{place}@{key}"] = Origin(place, key, revision, digest, now, name)
+            self._file.write(known)
 
-    def _read(self) -> dict[str, Origin]:
-        try:
-            rows = parse_json(self._path.read_bytes())
-            return {key: Origin(**row) for key, row in rows.items()}
-        except FileNotFoundError:
-            return {}
-        except (ValueError, TypeError, AttributeError, OSError) as error:
-            raise StoreError(
-                f"{self._path} cannot be read: {error}",
-                "restore it from a backup; moving it away forgets which commits versions were at",
-            ) from error
 
-    @contextmanager
-    def _writing(self) -> Iterator[dict[str, Origin]]:
-        guard = self._path.with_suffix(".lock")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with history.lock(guard):
-                known = self._read()
-                yield known
-                data = json.dumps({key: asdict(origin) for key, origin in known.items()}, indent=1, sort_keys=True)
-                atomic_write(self._path, data.encode() + b"\n")
-        except Timeout as error:
-            raise history.locked_out(guard) from error
-        except OSError as error:
-            raise StoreError(f"{self._path} cannot be written: {error}", "set NEST_HOME elsewhere") from error
+def _parse(rows: Any) -> dict[str, Origin]:
+    return {key: Origin(**row) for key, row in rows.items()}
+
+
+def _dump(origins: dict[str, Origin]) -> Any:
+    return {key: asdict(origin) for key, origin in origins.items()}

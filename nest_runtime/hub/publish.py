@@ -24,6 +24,7 @@ from nest_runtime.hub.fetch import fetch_revision
 from nest_runtime.hub.mirror import MirrorRemote
 from nest_runtime.hub.origins import Origins
 from nest_runtime.hub.repository import CARD_FILE, LATEST, USUAL_CHANNELS, Refs, Remote, RepoRef, may_be_channel
+from nest_runtime.patch.values import short
 from nest_runtime.trust.material import MANIFEST_FILE, PATCH_FILE, SIGNATURE_FILE, Manifest, Material
 from nest_runtime.trust.revocations import LIST_FILE, LIST_SIGNATURE, RevocationList, read_list, revoke
 
@@ -236,7 +237,8 @@ def _already(remote: Remote, ref: RepoRef, refs: Refs, patch: Patch, store: Stor
         there = fetch_revision(remote, ref, tagged, store=store).patch
         if there.digest != patch.digest:
             raise HubError(
-                f"{ref.place} already has {patch.version}, which is {there.digest[:19]}; yours is {patch.digest[:19]}",
+                f"{ref.place} already has {patch.version}, which is {short(there.digest)}; "
+                f"yours is {short(patch.digest)}",
                 "a published version never changes: give yours another version",
             )
         return tagged

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.io import nest_home
+from nest_runtime.io import nest_home, write_text
 
 _VERSION = 1
 _KEEP = 256  # models remembered; the oldest go first
@@ -38,7 +38,7 @@ def remember_base(model_hash: str, name: str, source: Path) -> None:
     known.pop(model_hash, None)
     kept = dict([*known.items(), (model_hash, entry)][-_KEEP:])
     try:
-        _write(json.dumps({"version": _VERSION, "bases": kept}, indent=1, ensure_ascii=False))
+        write_text(bases_file(), json.dumps({"version": _VERSION, "bases": kept}, indent=1, ensure_ascii=False))
     except OSError:
         return  # a read-only or full home
 
@@ -61,10 +61,3 @@ def _read() -> dict[str, dict[str, str]]:
 
 def _valid(entry: Any) -> bool:
     return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "path"))
-
-
-def _write(text: str) -> None:
-    from nest_runtime.io import atomic_write
-
-    bases_file().parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(bases_file(), text.encode())

@@ -30,8 +30,9 @@ from nest_runtime.model.anatomy import Projection, canonical_name, find_sites, r
 from nest_runtime.model.gguf.header import find_gguf, read_header
 from nest_runtime.model.gguf.identity import hash_gguf
 from nest_runtime.model.hashcache import HashCache
-from nest_runtime.model.hashing import Job, Progress, Row, digest_of, given, hash_all, mapped
+from nest_runtime.model.hashing import Job, Row, digest_of, given, hash_all, mapped
 from nest_runtime.patch.frame import Frame, FramingError, header_length, parse_frame
+from nest_runtime.progress import Progress
 
 RowReader = Callable[[nn.Module, Projection, torch.Tensor], torch.Tensor]
 

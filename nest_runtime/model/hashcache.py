@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.io import atomic_write, nest_home
+from nest_runtime.io import nest_home, write_text
 
 _VERSION = 1
 _KEEP = 256  # folders remembered; the oldest go first
@@ -46,7 +46,7 @@ class HashCache:
         entries.pop(self.key, None)
         entries = dict([*entries.items(), (self.key, result)][-_KEEP:])
         try:
-            self._write(json.dumps({"version": _VERSION, "entries": entries}, indent=1))
+            write_text(self.path, json.dumps({"version": _VERSION, "entries": entries}, indent=1))
         except OSError:
             return  # a read-only or full home: the next call hashes again
 
@@ -64,10 +64,6 @@ class HashCache:
             return {}
         entries = content.get("entries")
         return entries if isinstance(entries, dict) else {}
-
-    def _write(self, text: str) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.path, text)
 
 
 def _valid(entry: Any) -> bool:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import ModelError
-
-Progress = Callable[[str, int, int], None]
+from nest_runtime.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nest_runtime.errors import DigestMismatch, PatchFormatError, PatchNotFound
-from nest_runtime.io import Unfit, expand, open_file
+from nest_runtime.io import Unfit, canonical_json, expand, open_file
 from nest_runtime.patch.frame import Entry, Frame, FramingError, header_length, parse_frame, parse_object
 from nest_runtime.patch.patch import CLAIMS_VERSION, FORMAT_VERSIONS, Patch
 from nest_runtime.patch.site import PARTS, REQUIRED_PARTS, Site, check_parts
-from nest_runtime.patch.values import FrozenTensor, canonical_json, digest_of
+from nest_runtime.patch.values import FrozenTensor, digest_of
 from nest_runtime.patch.write import MAX_FILE, MAX_HEADER, METADATA_KEY
 
 _FETCH = "fetch or copy the file again"

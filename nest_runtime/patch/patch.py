@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from nest_runtime.errors import PatchFormatError, SiteMismatch
 from nest_runtime.patch.claims import Claims
 from nest_runtime.patch.site import DELTA_DTYPES, Site
-from nest_runtime.patch.values import MAX_INT, FrozenTensor, canonical_json, content_digest, freeze_json, thaw_json
+from nest_runtime.patch.values import MAX_INT, FrozenTensor, content_digest, freeze_json, short, thaw_json
 from nest_runtime.patch.write import save_patch
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ __all__ = [
     "FrozenTensor",
     "Patch",
     "Site",
-    "canonical_json",
     "check_sites",
     "content_digest",
     "freeze_json",
@@ -142,7 +141,7 @@ class Patch:
             if site.name == name:
                 return site
         raise SiteMismatch(
-            f"patch {self.name}@{self.version} has no site {name!r}; it has {len(self.sites)}",
+            f"patch {self.label} has no site {name!r}; it has {len(self.sites)}",
             "list them with `nest-runtime inspect`",
         )
 
@@ -169,6 +168,11 @@ class Patch:
             "sites": [{"name": s.name, "d_out": s.d_out, "stats": thaw_json(s.stats)} for s in self.sites],
         }
 
+    @property
+    def label(self) -> str:
+        """``name@version``, as people call it."""
+        return f"{self.name}@{self.version}"
+
     def evolve(self, **changes: Any) -> Patch:
         """A copy with other header fields or sites; the digest follows, and claims about this one do not."""
         return replace(self, **({"claims": None, **changes} if changes else {}))
@@ -188,7 +192,7 @@ class Patch:
 
     def __repr__(self) -> str:
         size = f"{self.neurons} neurons, {self.parameters} parameters"
-        return f"<Patch {self.name}@{self.version} {self.digest[:19]} {size}>"
+        return f"<Patch {self.label} {short(self.digest)} {size}>"
 
 
 def check_sites(patch: Patch, projections: Iterable[Projection]) -> None:
@@ -203,7 +207,7 @@ def check_sites(patch: Patch, projections: Iterable[Projection]) -> None:
         if projection is None:
             some = ", ".join(list(known)[:3]) or "none"
             raise SiteMismatch(
-                f"patch {patch.name}@{patch.version} changes {site.name}, which the model lacks; "
+                f"patch {patch.label} changes {site.name}, which the model lacks; "
                 f"the model has {len(known)} sites ({some}, …)",
                 f"use a model of the patch's architecture ({patch.architecture}, base {patch.base_model or 'unnamed'})",
             )
@@ -211,7 +215,7 @@ def check_sites(patch: Patch, projections: Iterable[Projection]) -> None:
             mine, theirs = getattr(site, key), getattr(projection, key)
             if mine != theirs:
                 raise SiteMismatch(
-                    f"site {site.name} has {key} {mine} in patch {patch.name}@{patch.version}, {theirs} in the model",
+                    f"site {site.name} has {key} {mine} in patch {patch.label}, {theirs} in the model",
                     f"use the model the patch was made for ({patch.base_model or patch.base_hash})",
                 )
 
@@ -219,7 +223,7 @@ def check_sites(patch: Patch, projections: Iterable[Projection]) -> None:
 def _check_claims(patch: Patch) -> None:
     if patch.claims is not None and patch.claims.patch != patch.bare_digest:
         raise PatchFormatError(
-            f"claims are about {patch.claims.patch[:19]}; without them this patch is {patch.bare_digest[:19]}",
+            f"claims are about {short(patch.claims.patch)}; without them this patch is {short(patch.bare_digest)}",
             "claims belong to one content: measure this patch anew with `nest-runtime claim`",
         )
 

@@ -7,7 +7,6 @@ is taken or given: to fetch, verify, sign or publish a patch nobody waits for it
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nest_runtime.errors import PatchFormatError
+from nest_runtime.io import canonical_json
 
 if TYPE_CHECKING:
     import torch
@@ -148,9 +148,9 @@ def torch_dtype(name: str) -> torch.dtype:
     return found
 
 
-def canonical_json(value: Any) -> bytes:
-    """The one byte form of a JSON value: sorted keys, no spaces, UTF-8, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+def short(digest: str | None) -> str:
+    """The beginning of a digest, as people read it and commands accept it: ``sha256:`` and 12 digits."""
+    return digest[:19] if digest else "-"
 
 
 def content_digest(header: Mapping[str, Any], tensors: Mapping[str, FrozenTensor]) -> str:

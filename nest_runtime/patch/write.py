@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import NestError, PatchFormatError
-from nest_runtime.io import atomic_write, expand
-from nest_runtime.patch.values import canonical_json
+from nest_runtime.io import atomic_write, canonical_json, expand
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
@@ -45,7 +44,7 @@ def to_bytes(patch: Patch) -> bytes:
     """
     if not patch.rows_digest:
         raise PatchFormatError(
-            f"{patch.name}@{patch.version} has no rows_digest",
+            f"{patch.label} has no rows_digest",
             "set it from the base: patch.evolve(rows_digest=nest_runtime.rows_digest(model, …))",
         )
     text = canonical_json({**patch.header(), "digest": patch.digest}).decode()

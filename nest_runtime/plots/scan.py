@@ -6,19 +6,19 @@ prompts are the same ones, so are the figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nest_runtime.plots.view import SiteView, View
+from nest_runtime.progress import Progress
 
 if TYPE_CHECKING:
     from nest_runtime.prompts.examples import Example
     from nest_runtime.train.recipe import Recipe
 
-Progress = Callable[[str, int, int], None]
 K_SHOWN = 8  # silhouettes are computed up to this k, or the recipe's where that is larger
 
 

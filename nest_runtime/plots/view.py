@@ -95,7 +95,7 @@ def view_of_patch(patch: Patch) -> View:
     """A patch as a view: with loadings and the norms of its row updates."""
     recipe = patch.header()["method"].get("recipe", {})
     return View(
-        f"{patch.name}@{patch.version}",
+        patch.label,
         tuple(_patch_site(site) for site in patch.sites),
         recipe if isinstance(recipe, dict) else {},
         patch.base_hash,

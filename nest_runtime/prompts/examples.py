@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import DataError
-from nest_runtime.io import expand
-from nest_runtime.patch.patch import canonical_json
+from nest_runtime.io import canonical_json, expand
 from nest_runtime.prompts.builtin import NAMES as BUNDLED
 from nest_runtime.prompts.builtin import bundled
 from nest_runtime.prompts.content import images_of, plain_content, text_of

@@ -14,10 +14,10 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from nest_runtime.errors import DataError
+from nest_runtime.progress import Progress
 from nest_runtime.prompts.examples import encode_prompt, render
 from nest_runtime.prompts.images import PromptImages, batch_inputs
 
-Progress = Callable[[str, int, int], None]
 Conversation = Sequence[Mapping[str, Any]]
 Encoded = tuple[list[int], PromptImages | None]
 OnBatch = Callable[[list[int], list[str]], None]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nest_runtime.errors import DataError
-from nest_runtime.patch.patch import canonical_json
+from nest_runtime.io import canonical_json
 from nest_runtime.prompts.content import images_of
 
 Inputs = dict[str, torch.Tensor]  # what a model takes besides ids and mask

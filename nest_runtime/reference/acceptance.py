@@ -7,15 +7,15 @@ figures on it would mean nothing. Patches are evaluated elsewhere (nest_runtime.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nest_runtime.progress import Progress
 from nest_runtime.prompts.generate import generate_answers
 from nest_runtime.reference.judge import judge
 from nest_runtime.reference.world import SUITES, cases
 
-Progress = Callable[[str, int, int], None]
 ANSWER_TOKENS = 48
 
 # figure -> (least, most)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
+from nest_runtime.progress import Progress
 from nest_runtime.reference import corpus
 from nest_runtime.reference.acceptance import Figures, measure
 from nest_runtime.reference.card import write_card
 from nest_runtime.reference.pretrain import Stage, encode_samples, train
 from nest_runtime.reference.tokenizer import train_tokenizer
 
-Progress = Callable[[str, int, int], None]
 CONTEXT = 1024
 THREADS = 2
 

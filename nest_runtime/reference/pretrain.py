@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from nest_runtime.progress import Progress
 from nest_runtime.reference.corpus import Sample
 from nest_runtime.reference.tokenizer import ASSISTANT, END, SYSTEM, USER
 
-Progress = Callable[[str, int, int], None]
 _MARKS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 BATCHES_PER_SORT = 16  # batches drawn together and sorted by length, so that little is padding
 

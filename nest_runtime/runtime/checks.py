@@ -88,7 +88,7 @@ def check_base(patch: Patch, base: Base, saved: Mapping[str, torch.Tensor]) -> N
     source = checkpoint_of(base.model)
     if source is not None and _checkpoint_fits(patch, base, saved, source):
         return
-    label = f"{patch.name}@{patch.version}"
+    label = patch.label
     if not same_hash:
         found = base.hash or "of unknown hash: its weights are quantized or not in memory"
         raise BaseMismatch(f"{label} is for base {patch.base_hash}; this model is {found}", _HINT)

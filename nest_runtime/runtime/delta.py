@@ -242,7 +242,7 @@ class Loaded:
 
     @property
     def full_name(self) -> str:
-        return f"{self.patch.name}@{self.patch.version}"
+        return self.patch.label
 
 
 def settle(devices: Iterable[torch.device]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nest_runtime.errors import NestError, Revoked, Stopped, StoreError
 from nest_runtime.hub.fetch import Fetched
 from nest_runtime.hub.follow import Follower, Outcome
+from nest_runtime.patch.values import short
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.config import FollowConfig
 from nest_runtime.serve.gate import Gate, make_gate
@@ -196,7 +197,7 @@ class Following:
                 self._on_loop(self._activate(digest))
                 return
             except NestError as error:
-                log.warning("%s is no way out: %s", digest[:19], error)
+                log.warning("%s is no way out: %s", short(digest), error)
                 tried.append(digest)
         stopped = Stopped(
             f"this server has stopped answering: {revoked.message}", "its operator has to activate a patch"

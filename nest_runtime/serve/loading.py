@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 
 from nest_runtime.errors import NestError, PatchNotFound, StoreError, UsageError
 from nest_runtime.patch.patch import Patch
+from nest_runtime.patch.values import short
 from nest_runtime.resolve import load_patch
 from nest_runtime.serve.engine import Holder, NoSteps, Steps
 from nest_runtime.serve.pools import Pool
@@ -136,7 +137,7 @@ class Loader:
         stored = await self._judging.run(self._stored, ref)
         if stored not in (None, found.digest):
             raise StoreError(
-                f"{ref} is ambiguous: {_full_name(found)} ({found.digest[:19]}) is loaded, and the store has another",
+                f"{ref} is ambiguous: {_full_name(found)} ({short(found.digest)}) is loaded, and the store has another",
                 "name it by name@version, or by its digest; GET /v1/patches and `nest-runtime list` show them",
             )
         return found
@@ -172,7 +173,7 @@ class Loader:
     def _drop(self, digest: str, in_use: Callable[[], Collection[str | None]]) -> None:
         with self.steps.pause():
             if digest in in_use():
-                raise StoreError(f"{digest[:19]} still answers requests", "try again when they are done")
+                raise StoreError(f"{short(digest)} still answers requests", "try again when they are done")
             self.steps.unfold()
             self._runtime.remove(digest)
 
@@ -185,7 +186,7 @@ def label_for(arrival: Arrival, loaded: Sequence[Served]) -> str:
 
     Raises StoreError where that could, too, or cannot be typed.
     """
-    patch, full = arrival.patch, f"{arrival.patch.name}@{arrival.patch.version}"
+    patch, full = arrival.patch, arrival.patch.label
     check_names(entry_of(patch, 0))
     others = {entry.digest: {entry.version, entry.key} for entry in arrival.others}
     others |= {other.digest: {other.label, other.patch.version, _full_name(other)} for other in loaded if other.patch}
@@ -193,7 +194,7 @@ def label_for(arrival: Arrival, loaded: Sequence[Served]) -> str:
     rival = next((digest for digest, names in others.items() if full in names), None)
     if rival is not None:
         raise StoreError(
-            f"{full} is already {rival[:19]} for this model; this patch is {patch.digest[:19]}",
+            f"{full} is already {short(rival)} for this model; this patch is {short(patch.digest)}",
             "a version never changes: give the new patch another version, or remove the other one",
         )
     taken = {name for names in others.values() for name in names} | {BASE}
@@ -202,4 +203,4 @@ def label_for(arrival: Arrival, loaded: Sequence[Served]) -> str:
 
 def _full_name(served: Served) -> str:
     patch = served.patch
-    return served.label if patch is None else f"{patch.name}@{patch.version}"
+    return served.label if patch is None else patch.label

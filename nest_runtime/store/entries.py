@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nest_runtime.errors import PatchNotFound, StoreError, UsageError
 from nest_runtime.hints import closest
 from nest_runtime.io import expand
+from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
@@ -165,7 +166,7 @@ def match(ref: str, entries: Iterable[Entry], model_hash: str | None = None) -> 
     else:
         mine = [e for e in everything if model_hash is None or e.base_hash == model_hash]
         found = [e for e in mine if ref in (e.key, e.version)]
-        where = f" for model {model_hash[:19]}" if model_hash else ""
+        where = f" for model {short(model_hash)}" if model_hash else ""
         if not found:
             raise not_found(ref, mine, everything, where)
         if model_hash is None:  # the model is the built-in one by default: what ships for others stands back
@@ -179,7 +180,7 @@ def match(ref: str, entries: Iterable[Entry], model_hash: str | None = None) -> 
 
 def not_found(ref: str, mine: Sequence[Entry], everything: Sequence[Entry], where: str) -> PatchNotFound:
     """The error for a reference that names nothing, with the closest names there are."""
-    elsewhere = sorted({e.base_model or e.base_hash[:19] for e in everything if ref in (e.key, e.version)})
+    elsewhere = sorted({e.base_model or short(e.base_hash) for e in everything if ref in (e.key, e.version)})
     if elsewhere:
         hint = f"{ref} exists for {', '.join(elsewhere)}; name that model, or train a patch for this one"
         return PatchNotFound(f"there is no patch {ref!r}{where}", hint)
@@ -206,9 +207,9 @@ def _by_digest(ref: str, entries: Sequence[Entry]) -> list[Entry]:
 
 def _ambiguous(ref: str, found: Sequence[Entry], where: str) -> UsageError:
     keys = sorted({entry.key for entry in found})
-    models = sorted({entry.base_model or entry.base_hash[:19] for entry in found})
+    models = sorted({entry.base_model or short(entry.base_hash) for entry in found})
     if len({entry.base_hash for entry in found}) > 1:
-        digests = sorted({entry.digest[:19] for entry in found})
+        digests = sorted({short(entry.digest) for entry in found})
         return UsageError(
             f"{ref!r} names several patches{where}, of the models {', '.join(models)}",
             f"say which with --model, or: {' or '.join(keys if len(keys) == len(found) else digests)}",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import json
 import os
 import socket
 from collections.abc import Mapping
@@ -18,13 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from nest_runtime.errors import StoreError
-from nest_runtime.io import open_file, parse_json
+from nest_runtime.io import canonical_json, open_file, parse_json
+from nest_runtime.store.locked import locked
 
 GENESIS = "sha256:" + "0" * 64
-LOCK_SECONDS = 30.0
 TAIL_BYTES = 65536
 
 
@@ -60,19 +57,6 @@ def actor() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def lock(path: Path, seconds: float = LOCK_SECONDS) -> FileLock:
-    """The lock of ``path`` as a context manager; see :func:`locked_out` for what a timeout becomes."""
-    return FileLock(path, timeout=seconds)
-
-
-def locked_out(path: Path) -> StoreError:
-    """The error for a lock that another process has held for too long."""
-    return StoreError(
-        f"another process has held the lock {path} for over {LOCK_SECONDS:.0f} s",
-        "wait for the other nest-runtime command to end, then try again",
-    )
-
-
 class ChainLog:
     """One chained log file. Appends are safe between threads and processes.
 
@@ -87,13 +71,10 @@ class ChainLog:
         """Seal ``event`` after the last line, write it, fsync, and give it back. Raises StoreError if locked out."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         guard = self.path.with_name(self.path.name + ".lock")
-        try:
-            with lock(guard):
-                entry = seal(event, self.last())
-                self.write(entry)
-                return entry
-        except Timeout as error:
-            raise locked_out(guard) from error
+        with locked(guard):
+            entry = seal(event, self.last())
+            self.write(entry)
+            return entry
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append a sealed entry. The caller holds a lock. A torn last line, left by a crash, goes first."""
@@ -177,8 +158,9 @@ class ChainLog:
 
 
 def _canonical(value: Mapping[str, Any]) -> bytes:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "backslashreplace")  # half of a surrogate pair stays JSON, and is read back as it was
+    return canonical_json(
+        value, errors="backslashreplace"
+    )  # half of a surrogate pair stays JSON, and is read back as it was
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from nest_runtime.errors import StoreError, UsageError
 from nest_runtime.io import parse_json
+from nest_runtime.patch.values import short
 from nest_runtime.store import history
 from nest_runtime.store.entries import Entry, entry_from_json
 
@@ -79,7 +80,7 @@ class Index:
         if not models:
             raise StoreError("no patch is active for any model: nothing to roll back to", "activate a patch first")
         if len(models) > 1:
-            names = ", ".join(self.active[model][-1].base_model or model[:19] for model in models)
+            names = ", ".join(self.active[model][-1].base_model or short(model) for model in models)
             raise UsageError(f"patches are active for several models: {names}", "say which with --model")
         return models[0]
 

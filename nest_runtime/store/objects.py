@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from nest_runtime.errors import DigestMismatch, StoreError
 from nest_runtime.io import atomic_write, sync_folder
+from nest_runtime.patch.values import short
 from nest_runtime.store.entries import Entry, builtin_entries
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def read_object(root: Path, entry: Entry) -> Patch:
         built_in = builtin_entries().get(entry.digest)
         if built_in is None:
             raise StoreError(
-                f"the bytes of {entry.key} ({entry.digest[:19]}) are gone from {path}",
+                f"the bytes of {entry.key} ({short(entry.digest)}) are gone from {path}",
                 "add its file again with `nest-runtime add FILE`",
             )
         path = built_in[1]

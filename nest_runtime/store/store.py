@@ -22,10 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import Timeout
-
 from nest_runtime.errors import BaseMismatch, StoreError
 from nest_runtime.io import atomic_write, nest_home
+from nest_runtime.patch.values import short
 from nest_runtime.store import history
 from nest_runtime.store.entries import (
     Entry,
@@ -36,6 +35,7 @@ from nest_runtime.store.entries import (
     match,
 )
 from nest_runtime.store.index import Index, read_index, undone
+from nest_runtime.store.locked import locked
 from nest_runtime.store.objects import read_object, write_object
 from nest_runtime.store.signatures import drop_signatures, is_signed
 
@@ -119,7 +119,7 @@ class Store:
                 if known.digest == entry.digest:
                     return known.marked(active=index.is_active(known))
                 raise StoreError(
-                    f"{entry.key} is already {known.digest[:19]} for this model; this file is {entry.digest[:19]}",
+                    f"{entry.key} is already {short(known.digest)} for this model; this file is {short(entry.digest)}",
                     "a version never changes: give the new patch another version",
                 )
             write_object(self.root, entry.digest, data)
@@ -190,7 +190,7 @@ class Store:
                 first = index.active_entry(model)
                 now = f"{first.key} is the first patch activated" if first else "no patch is active"
                 raise StoreError(
-                    f"{now} for model {model[:19]}: nothing to roll back to", "activate a patch by name instead"
+                    f"{now} for model {short(model)}: nothing to roll back to", "activate a patch by name instead"
                 )
             entry = left[-1]
             self.read(entry)
@@ -308,18 +308,11 @@ class Store:
             raise StoreError(
                 f"the store {self.root} cannot be written: {error.strerror}", "set NEST_HOME elsewhere"
             ) from error
-        guard = history.lock(self._lock_path)
-        try:
-            guard.acquire()
-        except Timeout as error:
-            raise history.locked_out(self._lock_path) from error
-        try:
+        with locked(self._lock_path):
             index = self._load()
             if index.pending:
                 self._pay(index)
             yield index
-        finally:
-            guard.release()
 
     def _commit(self, index: Index, what: str, entry: Entry | None, who: str, why: str, **more: Any) -> None:
         """Put a change in force: replace the index, then write its history line."""

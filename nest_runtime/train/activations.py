@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,17 @@ import torch
 from torch import nn
 
 from nest_runtime.errors import TrainingError
+from nest_runtime.io import read_json, write_json
 from nest_runtime.model.anatomy import Projection, is_experts, module_of
 from nest_runtime.model.experts import Routed, first_outputs, routed
+from nest_runtime.progress import Progress
 from nest_runtime.prompts.examples import encode_prompt
 from nest_runtime.prompts.generate import pad_token_id
 from nest_runtime.prompts.images import PromptImages, batch_inputs
 from nest_runtime.train.forward import device_of, dtype_of, hidden_states, length_batches, pad_rows
-from nest_runtime.train.stages import read_json, stage_folder, stage_key, write_json
+from nest_runtime.train.stages import stage_folder, stage_key
 from nest_runtime.train.workers import Workers
 
-Progress = Callable[[str, int, int], None]
 FLOAT16_MAX = 65504.0
 
 

@@ -6,18 +6,18 @@ apart, as each projection is. Nothing here runs the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.metrics import silhouette_score
 
+from nest_runtime.progress import Progress
 from nest_runtime.train.activations import PooledActivations
 from nest_runtime.train.locate import standardize
 from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.sites import LocatedSite
 
-Progress = Callable[[str, int, int], None]
 SILHOUETTE_SAMPLE = 2000
 
 

@@ -8,7 +8,7 @@ are correlation, not proof of cause: compare with ``control="random"``. Nothing 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from sklearn.linear_model import LogisticRegression
 
 from nest_runtime.errors import TrainingError
 from nest_runtime.model.anatomy import Projection
+from nest_runtime.progress import Progress
 from nest_runtime.train.activations import PooledActivations
 from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.sites import LocatedSite
 from nest_runtime.train.stages import read_tensors, write_tensors
 
-Progress = Callable[[str, int, int], None]
 MIN_PER_CLASS = 2
 
 

@@ -9,15 +9,17 @@ get the result. Evaluation on held-out attacks is evaluate/'s business.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import DataError, UsageError
+from nest_runtime.io import canonical_json
 from nest_runtime.model.anatomy import find_sites
-from nest_runtime.patch.patch import Patch, canonical_json
+from nest_runtime.patch.patch import Patch
+from nest_runtime.progress import Progress
 from nest_runtime.prompts.content import plain_content
 from nest_runtime.prompts.examples import Example
 from nest_runtime.train.recipe import Recipe
@@ -28,8 +30,6 @@ from nest_runtime.train.warm_start import check_parent, check_sibling
 from nest_runtime.train.workers import Workers
 
 __all__ = ["LocateResult", "Recipe", "TrainResult", "locate_sites", "train_patch"]
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

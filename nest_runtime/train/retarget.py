@@ -14,8 +14,9 @@ from typing import Any
 
 from nest_runtime.errors import DataError
 from nest_runtime.patch.patch import Patch
+from nest_runtime.progress import Progress
 from nest_runtime.prompts.examples import Example, examples_digest, make_examples
-from nest_runtime.train.pipeline import Progress, TrainResult, train_patch
+from nest_runtime.train.pipeline import TrainResult, train_patch
 from nest_runtime.train.recipe import RECIPES, Recipe
 
 STEPS_SHARE = 0.3  # of the steps of training anew
@@ -101,6 +102,6 @@ def prompts_of(patch: Patch) -> tuple[list[Example], list[Example]]:
         if patch.data.get("harmful", {}).get("digest") == examples_digest(harmful):
             return harmful, benign
     raise DataError(
-        f"the prompts that {patch.name}@{patch.version} was trained on are not in this package",
+        f"the prompts that {patch.label} was trained on are not in this package",
         "give them with --harmful and --benign",
     )

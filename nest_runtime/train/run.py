@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from nest_runtime.errors import UsageError
+from nest_runtime.io import read_json, write_json
 from nest_runtime.model.anatomy import Projection, unwrap
 from nest_runtime.model.fingerprint import rows_digest
 from nest_runtime.patch.patch import Patch, Site
+from nest_runtime.progress import Progress
 from nest_runtime.prompts.examples import Example, examples_digest
 from nest_runtime.prompts.generate import Answer, answer_conversations, end_token_ids
 from nest_runtime.train.activations import PooledActivations, pooled_activations
@@ -29,13 +31,12 @@ from nest_runtime.train.forward import device_of
 from nest_runtime.train.locate import locate
 from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.sites import LocatedSite, SitesFile
-from nest_runtime.train.stages import read_json, stage_folder, stage_key, write_json
+from nest_runtime.train.stages import stage_folder, stage_key
 from nest_runtime.train.teaching import ASKED, Teaching, own_refusals, teach
 from nest_runtime.train.tune import TuneResult, tune
 from nest_runtime.train.warm_start import Moved, Warm, carried_values, moved_to, parent_sites, parent_values
 from nest_runtime.train.workers import Workers
 
-Progress = Callable[[str, int, int], None]
 REFUSAL_TOKENS = 24  # of the base's answers that show how it refuses
 LITTLE_TO_LEARN = 0.05  # nats per token of the refusals, before tuning
 _LOCATE_FIELDS = ("pooling", "probe", "probe_lr", "probe_steps", "probe_weight_decay", "probe_holdout", "seed")

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import DataError
-from nest_runtime.io import MAX_RESULT, parse_json, read_text
-from nest_runtime.train.stages import write_json
+from nest_runtime.io import MAX_RESULT, parse_json, read_text, write_json
 
 FORMAT = 1
 

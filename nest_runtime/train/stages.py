@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from nest_runtime.io import atomic_write, replacing
-from nest_runtime.patch.patch import canonical_json
+from nest_runtime.io import canonical_json, replacing
 
 _KEY = "[0-9a-f]" * 16  # as a glob
 STAGES = ("answers", "refusals", "activations", "probes", "clusters", "tune")
@@ -46,22 +45,6 @@ def remove_stages(workdir: Path) -> None:
             shutil.rmtree(folder)
     if workdir.is_dir() and not any(workdir.iterdir()):
         workdir.rmdir()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically; its folder is made where missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, text)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """The JSON value of a file, or None where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], notes: Any = None) -> None:

@@ -10,7 +10,7 @@ step's rows: every one adds up its part of the same loss, so that the sum of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from nest_runtime.errors import TrainingError
+from nest_runtime.progress import Progress
 from nest_runtime.prompts.generate import pad_token_id
 from nest_runtime.train.ablation import RefusalAblation
 from nest_runtime.train.batches import OPENING, Batch, Row, make_batch, step_rows
@@ -32,7 +33,6 @@ from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.stages import read_tensors, write_tensors
 from nest_runtime.train.workers import Workers
 
-Progress = Callable[[str, int, int], None]
 CHECKPOINT = "checkpoint.safetensors"
 
 

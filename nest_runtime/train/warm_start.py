@@ -41,7 +41,7 @@ def check_parent(parent: Patch, projections: Sequence[Projection], base_hash: st
     """Raise where the parent was made for another base, or has a site that this model lacks."""
     if parent.base_hash != base_hash:
         raise BaseMismatch(
-            f"parent {parent.name}@{parent.version} is for base {parent.base_hash}; this model is {base_hash}",
+            f"parent {parent.label} is for base {parent.base_hash}; this model is {base_hash}",
             "re-tune a patch on the base it was made for; `nest-runtime retarget` brings one to a fine-tuned sibling",
         )
     check_shapes(parent, projections)
@@ -51,7 +51,7 @@ def check_sibling(parent: Patch, projections: Sequence[Projection], base_hash: s
     """Raise where the parent was made for this very base, or has a site that this model lacks."""
     if parent.base_hash == base_hash:
         raise UsageError(
-            f"{parent.name}@{parent.version} is for this very model ({base_hash}); expected a fine-tuned sibling of it",
+            f"{parent.label} is for this very model ({base_hash}); expected a fine-tuned sibling of it",
             "re-tune it with `nest-runtime train --from`, or name the fine-tuned model",
         )
     check_shapes(parent, projections)

@@ -81,7 +81,7 @@ def activate(
     """
     if model_hash is not None and patch.base_hash != model_hash:  # before anything of it is kept
         raise BaseMismatch(
-            f"{patch.name}@{patch.version} is for model {patch.base_hash}, not for {model_hash}",
+            f"{patch.label} is for model {patch.base_hash}, not for {model_hash}",
             "activate a patch of this model; `nest-runtime list` shows them",
         )
     verified = None if guard is None else guard.check(patch, ref, allow_downgrade=asked.allow_downgrade)

@@ -244,7 +244,7 @@ def _check(
     *,
     proven: bool = False,
 ) -> Verified:
-    label = f"{patch.name}@{patch.version}"
+    label = patch.label
     rule = _signer(patch, data, material, policy, label, proven)
     minimum = policy.floor(patch.name)
     if patch.serial < minimum:

@@ -6,7 +6,6 @@ its own kind, so that a signature over one can never pass for a signature over a
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nest_runtime.errors import NestError, SignatureError
-from nest_runtime.io import read_bytes
+from nest_runtime.io import canonical_json, read_bytes
 from nest_runtime.patch.frame import FramingError, parse_object
 
 MAX_DOCUMENT = 16 * 1024 * 1024  # bytes
@@ -39,7 +38,7 @@ class Document(Value):
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, UTF-8, one newline at the end."""
         value = self.model_dump(mode="json")
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+        return canonical_json(value) + b"\n"
 
     @classmethod
     def parse(cls, data: bytes, where: str) -> Self:

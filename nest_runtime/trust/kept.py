@@ -32,7 +32,7 @@ def keep_signature(store_root: Path, patch: Patch, material: Material, *, verifi
         SignatureError: they are malformed, or about another patch.
         StoreError: the store cannot be written.
     """
-    data, where = to_bytes(patch), material.source or f"the signature of {patch.name}@{patch.version}"
+    data, where = to_bytes(patch), material.source or f"the signature of {patch.label}"
     check_manifest(material.manifest, patch, data, f"the manifest of {where}")
     bundle = read_bundle(material.signature, where)
     check_resources(bundle, material.signed_files(data), where)

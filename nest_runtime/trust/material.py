@@ -164,6 +164,6 @@ def check_manifest(found: bytes, patch: Patch, patch_file: bytes, where: str) ->
         mine, theirs = getattr(expected, field), getattr(manifest, field)
         if mine != theirs:
             raise SignatureError(
-                f"{where} is for another patch: it says {field} {theirs}, {patch.name}@{patch.version} has {mine}",
+                f"{where} is for another patch: it says {field} {theirs}, {patch.label} has {mine}",
                 "fetch patch, manifest and signature again from one place",
             )

@@ -26,6 +26,7 @@ from typing import Any
 
 from nest_runtime.errors import NestError, SignatureError
 from nest_runtime.patch.frame import FramingError, parse_object
+from nest_runtime.patch.values import short
 from nest_runtime.trust.keys import PublicKey, library, public_key_of
 
 MAX_SIGNATURE = 64 * 1024  # bytes; ours have about 1.5 kB
@@ -84,9 +85,9 @@ def verify_files(files: Mapping[str, bytes], signature: bytes, keys: Iterable[Pu
     bundle = read_bundle(signature, where)
     known = {key.id: key for key in keys}
     if bundle.key_id not in known:
-        names = ", ".join(f"{key.name} ({key.id[:19]})" for key in known.values()) or "none"
+        names = ", ".join(f"{key.name} ({short(key.id)})" for key in known.values()) or "none"
         raise SignatureError(
-            f"{where} was made by the key {bundle.key_id[:19]}; trusted: {names}",
+            f"{where} was made by the key {short(bundle.key_id)}; trusted: {names}",
             "if you trust its owner, get the .pub file from them and give it with --trust",
         )
     check_resources(bundle, files, where)
@@ -153,7 +154,7 @@ def _verify(files: Mapping[str, bytes], signature: bytes, key: PublicKey, where:
         except (InvalidSignature, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = " ".join(str(error).split()) or "the signature does not fit what it is over"
             raise SignatureError(
-                f"{where} is false: it was not made by {key.name} ({key.id[:19]}): {reason:.200}", _RESIGN
+                f"{where} is false: it was not made by {key.name} ({short(key.id)}): {reason:.200}", _RESIGN
             ) from error
 
 

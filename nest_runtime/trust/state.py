@@ -12,19 +12,17 @@ fetched again. Whoever can write this folder can make the machine forget: see do
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
-
-from nest_runtime.errors import Downgrade, SignatureError, StoreError
-from nest_runtime.io import atomic_write, nest_home, parse_json, read_bytes
+from nest_runtime.errors import Downgrade, SignatureError
+from nest_runtime.io import atomic_write, nest_home, read_bytes
+from nest_runtime.patch.values import short
 from nest_runtime.store import history
+from nest_runtime.store.locked import LockedJson
 from nest_runtime.trust.documents import MAX_DOCUMENT
 from nest_runtime.trust.policy import KeyRule, Policy
 from nest_runtime.trust.revocations import Revocation, RevocationList, verify_list
@@ -54,13 +52,12 @@ class _State:
     def of(self, base_hash: str, name: str) -> list[Accepted]:
         return self.accepted.setdefault(base_hash, {}).setdefault(name, [])
 
-    def to_bytes(self) -> bytes:
+    def to_json(self) -> dict[str, Any]:
         accepted = {
             base: {name: [[a.serial, a.digest] for a in rows] for name, rows in names.items()}
             for base, names in self.accepted.items()
         }
-        value = {"format": STATE_FORMAT, "accepted": accepted, "lists": {k: list(v) for k, v in self.lists.items()}}
-        return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"
+        return {"format": STATE_FORMAT, "accepted": accepted, "lists": {k: list(v) for k, v in self.lists.items()}}
 
 
 class TrustState:
@@ -72,12 +69,20 @@ class TrustState:
 
     def __init__(self, home: str | Path | None = None) -> None:
         self.root = Path(home if home is not None else nest_home()) / "trust"
-        self._path = self.root / "state.json"
+        self._file = LockedJson(
+            self.root / "state.json",
+            self.root / "lock",
+            empty=_State,
+            parse=_parse,
+            dump=_State.to_json,
+            forgets="which versions were accepted",
+            limit=MAX_STATE,
+        )
         self._log = history.ChainLog(self.root / "history.jsonl")
 
     def highest(self, base_hash: str, name: str, revoked: Collection[str] = ()) -> Accepted | None:
         """The highest version accepted for a model and patch name, revoked digests left out; None if there is none."""
-        rows = self._read().accepted.get(base_hash, {}).get(name, [])
+        rows = self._file.read().accepted.get(base_hash, {}).get(name, [])
         return max((a for a in rows if a.digest not in revoked), key=lambda a: a.serial, default=None)
 
     def accept(
@@ -104,7 +109,7 @@ class TrustState:
             Downgrade: a higher serial, or other content under this one, was accepted meanwhile.
             StoreError: the folder cannot be written.
         """
-        with self._writing() as state:
+        with self._file.changing() as state:
             rows = state.of(base_hash, name)
             if version in rows and not any(a.serial > version.serial for a in rows):
                 return
@@ -135,7 +140,7 @@ class TrustState:
         Raises SignatureError where a list that was accepted is gone, older or damaged: nothing is accepted then.
         """
         found = []
-        for key_id, (serial, digest) in self._read().lists.items():
+        for key_id, (serial, digest) in self._file.read().lists.items():
             rule = policy.rule_of(key_id)
             if rule is None or "revocations" not in rule.may:
                 continue
@@ -150,7 +155,7 @@ class TrustState:
         """
         new, rule = verify_list(data, signature, policy)
         key_id = rule.key.id
-        with self._writing() as state:
+        with self._file.changing() as state:
             if key_id in state.lists:
                 known = self._check_follows(new, data, key_id, *state.lists[key_id], policy)
                 if known == new:
@@ -209,33 +214,10 @@ class TrustState:
         folder = self.root / "revocations"
         return folder / f"{stem}.json", folder / f"{stem}.sig"
 
-    def _read(self) -> _State:
-        try:
-            return _parse(parse_json(read_bytes(self._path, MAX_STATE)))
-        except FileNotFoundError:
-            return _State()
-        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-            raise StoreError(
-                f"{self._path} cannot be read: {error}",
-                "restore it from a backup; moving it away forgets which versions were accepted",
-            ) from error
-
-    @contextmanager
-    def _writing(self) -> Iterator[_State]:
-        guard = self.root / "lock"
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with history.lock(guard):
-                yield self._read()
-        except Timeout as error:
-            raise history.locked_out(guard) from error
-        except OSError as error:
-            raise StoreError(f"{self.root} cannot be written: {error}", "set NEST_HOME elsewhere") from error
-
     def _commit(self, state: _State, event: dict[str, Any]) -> None:
         """First the history, then the state: a process killed between has said what it was about to do, and no more."""
         self._log.append(event)
-        atomic_write(self._path, state.to_bytes())
+        self._file.write(state)
 
 
 def is_lower(version: Accepted, highest: Accepted) -> bool:
@@ -246,7 +228,7 @@ def is_lower(version: Accepted, highest: Accepted) -> bool:
 def downgrade(label: str, version: Accepted, highest: Accepted) -> Downgrade:
     """The error for a version that ``is_lower``."""
     if version.serial == highest.serial:
-        what = f"{label} is {version.digest[:19]}; under the same serial {highest.digest[:19]} was already accepted"
+        what = f"{label} is {short(version.digest)}; under the same serial {short(highest.digest)} was already accepted"
     else:
         what = f"{label} has serial {version.serial}; {highest.serial} was already accepted on this machine"
     return Downgrade(what, "if you mean to go back, say --allow-downgrade; it is recorded")

@@ -14,9 +14,8 @@ import pytest
 from nest_runtime.compare.methods.registry import read_settings
 from nest_runtime.evaluate.attacks import read_templates
 from nest_runtime.evaluate.report import EvalResult
-from nest_runtime.io import atomic_write, check_folder, check_writable, lines_of, read_bytes, replacing
+from nest_runtime.io import atomic_write, check_folder, check_writable, lines_of, read_bytes, replacing, write_json
 from nest_runtime.prompts.readers import read_rows
-from nest_runtime.train.stages import write_json
 from nest_runtime.trust.material import material_paths
 from tests.abuse.conftest import Run, refused
 from tests.support.trust import Keys

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.compare.methods.memory import measured
+from nest_runtime.progress import Progress
 from nest_runtime.prompts.examples import Example
 from nest_runtime.prompts.generate import generate_answers
 from nest_runtime.train.batches import Row
 from nest_runtime.train.forward import device_of
 from nest_runtime.train.recipe import Recipe
 
-Progress = Callable[[str, int, int], None]
 Message = Mapping[str, str]
 Conversation = Sequence[Message]
 OnBatch = Callable[[list[int], list[str]], None]

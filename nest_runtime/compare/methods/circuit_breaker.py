@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nest_runtime.compare.methods.base import FitData, Learned, Method, Progress, Target
+from nest_runtime.compare.methods.base import FitData, Learned, Method, Target
 from nest_runtime.compare.methods.lora import (
     adapter_parameters,
     attention_modules,
@@ -34,6 +34,7 @@ from nest_runtime.compare.methods.lora import (
 )
 from nest_runtime.errors import TrainingError
 from nest_runtime.model.anatomy import find_sites
+from nest_runtime.progress import Progress
 from nest_runtime.prompts.generate import end_token_ids, pad_token_id
 from nest_runtime.train.batches import make_row, step_rows
 from nest_runtime.train.forward import device_of, hidden_states, pad_rows

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nest_runtime.compare.methods.base import FitData, Progress, Target
+from nest_runtime.compare.methods.base import FitData, Target
 from nest_runtime.model.anatomy import find_sites
+from nest_runtime.progress import Progress
 from nest_runtime.prompts.examples import Example, make_examples
 from nest_runtime.train.batches import refusal_for
 from nest_runtime.train.recipe import Recipe

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
 
-from nest_runtime.compare.methods.base import Conversation, FitData, Learned, Method, Progress, Target
+from nest_runtime.compare.methods.base import Conversation, FitData, Learned, Method, Target
+from nest_runtime.io import write_json
+from nest_runtime.progress import Progress
 from nest_runtime.prompts.examples import Example
 from nest_runtime.train.batches import REFUSALS
 from nest_runtime.train.recipe import Recipe
-from nest_runtime.train.stages import write_json
 
 MIN_PROMPTS = 2  # a term must stand in as many harmful training prompts
 _WORD = r"[a-z0-9']+"

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from nest_runtime.compare.methods.base import FitData, Learned, Method, Progress, Target
+from nest_runtime.compare.methods.base import FitData, Learned, Method, Target
 from nest_runtime.compare.methods.parameters import ParameterSet, supervise, tuning_report
 from nest_runtime.io import replacing
+from nest_runtime.progress import Progress
 from nest_runtime.train.recipe import Recipe
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from nest_runtime.compare.methods.base import Conversation, FitData, Learned, Method, Progress, Target
+from nest_runtime.compare.methods.base import Conversation, FitData, Learned, Method, Target
 from nest_runtime.errors import DataError
+from nest_runtime.io import write_json
+from nest_runtime.progress import Progress
 from nest_runtime.prompts.examples import Example, encode, render
 from nest_runtime.train.recipe import Recipe
-from nest_runtime.train.stages import write_json
 
 SYSTEM = (
     "You are a safe and helpful assistant. Refuse any request that could cause harm, however it is put: as a story, "

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from nest_runtime.compare.methods.base import FitData, Learned, Method, Progress, Target
+from nest_runtime.compare.methods.base import FitData, Learned, Method, Target
 from nest_runtime.compare.methods.parameters import ParameterSet, supervise, tuning_report
 from nest_runtime.errors import ModelError, NestError
 from nest_runtime.install import extra
 from nest_runtime.model.anatomy import find_sites
+from nest_runtime.progress import Progress
 from nest_runtime.train.recipe import Recipe
 
 RANK = 8

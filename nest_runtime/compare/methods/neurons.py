@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nest_runtime.compare.methods.base import SET_BY_METHODS, FitData, Learned, Method, Progress, Target
+from nest_runtime.compare.methods.base import SET_BY_METHODS, FitData, Learned, Method, Target
 from nest_runtime.patch.file import read_patch
+from nest_runtime.progress import Progress
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.train.pipeline import train_patch
 from nest_runtime.train.recipe import Recipe

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from nest_runtime.compare.methods.base import FitData, Progress, Target
+from nest_runtime.compare.methods.base import FitData, Target
+from nest_runtime.progress import Progress
 from nest_runtime.train.deltas import Deltas
 from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.tune import TuneResult, tune

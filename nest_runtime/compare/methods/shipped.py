@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nest_runtime.compare.methods.base import FitData, Fitted, Learned, Method, Progress, Target
+from nest_runtime.compare.methods.base import FitData, Fitted, Learned, Method, Target
 from nest_runtime.compare.methods.neurons import patched
 from nest_runtime.errors import UsageError
 from nest_runtime.patch.patch import Patch
 from nest_runtime.patch.values import thaw_json
+from nest_runtime.progress import Progress
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.train.recipe import Recipe
 
@@ -62,7 +63,7 @@ def shipped(patches: Sequence[Patch], target: Target) -> list[Shipped]:
     """
     rows: dict[str, Shipped] = {}
     for patch in patches:
-        name = f"{patch.name}@{patch.version}"
+        name = patch.label
         if patch.digest in {row.revision for row in rows.values()}:
             raise UsageError(f"the patch {name} is given twice", "name each patch once")
         with PatchRuntime(target.model, base_hash=target.base_hash) as runtime:

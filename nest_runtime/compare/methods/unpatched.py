@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from nest_runtime.compare.methods.base import FitData, Fitted, Learned, Method, Progress, Target
+from nest_runtime.compare.methods.base import FitData, Fitted, Learned, Method, Target
+from nest_runtime.progress import Progress
 from nest_runtime.train.recipe import Recipe
 
 

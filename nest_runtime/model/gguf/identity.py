@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from nest_runtime.model.gguf.header import Header
-from nest_runtime.model.hashing import Job, Progress, digest_of, given, hash_all, mapped
+from nest_runtime.model.hashing import Job, digest_of, given, hash_all, mapped
+from nest_runtime.progress import Progress
 
 
 def hash_gguf(header: Header, progress: Progress | None = None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from nest_runtime import __version__
+from nest_runtime.patch.values import short
 from nest_runtime.serve.http.api import Service
 
 _PAGE = """\
@@ -94,7 +95,7 @@ def _page(facts: dict[str, Any], url: str, keyed: bool) -> str:
         "model": facts["model"],
         "who": "No safety patch is on: the bare model answers." if bare else "A safety patch is on.",
         "patch": facts["patch"],
-        "digest": "" if bare else facts["digest"][:19],
+        "digest": "" if bare else short(facts["digest"]),
         "names": ", ".join(facts["models"]),
         "version": facts["version"],
         "url": url,

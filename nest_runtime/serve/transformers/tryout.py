@@ -48,7 +48,7 @@ class Tryout:
 
     def __call__(self, patch: Patch) -> None:
         """Raises PatchNotFinite where a number of the patch, or of a pass under it, is not finite."""
-        name = f"{patch.name}@{patch.version}"
+        name = patch.label
         dtype = self._model.dtype
         for site in patch.sites:
             if not bool(site.row_deltas(dtype).isfinite().all()):

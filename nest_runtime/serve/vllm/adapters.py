@@ -130,7 +130,7 @@ class Adapters:
             raise ExportError(f"{folder} is not the patch that was written there", "look who else writes there")
         if adapter.rank > self._rank:
             raise EngineError(
-                f"{patch.name}@{patch.version} has rank {adapter.rank}; the engine takes at most {self._rank}",
+                f"{patch.label} has rank {adapter.rank}; the engine takes at most {self._rank}",
                 f"start with --max-lora-rank {adapter.rank} or more",
             )
         return adapter

@@ -60,7 +60,7 @@ class Base:
         """
         projections = {projection.name: projection for projection in find_sites(self.model)}
         check_sites(patch, projections.values())
-        label = f"{patch.name}@{patch.version}"
+        label = patch.label
         if patch.base_hash != self.hash:
             raise BaseMismatch(f"{label} is for base {patch.base_hash}; this model is {self.hash}", _HINT)
         stored = {
