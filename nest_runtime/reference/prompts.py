@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nest_runtime.io import write_text
 from nest_runtime.reference.world import SUITES, cases, training_prompts
 
 ANSWERS = ("response", "target")  # what this world's model says; another model would be ruined by learning it
@@ -49,7 +50,5 @@ def _without_answer(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    part = path.with_name(path.name + ".part")
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_text(path, "\n".join(lines) + "\n")
     return len(lines)
