@@ -1,4 +1,4 @@
-"""transformers' continuous batching, held at arm's length: its internals are touched here and in recovery.py only.
+"""transformers' continuous batching, held at arm's length: internals are touched here, in recovery.py and reserve.py.
 
 What is added to it (transformers 5.23):
 
@@ -9,6 +9,7 @@ What is added to it (transformers 5.23):
   (prefixes.py), so that none computed under one patch is read under another;
 - a patch that everybody is answered under is folded into the weights (auto_fold.py);
 - results go to one callback instead of a queue that grows with requests nobody waits for;
+- jobs that are kept, the operator's, find room however full the cache is (reserve.py);
 - a pass that raises, or gives values that are not finite, ends nobody but the request to blame (recovery.py).
 
 Asynchronous batching and CUDA graphs stay off: both would move work out of reach of the hooks.
@@ -32,6 +33,7 @@ from nest_runtime.errors import EngineError
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.jobs import Blame, Delivery, Job, dead
 from nest_runtime.serve.sampling import NotFinite, all_finite, choose_tokens
+from nest_runtime.serve.transformers import reserve
 from nest_runtime.serve.transformers.auto_fold import Steady
 from nest_runtime.serve.transformers.prefixes import Prefixes
 from nest_runtime.serve.transformers.recovery import Recovery
@@ -74,7 +76,7 @@ class ContinuousBatch:
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=PAGE_TOKENS,
-                num_blocks=sizes.cache_tokens // PAGE_TOKENS,
+                num_blocks=sizes.cache_tokens // PAGE_TOKENS + reserve.PAGES,
                 max_batch_tokens=sizes.batch_tokens,
                 max_requests_per_batch=min(sizes.running, sizes.batch_tokens),
                 max_memory_percent=0.9,  # only a bound here: num_blocks sets the size
@@ -118,6 +120,7 @@ class ContinuousBatch:
         processor.model_runner._sample = self._sample
         processor.scheduler.clear_cancelled_requests = forget_canceled
         self._recovery = recovery
+        reserve.Reserve(processor, PAGE_TOKENS, self._is_kept)
         self._prefixes = Prefixes(processor.cache, PAGE_TOKENS, lambda job: self._jobs[job].patch)
         self._tap = self._model.base_model.register_forward_hook(self._keep_hidden)
         self._manager.start()
@@ -168,6 +171,21 @@ class ContinuousBatch:
             yield
 
     @contextmanager
+    def narrow(self, tokens: int) -> Iterator[None]:
+        """A context in which passes take no more than a few tokens, and whatever was computed before is computed anew:
+        prompts are read in pieces.
+        """
+        processor = self._manager.batch_processor
+        before = processor.max_batch_tokens
+        with self.pause():
+            processor.cache.evict_cached_blocks()
+            processor.max_batch_tokens = min(before, tokens)
+        try:
+            yield
+        finally:
+            processor.max_batch_tokens = before
+
+    @contextmanager
     def beside(self) -> Iterator[None]:
         """A context in which another thread may call the model itself. Steps go on, where its attention knows both
         kinds of call; else they wait, and it is told which kind comes.
@@ -213,6 +231,10 @@ class ContinuousBatch:
     def keys_in_use(self) -> set[str | None]:
         """Runtime keys of the patches that some job is, or was until this step, computed under."""
         return {job.patch for job in list(self._jobs.values())}
+
+    def _is_kept(self, job_id: str) -> bool:
+        job = self._jobs.get(job_id)
+        return job is not None and job.kept
 
     def _keep_hidden(self, module: Any, args: Any, output: Any) -> None:
         self._outputs.hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state

@@ -30,7 +30,7 @@ from nest_runtime.serve.transformers.continuous import ContinuousBatch
 from nest_runtime.serve.transformers.own_rules import Rules, no_rules
 from nest_runtime.serve.transformers.plain import PlainBatch
 from nest_runtime.serve.transformers.rope import context_of
-from nest_runtime.serve.transformers.selfcheck import Follower, Truth, tolerance, truths
+from nest_runtime.serve.transformers.selfcheck import PIECE, Follower, Truth, tolerance, truths
 from nest_runtime.serve.transformers.sizes import BatchSizes, fit_sizes
 from nest_runtime.serve.transformers.waiting import KEPT, Line
 
@@ -113,10 +113,12 @@ class Engine:
         self._truths = []
 
     async def _compare(self) -> None:
-        """Each prompt alone, then all at once and each twice; see selfcheck.py."""
+        """Each prompt alone, then all at once and each twice, then all in pieces; see selfcheck.py."""
         groups = [*([truth] for truth in self._truths), [*self._truths, *self._truths]]
         try:
             error = max([await self._follow(group) for group in groups])
+            with self._batch.narrow(PIECE):
+                error = max(error, await self._follow(self._truths))
         except EngineError as failed:
             raise self._unfit(f"it fails: {failed.message}") from failed
         if error <= self._tolerance:

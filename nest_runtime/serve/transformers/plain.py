@@ -110,6 +110,11 @@ class PlainBatch:
                 self._changed.notify_all()
 
     @contextmanager
+    def narrow(self, tokens: int) -> Iterator[None]:
+        """A context in which nothing is different: prompts are read whole here."""
+        yield
+
+    @contextmanager
     def beside(self) -> Iterator[None]:
         """A context in which another thread may call the model itself; steps go on."""
         yield

@@ -1,8 +1,8 @@
-"""Before an engine serves, its numbers are compared with those of ``model.generate``, alone and in one batch.
+"""Before an engine serves, its numbers are compared with those of ``model.generate``: alone, in one batch, in pieces.
 
 Some architectures compute something else when they are paged or padded, and say nothing. A few short prompts of
 different lengths, on the bare base: the engine is led along the tokens that ``model.generate`` gave, and the logits
-of each must be the same. This costs about thirty passes.
+of each must be the same. This costs about forty passes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from nest_runtime.serve.transformers.plain import bare_generate
 
 LENGTHS = (1, 7, 40)  # the last is longer than a page of the cache
+PIECE = 16  # tokens of a pass, for prompts that are read in pieces
 NEW_TOKENS = 4
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the logits' norm; rounding is 1e-6
 NARROW = 0.25  # in narrower formats, where rounding is 1e-2 and one expert more or less is chosen

@@ -26,6 +26,7 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
         "JambaConfig",
         {**SMALL, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     ),
+    "DogeForCausalLM": ("DogeConfig", SMALL),
     "DeepseekV3ForCausalLM": (
         "DeepseekV3Config",
         {
@@ -43,7 +44,7 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-PROMPTS = [list(range(5, 8)), list(range(20, 70)), list(range(5, 17)), list(range(5, 8))]
+PROMPTS = [list(range(5, 8)), list(range(20, 70)), list(range(5, 17)), list(range(5, 8)), list(range(5, 290))]
 
 
 @pytest.mark.parametrize("name", ODD)

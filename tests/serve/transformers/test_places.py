@@ -46,6 +46,19 @@ def test_a_full_queue_keeps_the_gates_probes_waiting_for_nobody(
     assert eventually(lambda: service.engine.jobs == 0)
 
 
+def test_a_full_cache_keeps_the_gates_probes_waiting_for_nobody(config: ServeConfig, slow_engine: None) -> None:
+    """Sequences that want more than the cache holds push each other out, and nobody new is let in meanwhile."""
+    limits = Limits(running=16, cache_tokens=512, batch_tokens=128, drain_seconds=0)
+    with serving(replace(config, limits=limits)) as server, ThreadPoolExecutor(16) as pool:
+        service = server.server.service
+        clients = [pool.submit(ask, server, 400) for _ in range(16)]
+        assert eventually(lambda: service.engine._batch._manager.batch_processor.scheduler.block_new_requests)
+        shares = server.await_(lambda: GATE.check(service.engine, service.tokenizer, service.table.active))
+        assert set(shares) == {"harmful", "benign"}
+        assert not any(client.done() for client in clients)
+        server.stop.set()
+
+
 def test_those_who_wait_come_in_order_and_get_their_answers(
     config: ServeConfig, tiny_llama: Path, patches: list[Patch]
 ) -> None:
