@@ -49,7 +49,9 @@ def build(desk: Desk) -> gr.Blocks:
     """The whole page over a backend. Starts nothing."""
     with gr.Blocks(title=f"nest-runtime: {desk.backend.name}", analytics_enabled=False) as page:
         backend, patched = desk.backend, desk.backend.preferred() is not None
-        gr.HTML(markup.title(backend.name, backend.place, backend.about, patched=patched), padding=False)
+        head = markup.title(backend.name, backend.place, backend.about, patched=patched, based=desk.has_base())
+        gr.HTML(head, padding=False)
+        baseless = gr.HTML(padding=False, elem_id="no-base")  # above the tabs: it is true of each of them
         with gr.Tabs():
             with gr.Tab("Chat", id="chat"):
                 talking = chat.build(desk)
@@ -64,6 +66,7 @@ def build(desk: Desk) -> gr.Blocks:
         by_digest = [where, shipped.old, shipped.new, *switched]
         lists = [shipped.listing, talking.picker, measured, *by_digest]
         page.load(lambda: chat.missing_html(desk), None, talking.missing, show_progress="hidden")
+        page.load(lambda: chat.baseless_html(desk), None, baseless, show_progress="hidden")
         # large: not before the rest
         page.load(lambda: results.results_html(desk), None, comparison, show_progress="hidden")
         _Lists(desk, len(by_digest)).connect(page, second, shipped, lists)

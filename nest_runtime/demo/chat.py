@@ -81,6 +81,20 @@ def missing_html(desk: Desk) -> str:
     return markup.wrap(first_patch(desk))
 
 
+def baseless_html(desk: Desk) -> str:
+    """What a server has to be started with so that there is something to compare; nothing where there is."""
+    try:
+        if desk.has_base():
+            return ""
+    except NestError as error:
+        return markup.wrap(markup.alert(error))
+    message = (
+        "This server does not let clients ask its base, so every tab shows the patch alone, and compares nothing. "
+        "To see the base beside it, start the server with `--expose-base`:"
+    )
+    return markup.wrap(markup.offer(message, ["nest-runtime serve --patch v3 --expose-base"]))
+
+
 def first_patch(desk: Desk) -> str:
     """The way to a model's first patch."""
     flag = f" --model {shlex.quote(desk.model_ref or 'MODEL')}"

@@ -104,6 +104,10 @@ class Desk:
         left = find(choices, BASE) or chosen
         return left, chosen if on else Choice(BASE)
 
+    def has_base(self) -> bool:
+        """Whether the base may be asked: a server shows it only where its operator says so."""
+        return find(self.backend.choices(), BASE) is not None
+
     def signature(self, entry: Entry) -> str:
         """What is known of a patch's signature here, in a few words."""
         from nest_runtime.trust.guard import guard_for

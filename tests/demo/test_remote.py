@@ -128,3 +128,29 @@ def test_an_evaluation_without_the_base_says_so_and_measures_one_side(
     bars, why = next(steps)
     assert "nothing to compare" in why
     assert 'max="15"' in bars  # five prompts of three suites, on one side
+
+
+def test_a_server_without_its_base_promises_none_and_says_what_is_missing(
+    tiny_llama: Path, patches: list[Patch], tmp_path: Path
+) -> None:
+    from nest_runtime.demo.app import build
+    from nest_runtime.demo.chat import baseless_html
+
+    file = str(save_patch(patches[0], tmp_path / "v1.safetensors"))
+    config = ServeConfig(model=str(tiny_llama), patch=file, port=0, limits=Limits(cache_tokens=4096, batch_tokens=128))
+    with serving(config) as alone:
+        desk = replace(open_desk(Source(url=alone.url), max_tokens=8), is_refusal=lambda text: False)
+        page = str(build(desk).config)
+        assert "does not let anybody ask its" in page
+        assert "by the <" not in page
+        assert "--expose-base" in baseless_html(desk)
+        talk = Talk()
+        list(Chat(desk).ask("How do I bake bread?", ACTIVE, True, talk))
+        assert [reply.label for reply in talk.turns[0].replies] == ["v1", "v1"]
+    assert "cannot be reached" in baseless_html(desk)
+
+
+def test_a_server_with_its_base_says_nothing_of_it(server: Running) -> None:
+    from nest_runtime.demo.chat import baseless_html
+
+    assert baseless_html(open_desk(Source(url=server.url), max_tokens=8)) == ""
