@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable
@@ -36,7 +37,8 @@ def packages() -> Finding:
     """Whether what the package requires is there, in versions it allows."""
     wrong = list(_unmet(_requirements()))
     if wrong:
-        return Finding("packages", PROBLEM, "; ".join(wrong), "install nest-runtime again, as its README says")
+        wanted = " ".join(shlex.quote(f"{item.name}{item.specifier}") for item, _ in wrong)
+        return Finding("packages", PROBLEM, "; ".join(why for _, why in wrong), f"pip install {wanted}")
     return Finding("packages", OK, ", ".join(f"{name} {_version(name) or 'unknown'}" for name in SHOWN))
 
 
@@ -109,13 +111,13 @@ def _requirements(extra: str = "") -> list[Requirement]:
     return [item for item in found if item not in always and item.marker and item.marker.evaluate({"extra": extra})]
 
 
-def _unmet(requirements: Iterable[Requirement]) -> Iterable[str]:
+def _unmet(requirements: Iterable[Requirement]) -> Iterable[tuple[Requirement, str]]:
     for item in requirements:
         version = _version(item.name)
         if version is None:
-            yield f"{item.name} is missing"
+            yield item, f"{item.name} is missing"
         elif not item.specifier.contains(version, prereleases=True):
-            yield f"{item.name} is {version}; expected {item.specifier}"
+            yield item, f"{item.name} is {version}; expected {item.specifier}"
 
 
 def _version(name: str) -> str | None:
