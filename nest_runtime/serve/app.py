@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic
 
 from fastapi import APIRouter, FastAPI
 from fastapi_offline import FastAPIOffline
@@ -24,6 +24,7 @@ from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.broken import Broken
 from nest_runtime.serve.config import ServeConfig, Tokens, read_tokens
+from nest_runtime.serve.engine import Engine, TokenEngine
 from nest_runtime.serve.follow import Following
 from nest_runtime.serve.grammar import Grammars
 from nest_runtime.serve.http.admin import admin_routes
@@ -32,11 +33,12 @@ from nest_runtime.serve.http.connections import ADMIN, Crowd, clients_share, des
 from nest_runtime.serve.http.middleware import Access, Frame, Secrets
 from nest_runtime.serve.http.pages import pages
 from nest_runtime.serve.http.problems import install
+from nest_runtime.serve.http.service import E_co
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.patches import PatchTable, Served, Switch
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.sampling import SamplingParams
-from nest_runtime.serve.transformers.engine import Engine
+from nest_runtime.serve.transformers.engine import TransformersEngine
 from nest_runtime.serve.transformers.own_rules import not_honoured, own_rules
 from nest_runtime.serve.transformers.tryout import Tryout
 from nest_runtime.store.history import actor
@@ -49,14 +51,14 @@ log = logging.getLogger("nest_runtime.serve.server")
 
 
 @dataclass
-class Server:
+class Server(Generic[E_co]):
     """A loaded model with its engine, patches and app; ``start`` and ``stop`` it on one event loop.
 
     ``crowd`` are the clients' connections, ``admin_crowd`` those of a listener that is the admin API's own.
     """
 
     config: ServeConfig
-    service: Service
+    service: Service[E_co]
     audit: AuditLog
     secrets: Secrets
     following: Following | None = None
@@ -139,7 +141,7 @@ class Server:
         return await table.recheck()
 
 
-def build(config: ServeConfig) -> Server:
+def build(config: ServeConfig) -> Server[TransformersEngine]:
     """Load the model and build everything around it. Raises NestError."""
     api_keys, admin = secrets_of(config)
     store = Store()
@@ -164,7 +166,7 @@ def build(config: ServeConfig) -> Server:
     own = loaded.model.generation_config
     for name in not_honoured(own):
         log.warning("the model's generation config asks for %s, which answers here do without", name)
-    engine = Engine(
+    engine = TransformersEngine(
         loaded.model,
         runtime,
         config.limits,
@@ -209,7 +211,7 @@ def sampling_defaults(model: Any) -> SamplingParams:
     )
 
 
-def asgi_app(server: Server) -> ASGIApp:
+def asgi_app(server: Server[TokenEngine]) -> ASGIApp:
     """What clients are answered, and operators unless they have a listener of their own.
 
     Ending it (ASGI lifespan) stops the server.
@@ -232,7 +234,7 @@ def asgi_app(server: Server) -> ASGIApp:
     return framed(server, fastapi_app(routers, lifespan), server.config.host, admin_here=admin_here)
 
 
-def admin_app(server: Server) -> ASGIApp:
+def admin_app(server: Server[Engine]) -> ASGIApp:
     """What operators are answered on a listener of their own: the admin API and the probes."""
     routers = [admin_routes(server.service, server.audit), probes(server.service)]
     address = server.config.admin_address
@@ -255,7 +257,7 @@ def fastapi_app(routers: list[APIRouter], lifespan: Any = None) -> FastAPI:
     return app
 
 
-def framed(server: Server, app: ASGIApp, host: str, *, admin_here: bool) -> ASGIApp:
+def framed(server: Server[Engine], app: ASGIApp, host: str, *, admin_here: bool) -> ASGIApp:
     """An app behind the access checks of a listener on ``host``, with the patch headers, metrics and log around it."""
     config, service = server.config, server.service
     names = tuple(name.lower() for name in config.allowed_hosts)
@@ -304,7 +306,7 @@ def secrets_of(config: ServeConfig) -> tuple[Tokens | None, Tokens | None]:
     return api_keys, admin
 
 
-def measure(service: Service, model_name: str, model_hash: str) -> None:
+def measure(service: Service[Engine], model_name: str, model_hash: str) -> None:
     """Let the metrics read the engine and hear of every switch."""
     metrics, engine, table = service.metrics, service.engine, service.table
     metrics.watch("nest_sequences_live", "Sequences running or waiting.", lambda: engine.live)

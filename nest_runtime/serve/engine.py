@@ -1,8 +1,9 @@
-"""The engine as the table of patches sees it: whoever computes on the same model."""
+"""Engines as the rest of the server sees them: what the routes, the table of patches and the metrics ask of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +11,7 @@ from nest_runtime.serve.served_patch import Served
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
+    from nest_runtime.serve.generation import ChoiceTokens, Generation, Work
 
 
 class Holder(Protocol):
@@ -36,6 +38,82 @@ class Steps(Protocol):
 
     def enforce(self, pin: Served) -> int:
         """Replace the patch of requests in flight that follow the active one; gives how many."""
+
+
+class Reply(Protocol):
+    """What comes back for one admitted piece of work."""
+
+    def events(self) -> AsyncIterator[ChoiceTokens]:
+        """New tokens, choice by choice, until every choice has ended. Raises EngineError."""
+
+    def cancel(self) -> None:
+        """Stop whatever still runs; safe at any time, any number of times."""
+
+
+class Engine(Steps, Protocol):
+    """What the server asks of every engine: transformers' (paged or plain batches), and vLLM's."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it answers."""
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is on its way out."""
+
+    @property
+    def live(self) -> int:
+        """Sequences running or waiting."""
+
+    @property
+    def waiting(self) -> int:
+        """Sequences beyond what runs at once."""
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that may run or wait; more are refused."""
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+
+    @property
+    def folded(self) -> bool:
+        """Whether a patch is folded into the weights now."""
+
+    @property
+    def failed_passes(self) -> int:
+        """Passes that raised, or gave values that are not finite."""
+
+    @property
+    def reused_tokens(self) -> int:
+        """Prompt tokens that were not computed again."""
+
+    def admit(self, work: Work) -> Reply:
+        """Take work in. Raises QueueFull, Draining, or EngineError where the engine is dead."""
+
+    def in_flight(self) -> Counter[str]:
+        """Sequences running or waiting, by the label of the patch that answers them."""
+
+    def keys_in_use(self) -> set[str | None]:
+        """Keys of the patches that sequences are answered under, or wait for."""
+
+    async def start(self) -> None:
+        """Begin, and see that it computes what it should. Raises EngineError where it does not."""
+
+    async def stop(self, drain_seconds: float = 0.0) -> None:
+        """Take no more work, wait for what is in flight, and end."""
+
+
+class TokenEngine(Engine, Protocol):
+    """An engine behind our own OpenAI routes, which hand it token ids and read token ids (http/answering.py)."""
+
+    @property
+    def rows(self) -> int:
+        """Token ids that the model knows."""
+
+    def admit(self, work: Work) -> Generation:
+        """As of every engine; a request can be replaced, too, and its choices be ended one by one."""
 
 
 class NoSteps:

@@ -19,6 +19,7 @@ from nest_runtime.hub.follow import Follower, Outcome
 from nest_runtime.patch.values import short
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.config import FollowConfig
+from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.gate import Gate, make_gate
 from nest_runtime.serve.http.api import Service
 from nest_runtime.serve.patches import Served
@@ -52,7 +53,7 @@ class Following:
     def __init__(
         self,
         config: FollowConfig,
-        service: Service,
+        service: Service[Engine],
         store: Store,
         audit: AuditLog,
         guard: Guard | None,

@@ -9,15 +9,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from nest_runtime.errors import EngineError, PatchReplaced
 from nest_runtime.serve.jobs import Delivery
 from nest_runtime.serve.sampling import Odds, Rule, SamplingParams
 from nest_runtime.serve.served_patch import Served
-
-if TYPE_CHECKING:
-    from nest_runtime.serve.transformers.engine import Engine
 
 
 class Restarted(Exception):
@@ -71,6 +68,25 @@ class ChoiceTokens:
     odds: tuple[Odds, ...] = ()
 
 
+class Working(Protocol):
+    """What a request tells the engine that works on it.
+
+    Attributes:
+        eos: tokens that end an answer.
+    """
+
+    eos: tuple[int, ...]
+
+    def drop(self, job: str) -> None:
+        """Stop working on a job."""
+
+    def closed(self, job: str, generation: Generation | None) -> None:
+        """A job is over, and with it the generation if one is given."""
+
+    def finished(self, generation: Generation) -> None:
+        """The answer is with the client, or nobody wants it."""
+
+
 class Generation:
     """One request in the engine: its choices, and one queue of what comes back for them.
 
@@ -85,7 +101,7 @@ class Generation:
         on_cut: called where an answer that the client has seen a part of is ended by a switch.
     """
 
-    def __init__(self, engine: Engine, work: Work, jobs: Sequence[str]) -> None:
+    def __init__(self, engine: Working, work: Work, jobs: Sequence[str]) -> None:
         self.work = work
         self.started = time.perf_counter()
         self.canceled = False

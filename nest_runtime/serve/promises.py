@@ -22,9 +22,10 @@ from nest_runtime.evaluate.records import HITS
 from nest_runtime.patch.claims import AT_MOST, Claim, Claims
 from nest_runtime.prompts.content import images_of
 from nest_runtime.prompts.examples import encode
+from nest_runtime.serve.engine import Engine
+from nest_runtime.serve.generation import Work
 from nest_runtime.serve.patches import Served
 from nest_runtime.serve.sampling import SamplingParams
-from nest_runtime.serve.transformers.engine import Engine, Work
 
 SAMPLE = 16  # cases of each claim
 REFUTED = 0.01

@@ -25,9 +25,11 @@ from starlette.types import ASGIApp
 from nest_runtime.errors import EngineError, NestError, UsageError
 from nest_runtime.serve.app import Server, admin_app, asgi_app, build
 from nest_runtime.serve.config import ServeConfig, is_loopback, readable_by_others
+from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.events import Emit, Event, json_events, json_line, sentence, set_up_logging
 from nest_runtime.serve.http.connections import Crowd, backlog, descriptors
 from nest_runtime.serve.running import Note, noted
+from nest_runtime.serve.transformers.engine import TransformersEngine
 
 
 def serve(config: ServeConfig, *, on_event: Emit | None = None, until: threading.Event | None = None) -> None:
@@ -120,7 +122,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 async def run(
-    server: Server,
+    server: Server[TransformersEngine],
     port: socket.socket,
     emit: Emit,
     until: threading.Event | None = None,
@@ -164,7 +166,7 @@ async def run(
         await engine.stop()
 
 
-def note_of(server: Server, url: str, admin_url: str | None) -> Note:
+def note_of(server: Server[Engine], url: str, admin_url: str | None) -> Note:
     """What commands on this machine are to know of a running server."""
     config, table = server.config, server.service.table
     admin = admin_url or (None if config.admin_token_file is None else url)
@@ -172,7 +174,7 @@ def note_of(server: Server, url: str, admin_url: str | None) -> Note:
 
 
 @contextlib.asynccontextmanager
-async def admin_listener(server: Server, port: socket.socket | None) -> AsyncIterator[None]:
+async def admin_listener(server: Server[Engine], port: socket.socket | None) -> AsyncIterator[None]:
     """The admin API on a socket, an event loop and connections of its own: nothing that clients do holds it up.
 
     It is there before clients are answered, and until the last one was.
@@ -219,7 +221,7 @@ def _run_beside(web: _Uvicorn, port: socket.socket, ended: Future[None]) -> None
 
 
 def _uvicorn_config(
-    server: Server, app: ASGIApp, crowd: Crowd, lifespan: Literal["on", "off"] = "on"
+    server: Server[Engine], app: ASGIApp, crowd: Crowd, lifespan: Literal["on", "off"] = "on"
 ) -> uvicorn.Config:
     return uvicorn.Config(
         app,
@@ -325,7 +327,7 @@ def warn(config: ServeConfig, emit: Emit) -> None:
         say("what clients ask is written into the log: --log-prompts")
 
 
-def reread_on_hangup(server: Server, emit: Emit) -> None:
+def reread_on_hangup(server: Server[Engine], emit: Emit) -> None:
     """At SIGHUP, read keys, tokens and the trust policy again."""
     loop, running = asyncio.get_running_loop(), set()
 

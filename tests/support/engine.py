@@ -10,9 +10,10 @@ import torch
 
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.config import Limits
+from nest_runtime.serve.generation import Work
 from nest_runtime.serve.sampling import SamplingParams
 from nest_runtime.serve.served_patch import BASE, NO_DIGEST, Served
-from nest_runtime.serve.transformers.engine import Engine, Work
+from nest_runtime.serve.transformers.engine import TransformersEngine
 
 NOBODY = Served(None, BASE, NO_DIGEST)
 LIMITS = Limits(cache_tokens=4096, batch_tokens=128)
@@ -33,13 +34,13 @@ def answers(
     Raises EngineError where the engine does not take the model.
     """
 
-    async def one(engine: Engine, prompt: Sequence[int], patch: str | None, count: int) -> list[int]:
+    async def one(engine: TransformersEngine, prompt: Sequence[int], patch: str | None, count: int) -> list[int]:
         pin = NOBODY if patch is None else Served(patch, "patched", patch)
         generation = engine.admit(Work((tuple(prompt),), (count,), 1, SamplingParams(), pin))
         return [token async for event in generation.events() for token in event.tokens]
 
     async def run() -> list[list[list[int]]]:
-        engine = Engine(model, runtime or PatchRuntime(model), limits, 64, ends=ends, kind=kind, text=TEXT)
+        engine = TransformersEngine(model, runtime or PatchRuntime(model), limits, 64, ends=ends, kind=kind, text=TEXT)
         try:
             await engine.start()
             return [list(await asyncio.gather(*(one(engine, *case) for case in group))) for group in groups]

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Query, Request, Security
 from fastapi.security import HTTPBearer
 
 from nest_runtime.serve.audit import AuditLog
+from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.http.api import ERRORS, Service
 from nest_runtime.serve.http.json_route import JsonRoute
 from nest_runtime.serve.http.middleware import Access
@@ -24,7 +25,7 @@ from nest_runtime.serve.served_patch import Served, Switch
 MAX_ENTRIES = 10_000
 
 
-def admin_routes(service: Service, audit: AuditLog) -> APIRouter:
+def admin_routes(service: Service[Engine], audit: AuditLog) -> APIRouter:
     """The routes of the admin API."""
     shown = Security(HTTPBearer(auto_error=False, description="An admin token."))
     router = APIRouter(responses=ERRORS, dependencies=[shown, Depends(_operators_only)], route_class=JsonRoute)
@@ -84,7 +85,7 @@ def _asker(request: Request) -> str:
     return str(request.state.who)
 
 
-def _row(service: Service, served: Served, in_flight: int) -> dict[str, Any]:
+def _row(service: Service[Engine], served: Served, in_flight: int) -> dict[str, Any]:
     patch = served.patch
     assert patch is not None  # only patches are loaded; the base is no row
     return {

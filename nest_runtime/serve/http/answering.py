@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from nest_runtime.errors import NestError
 from nest_runtime.serve.answers import Answer, Choice, Piece
+from nest_runtime.serve.engine import TokenEngine
 from nest_runtime.serve.generation import Work
 from nest_runtime.serve.http.connections import Connection
 from nest_runtime.serve.http.problems import ApiError, from_nest
@@ -61,7 +62,7 @@ class EventStream(StreamingResponse):
 
 
 async def answer_request(
-    service: Service,
+    service: Service[TokenEngine],
     request: Request,
     body: Sampling,
     prompts: tuple[Tokens, ...],
@@ -107,7 +108,7 @@ async def answer_request(
 
 
 async def _streamed(
-    service: Service,
+    service: Service[TokenEngine],
     request: Request,
     body: Sampling,
     answer: Answer,
@@ -142,7 +143,7 @@ def _connection(request: Request) -> Connection | None:
 
 
 def _wire(
-    service: Service,
+    service: Service[TokenEngine],
     request: Request,
     body: Sampling,
     answer: Answer,
@@ -175,14 +176,14 @@ async def _events(
         yield wire.error(error)
 
 
-def _log_prompts(service: Service, request: Request, prompts: tuple[Tokens, ...]) -> None:
+def _log_prompts(service: Service[TokenEngine], request: Request, prompts: tuple[Tokens, ...]) -> None:
     for prompt in prompts:
         fields = {"request_id": request.state.request_id, "prompt": service.tokenizer.decode(prompt)}
         extra = {"fields": fields, "kind": None}
         prompt_log.info("request_id=%(request_id)s prompt=%(prompt)r", fields, extra=extra)
 
 
-def _left(service: Service, answer: Answer) -> None:
+def _left(service: Service[TokenEngine], answer: Answer) -> None:
     """Called when a response is over, whatever ended it."""
     answer.generation.cancel()
     if answer.generation.canceled:
@@ -205,7 +206,7 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T | None:
         task.cancel()
 
 
-async def _makers(service: Service, body: Sampling) -> tuple[Callable[[int], Rule], ...]:
+async def _makers(service: Service[TokenEngine], body: Sampling) -> tuple[Callable[[int], Rule], ...]:
     """What makes the request's own rules; a grammar is made off the event loop. Raises ApiError 400."""
 
     def made() -> tuple[Callable[[int], Rule], ...]:
@@ -215,7 +216,7 @@ async def _makers(service: Service, body: Sampling) -> tuple[Callable[[int], Rul
     return await service.tokenizing.run(made) if formed else made()
 
 
-def check_choices(service: Service, prompts: int, body: Sampling) -> None:
+def check_choices(service: Service[TokenEngine], prompts: int, body: Sampling) -> None:
     """Whether so many answers are given to one request; asked before anything is tokenized. Raises ApiError 400."""
     n, most = body.n or 1, service.limits.max_choices
     if prompts * n > most:
@@ -223,7 +224,7 @@ def check_choices(service: Service, prompts: int, body: Sampling) -> None:
         raise ApiError(400, message, code="invalid_value", param="n")
 
 
-async def prepared(service: Service, request: Request, tokenize: Callable[[], T]) -> T:
+async def prepared(service: Service[TokenEngine], request: Request, tokenize: Callable[[], T]) -> T:
     """Tokenize here, or in a thread where the body is so long that others would wait for it."""
     if int(request.headers.get("content-length") or LONG_BODY) < LONG_BODY:
         return tokenize()

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from nest_runtime.serve.engine import Engine, TokenEngine
 from nest_runtime.serve.http.answering import answer_request, check_choices, prepared
 from nest_runtime.serve.http.json_route import JsonRoute
 from nest_runtime.serve.http.problems import ErrorBody, completions_closed
@@ -29,10 +30,10 @@ STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer; with stream, its chunks as events.", "content": {"text/event-stream": {}}}
 }
 PLAIN: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
-__all__ = ["ERRORS", "PLAIN", "Service", "fingerprint", "model_row", "probes", "routes"]
+__all__ = ["ERRORS", "PLAIN", "Service", "fingerprint", "model_routes", "model_row", "probes", "routes"]
 
 
-def routes(service: Service) -> APIRouter:
+def routes(service: Service[TokenEngine]) -> APIRouter:
     """The public routes."""
     router = APIRouter(responses=ERRORS, route_class=JsonRoute)
 
@@ -64,6 +65,14 @@ def routes(service: Service) -> APIRouter:
         tokens = await prepared(service, request, lambda: completion_tokens(service.tokenizer, body, service.allowed))
         return await answer_request(service, request, body, tokens, body.max_tokens or 16, "max_tokens")
 
+    router.include_router(model_routes(service))
+    return router
+
+
+def model_routes(service: Service[Engine]) -> APIRouter:
+    """What models there are: the patches that clients may name. The same for every engine."""
+    router = APIRouter(responses=ERRORS)
+
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The names that clients may use."""
@@ -78,7 +87,7 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def probes(service: Service, *, metrics: bool = True) -> APIRouter:
+def probes(service: Service[Engine], *, metrics: bool = True) -> APIRouter:
     """Health, readiness and, if wanted here, metrics."""
     router = APIRouter(responses=ERRORS)
 

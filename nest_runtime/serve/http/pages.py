@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from nest_runtime import __version__
 from nest_runtime.patch.values import short
+from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.http.api import Service
 
 _PAGE = """\
@@ -49,7 +50,7 @@ dt {{ font-weight: 600 }} dd {{ margin: 0 0 .5rem }}
 """
 
 
-def pages(service: Service, *, keyed: bool) -> APIRouter:
+def pages(service: Service[Engine], *, keyed: bool) -> APIRouter:
     """The first page, and the version.
 
     Args:
@@ -74,7 +75,7 @@ def pages(service: Service, *, keyed: bool) -> APIRouter:
     return router
 
 
-def _facts(service: Service) -> dict[str, Any]:
+def _facts(service: Service[Engine]) -> dict[str, Any]:
     active = service.table.active
     return {
         "server": "nest-runtime",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from fastapi import Request
 
 from nest_runtime.serve.config import Allowed, Limits
+from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.grammar import Grammars
 from nest_runtime.serve.http.problems import unknown_model
 from nest_runtime.serve.http.schemas import Sampling
@@ -17,19 +18,19 @@ from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.patches import PatchTable, Served
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.sampling import SamplingParams
-from nest_runtime.serve.transformers.engine import Engine
 
+E_co = TypeVar("E_co", bound=Engine, covariant=True)
 TOKENIZING = 2  # threads for long bodies
 
 
 @dataclass
-class Service:
+class Service(Generic[E_co]):
     """What the routes need: one model, one engine, one table of patches.
 
     ``defaults`` and ``max_new_tokens`` are the model's own, for what a client leaves open.
     """
 
-    engine: Engine
+    engine: E_co
     table: PatchTable
     tokenizer: Any
     limits: Limits
@@ -66,7 +67,7 @@ class Service:
         )
 
 
-def model_row(service: Service, name: str) -> dict[str, Any]:
+def model_row(service: Service[Engine], name: str) -> dict[str, Any]:
     """What ``/v1/models`` says of one name."""
     served = service.table.named(name) or service.table.active
     return {

@@ -22,10 +22,11 @@ from nest_runtime.model.anatomy import unwrap
 from nest_runtime.prompts.generate import embedding_rows
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.config import Limits
-from nest_runtime.serve.generation import ChoiceTokens, Generation, Work
+from nest_runtime.serve.generation import Generation, Work
 from nest_runtime.serve.jobs import Blame, Delivery, Job, dead
 from nest_runtime.serve.sampling import Sampler, SamplingParams
 from nest_runtime.serve.served_patch import BASE, NO_DIGEST, Served
+from nest_runtime.serve.transformers.batch import Batch
 from nest_runtime.serve.transformers.continuous import ContinuousBatch
 from nest_runtime.serve.transformers.own_rules import Rules, no_rules
 from nest_runtime.serve.transformers.plain import PlainBatch
@@ -36,12 +37,10 @@ from nest_runtime.serve.transformers.waiting import KEPT, Line
 
 WATCH_SECONDS = 0.2
 
-__all__ = ["ChoiceTokens", "Engine", "Generation", "Work"]
-
 log = logging.getLogger("nest_runtime.serve.engine")
 
 
-class Engine:
+class TransformersEngine:
     """Admission and bookkeeping for one model on continuous batching.
 
     Args:
@@ -82,7 +81,7 @@ class Engine:
         self.context = positions
         if kind == "generate":
             sizes = BatchSizes(limits.running + KEPT, limits.batch_tokens, positions)
-            self._batch: ContinuousBatch | PlainBatch = PlainBatch(model, runtime, sizes, self._deliver, self._blame)
+            self._batch: Batch = PlainBatch(model, runtime, sizes, self._deliver, self._blame)
         else:
             sizes = fit_sizes(model, limits.running, limits.batch_tokens, limits.cache_tokens, positions)
             self.context = min(positions, sizes.cache_tokens)

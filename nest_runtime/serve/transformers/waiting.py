@@ -8,22 +8,14 @@ to places of its own. Everything here runs on the event loop.
 from __future__ import annotations
 
 import logging
-from typing import Protocol
 
 from nest_runtime.errors import EngineError
 from nest_runtime.serve.jobs import Job
+from nest_runtime.serve.transformers.batch import Batch
 
 KEPT = 4  # sequences that run beside the clients', for the operator
 
 log = logging.getLogger("nest_runtime.serve.engine")
-
-
-class Batch(Protocol):
-    """The engine's thread."""
-
-    def submit(self, job: Job) -> None: ...
-
-    def cancel(self, job_id: str) -> None: ...
 
 
 class Line:

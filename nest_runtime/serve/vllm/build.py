@@ -7,9 +7,10 @@ engine's side is another: patches in place, or as adapters where clients may cho
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -22,13 +23,13 @@ from nest_runtime.serve.app import Server, fastapi_app, framed, guard_of, measur
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.config import Limits, ServeConfig
 from nest_runtime.serve.follow import Following
+from nest_runtime.serve.generation import Work
 from nest_runtime.serve.http.admin import admin_routes
-from nest_runtime.serve.http.api import ERRORS, PLAIN, Service, model_row, probes
+from nest_runtime.serve.http.api import ERRORS, PLAIN, Service, model_routes, probes
 from nest_runtime.serve.http.middleware import Secrets
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.sampling import SamplingParams
 from nest_runtime.serve.served_patch import Served
-from nest_runtime.serve.transformers.engine import Engine, Work
 from nest_runtime.serve.vllm.adapters import Adapters
 from nest_runtime.serve.vllm.base import Base
 from nest_runtime.serve.vllm.flow import Flow
@@ -44,23 +45,27 @@ OWN = ("/v1/models", "/v1/patches", "/v1/audit", "/health", "/ready", "/metrics"
 
 
 class VllmEngine:
-    """vLLM's engine as the routes, the table and the metrics see one (serve/transformers/engine.py).
+    """vLLM's engine as the routes, the table and the metrics see one (serve/engine.py).
 
     Args:
         replicas: the workers.
         patches: how patches are put on.
         flow: the requests in flight.
         limits: how many sequences run at once, and how long a trial waits for them.
+        context: tokens that a prompt and its answer may have together.
     """
 
     reused_tokens = 0  # vLLM counts its own: vllm:prefix_cache_hits
     failed_passes = 0  # vLLM ends with its first
 
-    def __init__(self, replicas: Replicas, patches: InPlace | Adapters, flow: Flow, limits: Limits) -> None:
+    def __init__(
+        self, replicas: Replicas, patches: InPlace | Adapters, flow: Flow, limits: Limits, context: int
+    ) -> None:
         self.replicas = replicas
         self.patches = patches
         self.flow = flow
         self.capacity = flow.capacity
+        self.context = context
         self._running = limits.running
         self._wait_seconds = limits.drain_seconds
 
@@ -93,7 +98,7 @@ class VllmEngine:
         """Answer outside of any request: the gate's probes (serve/gate.py)."""
         return Trial(self.replicas.client, self.patches, self.flow, work, self._wait_seconds)
 
-    def in_flight(self) -> Any:
+    def in_flight(self) -> Counter[str]:
         """Requests running, by the label of the patch that answers them."""
         return self.flow.in_flight()
 
@@ -123,7 +128,7 @@ class VllmEngine:
         await self.flow.drained(drain_seconds)
 
 
-async def build(config: ServeConfig, client: Any, models: Any) -> Server:
+async def build(config: ServeConfig, client: Any, models: Any) -> Server[VllmEngine]:
     """A server over a running engine; nothing is active yet.
 
     Args:
@@ -156,7 +161,8 @@ async def build(config: ServeConfig, client: Any, models: Any) -> Server:
         follows_store=config.patch is None,
         policy=config.swap_policy,
     )
-    engine = cast(Engine, VllmEngine(replicas, patches, flow, config.limits))
+    context = client.vllm_config.model_config.max_model_len
+    engine = VllmEngine(replicas, patches, flow, config.limits, context)
     defaults = _defaults(client.vllm_config.model_config)
     tokenizer = await asyncio.to_thread(_tokenizer, base.folder, config.trust_remote_code)
     service = Service(engine, table, tokenizer, config.limits, Metrics(), defaults=defaults, allowed=config.allowed)
@@ -168,12 +174,12 @@ async def build(config: ServeConfig, client: Any, models: Any) -> Server:
     return Server(config, service, audit, Secrets(api_keys, admin), following)
 
 
-def asgi_app(server: Server, vllm_app: ASGIApp) -> ASGIApp:
+def asgi_app(server: Server[VllmEngine], vllm_app: ASGIApp) -> ASGIApp:
     """VLLM's app with our routes beside it and our layer in front."""
     service = server.service
-    engine = cast(VllmEngine, service.engine)
+    engine = service.engine
     admin_here = server.config.admin_token_file is not None and server.config.admin_address is None
-    routers = [_model_routes(service), probes(service, metrics=False), _metrics_route(service, vllm_app)]
+    routers = [model_routes(service), probes(service, metrics=False), _metrics_route(service, vllm_app)]
     if admin_here:
         routers.append(admin_routes(service, server.audit))
     own = fastapi_app(routers)
@@ -221,24 +227,7 @@ def _defaults(model_config: Any) -> SamplingParams:
     return SamplingParams(temperature=settings.get("temperature") or 1.0)
 
 
-def _model_routes(service: Service) -> APIRouter:
-    router = APIRouter(responses=ERRORS)
-
-    @router.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """The names that clients may use."""
-        return {"object": "list", "data": [model_row(service, name) for name in service.table.names()]}
-
-    @router.get("/v1/models/{model:path}")
-    async def model(model: str, request: Request) -> dict[str, Any]:
-        """One of the names."""
-        service.pin(request, model)
-        return model_row(service, model)
-
-    return router
-
-
-def _metrics_route(service: Service, vllm_app: ASGIApp) -> APIRouter:
+def _metrics_route(service: Service[VllmEngine], vllm_app: ASGIApp) -> APIRouter:
     router = APIRouter(responses=ERRORS)
 
     @router.get("/metrics", responses=PLAIN, response_class=Response)

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nest_runtime.errors import NestError, PatchReplaced
 from nest_runtime.prompts.control import spells_control
+from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.http.api import Service, fingerprint
 from nest_runtime.serve.http.json_route import check_text
 from nest_runtime.serve.http.middleware import replayed
@@ -56,7 +57,9 @@ class Front:
         engine_name: what the engine calls a patch, or the base.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, flow: Flow, engine_name: Callable[[Served], str]) -> None:
+    def __init__(
+        self, app: ASGIApp, service: Service[Engine], flow: Flow, engine_name: Callable[[Served], str]
+    ) -> None:
         self._app = app
         self._service = service
         self._flow = flow
@@ -186,7 +189,7 @@ class Answer:
         return {**value, **self._mine} if "model" in value else value
 
 
-def checked(body: bytes, service: Service) -> dict[str, Any]:
+def checked(body: bytes, service: Service[Engine]) -> dict[str, Any]:
     """A request's fields, with the model's own sampling where the client leaves it open.
 
     Raises ApiError 400 for what is no JSON object, and for fields that a client may not set.
@@ -212,7 +215,7 @@ def checked(body: bytes, service: Service) -> dict[str, Any]:
     return fields
 
 
-def _check_allowed(fields: Mapping[str, Any], service: Service) -> None:
+def _check_allowed(fields: Mapping[str, Any], service: Service[Engine]) -> None:
     """What the operator did not allow. VLLM reads all that spells a control token as one: such prompts are refused."""
     messages = fields.get("messages")
     last = messages[-1] if isinstance(messages, list) and messages else None
@@ -224,7 +227,7 @@ def _check_allowed(fields: Mapping[str, Any], service: Service) -> None:
             raise control_tokens_closed(name)
 
 
-def _check_sizes(fields: Mapping[str, Any], service: Service) -> None:
+def _check_sizes(fields: Mapping[str, Any], service: Service[Engine]) -> None:
     limits = service.limits
     for name, most in (
         ("n", limits.max_choices),

@@ -18,6 +18,7 @@ from nest_runtime.errors import EngineError, NestError
 from nest_runtime.model.load import resolve_model
 from nest_runtime.serve.app import Server
 from nest_runtime.serve.config import ServeConfig
+from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.events import Emit, json_events, json_line, sentence, set_up_logging
 from nest_runtime.serve.running import noted
 from nest_runtime.serve.server import admin_listener, bind, bind_admin, note_of, reread_on_hangup, tls_context, warn
@@ -63,7 +64,7 @@ class _Said:
         self._stack = contextlib.AsyncExitStack()
         self._waiting: asyncio.Task[None] | None = None
 
-    async def start(self, server: Server, state: Any) -> None:
+    async def start(self, server: Server[Engine], state: Any) -> None:
         """Patches are on: say so as soon as the port is listened on."""
         if server.following is not None:
             server.following.on_event = self._emit
@@ -79,7 +80,7 @@ class _Said:
             self._waiting.cancel()
         await self._stack.aclose()
 
-    async def _ready(self, server: Server, state: Any) -> None:
+    async def _ready(self, server: Server[Engine], state: Any) -> None:
         while not getattr(getattr(state, "server", None), "started", False):
             await asyncio.sleep(0.02)
         host, number = state.server.servers[0].sockets[0].getsockname()[:2]

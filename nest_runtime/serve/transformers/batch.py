@@ -1,0 +1,61 @@
+"""What the engine asks of a kind of batch: the thread that computes (continuous.py, plain.py)."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from nest_runtime.serve.jobs import Job
+from nest_runtime.serve.transformers.auto_fold import Steady
+
+
+class Batch(Protocol):
+    """A thread that works on jobs, and delivers their tokens.
+
+    Attributes:
+        steady: what it folds into the weights while everybody is under one patch.
+        failed_passes, reused_tokens: counters, see serve/engine.py.
+    """
+
+    steady: Steady
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+
+    @property
+    def fault(self) -> str | None:
+        """What the thread died of."""
+
+    @property
+    def jobs(self) -> int:
+        """Sequences that the thread still holds."""
+
+    @property
+    def failed_passes(self) -> int:
+        """Passes that failed."""
+
+    @property
+    def reused_tokens(self) -> int:
+        """Prompt tokens that were not computed again."""
+
+    def start(self) -> None:
+        """Start the thread."""
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """End it."""
+
+    def submit(self, job: Job) -> None:
+        """Work on a job."""
+
+    def cancel(self, job_id: str) -> None:
+        """Stop working on a job."""
+
+    def pause(self) -> AbstractContextManager[None]:
+        """A context in which no step runs."""
+
+    def beside(self) -> AbstractContextManager[None]:
+        """A context in which the model may be called from another thread."""
+
+    def keys_in_use(self) -> set[str | None]:
+        """Runtime keys of the patches that it may still compute under."""
