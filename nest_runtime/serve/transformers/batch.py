@@ -54,6 +54,9 @@ class Batch(Protocol):
     def pause(self) -> AbstractContextManager[None]:
         """A context in which no step runs."""
 
+    def narrow(self, tokens: int) -> AbstractContextManager[None]:
+        """A context in which a pass takes no more than ``tokens`` tokens, where prompts are read in pieces at all."""
+
     def beside(self) -> AbstractContextManager[None]:
         """A context in which the model may be called from another thread."""
 
