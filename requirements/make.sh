@@ -14,7 +14,7 @@ printf 'hatchling\neditables\n' > "$work/build.in"
 
 compile() {
   uv pip compile -q --no-config --python-platform x86_64-manylinux_2_28 --python-version 3.11.7 \
-    --no-header --no-annotate -c "$work/constraints.txt" "$@"
+    --no-header --no-annotate --no-strip-extras -c "$work/constraints.txt" "$@"
 }
 compile pyproject.toml --extra test --extra docs --extra eval "$work/build.in" --generate-hashes -o "$work/all.txt"
 compile pyproject.toml --extra demo -o "$work/demo.txt"

@@ -38,6 +38,7 @@ from nest_runtime.store.index import Index, read_index, undone
 from nest_runtime.store.locked import locked
 from nest_runtime.store.objects import read_object, write_object
 from nest_runtime.store.signatures import drop_signatures, is_signed
+from nest_runtime.store.spare import Spare
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["Entry", "Store", "builtin_patches_dir"]
 
 MAX_ROLLBACKS = 100
+UNDO_BYTES = 8192  # of the entry that says what was undone
 
 
 class Store:
@@ -209,22 +211,24 @@ class Store:
         """
         with self._writing() as index:
             before = index.copy()
-            self._open = index
-            try:
-                yield
-            except BaseException as error:
-                self._put_back(before, who, why, error)
-                raise
-            finally:
-                self._open = None
+            room = len(before.to_bytes()) + 6 * len(who + why) + UNDO_BYTES  # at most six for a character
+            with Spare(self._index_path, self.root / "tmp", room) as spare:
+                self._open = index
+                try:
+                    yield
+                except BaseException as error:
+                    self._put_back(before, who, why, error, spare)
+                    raise
+                finally:
+                    self._open = None
 
-    def _put_back(self, before: Index, who: str, why: str, error: BaseException) -> None:
+    def _put_back(self, before: Index, who: str, why: str, error: BaseException, spare: Spare) -> None:
         reason = f"{type(error).__name__}: {getattr(error, 'message', '') or error}"[:500]
         event = {"who": who or history.actor(), "what": "undo", "why": f"{why} ({reason})" if why else reason}
         try:
             restored = undone(self._load(), before, self._last_written(), event)
             if restored is not None:
-                self._save(restored)
+                spare.write(restored.to_bytes())
         except (OSError, StoreError) as failed:
             raise StoreError(
                 f"{error}; and undoing it failed: {failed}",

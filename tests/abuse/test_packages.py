@@ -12,7 +12,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 LOCKS = ("lock.txt", "torch-cpu.txt", "torch-cuda.txt")
-PIN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)")
+PIN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?:\[[a-z0-9, -]+\])?==([^\s;\\]+)")
 
 
 def pins(path: Path) -> dict[str, str]:
