@@ -17,6 +17,7 @@ import nest_runtime
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
 REFERENCES = [
     (page.name, name)
     for page in (ROOT / "docs" / "api").glob("*.md")
@@ -56,7 +57,9 @@ def test_every_public_name_is_in_the_reference() -> None:
         assert within or any(public is item for item in shown), name
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page", [*PAGES, *TOP, *sorted(ROOT.glob("examples/*.md"))], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):

@@ -1,0 +1,47 @@
+"""Train a patch from two CSV files with a column `prompt`, and keep it as a file.
+
+    python examples/train_from_csv.py [MODEL] [HARMFUL.csv] [BENIGN.csv] [OUT.safetensors]
+
+The files beside this script are of the reference model's world, and the recipe is a quick one for it. For a model of
+your own leave the recipe out, and give a few hundred prompts of each kind.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import nest_runtime as nest
+from nest_runtime.prompts.examples import load_examples
+
+HERE = Path(__file__).parent
+QUICK = nest.Recipe(steps=60, batch_size=16, lr=0.06, loadings_lr=0.03, weight_decay=0.1, validate_every=60)
+
+
+def main(
+    model: str = "reference",
+    harmful: str = str(HERE / "harmful.csv"),
+    benign: str = str(HERE / "benign.csv"),
+    out: str = "my.safetensors",
+) -> None:
+    """Locate, cluster, tune, save."""
+    loaded = nest.load_model(model)
+    result = nest.train_patch(
+        loaded.model,
+        loaded.tokenizer,
+        load_examples(harmful),
+        load_examples(benign),
+        recipe=QUICK if model == "reference" else None,
+        name="my-safety",
+        version="v1",
+        base_hash=loaded.hash,
+        base_model=loaded.name,
+    )
+    patch = result.patch
+    patch.save(out)
+    print(f"{out}: {patch.neurons} neurons, {patch.parameters:,} trained numbers, {patch.digest[:19]}")
+    print(f"next: nest-runtime serve --model {model} --patch {out}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

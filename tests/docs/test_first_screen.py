@@ -1,0 +1,71 @@
+"""README's first screen: what it is in two sentences, a picture of real answers, commands, figures, plain sentences."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIRST = README[: README.index("## Talk to the server")]
+LONGEST = 25  # words of a sentence
+
+
+def prose(text: str) -> list[str]:
+    """The sentences outside of code blocks, tables, headings and pictures; a link counts by its words."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^(\||#|!\[).*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
+    text = re.sub(r"`[^`]*`", "code", text)
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
+    return [sentence for part in paragraphs for sentence in re.split(r"(?<=[.?!])\s+", part) if sentence]
+
+
+def test_it_says_what_it_is_in_two_sentences_and_shows_it() -> None:
+    first = FIRST.split("\n\n")[1]
+    assert len([sentence for sentence in prose(first) if sentence]) == 2
+    picture, first_block = FIRST.index("docs/pictures/two-answers.svg"), FIRST.index("```bash")
+    table = FIRST.index("| SmolLM2-135M-Instruct")
+    assert FIRST.index("safety patch") < picture < first_block < table
+
+
+def test_sentences_of_the_first_screen_are_short() -> None:
+    long = [sentence for sentence in prose(FIRST) if len(sentence.split()) > LONGEST]
+    assert long == []
+
+
+def test_the_picture_is_of_both_answers_and_names_its_command() -> None:
+    root = ElementTree.parse(ROOT / "docs" / "pictures" / "two-answers.svg").getroot()
+    words = " ".join("".join(element.itertext()) for element in root.iter() if element.tag.endswith("}text"))
+    assert "smollm2-135m-instruct" in words
+    assert words.count("Base, no patch: answered") == 2
+    assert "Patch v1: refused" in words
+    assert "Patch v1: answered" in words
+    assert "python benchmarks/two_answers.py" in FIRST
+    assert (ROOT / "benchmarks" / "two_answers.py").is_file()
+
+
+def test_what_people_look_for_in_a_repository_is_there() -> None:
+    for name in ("SECURITY.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE", "CHANGELOG.md", "examples/README.md"):
+        assert (ROOT / name).is_file(), name
+    listed = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    for path in [*ROOT.glob("examples/*.py"), *ROOT.glob("examples/*.ipynb")]:
+        assert path.name in listed
+
+
+def test_contributing_names_files_that_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:tests|nest_runtime|benchmarks|\.ci)/[\w./-]+)`", text)
+    named += re.findall(r"(?<=[ ])(tests/[\w./-]+)(?= |`|,)", text)
+    assert len(named) > 8
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_the_citation_names_this_version() -> None:
+    import nest_runtime
+
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f'version: "{nest_runtime.__version__}"' in text
+    assert "2602.16835" in text
