@@ -80,13 +80,12 @@ def badge(refused: bool | None, understood: bool | None = None) -> str:
     )
 
 
-def title(model: str, place: str, about: str = "", *, patched: bool = True, based: bool = True) -> str:
+def title(model: str, place: str, about: str = "", *, patched: bool = True) -> str:
     """The head of the page: what is shown, what to look for, and what the model is.
 
     Args:
         model, place, about: the model's name, where it runs, and what it is.
         patched: it has a patch to show.
-        based: its base may be asked.
     """
     patch, base = term("safety patch"), term("base")
     look = (
@@ -97,11 +96,6 @@ def title(model: str, place: str, about: str = "", *, patched: bool = True, base
         else f"This model has no {patch} yet, so one answer stands for both: by the {base} model. Look for harmful "
         "requests that it answers; a patch is to refuse those, and go on answering the harmless ones."
     )
-    if not based:
-        look = (
-            f"Answers under a {patch}, which changes a few of a model's neurons. This server does not let anybody ask "
-            f"its {base}, so there is nothing to compare them with: one answer stands on both sides."
-        )
     what = f"{text(model)}: {text(about)}; {text(place)}." if about else f"{text(model)}, {text(place)}."
     return wrap(
         f'<div class="nr-title"><h1>nest-runtime</h1><p id="look-for">{look}</p></div>',
@@ -124,7 +118,7 @@ def offer(message: str, commands: Sequence[str], after: str = "") -> str:
 def conversation(talk: Talk) -> str:
     """A conversation with both sides."""
     turns = "".join(_turn(turn) for turn in talk.turns)
-    empty = note("No messages yet. Press Send: both sides answer, one beside the other.")
+    empty = note("No messages yet: write a prompt, or take an example, and press Send.")
     busy = "true" if talk.busy else "false"
     return wrap(
         f'<div role="log" aria-label="Conversation" aria-live="polite" aria-busy="{busy}">{turns or empty}</div>'
