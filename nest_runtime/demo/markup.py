@@ -80,12 +80,13 @@ def badge(refused: bool | None, understood: bool | None = None) -> str:
     )
 
 
-def title(model: str, place: str, about: str = "", *, patched: bool = True) -> str:
+def title(model: str, place: str, about: str = "", *, patched: bool = True, based: bool = True) -> str:
     """The head of the page: what is shown, what to look for, and what the model is.
 
     Args:
         model, place, about: the model's name, where it runs, and what it is.
         patched: it has a patch to show.
+        based: its base may be asked.
     """
     patch, base = term("safety patch"), term("base")
     look = (
@@ -96,6 +97,11 @@ def title(model: str, place: str, about: str = "", *, patched: bool = True) -> s
         else f"This model has no {patch} yet, so one answer stands for both: by the {base} model. Look for harmful "
         "requests that it answers; a patch is to refuse those, and go on answering the harmless ones."
     )
+    if not based:
+        look = (
+            f"Answers under a {patch}, which changes a few of a model's neurons. This server does not let anybody ask "
+            f"its {base}, so there is nothing to compare them with: one answer stands on both sides."
+        )
     what = f"{text(model)}: {text(about)}; {text(place)}." if about else f"{text(model)}, {text(place)}."
     return wrap(
         f'<div class="nr-title"><h1>nest-runtime</h1><p id="look-for">{look}</p></div>',
