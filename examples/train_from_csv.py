@@ -13,9 +13,10 @@ from pathlib import Path
 
 import nest_runtime as nest
 from nest_runtime.prompts.examples import load_examples
+from nest_runtime.train.recipe import RECIPES
 
 HERE = Path(__file__).parent
-QUICK = nest.Recipe(steps=60, batch_size=16, lr=0.06, loadings_lr=0.03, weight_decay=0.1, validate_every=60)
+QUICK = RECIPES["reference"].evolve(steps=60, batch_size=16, validate_every=60)
 
 
 def main(
