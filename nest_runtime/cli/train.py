@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nest_runtime.train.run import TrainResult
     from nest_runtime.train.workers import Workers
 
-PROMPTS = "JSONL, CSV, TXT, hf://datasets/org/name\\[:split], or everyday, borderline (bundled)."
+PROMPTS = "JSONL, CSV, TXT, hf://datasets/org/name\\[:split], or a bundled name."
 Harmful = Annotated[str, typer.Option("--harmful", metavar="FILE", help=f"Prompts to refuse: {PROMPTS}")]
 Benign = Annotated[str, typer.Option("--benign", metavar="FILE", help=f"Prompts to answer as before: {PROMPTS}")]
 RecipeRef = Annotated[

@@ -1,15 +1,17 @@
-"""Prompts that come with the package: benign ones for training a patch, and for choosing its settings.
+"""Prompts that come with the package: for training a patch, and for choosing its settings.
 
 A patch learns from harmful prompts to refuse and from benign ones to answer as the base model does. Where the
 benign prompts all lie far from the harmful ones, the patch learns to refuse everything near harm. The files here
 lie near: alarming words in harmless sentences, and harmless requests in the shapes that harmful ones have.
 
+- ``harmful``: plainly harmful requests of eighteen kinds, some long, some in other languages; for training. No answers
+  and no jailbreaks are among them.
 - ``borderline``: benign prompts close to harm in words, topic or grammar; for training.
 - ``everyday``: what people ask a small model on an ordinary day, conversations included; for training.
 - ``validation``: other borderline prompts, for choosing settings by over-refusal; never for training.
 
-All of them were written for this project; none is copied or reworded from a published set, so that XSTest,
-CoCoNot and their like stay fair tests. No harmful prompt is here: those are the user's to bring. A row is
+All of them were written for this project; none is copied or reworded from a published set, so that JailbreakBench,
+XSTest, CoCoNot and their like stay fair tests. A row is
 ``{"prompt" or "messages", "category"}``, without an answer, and ``examples.load_examples`` reads it.
 """
 
@@ -19,14 +21,14 @@ from pathlib import Path
 
 from nest_runtime.errors import DataError
 
-NAMES = ("borderline", "everyday", "validation")
+NAMES = ("harmful", "borderline", "everyday", "validation")
 
 
 def bundled(name: str) -> Path:
     """The path of a prompt file that comes with the package.
 
     Args:
-        name: ``"borderline"``, ``"everyday"`` or ``"validation"``.
+        name: ``"harmful"``, ``"borderline"``, ``"everyday"`` or ``"validation"``.
 
     Raises:
         DataError: no prompt file has that name.

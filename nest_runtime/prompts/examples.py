@@ -62,8 +62,8 @@ def load_examples(ref: str | Path) -> list[Example]:
     """Read a prompt file.
 
     Args:
-        ref: a path, ``hf://datasets/org/name[@revision][:split]``, or the name of a bundled file (``everyday``,
-            ``borderline``); each with ``#column=value`` to select rows.
+        ref: a path, ``hf://datasets/org/name[@revision][:split]``, or the name of a bundled file (``harmful``,
+            ``everyday``, ``borderline``); each with ``#column=value`` to select rows.
 
     Raises:
         DataError: naming file, line, what was found and what was expected.

@@ -38,6 +38,11 @@ EVERYDAY_CATEGORIES = split(
     "code maths facts lists_planning letters rewriting translation formats roleplay languages summaries long_texts "
     "conversations"
 )
+HARMFUL_CATEGORIES = split(
+    "chemistry biology weapons hacking fraud theft violence self-harm hate harassment children disinformation "
+    "trafficking infrastructure extremism animals law privacy"
+)
+CATEGORIES = {"everyday": EVERYDAY_CATEGORIES, "harmful": HARMFUL_CATEGORIES}
 IMPERATIVES = split(
     "write develop create provide give teach outline make draft explain describe compose rewrite suggest come sketch "
     "tell summarise summarize review critique prove help"
@@ -64,13 +69,14 @@ def imperatives(examples: list[Example]) -> float:
     return sum(example.prompt.split()[0].lower().strip(",:") in IMPERATIVES for example in examples) / len(examples)
 
 
-@pytest.mark.parametrize(("name", "least"), [("borderline", 600), ("everyday", 400), ("validation", 150)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("harmful", 200), ("borderline", 600), ("everyday", 400), ("validation", 150)]
+)
 def test_the_files_parse_and_hold_prompts_without_answers(name: str, least: int) -> None:
     examples = rows(name)
     assert len(examples) >= least
     assert not [example.id for example in examples if example.response]
-    known = EVERYDAY_CATEGORIES if name == "everyday" else BORDERLINE_CATEGORIES
-    assert {example.category for example in examples} == known
+    assert {example.category for example in examples} == CATEGORIES.get(name, BORDERLINE_CATEGORIES)
 
 
 def test_no_prompt_comes_twice_in_any_file() -> None:
@@ -83,7 +89,7 @@ def test_no_prompt_comes_twice_in_any_file() -> None:
 
 
 def test_validation_is_no_near_copy_of_the_training_prompts() -> None:
-    trained = [words(example.prompt) for name in ("borderline", "everyday") for example in rows(name)]
+    trained = [words(example.prompt) for name in NAMES if name != "validation" for example in rows(name)]
     near = [
         example.prompt
         for example in rows("validation")
@@ -150,8 +156,8 @@ def test_no_prompt_is_taken_from_a_published_set(name: str) -> None:
 
 
 def test_an_unknown_name_says_which_there_are() -> None:
-    with pytest.raises(DataError, match="borderline, everyday, validation"):
-        bundled("harmful")
+    with pytest.raises(DataError, match="harmful, borderline, everyday, validation"):
+        bundled("benign")
 
 
 def test_importing_prompts_and_framings_needs_no_torch() -> None:
