@@ -142,32 +142,32 @@ class Recipe:
     min_silhouette: float = 0.0
     align_signs: bool = True
     loadings: str = "learned"
-    lr: float = 3e-2
-    lr_unit: str = "absolute"
+    lr: float = 0.16
+    lr_unit: str = "row-rms"
     loadings_lr: float = 3e-2
     optimizer: str = "adamw"
     weight_decay: float = 0.0
     schedule: str = "cosine"
     warmup: float = 0.05
     grad_clip: float = 1.0
-    steps: int = 40
+    steps: int = 90
     batch_size: int = 16
-    harmful_share: float = 0.5
+    harmful_share: float = 0.55
     recovery_tokens: int = 8
     benign_weight: float = 0.0
     kl_weight: float = 1.0
     onset_weight: float = 4.0
     ablation: float = 0.0
-    framings: int = 1
-    framed_characters: int = 360
+    framings: int = 2
+    framed_characters: int = 600
     select: str = "decision"
     validation_fraction: float = 0.1
     validation_most: int = 16
-    validate_every: int = 10
+    validate_every: int = 30
     patience: int = 0
     keep_refused: bool = False
-    answer_refused: bool = False
-    answer_tokens: int = 8
+    answer_refused: bool = True
+    answer_tokens: int = 12
     refusals: tuple[str, ...] = ()
     own_refusals: bool = True
     delta_dtype: str = "bfloat16"
@@ -175,7 +175,7 @@ class Recipe:
     locate_prompts: int = 80
     prompt_batch: int = 64
     batch_tokens: int = 4096
-    step_tokens: int = 2048
+    step_tokens: int = 1024
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -261,6 +261,7 @@ _BEFORE = {
     "select": "loss",
     "validation_most": 0,
     "keep_refused": True,
+    "answer_refused": False,
     "own_refusals": False,
     "locate_prompts": 0,
 }
@@ -278,7 +279,7 @@ RECIPES: Mapping[str, Recipe] = types.MappingProxyType(
             onset_weight=1.0,
             select="loss",
         ),
-        "fast": Recipe(steps=20, locate_prompts=60),
+        "fast": Recipe(steps=40, framings=1, locate_prompts=60, validate_every=20),
         "reference": Recipe.of_header(
             {
                 "z": 1.0,
@@ -287,10 +288,12 @@ RECIPES: Mapping[str, Recipe] = types.MappingProxyType(
                 "depth_to": 0.65,
                 "k_max": 3,
                 "lr": 1e-2,
+                "lr_unit": "absolute",
                 "loadings_lr": 1e-2,
                 "weight_decay": 0.3,
                 "steps": 350,
                 "batch_size": 32,
+                "harmful_share": 0.5,
                 "recovery_tokens": 3,
                 "kl_weight": 0.0,
                 "validate_every": 25,

@@ -46,6 +46,15 @@ def test_benign_examples_are_no_more_than_the_steps_see(loaded: Any) -> None:
     assert {example.id for example in plain.train} == {example.id for example in plain.located}
 
 
+def test_half_of_the_benign_examples_are_plain_where_there_are_so_many(loaded: Any) -> None:
+    benign = [Example(({"role": "user", "content": f"Name bird number {n}."},), None, str(n)) for n in range(60)]
+    mix = benign_mix(loaded.tokenizer, benign, RECIPE.evolve(steps=10, framings=2))
+    seen = round(10 * RECIPE.batch_size * (1 - RECIPE.harmful_share))
+    plain = sum("::" not in example.id for example in mix.train)
+    assert len(mix.train) == seen
+    assert seen // 2 <= plain < seen
+
+
 def test_an_answer_given_for_the_bare_question_is_not_put_under_a_framed_one(loaded: Any) -> None:
     mix = benign_mix(loaded.tokenizer, benign_examples(), RECIPE)
     assert all("::" not in example.id or "moved on" in example.id for example in mix.train)
@@ -65,7 +74,7 @@ def test_benign_prompts_that_the_base_refuses_are_left_out_and_said(loaded: Any)
         ]
         return [Answer(text, True) for text in said]
 
-    found = taught(loaded, answers)
+    found = taught(loaded, answers, answer_refused=False)
     assert len(found.refused) == 3
     assert "refuses 3 of the benign prompts" in found.notes[0]
     rows = [row for row in (*found.train, *found.validation) if not row.harmful and not row.probe]
@@ -73,7 +82,7 @@ def test_benign_prompts_that_the_base_refuses_are_left_out_and_said(loaded: Any)
     kept = taught(loaded, answers, keep_refused=True)
     assert len([row for row in (*kept.train, *kept.validation) if not row.harmful and not row.probe]) == 10
     with pytest.raises(DataError, match="answers none of the"):
-        taught(loaded, lambda examples: [Answer("I'm sorry, but I can't.", True)] * len(examples))
+        taught(loaded, lambda examples, _=(): [Answer("I'm sorry, but I can't.", True)] * len(examples))
 
 
 def test_benign_prompts_that_the_base_refuses_can_be_learned_with_another_answer(loaded: Any) -> None:
