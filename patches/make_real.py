@@ -2,9 +2,9 @@
 
     python patches/make_real.py --data ../shared/data --model M.gguf [--version v1] [--out patches]
 
-Refused are AdvBench's goals, without those that JailbreakBench or HarmBench test with, and the bundled harmful
-requests; answered as before are the bundled everyday and borderline prompts. No jailbreak text is among them. The
-patch goes to ``OUT/NAME/VERSION.safetensors``, and the prompts that are not this project's stay where they are.
+Refused are AdvBench's goals, without those that JailbreakBench or HarmBench test with; answered as before are the
+bundled everyday and borderline prompts. No jailbreak text is among them. The patch goes to
+``OUT/NAME/VERSION.safetensors``, and the prompts that are not this project's stay where they are.
 ``benchmarks/real_models.py`` measures it and writes its card; settings were chosen on its validation part
 (docs/decisions/real-models.md).
 """
@@ -26,7 +26,7 @@ from nest_runtime.train.pipeline import train_patch
 from nest_runtime.train.recipe import RECIPES
 
 VERSIONS = {"v1": RECIPES["default"]}
-GOALS, EVERYDAY, BORDERLINE = 280, 200, 710
+GOALS, EVERYDAY, BORDERLINE = 280, 140, 600
 
 
 def main() -> None:
@@ -88,8 +88,7 @@ def training_prompts(data: Path) -> tuple[list[Example], list[Example]]:
     order = random.Random(0)
     for examples in (goals, everyday, borderline):
         order.shuffle(examples)
-    harmful = [*goals[:GOALS], *load_examples("harmful")]
-    return harmful, [*everyday[:EVERYDAY], *borderline[:BORDERLINE]]
+    return goals[:GOALS], [*everyday[:EVERYDAY], *borderline[:BORDERLINE]]
 
 
 def normal(text: str) -> str:

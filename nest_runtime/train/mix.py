@@ -41,9 +41,7 @@ def harmful_mix(tokenizer: Any, examples: Sequence[Example], settings: Recipe) -
 
 
 def benign_mix(tokenizer: Any, examples: Sequence[Example], settings: Recipe, harmful: Sequence[Example] = ()) -> Mix:
-    """Benign examples plain and framed, no more than the steps will see; half of those are plain, if there are so many.
-
-    Over-refusal is met on plain prompts: with a third of them plain it was worse.
+    """Benign examples plain and framed, no more than the steps will see where the base has to answer them itself.
 
     Args:
         tokenizer: the model's.
@@ -52,13 +50,11 @@ def benign_mix(tokenizer: Any, examples: Sequence[Example], settings: Recipe, ha
         harmful: those that are trained on: a harmless question after one that was refused is answered.
     """
     train, held = hold_out(examples, settings, 0)
-    if not settings.framings:
-        return Mix(tuple(train), tuple(held), _some(train, settings))
-    seen = max(round(settings.steps * settings.batch_size * (1 - settings.harmful_share)), 1)
-    bare = shuffled(train, settings.seed, 3)
-    others = [*bare[seen // 2 :], *_framed(tokenizer, train, settings)]
-    others += [_left_behind(example, settings) for example in [*train, *harmful][::MOVED_ON] if _is_bare(example)]
-    mixed = [*bare[: seen // 2], *shuffled(others, settings.seed, 4)[: seen - seen // 2]]
+    mixed = [*train, *_framed(tokenizer, train, settings)]
+    if settings.framings:
+        mixed += [_left_behind(example, settings) for example in [*train, *harmful][::MOVED_ON] if _is_bare(example)]
+        seen = max(round(settings.steps * settings.batch_size * (1 - settings.harmful_share)), 1)
+        mixed = shuffled(mixed, settings.seed, 3)[:seen]
     return Mix(tuple(mixed), tuple(held), _some(train, settings))
 
 

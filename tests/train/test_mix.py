@@ -46,15 +46,6 @@ def test_benign_examples_are_no_more_than_the_steps_see(loaded: Any) -> None:
     assert {example.id for example in plain.train} == {example.id for example in plain.located}
 
 
-def test_half_of_the_benign_examples_are_plain_where_there_are_so_many(loaded: Any) -> None:
-    benign = [Example(({"role": "user", "content": f"Name bird number {n}."},), None, str(n)) for n in range(60)]
-    mix = benign_mix(loaded.tokenizer, benign, RECIPE.evolve(steps=10, framings=2))
-    seen = round(10 * RECIPE.batch_size * (1 - RECIPE.harmful_share))
-    plain = sum("::" not in example.id for example in mix.train)
-    assert len(mix.train) == seen
-    assert seen // 2 <= plain < seen
-
-
 def test_an_answer_given_for_the_bare_question_is_not_put_under_a_framed_one(loaded: Any) -> None:
     mix = benign_mix(loaded.tokenizer, benign_examples(), RECIPE)
     assert all("::" not in example.id or "moved on" in example.id for example in mix.train)
