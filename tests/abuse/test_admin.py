@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from nest_runtime.serve import Limits, ServeConfig
 from nest_runtime.serve.app import Server, admin_app, asgi_app, build, fastapi_app, framed
 from nest_runtime.serve.http.admin import admin_routes
-from nest_runtime.serve.http.api import probes, routes
+from nest_runtime.serve.http.api import model_routes, probes, routes
 from nest_runtime.serve.http.pages import pages
 from nest_runtime.serve.vllm import build as vllm
 
@@ -66,7 +66,7 @@ def routers(server: Server, kind: str) -> list[APIRouter]:
     service, admin = server.service, admin_routes(server.service, server.audit)
     if kind == "vllm":
         own = fastapi_app([])
-        return [vllm._model_routes(service), probes(service, metrics=False), vllm._metrics_route(service, own), admin]
+        return [model_routes(service), probes(service, metrics=False), vllm._metrics_route(service, own), admin]
     return [routes(service), probes(service), pages(service, keyed=False), admin]
 
 
