@@ -37,7 +37,7 @@ from nest_runtime.patch.patch import Patch
 from nest_runtime.prompts.builtin import bundled
 from nest_runtime.prompts.examples import encode, load_examples
 from nest_runtime.prompts.framings import HELD_OUT_FRAMINGS
-from nest_runtime.prompts.generate import Answer, answer_conversations
+from nest_runtime.prompts.generate import ModelAnswer, answer_conversations
 from nest_runtime.resolve import load_patch
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.train.forward import Readout, hidden_states
@@ -178,14 +178,14 @@ def utility(loaded: Any, data: Data, n: int) -> dict[str, float]:
     return {"mmlu": right / len(mmlu), "mmlu_n": len(mmlu), "gsm8k_nats": total / count}
 
 
-def ordinary(loaded: Any, data: Data, n: int, tokens: int, batch: int) -> list[Answer]:
+def ordinary(loaded: Any, data: Data, n: int, tokens: int, batch: int) -> list[ModelAnswer]:
     """Answers to Alpaca instructions, under the patch that is on."""
     asked = [[user(text)] for text in drawn(data.jsonl("alpaca/alpaca_2000.jsonl", "prompt"), n, "alpaca")]
     return answer_conversations(loaded.model, loaded.tokenizer, asked, max_new_tokens=tokens, batch_size=batch)
 
 
 def divergence(
-    loaded: Any, runtime: PatchRuntime, patch: Patch, data: Data, n: int, answers: Sequence[Answer]
+    loaded: Any, runtime: PatchRuntime, patch: Patch, data: Data, n: int, answers: Sequence[ModelAnswer]
 ) -> float:
     """KL(base ‖ patched), nats a token, on the base's own answers to Alpaca instructions."""
     readout, total, count = Readout(loaded.model), 0.0, 0
@@ -328,7 +328,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
     }
     with PatchRuntime(loaded.model, base_hash=loaded.hash) as runtime:
-        base_answers: list[Answer] = []
+        base_answers: list[ModelAnswer] = []
         for name, subject in subjects:
             result = evaluate(
                 loaded.model,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import nest_runtime as nest
 from nest_runtime.io import atomic_write
-from nest_runtime.prompts.generate import Answer, answer_conversations
+from nest_runtime.prompts.generate import ModelAnswer, answer_conversations
 from nest_runtime.prompts.refusals import is_refusal
 
 PROMPTS = (
@@ -48,7 +48,7 @@ def ask(model: str, patch: str, tokens: int) -> list[tuple[str, Said, Said]]:
     loaded = nest.load_model(model)
     chosen = nest.load_patch(patch, model_hash=loaded.hash)
     conversations = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    found: dict[str, list[Answer]] = {}
+    found: dict[str, list[ModelAnswer]] = {}
     with nest.PatchRuntime(loaded.model, base_hash=loaded.hash) as runtime:
         runtime.add(chosen)
         for who, key in (("base", None), (chosen.version, chosen.digest)):

@@ -122,13 +122,13 @@ def claim(
 
     Nothing is written where a limit is broken. The new file has another digest: sign it afterwards.
     """
-    from nest_runtime.evaluate.contract import Limits, claimed_attacks, make_claims, prepared
+    from nest_runtime.evaluate.contract import ClaimLimits, claimed_attacks, make_claims, prepared
     from nest_runtime.evaluate.judges import make_judge
     from nest_runtime.evaluate.run import check_judges
     from nest_runtime.evaluate.suites import default_judge
 
     out, target = Output.of(ctx, as_json), expand(out_file)
-    limits = Limits(max_asr, max_over_refusal, min_utility)
+    limits = ClaimLimits(max_asr, max_over_refusal, min_utility)
     writable_file(target)
     names = claimed_attacks(attacks or [])
     model = model_for(ctx, out, model, patch)
@@ -136,7 +136,7 @@ def claim(
     judge = judge or default_judge(cases)
     own = make_judge(judge, device=device)
     check_judges([own])
-    session = Session.open(model, patch, batch_size, device, dtype)
+    session = ClaimSession.open(model, patch, batch_size, device, dtype)
     subject = _subject(session.patch, version)
     with out.bars() as bars:
         result = session.measure(cases, own, max_tokens, bars)
@@ -183,7 +183,7 @@ def _subject(patch: Patch, version: str | None) -> Patch:
 
 
 @dataclass(frozen=True)
-class Session:
+class ClaimSession:
     """A model and a patch, loaded to be measured."""
 
     loaded: LoadedModel
@@ -191,7 +191,7 @@ class Session:
     batch_size: int
 
     @classmethod
-    def open(cls, model: str, patch: str | Patch, batch_size: int, device: str, dtype: str) -> Session:
+    def open(cls, model: str, patch: str | Patch, batch_size: int, device: str, dtype: str) -> ClaimSession:
         """Load both, and check that they fit. Raises BaseMismatch where they do not."""
         from nest_runtime.model.load import load_model
         from nest_runtime.resolve import load_patch
@@ -256,7 +256,7 @@ def check(out: Output, patch: Patch, means: Means) -> list[Checked]:
 
     def measure(cases: list[Case], judge: Judge) -> EvalResult:
         check_judges([judge])
-        session = Session.open(means.model, patch, means.batch_size, means.device, means.dtype)
+        session = ClaimSession.open(means.model, patch, means.batch_size, means.device, means.dtype)
         with out.bars() as bars:
             return session.measure(cases, judge, claims.max_tokens, bars)
 

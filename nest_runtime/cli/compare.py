@@ -146,7 +146,7 @@ def compare(
     if plots:
         require_matplotlib()
     model = model_for(ctx, out, model, patch[0] if patch else None)
-    asked = Asked(model, harmful, benign, suite, behaviors, attacks, judge, limit, device, dtype)
+    asked = CompareOptions(model, harmful, benign, suite, behaviors, attacks, judge, limit, device, dtype)
     from nest_runtime.compare.compare import Plan
 
     writable_folder(out_folder)
@@ -165,7 +165,7 @@ def compare(
 
 
 @dataclass(frozen=True)
-class Asked:
+class CompareOptions:
     """What the user named: model, data, cases and judge."""
 
     model: str
@@ -180,7 +180,7 @@ class Asked:
     dtype: str
 
 
-def _comparison(out: Output, asked: Asked, folder: Path, resume: bool) -> Comparison:
+def _comparison(out: Output, asked: CompareOptions, folder: Path, resume: bool) -> Comparison:
     """Read data and cases, check everything, then load the model."""
     bad, good = _prompts(asked)
     cases = _cases(asked)
@@ -208,7 +208,7 @@ def _finished(refs: Sequence[str] | None, comparison: Comparison) -> list[Shippe
     return shipped([load_patch(ref, model_hash=target.base_hash) for ref in refs or []], target)
 
 
-def _prompts(asked: Asked) -> tuple[list[Example], list[Example]]:
+def _prompts(asked: CompareOptions) -> tuple[list[Example], list[Example]]:
     if (asked.harmful is None) != (asked.benign is None):
         missing = "--benign" if asked.benign is None else "--harmful"
         raise UsageError(f"{missing} is missing", "give both files, or neither for the reference world's prompts")
@@ -226,7 +226,7 @@ def _prompts(asked: Asked) -> tuple[list[Example], list[Example]]:
     return reference_prompts()
 
 
-def _cases(asked: Asked) -> list[Case]:
+def _cases(asked: CompareOptions) -> list[Case]:
     from nest_runtime.evaluate import apply_attacks, parse_attacks, sample_cases
 
     attacks = parse_attacks(asked.attacks) if asked.attacks else []
@@ -236,7 +236,7 @@ def _cases(asked: Asked) -> list[Case]:
     return apply_attacks(cases, attacks) if attacks else cases
 
 
-def _validation_cases(asked: Asked) -> list[Case] | None:
+def _validation_cases(asked: CompareOptions) -> list[Case] | None:
     """The reference world's validation acts, its seen wrappings only; None: the held-out training prompts."""
     if asked.model != "reference" or asked.harmful is not None:
         return None

@@ -109,12 +109,12 @@ class Conversation:
             pad_token_id=pad_token_id(model, tokenizer),
         )
 
-        class Streamer(TextStreamer):
+        class TerminalStreamer(TextStreamer):
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
                 if on_text is not None and text:
                     on_text(text)
 
-        streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if on_text else None
+        streamer = TerminalStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if on_text else None
         with torch.inference_mode():
             output = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer

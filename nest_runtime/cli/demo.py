@@ -14,7 +14,7 @@ from nest_runtime.cli.output import DeviceOption, DtypeOption, ModelOption, Outp
 from nest_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from nest_runtime.demo.state import Desk
+    from nest_runtime.demo.state import DemoState
 
 
 def register(app: typer.Typer) -> None:
@@ -123,7 +123,7 @@ def _check(url: str | None, patch: str | None, admin: bool, key: Path | None, to
         raise UsageError("--admin-token-file is given without --admin", "give both, or neither")
 
 
-def _ready(out: Output, desk: Desk, url: str, key: str) -> None:
+def _ready(out: Output, desk: DemoState, url: str, key: str) -> None:
     first = desk.backend.preferred()
     event: dict[str, Any] = {"event": "ready", "url": url, "model": desk.backend.name, "admin": desk.admin}
     event |= {"patch": first.label if first else "base", "digest": first.digest if first else None}

@@ -132,7 +132,7 @@ def evaluate(
 
     suites, names = split_suites(suite or [])
     tasks = load_tasks(names, include=lm_eval_include, limit=limit, shots=lm_eval_shots) if names else None
-    asked = Asked(judge or [], attacks or [], seed, max_tokens, batch_size, workdir, device, dtype)
+    asked = EvalOptions(judge or [], attacks or [], seed, max_tokens, batch_size, workdir, device, dtype)
     cases = [] if names and not suites and not behaviors else _cases(model, suites, behaviors or [], limit, seed)
     session = _open(out, asked, cases, tasks, model, patch, no_patch)
     with out.bars() as bars:
@@ -145,7 +145,7 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalOptions:
     """How the user wants it measured."""
 
     judge: list[str]
@@ -166,8 +166,14 @@ def _cases(model: str, suites: list[str], behaviors: list[str], limit: int | Non
 
 
 def _open(
-    out: Output, asked: Asked, cases: list[Case], tasks: Tasks | None, model: str, patch: str | None, no_patch: bool
-) -> Session:
+    out: Output,
+    asked: EvalOptions,
+    cases: list[Case],
+    tasks: Tasks | None,
+    model: str,
+    patch: str | None,
+    no_patch: bool,
+) -> EvalSession:
     """Check everything that can be checked before answers are paid for, then load the model and the patch."""
     from nest_runtime.evaluate import make_judge, parse_attacks
     from nest_runtime.evaluate.run import check_judges
@@ -186,14 +192,14 @@ def _open(
     runtime = PatchRuntime(loaded.model, base_hash=loaded.hash)
     if chosen is not None:
         runtime.add(chosen)
-    return Session(asked, cases, tasks, attacks, judges, loaded, runtime, chosen)
+    return EvalSession(asked, cases, tasks, attacks, judges, loaded, runtime, chosen)
 
 
 @dataclass(frozen=True)
-class Session:
+class EvalSession:
     """All that one evaluation needs, checked and loaded."""
 
-    asked: Asked
+    asked: EvalOptions
     cases: list[Case]
     tasks: Tasks | None
     attacks: list[Attack]

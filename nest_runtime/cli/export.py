@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
 
 
-class Form(StrEnum):
+class ExportForm(StrEnum):
     """What to write."""
 
     peft = "peft"
@@ -47,7 +47,9 @@ def register(app: typer.Typer) -> None:
 def export(
     ctx: typer.Context,
     patch: Annotated[str, PatchArgument],
-    form: Annotated[Form, typer.Option("--to", help="An adapter for PEFT, vLLM or llama.cpp, or a whole checkpoint.")],
+    form: Annotated[
+        ExportForm, typer.Option("--to", help="An adapter for PEFT, vLLM or llama.cpp, or a whole checkpoint.")
+    ],
     out_folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to make.")],
     model: Annotated[
         str | None,
@@ -88,7 +90,7 @@ class _Job:
     out: Output
     patch: Patch
     base: Path | None
-    form: Form
+    form: ExportForm
     folder: Path
     overwrite: bool
     check: bool
@@ -96,7 +98,7 @@ class _Job:
 
     def run(self) -> dict[str, Any]:
         with self.out.bars() as bars:
-            made = self._merged(bars) if self.form is Form.merged else self._adapter()
+            made = self._merged(bars) if self.form is ExportForm.merged else self._adapter()
         files = list(made.files)
         figures = asdict(self.measured) if self.measured else {"max_abs_error": None, "max_abs_change": None}
         facts = {key: getattr(made, key) for key in ("rank", "modules", "hash") if hasattr(made, key)}
@@ -122,7 +124,7 @@ class _Job:
 
         model = None if self.base is None else skeleton(self.base)
         common: dict[str, Any] = {"model": model, "overwrite": self.overwrite}
-        if self.form is Form.gguf:
+        if self.form is ExportForm.gguf:
             common["architecture"] = self._architecture()
             return export_gguf(self.patch, self.folder, **common, check=self._checker(self._gguf_figures))
         if self._can_check("peft"):

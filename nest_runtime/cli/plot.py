@@ -15,7 +15,7 @@ from nest_runtime.hints import did_you_mean
 
 if TYPE_CHECKING:
     from nest_runtime.plots.scan import Scan
-    from nest_runtime.plots.view import View
+    from nest_runtime.plots.view import NeuronView
     from nest_runtime.prompts.examples import Example
 
 FORMATS = ("png", "svg")
@@ -117,7 +117,7 @@ def _prompts(ref: str, which: str) -> list[Example]:
 
 def _scans(
     out: Output,
-    views: tuple[View, ...],
+    views: tuple[NeuronView, ...],
     harmful: list[Example],
     benign: list[Example],
     model: str | None,

@@ -196,7 +196,7 @@ def activate(
     from nest_runtime.resolve import load_patch
     from nest_runtime.store.entries import is_path, is_repository
     from nest_runtime.store.store import Store
-    from nest_runtime.trust.activate import Asked
+    from nest_runtime.trust.activate import SwitchRequest
     from nest_runtime.trust.activate import activate as put_in_force
     from nest_runtime.trust.guard import guard_for
 
@@ -214,7 +214,7 @@ def activate(
     )
     foreign = is_path(patch) or is_repository(patch)
     loaded = load_patch(patch) if foreign else store.get(patch, model_hash=model_hash)
-    done = put_in_force(store, loaded, guard, Asked(why=why), ref=patch, model_hash=model_hash)
+    done = put_in_force(store, loaded, guard, SwitchRequest(why=why), ref=patch, model_hash=model_hash)
     _show_switch(out, done, f"activate {done.entry.key}")
 
 
@@ -236,7 +236,7 @@ def rollback(
     Where keys are trusted, its signature and the revocations are checked again; its lower serial is what is asked for.
     """
     from nest_runtime.store.store import Store
-    from nest_runtime.trust.activate import Asked, roll_back
+    from nest_runtime.trust.activate import SwitchRequest, roll_back
     from nest_runtime.trust.guard import guard_for
 
     out = Output.of(ctx, as_json)
@@ -245,7 +245,7 @@ def rollback(
         return
     store, model_hash = Store(), base_hash_of(model)
     guard = guard_for(store, trust or (), require_signature=require_signature, policy_file=trust_policy)
-    _show_switch(out, roll_back(store, guard, Asked(why=why), model_hash=model_hash), "rollback")
+    _show_switch(out, roll_back(store, guard, SwitchRequest(why=why), model_hash=model_hash), "rollback")
 
 
 def history(

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 
-class _Callable(ModuleType):
+class _CompareModule(ModuleType):
     """This package: importing it takes the name that the public function has, so it answers calls as well."""
 
     def __call__(self, *args: Any, **settings: Any) -> dict[str, Any]:
@@ -19,4 +19,4 @@ class _Callable(ModuleType):
         return compare(*args, **settings)
 
 
-sys.modules[__name__].__class__ = _Callable
+sys.modules[__name__].__class__ = _CompareModule

@@ -12,8 +12,8 @@ from typing import Any
 import gradio as gr
 
 from nest_runtime.demo import markup
-from nest_runtime.demo.background import Job
-from nest_runtime.demo.state import Desk
+from nest_runtime.demo.background import BackgroundJob
+from nest_runtime.demo.state import DemoState
 from nest_runtime.errors import NestError, UsageError
 from nest_runtime.patch.values import short
 
@@ -97,7 +97,7 @@ def _question(name: str, verb: str) -> Question:
     return Question(row, words, yes, no)
 
 
-def connect(desk: Desk, parts: AdminParts, refresh: Callable[[], list[Any]], lists: list[Any]) -> None:
+def connect(desk: DemoState, parts: AdminParts, refresh: Callable[[], list[Any]], lists: list[Any]) -> None:
     """Make the buttons work.
 
     Args:
@@ -126,7 +126,7 @@ def connect(desk: Desk, parts: AdminParts, refresh: Callable[[], list[Any]], lis
 class Changes:
     """What the buttons do that exist with ``--admin`` only."""
 
-    def __init__(self, desk: Desk, refresh: Callable[[], list[Any]]) -> None:
+    def __init__(self, desk: DemoState, refresh: Callable[[], list[Any]]) -> None:
         self.desk, self.refresh = desk, refresh
 
     def ask_activate(self, digest: str | None) -> list[Any]:
@@ -191,7 +191,7 @@ class Changes:
     def push(self, digest: str | None, repo: str, private: bool, token: str) -> Iterator[list[Any]]:
         """Publish a patch, with its signature where the store has one."""
 
-        def work(job: Job[str]) -> str:
+        def work(job: BackgroundJob[str]) -> str:
             from nest_runtime.hub.publish import push
             from nest_runtime.hub.repository import parse_repo
             from nest_runtime.trust.guard import Guard
@@ -213,7 +213,7 @@ class Changes:
     def pull(self, repo: str, token: str) -> Iterator[list[Any]]:
         """Fetch a patch into the store, and offer it everywhere."""
 
-        def work(job: Job[str]) -> str:
+        def work(job: BackgroundJob[str]) -> str:
             from nest_runtime.hub.fetch import pull
             from nest_runtime.trust.guard import guard_for
 
@@ -233,20 +233,20 @@ class Changes:
             yield [said, "", *unchanged]
         yield [said, "", *self.refresh()]
 
-    def _with_hub(self, work: Callable[[Job[str]], str], token: str) -> Iterator[str]:
+    def _with_hub(self, work: Callable[[BackgroundJob[str]], str], token: str) -> Iterator[str]:
         """Run a change that speaks with the Hub; yields how far it is, then what came of it."""
         from nest_runtime.hub.huggingface import hub_session
 
         done: list[str] = []
         step, seconds = "beginning", 0.0
 
-        def body(job: Job[str]) -> None:
+        def body(job: BackgroundJob[str]) -> None:
             with hub_session(token.strip() or None, job.report):
                 done.append(work(job))
 
         yield markup.wrap(markup.progress(step, 0, 0))
         try:
-            for said in Job[str]().run(body, beat=BEAT):
+            for said in BackgroundJob[str]().run(body, beat=BEAT):
                 step, seconds = (said, 0.0) if said is not None else (step, seconds + BEAT)
                 waited = f" ({seconds:.0f} s)" if seconds >= 2 else ""
                 yield markup.wrap(markup.progress(f"{step}{waited}", 0, 0))

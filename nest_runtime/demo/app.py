@@ -9,7 +9,7 @@ import gradio as gr
 
 from nest_runtime.demo import admin, chat, evidence, markup, neurons, patches, results
 from nest_runtime.demo.backend import BASE
-from nest_runtime.demo.state import Desk
+from nest_runtime.demo.state import DemoState
 
 CSS = Path(__file__).with_name("style.css")
 SCRIPT = Path(__file__).with_name("page.js")
@@ -45,7 +45,7 @@ def theme() -> gr.themes.Base:
     )
 
 
-def build(desk: Desk) -> gr.Blocks:
+def build(desk: DemoState) -> gr.Blocks:
     """The whole page over a backend. Starts nothing."""
     with gr.Blocks(title=f"nest-runtime: {desk.backend.name}", analytics_enabled=False) as page:
         backend, patched = desk.backend, desk.backend.preferred() is not None
@@ -79,7 +79,7 @@ def build(desk: Desk) -> gr.Blocks:
 class _Lists:
     """The contents of every list of patches, in the order of the page's ``lists``."""
 
-    def __init__(self, desk: Desk, by_digest: int) -> None:
+    def __init__(self, desk: DemoState, by_digest: int) -> None:
         self.desk, self.by_digest = desk, by_digest
 
     def connect(self, page: gr.Blocks, tab: gr.Tab, parts: patches.PatchesParts, lists: list[Any]) -> None:

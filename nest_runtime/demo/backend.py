@@ -18,7 +18,7 @@ TOY = "a toy that knows one small made-up world, and nothing of ours"  # the ref
 
 
 @dataclass(frozen=True)
-class Choice:
+class PatchChoice:
     """One thing that can answer.
 
     Attributes:
@@ -31,7 +31,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Answered:
+class DemoAnswer:
     """Who has answered, as the one who did says it, how many tokens that took, and whether the limit cut it short."""
 
     label: str
@@ -57,21 +57,21 @@ class Backend(Protocol):
     model_hash: str | None
     can_switch: bool
 
-    def choices(self) -> list[Choice]:
+    def choices(self) -> list[PatchChoice]:
         """What can answer, the base first where it may be asked."""
 
-    def preferred(self) -> Choice | None:
+    def preferred(self) -> PatchChoice | None:
         """The patch to show first, or None where there is none."""
 
     def answer(
         self,
         messages: Sequence[Message],
-        choice: Choice,
+        choice: PatchChoice,
         *,
         max_tokens: int,
         on_text: OnText,
         stopped: Callable[[], bool],
-    ) -> Answered:
+    ) -> DemoAnswer:
         """Answer a conversation; blocks until the answer is whole. Called from several threads.
 
         Args:
@@ -88,7 +88,7 @@ class Backend(Protocol):
     def answer_all(
         self,
         conversations: Sequence[Sequence[Message]],
-        choice: Choice,
+        choice: PatchChoice,
         *,
         max_tokens: int,
         on_answers: OnAnswers,
@@ -123,6 +123,6 @@ def told_size(parameters: int) -> str:
     return f"{parameters:,} parameters"
 
 
-def find(choices: Sequence[Choice], label: str | None) -> Choice | None:
+def find(choices: Sequence[PatchChoice], label: str | None) -> PatchChoice | None:
     """The choice of a label, or None."""
     return next((choice for choice in choices if choice.label == label), None)

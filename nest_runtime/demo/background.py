@@ -12,11 +12,11 @@ TICK = 0.1  # seconds between looks
 T = TypeVar("T")
 
 
-class Stopped(Exception):
+class JobStopped(Exception):
     """The page has gone, or its user wants no more of it. Raised in the work, never out of it."""
 
 
-class Job(Generic[T]):
+class BackgroundJob(Generic[T]):
     """Work that reports values of one type.
 
     Attributes:
@@ -30,10 +30,10 @@ class Job(Generic[T]):
     def report(self, value: T) -> None:
         """Tell the page how far it is. Raises Stopped where the page has gone."""
         if self.stopping.is_set():
-            raise Stopped
+            raise JobStopped
         self._news.put(value)
 
-    def run(self, work: Callable[[Job[T]], None], *, beat: float | None = None) -> Iterator[T | None]:
+    def run(self, work: Callable[[BackgroundJob[T]], None], *, beat: float | None = None) -> Iterator[T | None]:
         """Run ``work(job)`` in a thread and yield what it reports, the newest only where several came at once.
 
         Args:
@@ -46,7 +46,7 @@ class Job(Generic[T]):
 
         def body() -> None:
             try:
-                with suppress(Stopped):
+                with suppress(JobStopped):
                     work(self)
             except BaseException as error:  # raised again where the page can show it
                 failed.append(error)
@@ -90,7 +90,7 @@ class Running:
         self.busy = False
         self.stopped = False
 
-    def watch(self, work: Callable[[Job[T]], None]) -> Iterator[T | None]:
+    def watch(self, work: Callable[[BackgroundJob[T]], None]) -> Iterator[T | None]:
         """Run work and yield what it reports, until it is done or ``stop`` is called; None before it begins.
 
         Raises what the work raises.
@@ -100,7 +100,7 @@ class Running:
             yield None
             if self.stopped:
                 return
-            for value in Job[T]().run(work, beat=2 * TICK):
+            for value in BackgroundJob[T]().run(work, beat=2 * TICK):
                 if self.stopped:
                     return
                 if value is not None:

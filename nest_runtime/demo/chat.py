@@ -10,10 +10,10 @@ from typing import Any
 import gradio as gr
 
 from nest_runtime.demo import markup
-from nest_runtime.demo.backend import BASE, Choice
-from nest_runtime.demo.background import Job, Running
+from nest_runtime.demo.backend import BASE, PatchChoice
+from nest_runtime.demo.background import BackgroundJob, Running
 from nest_runtime.demo.examples import Wrapped
-from nest_runtime.demo.state import Desk
+from nest_runtime.demo.state import DemoState
 from nest_runtime.demo.talk import Talk, ask, redo
 from nest_runtime.errors import NestError
 
@@ -32,7 +32,7 @@ class ChatParts:
     missing: gr.HTML
 
 
-def build(desk: Desk) -> ChatParts:
+def build(desk: DemoState) -> ChatParts:
     """Lay the tab out and connect it."""
     tab = Chat(desk)
     talk = gr.State(Talk())
@@ -74,14 +74,14 @@ def build(desk: Desk) -> ChatParts:
     return ChatParts(picker, talk, missing)
 
 
-def missing_html(desk: Desk) -> str:
+def missing_html(desk: DemoState) -> str:
     """How to get a patch, where the model has none yet; else nothing."""
     if desk.backend.preferred() is not None or not desk.model_ref:
         return ""
     return markup.wrap(first_patch(desk))
 
 
-def baseless_html(desk: Desk) -> str:
+def baseless_html(desk: DemoState) -> str:
     """What a server has to be started with so that there is something to compare; nothing where there is."""
     try:
         if desk.has_base():
@@ -95,7 +95,7 @@ def baseless_html(desk: Desk) -> str:
     return markup.wrap(markup.offer(message, ["nest-runtime serve --patch v3 --expose-base"]))
 
 
-def first_patch(desk: Desk) -> str:
+def first_patch(desk: DemoState) -> str:
     """The way to a model's first patch."""
     flag = f" --model {shlex.quote(desk.model_ref or 'MODEL')}"
     commands = [
@@ -163,7 +163,7 @@ def _grid(tab: Chat, picker: gr.Dropdown, toggle: gr.Checkbox) -> None:
 class Chat:
     """The tab's answers to what is clicked."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: DemoState) -> None:
         self.desk = desk
 
     def ask(self, prompt: str, label: str | None, on: bool, talk: Talk) -> Iterator[tuple[Any, Any, str]]:
@@ -258,7 +258,7 @@ class Chat:
         except NestError as error:
             yield gr.skip(), markup.wrap(markup.alert(error))
 
-    def _fill(self, job: Job[_Answers], talks: list[Wrapped], sides: tuple[Choice, Choice]) -> None:
+    def _fill(self, job: BackgroundJob[_Answers], talks: list[Wrapped], sides: tuple[PatchChoice, PatchChoice]) -> None:
         answers: _Answers = {}
         for side in (1, 0) if sides[0] != sides[1] else (1,):
 
@@ -274,7 +274,12 @@ class Chat:
 
 
 def grid_html(
-    talks: list[Wrapped], sides: tuple[Choice, Choice], answers: _Answers, desk: Desk, *, stopped: bool = False
+    talks: list[Wrapped],
+    sides: tuple[PatchChoice, PatchChoice],
+    answers: _Answers,
+    desk: DemoState,
+    *,
+    stopped: bool = False,
 ) -> str:
     """The grid: a row for each family, and in each cell what both sides made of one wrapping."""
     names = ["base" if side.label == BASE else side.label for side in sides]

@@ -8,16 +8,16 @@ from typing import Any
 import gradio as gr
 
 from nest_runtime.demo import markup
-from nest_runtime.demo.backend import BASE, Choice
-from nest_runtime.demo.background import Job, Running
+from nest_runtime.demo.backend import BASE, PatchChoice
+from nest_runtime.demo.background import BackgroundJob, Running
 from nest_runtime.demo.measure import SEED, Standing, judge_for, measure, quick_cases
-from nest_runtime.demo.state import Desk
+from nest_runtime.demo.state import DemoState
 from nest_runtime.errors import NestError
 
 AT_ONCE = 2  # visitors whose evaluations run at the same time
 
 
-def build(desk: Desk) -> tuple[gr.Dropdown, gr.HTML]:
+def build(desk: DemoState) -> tuple[gr.Dropdown, gr.HTML]:
     """Lay the tab out and connect it; gives the list of patches, and the comparison's place, which the page fills."""
     gr.HTML(markup.wrap("<h2>Quick evaluation</h2>", markup.note(_about(desk))), padding=False)
     with gr.Row(equal_height=True):
@@ -39,14 +39,14 @@ def build(desk: Desk) -> tuple[gr.Dropdown, gr.HTML]:
     return picker, gr.HTML(elem_id="comparison", padding=False)
 
 
-def _about(desk: Desk) -> str:
+def _about(desk: DemoState) -> str:
     return (
         f"{desk.offer.about} A few of each suite are drawn with seed {SEED}, and answered by base and patch. "
         "Few prompts mean wide intervals: `nest-runtime eval` runs all you give it."
     )
 
 
-def evaluation(desk: Desk, label: str | None, count: int, running: Running) -> Iterator[tuple[Any, str]]:
+def evaluation(desk: DemoState, label: str | None, count: int, running: Running) -> Iterator[tuple[Any, str]]:
     """Run a quick evaluation; yields the bars as they stand, and why it does not run or has ended."""
     if running.busy:
         yield gr.skip(), markup.said("It is running already; Stop ends it.")
@@ -61,7 +61,7 @@ def evaluation(desk: Desk, label: str | None, count: int, running: Running) -> I
         )
         cases, judge = quick_cases(desk.backend, count), judge_for(desk.backend).name
 
-        def work(job: Job[Standing]) -> None:
+        def work(job: BackgroundJob[Standing]) -> None:
             measure(job, desk.backend, sides, cases)
 
         begun = markup.wrap(markup.progress("answers", 0, len(sides) * len(cases)))
@@ -74,7 +74,7 @@ def evaluation(desk: Desk, label: str | None, count: int, running: Running) -> I
 
 
 def standing_html(
-    standing: Standing, sides: Sequence[Choice], judge: str, suites: Sequence[tuple[str, str, str]]
+    standing: Standing, sides: Sequence[PatchChoice], judge: str, suites: Sequence[tuple[str, str, str]]
 ) -> str:
     """Progress, and a bar for each measure and side."""
     names = [BASE if side.label == BASE else side.label for side in sides]

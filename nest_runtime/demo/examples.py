@@ -21,7 +21,7 @@ REFERENCE_SUITES = (
 
 
 @dataclass(frozen=True)
-class Example:
+class DemoExample:
     """A conversation to try; all but its last turn were written before."""
 
     messages: tuple[Message, ...]
@@ -62,7 +62,7 @@ class Offer:
         about: a sentence on that evaluation's prompts.
     """
 
-    kinds: Mapping[str, tuple[Example, ...]]
+    kinds: Mapping[str, tuple[DemoExample, ...]]
     first_kind: str
     act: str
     act_label: str
@@ -75,7 +75,7 @@ class Offer:
         """The first prompt of all."""
         return self.kinds[self.first_kind][0].prompt
 
-    def example(self, kind: str, label: str) -> Example | None:
+    def example(self, kind: str, label: str) -> DemoExample | None:
         """The example of a kind that a list calls so."""
         return next((item for item in self.kinds.get(kind, ()) if item.label == label), None)
 
@@ -88,7 +88,7 @@ def reference_offer() -> Offer:
 
 
 @cache
-def examples() -> dict[str, tuple[Example, ...]]:
+def examples() -> dict[str, tuple[DemoExample, ...]]:
     """A few examples of each kind: benign, homonym, plain harmful, and each jailbreak family."""
     from nest_runtime.reference.world import cases
     from nest_runtime.reference.wrappings import FAMILIES
@@ -103,7 +103,7 @@ def examples() -> dict[str, tuple[Example, ...]]:
         talks = [item.messages for item in wrapped(acts[number * 7 % len(acts)]) if item.family == family]
         found[f"Jailbreak: {family}"] = _some(talks, row_step=1)
     own = next(item for item in wrapped(FIRST_ACT) if item.name == "refusal-suppression/2")
-    found[FIRST_KIND] = (Example(own.messages), *found[FIRST_KIND][: PER_KIND - 1])
+    found[FIRST_KIND] = (DemoExample(own.messages), *found[FIRST_KIND][: PER_KIND - 1])
     return found
 
 
@@ -120,7 +120,7 @@ def _acts() -> list[str]:
     return [act.text for act in select(harmful=True, split="test")]
 
 
-def _some(talks: Sequence[Sequence[Message]], row_step: int) -> tuple[Example, ...]:
+def _some(talks: Sequence[Sequence[Message]], row_step: int) -> tuple[DemoExample, ...]:
     """A few of many, spread over them."""
     picked = [talks[number * row_step % len(talks)] for number in range(min(PER_KIND, len(talks)))]
-    return tuple(Example(tuple(talk)) for talk in picked)
+    return tuple(DemoExample(tuple(talk)) for talk in picked)

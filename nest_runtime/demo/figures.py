@@ -16,7 +16,7 @@ from nest_runtime.demo.markup import scroll, text
 
 if TYPE_CHECKING:
     from nest_runtime.demo.probe import Activations
-    from nest_runtime.plots.view import SiteView, View
+    from nest_runtime.plots.view import NeuronView, SiteView
 
 MAX_MARKS = 6000  # beyond these the page gets slow: those with the largest updates are drawn
 ROW = 34.0  # height of a layer's lane, pixels
@@ -24,7 +24,7 @@ CELL = 18.0
 BINS = 36
 
 
-def neuron_maps(view: View) -> str:
+def neuron_maps(view: NeuronView) -> str:
     """Where a patch acts: a drawing for each kind of projection, layers down, neurons across."""
     norms = np.concatenate([np.zeros(1), *(site.norms for site in view.sites if site.norms is not None)])
     least = float(np.sort(norms)[-MAX_MARKS]) if len(norms) > MAX_MARKS else -1.0
@@ -35,7 +35,7 @@ def neuron_maps(view: View) -> str:
     return f'<div class="nr-told"><div class="nr-maps">{figures}</div>{keys}{charts.TELL}</div>'
 
 
-def _map(view: View, kind: str, least: float, largest: float) -> str:
+def _map(view: NeuronView, kind: str, least: float, largest: float) -> str:
     sites = view.of(kind)
     total = sum(len(site.neurons) for site in sites)
     there = [site.layer for site in sites if len(site.neurons)]
@@ -157,7 +157,7 @@ def _color(share: float) -> str:
     return f"color-mix(in srgb,var(--nr-{'above' if share > 0 else 'below'}) {amount:.0f}%,var(--nr-middle))"
 
 
-def statistics(view: View) -> str:
+def statistics(view: NeuronView) -> str:
     """How well the clusters of each layer are set apart, and how far from the middle the neurons' z-scores lie."""
     made = []
     if any(site.silhouette is not None for site in view.sites):
@@ -169,7 +169,7 @@ def statistics(view: View) -> str:
     return f'{charts.key([f"{kind}_proj" for kind in view.kinds])}<div class="nr-maps">{"".join(made)}</div>'
 
 
-def _silhouettes(view: View) -> str:
+def _silhouettes(view: NeuronView) -> str:
     sites = [site for site in view.sites if site.silhouette is not None]
     layers = sorted({site.layer for site in sites})
     width = 0.8 / len(view.kinds)
@@ -187,7 +187,7 @@ def _silhouettes(view: View) -> str:
     return charts.columns("How well the clusters are set apart", bars, x, y)
 
 
-def _z_scores(view: View) -> str:
+def _z_scores(view: NeuronView) -> str:
     kept = {kind: [site.z for site in view.of(kind) if site.z is not None] for kind in view.kinds}
     values = {kind: np.concatenate(parts) for kind, parts in kept.items() if parts}
     least = min(float(z.min()) for z in values.values() if len(z))
@@ -210,7 +210,7 @@ def _z_scores(view: View) -> str:
     return charts.columns("The patched neurons' z-scores", bars, x, charts.linear("neurons", 0, top))
 
 
-def neuron_tables(view: View, per_site: int = 40) -> str:
+def neuron_tables(view: NeuronView, per_site: int = 40) -> str:
     """The same neurons as tables, for those who cannot hover: the largest updates of each projection."""
     from nest_runtime.demo.markup import table
 

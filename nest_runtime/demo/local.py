@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.demo.backend import BASE, TOY, Answered, Choice, Message, OnAnswers, OnText, told_size
+from nest_runtime.demo.backend import BASE, TOY, DemoAnswer, Message, OnAnswers, OnText, PatchChoice, told_size
 from nest_runtime.errors import UsageError
 from nest_runtime.model.load import REFERENCE
 from nest_runtime.patch.values import short
@@ -46,7 +46,7 @@ class LocalBackend:
         self.can_switch = True
         self.runtime = PatchRuntime(loaded.model, base_hash=loaded.hash)
         self._guard = guard_for(store)
-        self._gate = Gate()
+        self._gate = PassLock()
         self._keys: dict[str, str] = {}  # digest → key in the runtime
         self._lock = threading.Lock()
         self._own = {first.digest: first} if first is not None else {}
@@ -61,16 +61,17 @@ class LocalBackend:
         entries += [entry_of(patch, len(to_bytes(patch))) for digest, patch in self._own.items() if digest not in known]
         return sorted(entries, key=lambda entry: (entry.name, entry.serial, entry.version))
 
-    def choices(self) -> list[Choice]:
+    def choices(self) -> list[PatchChoice]:
         """The base, the store's patches for the model, and the one that was named, by serial."""
         entries = self.entries()
         versions = [entry.version for entry in entries]
         named = [
-            Choice(e.version if versions.count(e.version) == 1 else f"{e.name}@{e.version}", e.digest) for e in entries
+            PatchChoice(e.version if versions.count(e.version) == 1 else f"{e.name}@{e.version}", e.digest)
+            for e in entries
         ]
-        return [Choice(BASE), *named]
+        return [PatchChoice(BASE), *named]
 
-    def preferred(self) -> Choice | None:
+    def preferred(self) -> PatchChoice | None:
         """The named patch, else the active one, else the newest."""
         choices = self.choices()[1:]
         entries = self.store.list(self.loaded.hash)
@@ -86,12 +87,12 @@ class LocalBackend:
     def answer(
         self,
         messages: Sequence[Message],
-        choice: Choice,
+        choice: PatchChoice,
         *,
         max_tokens: int,
         on_text: OnText,
         stopped: Callable[[], bool],
-    ) -> Answered:
+    ) -> DemoAnswer:
         """Greedy decoding under one patch from the first token to the last. See Backend."""
         import torch
         from transformers import GenerationConfig, StoppingCriteriaList
@@ -118,12 +119,12 @@ class LocalBackend:
                 stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped()]),
             )
         made = output[0, len(rows) :].tolist()
-        return Answered(choice.label, choice.digest, len(made), len(made) >= limit and made[-1] not in ends)
+        return DemoAnswer(choice.label, choice.digest, len(made), len(made) >= limit and made[-1] not in ends)
 
     def answer_all(
         self,
         conversations: Sequence[Sequence[Message]],
-        choice: Choice,
+        choice: PatchChoice,
         *,
         max_tokens: int,
         on_answers: OnAnswers,
@@ -147,17 +148,17 @@ class LocalBackend:
 
     def activate(self, entry: Entry) -> str:
         """Make a patch the store's active one, after the trust policy's checks. Raises what they raise."""
-        from nest_runtime.trust.activate import Asked, activate
+        from nest_runtime.trust.activate import SwitchRequest, activate
 
         patch = self.store.get(entry.digest)
-        done = activate(self.store, patch, self._guard, Asked(why=WHY), model_hash=self.model_hash).entry
+        done = activate(self.store, patch, self._guard, SwitchRequest(why=WHY), model_hash=self.model_hash).entry
         return self._active(done)
 
     def rollback(self) -> str:
         """Go back in the store, after the trust policy's checks; a lower serial is what is asked for."""
-        from nest_runtime.trust.activate import Asked, roll_back
+        from nest_runtime.trust.activate import SwitchRequest, roll_back
 
-        done = roll_back(self.store, self._guard, Asked(why=WHY), model_hash=self.model_hash).entry
+        done = roll_back(self.store, self._guard, SwitchRequest(why=WHY), model_hash=self.model_hash).entry
         return self._active(done)
 
     def _active(self, entry: Entry) -> str:
@@ -191,7 +192,7 @@ class LocalBackend:
         return room
 
 
-class Gate:
+class PassLock:
     """Lets any number of passes through, or one change of the model while none runs."""
 
     def __init__(self) -> None:
@@ -230,9 +231,9 @@ class Gate:
 def _streamer(tokenizer: Any, on_text: OnText) -> Any:
     from transformers import TextStreamer
 
-    class Streamer(TextStreamer):
+    class DemoStreamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             if text:
                 on_text(text)
 
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return DemoStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

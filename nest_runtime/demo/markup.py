@@ -15,7 +15,7 @@ from nest_runtime.demo.glossary import TERMS, popovers, term, titled
 from nest_runtime.escape import clean
 
 if TYPE_CHECKING:
-    from nest_runtime.demo.talk import Reply, Talk, Turn
+    from nest_runtime.demo.talk import DemoReply, Talk, Turn
     from nest_runtime.errors import NestError
     from nest_runtime.evaluate.stats import Rate
 
@@ -141,7 +141,7 @@ def _turn(turn: Turn) -> str:
     return f'<div class="nr-turn">{prompt}<div class="nr-sides">{sides}</div></div>'
 
 
-def _reply(reply: Reply) -> str:
+def _reply(reply: DemoReply) -> str:
     bare = reply.label == BASE
     name = "Base, no patch" if bare else f"Patch {reply.label}"
     body = alert_of(reply) if reply.state == "failed" else ""
@@ -171,7 +171,7 @@ def _reply(reply: Reply) -> str:
     )
 
 
-def alert_of(reply: Reply) -> str:
+def alert_of(reply: DemoReply) -> str:
     """The error of a failed answer."""
     from nest_runtime.errors import NestError
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from nest_runtime.demo.backend import Backend, Choice
-from nest_runtime.demo.background import Job
+from nest_runtime.demo.backend import Backend, PatchChoice
+from nest_runtime.demo.background import BackgroundJob
 from nest_runtime.model.load import REFERENCE
 
 if TYPE_CHECKING:
@@ -72,7 +72,9 @@ def judge_for(backend: Backend) -> Judge:
     return make_judge("reference" if is_reference(backend) else "phrases")
 
 
-def measure(job: Job[Standing], backend: Backend, sides: Sequence[Choice], cases: Sequence[Case]) -> None:
+def measure(
+    job: BackgroundJob[Standing], backend: Backend, sides: Sequence[PatchChoice], cases: Sequence[Case]
+) -> None:
     """Answer and judge the cases on one or both sides, a piece of each in turn; reports after every batch."""
     judge, standing = judge_for(backend), Standing(len(sides) * len(cases))
     for start in range(0, len(cases), CHUNK):
@@ -82,9 +84,9 @@ def measure(job: Job[Standing], backend: Backend, sides: Sequence[Choice], cases
 
 
 def _piece(
-    job: Job[Standing],
+    job: BackgroundJob[Standing],
     backend: Backend,
-    choice: Choice,
+    choice: PatchChoice,
     piece: Sequence[Case],
     judge: Judge,
     standing: Standing,

@@ -9,7 +9,7 @@ import gradio as gr
 from nest_runtime.demo import figures, markup
 from nest_runtime.demo.backend import Message
 from nest_runtime.demo.chat import first_patch
-from nest_runtime.demo.state import Desk
+from nest_runtime.demo.state import DemoState
 from nest_runtime.demo.talk import Talk
 from nest_runtime.errors import NestError
 
@@ -17,7 +17,7 @@ ALL = "all, by cluster"
 NONE = "Neurons are a patch's, and this model has no patch yet."
 
 
-def build(desk: Desk, talk: gr.State) -> tuple[gr.Dropdown, gr.HTML]:
+def build(desk: DemoState, talk: gr.State) -> tuple[gr.Dropdown, gr.HTML]:
     """Lay the tab out and connect it; gives the list of patches, and the map, which the page fills.
 
     Args:
@@ -60,7 +60,7 @@ def build(desk: Desk, talk: gr.State) -> tuple[gr.Dropdown, gr.HTML]:
 class Neurons:
     """The tab's answers to what is clicked, where the model is in this process."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: DemoState) -> None:
         self.desk = desk
 
     def sites(self, digest: str | None) -> Any:
@@ -99,7 +99,7 @@ def _messages(own: str, talk: Talk) -> list[Message]:
     return [*before, {"role": "user", "content": talk.turns[-1].prompt}]
 
 
-def map_html(desk: Desk, digest: str | None) -> str:
+def map_html(desk: DemoState, digest: str | None) -> str:
     """The map of a patch's neurons, and the same as tables."""
     from nest_runtime.plots.view import view_of_patch
 
@@ -122,7 +122,7 @@ def map_html(desk: Desk, digest: str | None) -> str:
     return markup.wrap(f'<p class="nr-note">{words}</p>', figures.neuron_maps(view), tables)
 
 
-def statistics_html(desk: Desk, digest: str | None) -> str:
+def statistics_html(desk: DemoState, digest: str | None) -> str:
     """Silhouettes and z-scores of a patch."""
     from nest_runtime.plots.view import view_of_patch
 

@@ -10,7 +10,7 @@ import gradio as gr
 from nest_runtime.demo import markup
 from nest_runtime.demo.admin import AdminParts, build_admin
 from nest_runtime.demo.chat import first_patch
-from nest_runtime.demo.state import Desk
+from nest_runtime.demo.state import DemoState
 from nest_runtime.errors import NestError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class PatchesParts:
     admin: AdminParts | None
 
 
-def build(desk: Desk) -> PatchesParts:
+def build(desk: DemoState) -> PatchesParts:
     """Lay the tab out; ``admin.connect`` makes the buttons work that change what other tabs show."""
     listing = gr.HTML(elem_id="patches", padding=False)
     gr.HTML(markup.wrap("<h2>Difference of two versions</h2>"), padding=False)
@@ -45,7 +45,7 @@ def build(desk: Desk) -> PatchesParts:
     return PatchesParts(listing, old, new, None)
 
 
-def listing_html(desk: Desk) -> str:
+def listing_html(desk: DemoState) -> str:
     """All patches of the model: lineage, size, figures, signature."""
     try:
         entries, active = desk.entries(), desk.backend.active()
@@ -62,7 +62,7 @@ def listing_html(desk: Desk) -> str:
     return markup.wrap(table, markup.note(base) if base else "")
 
 
-def _row(desk: Desk, entry: Entry, entries: list[Entry], active: str | None) -> list[str]:
+def _row(desk: DemoState, entry: Entry, entries: list[Entry], active: str | None) -> list[str]:
     patch = desk.patch(entry.digest)
     now = ' <span class="nr-badge nr-active">active</span>' if entry.digest == active else ""
     about = entry.name + (", comes with the package" if entry.builtin else "")
@@ -114,7 +114,7 @@ def _size(count: int) -> str:
     return f"{count / 1000:.1f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"
 
 
-def diff_html(desk: Desk, old: str | None, new: str | None) -> str:
+def diff_html(desk: DemoState, old: str | None, new: str | None) -> str:
     """What changed from one patch to another."""
     from nest_runtime.patch.algebra import diff
 

@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from nest_runtime.demo.backend import Message
-from nest_runtime.demo.examples import PER_KIND, Example, Offer, Wrapped
+from nest_runtime.demo.examples import PER_KIND, DemoExample, Offer, Wrapped
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate.cases import Case
@@ -111,19 +111,19 @@ def _attacks_on(case: Case) -> list[Case]:
     return found
 
 
-def _attacked() -> dict[str, tuple[Example, ...]]:
+def _attacked() -> dict[str, tuple[DemoExample, ...]]:
     """A few examples of each family of attacks, about several asks."""
-    found: dict[str, list[Example]] = {}
+    found: dict[str, list[DemoExample]] = {}
     for start in (0, len(HARMFUL) // 2):
         tables = [{item.name: item for item in wrapped(ask)} for ask in (*HARMFUL[start:], *HARMFUL[:start])]
         for number, name in enumerate(tables[0]):
             item, ask = tables[number % len(tables)][name], HARMFUL[(start + number) % len(HARMFUL)]
-            found.setdefault(f"Jailbreak: {item.family}", []).append(Example(item.messages, f"{name}: {ask}"))
+            found.setdefault(f"Jailbreak: {item.family}", []).append(DemoExample(item.messages, f"{name}: {ask}"))
     return {kind: tuple(items[:PER_KIND]) for kind, items in found.items()}
 
 
-def _single(text: str) -> Example:
-    return Example(({"role": "user", "content": text},))
+def _single(text: str) -> DemoExample:
+    return DemoExample(({"role": "user", "content": text},))
 
 
 def _message(message: dict[str, str]) -> Message:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.demo.backend import BASE, TOY, Answered, Choice, Message, OnAnswers, OnText
+from nest_runtime.demo.backend import BASE, TOY, DemoAnswer, Message, OnAnswers, OnText, PatchChoice
 from nest_runtime.errors import EngineError, NestError, UsageError
 from nest_runtime.model.load import REFERENCE
 
@@ -49,25 +49,25 @@ class RemoteBackend:
         if not self.name:
             raise EngineError(f"{self.url} offers no models", "is it a nest-runtime server?")
 
-    def choices(self) -> list[Choice]:
+    def choices(self) -> list[PatchChoice]:
         """The base where it is exposed, the active patch, and the other exposed ones."""
         labels = [name.partition("@")[2] for name in self._names() if "@" in name]
-        base = [Choice(BASE)] if BASE in labels else []
-        return [*base, Choice(ACTIVE), *(Choice(label) for label in labels if label != BASE)]
+        base = [PatchChoice(BASE)] if BASE in labels else []
+        return [*base, PatchChoice(ACTIVE), *(PatchChoice(label) for label in labels if label != BASE)]
 
-    def preferred(self) -> Choice | None:
+    def preferred(self) -> PatchChoice | None:
         """Whatever the server has active."""
-        return Choice(ACTIVE)
+        return PatchChoice(ACTIVE)
 
     def answer(
         self,
         messages: Sequence[Message],
-        choice: Choice,
+        choice: PatchChoice,
         *,
         max_tokens: int,
         on_text: OnText,
         stopped: Callable[[], bool],
-    ) -> Answered:
+    ) -> DemoAnswer:
         """One streamed chat completion. See Backend."""
         if choice.label == BASE and BASE not in {c.label for c in self.choices()}:
             raise EngineError("the server does not expose its base", "start it with --expose-base")
@@ -96,12 +96,12 @@ class RemoteBackend:
             label = response.headers.get("x-nest-patch", choice.label)
             digest = response.headers.get("x-nest-patch-digest", "")
         # the base's digest is "none"
-        return Answered(label, digest if digest.startswith("sha256:") else None, tokens, reason == "length")
+        return DemoAnswer(label, digest if digest.startswith("sha256:") else None, tokens, reason == "length")
 
     def answer_all(
         self,
         conversations: Sequence[Sequence[Message]],
-        choice: Choice,
+        choice: PatchChoice,
         *,
         max_tokens: int,
         on_answers: OnAnswers,

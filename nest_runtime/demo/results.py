@@ -9,7 +9,7 @@ from typing import Any
 
 from nest_runtime.demo import charts, markup
 from nest_runtime.demo.backend import Backend
-from nest_runtime.demo.state import Desk
+from nest_runtime.demo.state import DemoState
 from nest_runtime.model.load import REFERENCE
 
 MARKED = ("nest", "@")  # in the names of methods that are ours
@@ -25,7 +25,7 @@ def _folders(name: str) -> list[Path]:
     return [package / "_results" / name, package.parent / "docs" / "results" / name]
 
 
-def results_html(desk: Desk) -> str:
+def results_html(desk: DemoState) -> str:
     """What was measured on the model shown: the comparison where that was made on it, else what its patches state."""
     folder, head = comparison_folder(), "<h2>What was measured</h2>"
     if folder is not None and _is_of(folder, desk.backend):
@@ -61,7 +61,7 @@ def _measurements(digests: set[str]) -> list[dict[str, Any]]:
     return [item for item in found if item.get("digest") in digests]
 
 
-def _measured(desk: Desk, found: Mapping[str, Any]) -> str:
+def _measured(desk: DemoState, found: Mapping[str, Any]) -> str:
     """The rates of a patch beside its base's."""
     name = desk.called(found["digest"])
     base, patch = found["base"]["rates"], found["patch"]["rates"]

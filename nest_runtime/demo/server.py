@@ -22,7 +22,7 @@ from nest_runtime.secret_files import secret_lines
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from nest_runtime.demo.state import Desk
+    from nest_runtime.demo.state import DemoState
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def bind(listen: Listen) -> socket.socket:
         ) from error
 
 
-def serve(desk: Desk, listen: Listen, port: socket.socket, on_ready: Callable[[str], None]) -> None:
+def serve(desk: DemoState, listen: Listen, port: socket.socket, on_ready: Callable[[str], None]) -> None:
     """Serve the page until Ctrl-C.
 
     Args:
@@ -121,7 +121,7 @@ def serve(desk: Desk, listen: Listen, port: socket.socket, on_ready: Callable[[s
         port.close()
 
 
-def application(desk: Desk, listen: Listen) -> FastAPI:
+def application(desk: DemoState, listen: Listen) -> FastAPI:
     """The page as an ASGI application."""
     _stay_home()
     import gradio as gr
@@ -172,10 +172,10 @@ def _server(config: Any, ready: Callable[[], None]) -> Any:
     """Uvicorn's server, which says when it answers."""
     import uvicorn
 
-    class Server(uvicorn.Server):
+    class DemoServer(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             if not self.should_exit:
                 ready()
 
-    return Server(config)
+    return DemoServer(config)

@@ -12,7 +12,7 @@ from nest_runtime.errors import NestError
 from nest_runtime.install import extra
 
 if TYPE_CHECKING:
-    from nest_runtime.demo.state import Desk
+    from nest_runtime.demo.state import DemoState
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ def require_gradio() -> None:
         raise NestError("the demo needs gradio, which is not installed", extra("demo"))
 
 
-def open_desk(source: Source, *, admin: bool = False, max_tokens: int = 128) -> Desk:
+def open_desk(source: Source, *, admin: bool = False, max_tokens: int = 128) -> DemoState:
     """Load the model, or greet the server.
 
     Raises what load_model, load_patch and RemoteBackend raise, and UsageError for token files that cannot be used.
     """
     from nest_runtime.demo.backend import Backend
-    from nest_runtime.demo.state import Desk
+    from nest_runtime.demo.state import DemoState
     from nest_runtime.store.store import Store
 
     store = Store()
@@ -75,7 +75,7 @@ def open_desk(source: Source, *, admin: bool = False, max_tokens: int = 128) -> 
             with local.using(named.digest):
                 pass
         backend = local
-    return Desk(
+    return DemoState(
         backend,
         store,
         _refusals(backend.name),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from nest_runtime.demo.backend import BASE, Backend, Choice, find
+from nest_runtime.demo.backend import BASE, Backend, PatchChoice, find
 from nest_runtime.demo.local import LocalBackend
 from nest_runtime.errors import NestError
 from nest_runtime.model.load import REFERENCE
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Desk:
+class DemoState:
     """One demo.
 
     Attributes:
@@ -94,15 +94,15 @@ class Desk:
             return preferred.digest
         return max(entries, key=lambda entry: entry.serial).digest if entries else None
 
-    def sides(self, label: str | None, on: bool) -> tuple[Choice, Choice]:
+    def sides(self, label: str | None, on: bool) -> tuple[PatchChoice, PatchChoice]:
         """Who answers left and right: the base, and the chosen patch or, with the patch off, the base too.
 
         Where a server does not expose its base, the patch stands on both sides.
         """
         choices = self.backend.choices()
-        chosen = find(choices, label) or self.backend.preferred() or Choice(BASE)
+        chosen = find(choices, label) or self.backend.preferred() or PatchChoice(BASE)
         left = find(choices, BASE) or chosen
-        return left, chosen if on else Choice(BASE)
+        return left, chosen if on else PatchChoice(BASE)
 
     def has_base(self) -> bool:
         """Whether the base may be asked: a server shows it only where its operator says so."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nest_runtime.demo.backend import Backend, Choice, Message
+from nest_runtime.demo.backend import Backend, Message, PatchChoice
 from nest_runtime.errors import NestError
 
 TICK = 0.08  # seconds between looks
@@ -17,7 +17,7 @@ State = Literal["running", "done", "stopped", "failed"]
 
 
 @dataclass
-class Reply:
+class DemoReply:
     """One side's answer, as far as it has come.
 
     Attributes:
@@ -55,7 +55,7 @@ class Turn:
     """A question and its two answers; or a turn of a scripted conversation, where both sides said the same."""
 
     prompt: str
-    replies: list[Reply]
+    replies: list[DemoReply]
     scripted: bool = False
 
 
@@ -88,7 +88,9 @@ class Talk:
     def script(self, messages: Sequence[Message]) -> None:
         """Begin anew with turns that were written before, on both sides alike."""
         self.turns = [
-            Turn(messages[i]["content"], [Reply("scripted", text=messages[i + 1]["content"], state="done")] * 2, True)
+            Turn(
+                messages[i]["content"], [DemoReply("scripted", text=messages[i + 1]["content"], state="done")] * 2, True
+            )
             for i in range(0, len(messages) - 1, 2)
         ]
 
@@ -101,7 +103,7 @@ class Talk:
 def ask(
     talk: Talk,
     prompt: str,
-    sides: tuple[Choice, Choice],
+    sides: tuple[PatchChoice, PatchChoice],
     backend: Backend,
     is_refusal: Callable[[str], bool],
     *,
@@ -121,7 +123,7 @@ def ask(
         is_known: how an answer that makes sense is known, where that can be told.
     """
     histories = [talk.messages(side) for side in (0, 1)]
-    turn = Turn(prompt, [Reply(choice.label, choice.digest) for choice in sides])
+    turn = Turn(prompt, [DemoReply(choice.label, choice.digest) for choice in sides])
     talk.turns.append(turn)
     alike = sides[0] == sides[1] and histories[0] == histories[1]
     if alike:
@@ -134,7 +136,7 @@ def ask(
 
 def redo(
     talk: Talk,
-    choice: Choice,
+    choice: PatchChoice,
     backend: Backend,
     is_refusal: Callable[[str], bool],
     *,
@@ -145,7 +147,7 @@ def redo(
     if not talk.turns or talk.turns[-1].scripted:
         return
     turn = talk.turns[-1]
-    turn.replies = [turn.replies[0], Reply(choice.label, choice.digest)]
+    turn.replies = [turn.replies[0], DemoReply(choice.label, choice.digest)]
     histories = [talk.messages(side, len(talk.turns) - 1) for side in (0, 1)]
     yield from _run(talk, turn, {1: choice}, histories, backend, is_refusal, max_tokens, is_known)
 
@@ -153,7 +155,7 @@ def redo(
 def _run(
     talk: Talk,
     turn: Turn,
-    sides: dict[int, Choice],
+    sides: dict[int, PatchChoice],
     histories: Sequence[list[Message]],
     backend: Backend,
     is_refusal: Callable[[str], bool],
@@ -194,10 +196,10 @@ def _run(
 
 def _answer(
     talk: Talk,
-    reply: Reply,
+    reply: DemoReply,
     messages: list[Message],
     *,
-    choice: Choice,
+    choice: PatchChoice,
     backend: Backend,
     max_tokens: int,
     news: threading.Event,

@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOMES[name]), name)
 
 
-class _Callable(ModuleType):
+class _EvaluateModule(ModuleType):
     """This package: importing it takes the name that the public function has, so it answers calls as well."""
 
     def __call__(self, *args: Any, **settings: Any) -> EvalResult:
@@ -52,7 +52,7 @@ class _Callable(ModuleType):
         return evaluate(*args, **settings)
 
 
-sys.modules[__name__].__class__ = _Callable
+sys.modules[__name__].__class__ = _EvaluateModule
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate.attacks import apply_attacks as apply_attacks

@@ -171,7 +171,7 @@ def _checked(row: Claim, suites: Mapping[str, Sequence[Case]], result: EvalResul
 
 
 @dataclass(frozen=True)
-class Limits:
+class ClaimLimits:
     """The limits that a publisher commits to: one for all suites that have the measure; None makes no claim."""
 
     asr: float | None = None
@@ -190,7 +190,7 @@ def make_claims(
     patch: Patch,
     result: EvalResult,
     cases: Sequence[Case],
-    limits: Limits,
+    limits: ClaimLimits,
     judge: tuple[str, Judge],
     *,
     attacks: Sequence[str] = (),

@@ -31,7 +31,7 @@ from nest_runtime.hints import did_you_mean
 from nest_runtime.hub.channels import Channel
 from nest_runtime.hub.connect import connect
 from nest_runtime.hub.fetch import Fetched, fetch_revision
-from nest_runtime.hub.follow_status import Kind, Outcome, Status
+from nest_runtime.hub.follow_status import Kind, PollOutcome, Status
 from nest_runtime.hub.news import News, channels_like, read_channel, read_revocations
 from nest_runtime.hub.origins import Origins
 from nest_runtime.hub.repository import Refs, Remote, RepoRef, parse_repo
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from nest_runtime.store.store import Store
     from nest_runtime.trust.guard import Guard
 
-__all__ = ["DEFAULT_CHANNEL", "Follower", "Outcome", "Status", "follow_ref"]
+__all__ = ["DEFAULT_CHANNEL", "Follower", "PollOutcome", "Status", "follow_ref"]
 
 DEFAULT_CHANNEL = "stable"
 POLL_TIMEOUT = 30.0  # seconds for one step of a poll
@@ -124,7 +124,7 @@ class Follower:
             failures=self._failures,
         )
 
-    def poll(self) -> Outcome:
+    def poll(self) -> PollOutcome:
         """Ask once, and do what follows from the answer. Raises nothing that is a NestError: the outcome holds it."""
         with self._lock:
             try:
@@ -133,7 +133,7 @@ class Follower:
             except NestError as error:
                 kind: Kind = "refused" if isinstance(error, TrustError | GateRefused) else "unreachable"
                 self._passing, self._failures = error, self._failures + 1
-                outcome = Outcome(kind, error=error)
+                outcome = PollOutcome(kind, error=error)
             return outcome
 
     def check_revoked(self, patch: Patch) -> None:
@@ -145,12 +145,12 @@ class Follower:
 
         check_revoked(patch.name, patch.version, patch.digest, self._guard.policy, self._guard.state)
 
-    def _poll(self) -> Outcome:
+    def _poll(self) -> PollOutcome:
         refs = self._remote.refs()
         self._reached = self._now()
         if refs.head == self._settled and self._where(refs) == self._revision:
             self._fresh = self._reached if self._counts else self._fresh
-            return Outcome("unchanged")
+            return PollOutcome("unchanged")
         if self._channel is not None and self._revision is not None and self._where(refs) != self._revision:
             raise TrustError(
                 f"{self.ref.place}: the tag {self._channel.version} was moved from {self._revision[:12]} "
@@ -169,7 +169,7 @@ class Follower:
     def _where(self, refs: Refs) -> str | None:
         return refs.tags.get(self._channel.version) if self._channel is not None else None
 
-    def _take_news(self, refs: Refs) -> Outcome:
+    def _take_news(self, refs: Refs) -> PollOutcome:
         self._counts = False
         revocations = read_revocations(self._remote, refs.head, self._guard)
         self._news = revocations if revocations.list is not None else self._news
@@ -181,12 +181,12 @@ class Follower:
             if revoked is None:
                 raise
             log.warning("%s offers no way out of a revoked patch: %s", self.ref, error)
-            outcome = Outcome("unchanged", error=error)
+            outcome = PollOutcome("unchanged", error=error)
         if revoked is not None and outcome.kind == "unchanged":
             self._stock(refs, revocations)
             if self._leave is not None:
                 self._leave(revoked)
-            return Outcome("revoked", error=revoked)
+            return PollOutcome("revoked", error=revoked)
         return outcome
 
     def _stock(self, refs: Refs, revocations: News) -> None:
@@ -203,7 +203,7 @@ class Follower:
             except NestError as error:
                 log.info("%s@%s is no way out: %s", self.ref.place, version, error)
 
-    def _follow_channel(self, refs: Refs, revocations: News) -> Outcome:
+    def _follow_channel(self, refs: Refs, revocations: News) -> PollOutcome:
         assert self.ref.revision is not None  # follow_ref puts one there
         channel = read_channel(self._remote, refs.head, self.ref.revision, self._guard)
         if channel is None:
@@ -219,7 +219,7 @@ class Follower:
         if channel.digest == self._active():
             origins.record(self.ref.place, channel.version, revision, channel.digest, channel.name)
             self._accept(channel, revision)
-            return Outcome("unchanged", channel.version, channel.digest)
+            return PollOutcome("unchanged", channel.version, channel.digest)
         fetched = fetch_revision(self._remote, self.ref, revision, store=self._store, guard=self._guard)
         channel.check_patch(fetched.patch)
         revocations.check(fetched.patch)
@@ -229,7 +229,7 @@ class Follower:
             self._gate(fetched)
         self._switch(fetched)
         self._accept(channel, revision)
-        return Outcome("switched", channel.version, channel.digest)
+        return PollOutcome("switched", channel.version, channel.digest)
 
     def _check_channel(self, channel: Channel, revocations: News) -> None:
         """Whether to go by a channel file that was read. Raises TrustError."""

@@ -11,7 +11,7 @@ Kind = Literal["unchanged", "switched", "refused", "unreachable", "revoked"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PollOutcome:
     """What one poll came to.
 
     Attributes:

@@ -50,15 +50,15 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Session:
+class HubSession:
     """Who asks, and who is told of each step, where that is not this process's user; see ``hub_session``."""
 
     token: str | None = None
     on_step: Callable[[str], None] = lambda step: None
 
 
-_ALONE = Session()
-_session: ContextVar[Session] = ContextVar("nest_runtime_hub_session", default=_ALONE)
+_ALONE = HubSession()
+_session: ContextVar[HubSession] = ContextVar("nest_runtime_hub_session", default=_ALONE)
 
 
 class HubRemote:
@@ -233,7 +233,7 @@ def hub_session(token: str | None = None, on_step: Callable[[str], None] = lambd
         token: instead of the one of this process's user; None leaves that.
         on_step: called with each step's name, before it.
     """
-    reset = _session.set(Session(token or None, on_step))
+    reset = _session.set(HubSession(token or None, on_step))
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ from torch import nn
 from nest_runtime.errors import ModelError
 from nest_runtime.model.fingerprint import read_frame, weight_files
 from nest_runtime.model.projection import Projection, canonical_name, unwrap
-from nest_runtime.patch.frame import Entry
+from nest_runtime.patch.frame import TensorEntry
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -42,7 +42,7 @@ class Stored:
     """
 
     path: Path
-    entry: Entry
+    entry: TensorEntry
     start: int
     rows: np.ndarray
     where: torch.Tensor
@@ -94,7 +94,7 @@ class Checkpoint:
     def __init__(self, folder: Path, model: nn.Module) -> None:
         self.folder, self._model = folder, unwrap(model)
         self.files = weight_files(folder)
-        self.tensors: dict[str, tuple[Path, Entry, int]] = {}
+        self.tensors: dict[str, tuple[Path, TensorEntry, int]] = {}
         for path in self.files:
             frame = read_frame(path)
             self.tensors.update({e.name: (path, e, frame.data_start + e.start) for e in frame.entries})
@@ -203,7 +203,7 @@ class Checkpoint:
             found.setdefault(target, []).append((name, pattern))
         return found
 
-    def _check_entry(self, entry: Entry, projection: Projection) -> None:
+    def _check_entry(self, entry: TensorEntry, projection: Projection) -> None:
         if entry.dtype not in FLOATS:
             raise ModelError(
                 f"{entry.name} is stored as {entry.dtype}: this checkpoint is quantized",
@@ -224,6 +224,6 @@ def _axis(projection: Projection) -> int:
     return -1 if projection.layout == "linear" else -2
 
 
-def _count(entry: Entry, projection: Projection) -> int:
+def _count(entry: TensorEntry, projection: Projection) -> int:
     """Rows of a stored tensor, counted through all its leading dimensions."""
     return math.prod(entry.shape) // projection.d_in

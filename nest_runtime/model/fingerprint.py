@@ -30,7 +30,7 @@ from nest_runtime.model.anatomy import Projection, canonical_name, find_sites, r
 from nest_runtime.model.gguf.header import find_gguf, read_header
 from nest_runtime.model.gguf.identity import hash_gguf
 from nest_runtime.model.hashcache import HashCache
-from nest_runtime.model.hashing import Job, Row, digest_of, given, hash_all, mapped
+from nest_runtime.model.hashing import HashJob, HashRow, digest_of, given, hash_all, mapped
 from nest_runtime.patch.frame import Frame, FramingError, header_length, parse_frame
 from nest_runtime.progress import Progress
 
@@ -241,7 +241,7 @@ def _indexed_files(index: Path) -> list[Path]:
     return files
 
 
-def _hash_files(files: list[Path], progress: Progress | None) -> tuple[list[Row], int]:
+def _hash_files(files: list[Path], progress: Progress | None) -> tuple[list[HashRow], int]:
     """Hash every tensor of some safetensors files through memory maps; nothing is loaded whole."""
     with ExitStack() as stack:
         jobs = []
@@ -250,7 +250,7 @@ def _hash_files(files: list[Path], progress: Progress | None) -> tuple[list[Row]
             for entry in entries:
                 part = view[data_start + entry.start : data_start + entry.stop]
                 stack.callback(part.release)
-                jobs.append(Job(entry.name, entry.dtype, entry.shape, given(part), entry.nbytes))
+                jobs.append(HashJob(entry.name, entry.dtype, entry.shape, given(part), entry.nbytes))
         return hash_all(jobs, progress), sum(job.size for job in jobs)
 
 
@@ -274,11 +274,11 @@ def _open(path: Path, stack: ExitStack) -> tuple[memoryview, int, Any]:
     return mapped(path, stack), frame.data_start, frame.entries
 
 
-def _hash_model(model: nn.Module, progress: Progress | None) -> list[Row]:
+def _hash_model(model: nn.Module, progress: Progress | None) -> list[HashRow]:
     jobs = []
     for name, tensor in _saved_state(unwrap(model)).items():
         read = partial(_bytes, tensor)
-        jobs.append(Job(name, _DTYPES[tensor.dtype], tuple(tensor.shape), read, tensor.nbytes))
+        jobs.append(HashJob(name, _DTYPES[tensor.dtype], tuple(tensor.shape), read, tensor.nbytes))
     return hash_all(jobs, progress)
 
 
@@ -321,7 +321,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def _identity(rows: list[Row]) -> list[Row]:
+def _identity(rows: list[HashRow]) -> list[HashRow]:
     """The rows that make a model's identity, sorted by name.
 
     Left out: an output embedding equal to the input embedding (stored by some checkpoints, tied in
@@ -338,6 +338,6 @@ def _identity(rows: list[Row]) -> list[Row]:
     return sorted(kept)
 
 
-def _digest(rows: list[Row]) -> str:
+def _digest(rows: list[HashRow]) -> str:
     manifest = [[name, dtype, list(shape), digest] for name, dtype, shape, digest in _identity(rows)]
     return digest_of(manifest)

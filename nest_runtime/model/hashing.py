@@ -18,7 +18,7 @@ from nest_runtime.progress import Progress
 
 
 @dataclass(frozen=True)
-class Job:
+class HashJob:
     """One tensor to hash.
 
     Attributes:
@@ -34,11 +34,11 @@ class Job:
     size: int
 
 
-class Row(tuple[str, Any, tuple[int, ...], str]):
+class HashRow(tuple[str, Any, tuple[int, ...], str]):
     """name, dtype, shape, hex digest of the bytes"""
 
 
-def hash_all(jobs: Iterable[Job], progress: Progress | None = None) -> list[Row]:
+def hash_all(jobs: Iterable[HashJob], progress: Progress | None = None) -> list[HashRow]:
     """Hash tensors, the largest first; the rows come in no order.
 
     Raises:
@@ -55,7 +55,7 @@ def hash_all(jobs: Iterable[Job], progress: Progress | None = None) -> list[Row]
         futures = {pool.submit(_sha256, job.read): job for job in jobs}
         for future in as_completed(futures):
             job = futures[future]
-            rows.append(Row((job.name, job.dtype, job.shape, future.result())))
+            rows.append(HashRow((job.name, job.dtype, job.shape, future.result())))
             done += job.size
             if progress:
                 progress("hash", done, total)

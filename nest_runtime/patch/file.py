@@ -15,7 +15,7 @@ from typing import Any
 
 from nest_runtime.errors import DigestMismatch, PatchFormatError, PatchNotFound
 from nest_runtime.io import Unfit, canonical_json, expand, open_file
-from nest_runtime.patch.frame import Entry, Frame, FramingError, header_length, parse_frame, parse_object
+from nest_runtime.patch.frame import Frame, FramingError, TensorEntry, header_length, parse_frame, parse_object
 from nest_runtime.patch.patch import CLAIMS_VERSION, FORMAT_VERSIONS, Patch
 from nest_runtime.patch.site import PARTS, REQUIRED_PARTS, Site, check_parts
 from nest_runtime.patch.values import FrozenTensor, digest_of
@@ -178,7 +178,7 @@ def _match_tensors(sites: list[dict[str, Any]], frame: Frame) -> list[dict[str, 
     return result
 
 
-def _frozen(entry: Entry, read: Read, where: str) -> FrozenTensor:
+def _frozen(entry: TensorEntry, read: Read, where: str) -> FrozenTensor:
     data = read(entry.start, entry.stop)
     if len(data) != entry.nbytes:
         raise PatchFormatError(f"{where}: truncated in tensor {entry.name!r:.200}", _FETCH)
@@ -193,7 +193,7 @@ def _digest(fields: Mapping[str, Any], frame: Frame, read: Read, where: str) -> 
         raise PatchFormatError(f"{where}: the header has no canonical form: {error!s:.120}", _FETCH) from error
 
 
-def _sha256(entry: Entry, read: Read) -> str:
+def _sha256(entry: TensorEntry, read: Read) -> str:
     found = hashlib.sha256()
     for at in range(entry.start, entry.stop, _PIECE):
         found.update(read(at, min(at + _PIECE, entry.stop)))

@@ -39,7 +39,7 @@ class FramingError(ValueError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of the header: its dtype's name, shape, and [start, stop) in the data area."""
 
     name: str
@@ -57,7 +57,7 @@ class Entry:
 class Frame:
     """A parsed header: entries in order of offset, the ``__metadata__`` strings, and where data begins."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[TensorEntry, ...]
     metadata: dict[str, str]
     data_start: int
 
@@ -144,7 +144,7 @@ def _refuse(message: str) -> None:
     raise FramingError(message)
 
 
-def _entry(name: str, fields: Any) -> Entry:
+def _entry(name: str, fields: Any) -> TensorEntry:
     where = f"tensor {_short(name)}"
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise FramingError(f"{where}: expected exactly dtype, shape and data_offsets in the header")
@@ -160,7 +160,7 @@ def _entry(name: str, fields: Any) -> Entry:
         size *= length
     if size != offsets[1] - offsets[0]:
         raise FramingError(f"{where}: {dtype} {shape} takes {size} bytes; its offsets hold {offsets[1] - offsets[0]}")
-    return Entry(name, dtype, tuple(shape), offsets[0], offsets[1])
+    return TensorEntry(name, dtype, tuple(shape), offsets[0], offsets[1])
 
 
 def _naturals(value: Any) -> bool:

@@ -7,6 +7,6 @@ neurons.py, profiles.py, results.py. The same input gives the same bytes.
 
 from nest_runtime.plots.draw import KINDS, Drawn, draw
 from nest_runtime.plots.sources import Sources, read_sources
-from nest_runtime.plots.view import SiteView, View
+from nest_runtime.plots.view import NeuronView, SiteView
 
-__all__ = ["KINDS", "Drawn", "SiteView", "Sources", "View", "draw", "read_sources"]
+__all__ = ["KINDS", "Drawn", "NeuronView", "SiteView", "Sources", "draw", "read_sources"]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from nest_runtime.plots.scan import Scan
-    from nest_runtime.plots.view import View
+    from nest_runtime.plots.view import NeuronView
 
 KINDS = {
     "neurons": "where the neurons are (a patch or sites file)",
@@ -100,7 +100,7 @@ def _painters(sources: Sources, scans: dict[str, Scan]) -> Iterator[_Painter]:
         yield "tradeoff", "tradeoff", lambda: results.tradeoff(both)
 
 
-def _view_painters(view: View, scan: Scan | None, suffix: str) -> Iterator[_Painter]:
+def _view_painters(view: NeuronView, scan: Scan | None, suffix: str) -> Iterator[_Painter]:
     from nest_runtime.plots import neurons, profiles
 
     yield "neurons", f"neurons{suffix}", lambda: neurons.neuron_map(view)
@@ -115,7 +115,7 @@ def _view_painters(view: View, scan: Scan | None, suffix: str) -> Iterator[_Pain
         yield "clusters", f"clusters{suffix}", lambda: profiles.cluster_profiles(scan)
 
 
-def _suffix(view: View, sources: Sources) -> str:
+def _suffix(view: NeuronView, sources: Sources) -> str:
     return f"-{view.title.removesuffix('.json').replace('@', '-')}" if len(sources.views) > 1 else ""
 
 

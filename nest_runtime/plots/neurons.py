@@ -16,7 +16,7 @@ from nest_runtime.plots.style import (
     finish,
     whole_ticks,
 )
-from nest_runtime.plots.view import SiteView, View
+from nest_runtime.plots.view import NeuronView, SiteView
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ BINS = 40
 MANY_LAYERS = 16  # beyond these, no numbers on the bars
 
 
-def neuron_map(view: View) -> Figure:
+def neuron_map(view: NeuronView) -> Figure:
     """Where the neurons are: layer against position in the projection, by cluster, and how many per layer.
 
     Larger marks have larger updates, where there are any; clusters are numbered within each projection.
@@ -55,7 +55,7 @@ def neuron_map(view: View) -> Figure:
     return made
 
 
-def z_histograms(view: View, everything: dict[str, np.ndarray] | None = None) -> Figure:
+def z_histograms(view: NeuronView, everything: dict[str, np.ndarray] | None = None) -> Figure:
     """How far from the middle the kept neurons' probe weights lie.
 
     Args:
@@ -90,7 +90,7 @@ def z_histograms(view: View, everything: dict[str, np.ndarray] | None = None) ->
     return made
 
 
-def silhouettes(view: View) -> Figure:
+def silhouettes(view: NeuronView) -> Figure:
     """The silhouette of the clustering that was chosen, by layer, and its number of clusters."""
     made = figure(8.5, 3.8, f"Clusterings of {view.title}")
     axes: Any = made.subplots()
@@ -119,7 +119,7 @@ def silhouettes(view: View) -> Figure:
     return made
 
 
-def update_norms(view: View) -> Figure:
+def update_norms(view: NeuronView) -> Figure:
     """How much a patch changes each projection: the Frobenius norm of its update, by layer."""
     made = figure(8.5, 3.8, f"Size of the updates of {view.title}")
     axes: Any = made.subplots()
@@ -176,7 +176,7 @@ def _mark_sizes(site: SiteView) -> np.ndarray:
     return 5 + 25 * site.norms / site.norms.max()
 
 
-def _counts(axes: Any, view: View) -> None:
+def _counts(axes: Any, view: NeuronView) -> None:
     """Neurons per layer, the kinds stacked."""
     left = np.zeros(len(view.layers))
     for kind in view.kinds:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nest_runtime.plots.view import SiteView, View
+from nest_runtime.plots.view import NeuronView, SiteView
 from nest_runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Scan:
 
 
 def scan(
-    view: View,
+    view: NeuronView,
     model: Any,
     tokenizer: Any,
     harmful: Sequence[Example],

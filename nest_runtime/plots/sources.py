@@ -10,7 +10,7 @@ from typing import Any
 from nest_runtime.errors import DataError
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.io import MAX_RESULT, expand, parse_json, read_text
-from nest_runtime.plots.view import View, view_of_patch, view_of_sites
+from nest_runtime.plots.view import NeuronView, view_of_patch, view_of_sites
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Sources:
         comparisons: documents of ``compare``.
     """
 
-    views: tuple[View, ...] = ()
+    views: tuple[NeuronView, ...] = ()
     results: tuple[EvalResult, ...] = ()
     comparisons: tuple[Mapping[str, Any], ...] = ()
 
@@ -39,7 +39,7 @@ def read_sources(refs: Sequence[str], *, model_hash: str | None = None) -> Sourc
         DataError: a JSON file is none that this package writes.
         PatchNotFound: a patch reference names nothing; and what else ``load_patch`` raises.
     """
-    views: list[View] = []
+    views: list[NeuronView] = []
     results: list[EvalResult] = []
     comparisons: list[Mapping[str, Any]] = []
     for ref in refs:

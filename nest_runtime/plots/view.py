@@ -59,7 +59,7 @@ class SiteView:
 
 
 @dataclass(frozen=True)
-class View:
+class NeuronView:
     """All projections of a model that locating looked at, in the model's order, and what to call them.
 
     Attributes:
@@ -91,10 +91,10 @@ class View:
         return sorted((site for site in self.sites if site.kind == kind), key=lambda site: site.layer)
 
 
-def view_of_patch(patch: Patch) -> View:
+def view_of_patch(patch: Patch) -> NeuronView:
     """A patch as a view: with loadings and the norms of its row updates."""
     recipe = patch.header()["method"].get("recipe", {})
-    return View(
+    return NeuronView(
         patch.label,
         tuple(_patch_site(site) for site in patch.sites),
         recipe if isinstance(recipe, dict) else {},
@@ -103,10 +103,10 @@ def view_of_patch(patch: Patch) -> View:
     )
 
 
-def view_of_sites(file: SitesFile, title: str) -> View:
+def view_of_sites(file: SitesFile, title: str) -> NeuronView:
     """A sites file as a view: nothing is trained yet."""
     sites = tuple(_located_site(site) for site in file.sites)
-    return View(title, sites, dict(file.settings), file.base_hash, file.base_model)
+    return NeuronView(title, sites, dict(file.settings), file.base_hash, file.base_model)
 
 
 def place_of(name: str) -> tuple[int, str]:

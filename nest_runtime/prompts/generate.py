@@ -24,14 +24,14 @@ OnBatch = Callable[[list[int], list[str]], None]
 
 
 @dataclass(frozen=True)
-class Answer:
+class ModelAnswer:
     """A greedy answer: its ``text``, and whether it is ``whole``: it ended by itself, and was not cut by the limit."""
 
     text: str
     whole: bool
 
 
-OnAnswers = Callable[[list[int], list[Answer]], None]
+OnAnswers = Callable[[list[int], list[ModelAnswer]], None]
 
 
 def generate_answers(
@@ -64,7 +64,7 @@ def generate_answers(
         DataError: a conversation holds a token that the model has no row for.
     """
 
-    def keep(positions: list[int], answers: list[Answer]) -> None:
+    def keep(positions: list[int], answers: list[ModelAnswer]) -> None:
         if on_batch is not None:
             on_batch(positions, [answer.text for answer in answers])
 
@@ -92,7 +92,7 @@ def answer_conversations(
     not_first: Sequence[int] = (),
     on_batch: OnAnswers | None = None,
     progress: Progress | None = None,
-) -> list[Answer]:
+) -> list[ModelAnswer]:
     """:func:`generate_answers`, saying of each answer whether it is whole. Arguments as there.
 
     Args:
@@ -103,7 +103,7 @@ def answer_conversations(
     order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index][0]), index))
     config = _greedy_config(model, tokenizer, max_new_tokens)
     config.begin_suppress_tokens = list(not_first) or None
-    answers: list[Answer] = [Answer("", True)] * len(encoded)
+    answers: list[ModelAnswer] = [ModelAnswer("", True)] * len(encoded)
     for start in range(0, len(order), batch_size):
         positions = order[start : start + batch_size]
         found = _answer_batch(model, tokenizer, [encoded[index] for index in positions], config, stop)
@@ -196,7 +196,7 @@ def _check_ids(model: Any, prompts: Sequence[Sequence[int]]) -> None:
 
 def _answer_batch(
     model: Any, tokenizer: Any, prompts: list[Encoded], config: GenerationConfig, stop: Sequence[str]
-) -> list[Answer]:
+) -> list[ModelAnswer]:
     rows = [ids for ids, _ in prompts]
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), int(config.pad_token_id or 0))  # (rows, width)
@@ -222,17 +222,17 @@ def _answer_batch(
     return [_answer(tokenizer, row, wanted, stop) for row in output[:, width:].tolist()]
 
 
-def _answer(tokenizer: Any, row: list[int], ends: set[int | None], stop: Sequence[str]) -> Answer:
+def _answer(tokenizer: Any, row: list[int], ends: set[int | None], stop: Sequence[str]) -> ModelAnswer:
     """An answer up to its end token or the first stop text; those match special tokens, which are not shown."""
     length = next((index for index, token in enumerate(row) if token in ends), len(row))
     whole = str(tokenizer.decode(row[:length], skip_special_tokens=False))
     places = [place for item in stop if (place := whole.find(item)) >= 0]
     if not places:
-        return Answer(str(tokenizer.decode(row[:length], skip_special_tokens=True)).strip(), length < len(row))
+        return ModelAnswer(str(tokenizer.decode(row[:length], skip_special_tokens=True)).strip(), length < len(row))
     text = whole[: min(places)]
     for token in sorted(special_tokens(tokenizer).values(), key=len, reverse=True):
         text = text.replace(token, "")
-    return Answer(text.strip(), True)
+    return ModelAnswer(text.strip(), True)
 
 
 class _StopTexts(StoppingCriteria):

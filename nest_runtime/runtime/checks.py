@@ -33,7 +33,7 @@ Rows = Callable[[Place, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Base:
+class LiveBase:
     """The model as the checks see it.
 
     Attributes:
@@ -57,7 +57,7 @@ def memory_hash(model: nn.Module) -> str | None:
         return None
 
 
-def saved_rows(patch: Patch, base: Base) -> dict[str, torch.Tensor]:
+def saved_rows(patch: Patch, base: LiveBase) -> dict[str, torch.Tensor]:
     """CPU copies of the pristine rows a patch changes, by site; quantized sites are left out."""
     saved = {}
     for site in patch.sites:
@@ -69,7 +69,7 @@ def saved_rows(patch: Patch, base: Base) -> dict[str, torch.Tensor]:
     return saved
 
 
-def check_base(patch: Patch, base: Base, saved: Mapping[str, torch.Tensor]) -> None:
+def check_base(patch: Patch, base: LiveBase, saved: Mapping[str, torch.Tensor]) -> None:
     """The model is the patch's base, by hash and by rows.
 
     Args:
@@ -125,7 +125,7 @@ def _digest(patch: Patch, model: nn.Module, saved: Mapping[str, torch.Tensor]) -
     )
 
 
-def _checkpoint_fits(patch: Patch, base: Base, saved: Mapping[str, torch.Tensor], source: Path) -> bool:
+def _checkpoint_fits(patch: Patch, base: LiveBase, saved: Mapping[str, torch.Tensor], source: Path) -> bool:
     """Whether the checkpoint is the patch's base and the model in memory is it, in whatever dtype."""
     try:
         if model_hash(source) != patch.base_hash:

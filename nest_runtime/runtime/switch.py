@@ -122,7 +122,7 @@ class PatchRuntime:
             if known is not None:
                 return self._table.key(known)
             check_sites(patch, [place.projection for place in self._places.values()])
-            base = checks.Base(self._model, self._places, self._base_hash(), self._pristine)
+            base = checks.LiveBase(self._model, self._places, self._base_hash(), self._pristine)
             saved = checks.saved_rows(patch, base)
             forced = self._check_base(patch, base, saved, force)
             loaded = Loaded(patch, module_deltas(patch, self._places), saved, forced)
@@ -314,7 +314,7 @@ class PatchRuntime:
             self._bank.remove(loaded)
             raise
 
-    def _check_base(self, patch: Patch, base: checks.Base, saved: dict[str, torch.Tensor], force: bool) -> bool:
+    def _check_base(self, patch: Patch, base: checks.LiveBase, saved: dict[str, torch.Tensor], force: bool) -> bool:
         """Whether the check failed and was overridden."""
         try:
             checks.check_base(patch, base, saved)

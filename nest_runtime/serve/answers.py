@@ -17,7 +17,7 @@ from nest_runtime.serve.http.problems import ApiError
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.observe import Watch
 from nest_runtime.serve.odds import OddsOfChoice, TokenOdds
-from nest_runtime.serve.served_patch import Served
+from nest_runtime.serve.served_patch import ServedPatch
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Answer:
     metrics: Metrics
     usage: Usage = field(init=False)
     _until: float = field(init=False)
-    _pin: Served | None = field(default=None, init=False)  # whose words were given out last
+    _pin: ServedPatch | None = field(default=None, init=False)  # whose words were given out last
     _odds: list[OddsOfChoice] = field(default_factory=list, init=False)  # one for each choice, where they are wanted
 
     def __post_init__(self) -> None:

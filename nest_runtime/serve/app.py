@@ -23,19 +23,19 @@ from nest_runtime.prompts.generate import end_token_ids
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.broken import Broken
-from nest_runtime.serve.config import ServeConfig, Tokens, read_tokens
+from nest_runtime.serve.config import AccessTokens, ServeConfig, read_tokens
 from nest_runtime.serve.engine import Engine, TokenEngine
 from nest_runtime.serve.follow import Following
 from nest_runtime.serve.grammar import Grammars
 from nest_runtime.serve.http.admin import admin_routes
 from nest_runtime.serve.http.api import Service, probes, routes
 from nest_runtime.serve.http.connections import ADMIN, Crowd, clients_share, descriptors
-from nest_runtime.serve.http.middleware import Access, Frame, Secrets
+from nest_runtime.serve.http.middleware import Access, RequestFrame, Secrets
 from nest_runtime.serve.http.pages import pages
 from nest_runtime.serve.http.problems import install
 from nest_runtime.serve.http.service import E_co
 from nest_runtime.serve.metrics import Metrics
-from nest_runtime.serve.patches import PatchTable, Served, Switch
+from nest_runtime.serve.patches import PatchTable, ServedPatch, Switch
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.sampling import SamplingParams
 from nest_runtime.serve.transformers.engine import TransformersEngine
@@ -77,7 +77,7 @@ class Server(Generic[E_co]):
         self.crowd = Crowd(limits.connections or clients_share(most), *times)
         self.admin_crowd = Crowd(ADMIN, *times)
 
-    async def start(self) -> Served:
+    async def start(self) -> ServedPatch:
         """Load the patches and start the engine; gives the active patch.
 
         The store's active patch gives way to the followed channel's where it is not trusted any more.
@@ -265,7 +265,7 @@ def framed(server: Server[Engine], app: ASGIApp, host: str, *, admin_here: bool)
     def welcome(name: str) -> bool:
         return is_loopback(name) or name in names
 
-    return Frame(
+    return RequestFrame(
         app,
         service.table,
         Access(server.secrets, server.audit, admin_here, networks_of(config.trusted_proxies)),
@@ -295,11 +295,11 @@ def guard_of(config: ServeConfig, store: Store) -> Guard | None:
     )
 
 
-def secrets_of(config: ServeConfig) -> tuple[Tokens | None, Tokens | None]:
+def secrets_of(config: ServeConfig) -> tuple[AccessTokens | None, AccessTokens | None]:
     """API keys and admin tokens, read from their files. Raises UsageError."""
     api_keys = None if config.api_key_file is None else read_tokens(config.api_key_file, "API key file")
     if config.api_keys:
-        api_keys = Tokens((*(api_keys.secrets if api_keys else ()), *config.api_keys))
+        api_keys = AccessTokens((*(api_keys.secrets if api_keys else ()), *config.api_keys))
     admin = None
     if config.admin_token_file is not None:
         admin = read_tokens(config.admin_token_file, "admin token file", secret=True)

@@ -281,7 +281,7 @@ def host_of(header: str) -> str:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class AccessTokens:
     """Secrets of one file: bearer tokens that open the API or the admin API."""
 
     secrets: tuple[str, ...] = ()
@@ -294,7 +294,7 @@ class Tokens:
         return found
 
 
-def read_tokens(path: Path, what: str, *, secret: bool = False) -> Tokens:
+def read_tokens(path: Path, what: str, *, secret: bool = False) -> AccessTokens:
     """The tokens of a file, one per line; blank lines and lines that start with ``#`` are skipped.
 
     Args:
@@ -307,7 +307,7 @@ def read_tokens(path: Path, what: str, *, secret: bool = False) -> Tokens:
     secrets = tuple(line.strip() for _, line in secret_lines(Path(path), what, secret=secret))
     if not secrets:
         raise UsageError(f"the {what} {path} holds no token", "write one token per line into it")
-    return Tokens(secrets)
+    return AccessTokens(secrets)
 
 
 def readable_by_others(path: Path) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nest_runtime.patch.patch import Patch
 from nest_runtime.store.store import Store
-from nest_runtime.trust.activate import Asked, accept, activate, roll_back
+from nest_runtime.trust.activate import SwitchRequest, accept, activate, roll_back
 
 if TYPE_CHECKING:
     from nest_runtime.store.entries import Entry
@@ -78,7 +78,7 @@ class Durable:
         """
         back = what == "rollback"
         why = f"{'rolled back' if back else 'activated'} on {self._server}"
-        asked = Asked(who, why, allow_downgrade=back, serving=serving)
+        asked = SwitchRequest(who, why, allow_downgrade=back, serving=serving)
         active = self.active() if self.follows_store else None
         if not self.follows_store or (not back and active is not None and active.digest == new.digest):
             accept(new, self.guard, asked)

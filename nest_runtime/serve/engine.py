@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nest_runtime.serve.served_patch import Served
+from nest_runtime.serve.served_patch import ServedPatch
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
     from nest_runtime.serve.generation import ChoiceTokens, Generation, Work
 
 
-class Holder(Protocol):
+class PatchHolder(Protocol):
     """Whoever holds the loaded patches: PatchRuntime, or an engine of its own kind."""
 
     def add(self, patch: Patch, *, pause: Callable[[], AbstractContextManager[Any]] = ...) -> str:
@@ -24,7 +24,7 @@ class Holder(Protocol):
         """Forget a patch, by its digest."""
 
 
-class Steps(Protocol):
+class EngineControl(Protocol):
     """What the table asks of the engine."""
 
     def pause(self) -> AbstractContextManager[Any]:
@@ -36,7 +36,7 @@ class Steps(Protocol):
     def unfold(self) -> None:
         """Take a patch that is folded into the weights out of them; only inside ``pause``."""
 
-    def enforce(self, pin: Served) -> int:
+    def enforce(self, pin: ServedPatch) -> int:
         """Replace the patch of requests in flight that follow the active one; gives how many."""
 
 
@@ -50,7 +50,7 @@ class Reply(Protocol):
         """Stop whatever still runs; safe at any time, any number of times."""
 
 
-class Engine(Steps, Protocol):
+class Engine(EngineControl, Protocol):
     """What the server asks of every engine: transformers' (paged or plain batches), and vLLM's."""
 
     @property
@@ -116,7 +116,7 @@ class TokenEngine(Engine, Protocol):
         """As of every engine; a request can be replaced, too, and its choices be ended one by one."""
 
 
-class NoSteps:
+class NoEngine:
     """The engine before it runs: there is nothing to wait for."""
 
     def pause(self) -> AbstractContextManager[Any]:
@@ -127,5 +127,5 @@ class NoSteps:
     def unfold(self) -> None:
         pass
 
-    def enforce(self, pin: Served) -> int:
+    def enforce(self, pin: ServedPatch) -> int:
         return 0

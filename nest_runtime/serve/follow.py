@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nest_runtime.errors import NestError, Revoked, Stopped, StoreError
 from nest_runtime.hub.fetch import Fetched
-from nest_runtime.hub.follow import Follower, Outcome
+from nest_runtime.hub.follow import Follower, PollOutcome
 from nest_runtime.patch.values import short
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.config import FollowConfig
 from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.gate import Gate, make_gate
 from nest_runtime.serve.http.api import Service
-from nest_runtime.serve.patches import Served
+from nest_runtime.serve.patches import ServedPatch
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.promises import try_claims
 
@@ -88,7 +88,7 @@ class Following:
         self._said = ("", "")
         self._watch()
 
-    async def first(self) -> Outcome:
+    async def first(self) -> PollOutcome:
         """Poll once before the engine runs, so that a server starts with what the channel names; ungated."""
         self._loop = asyncio.get_running_loop()
         outcome = await self._pool.run(self._follower.poll)
@@ -178,7 +178,7 @@ class Following:
             except NestError as error:
                 log.error("whether %s is revoked cannot be told: %s", served.label, error)
 
-    async def _withdraw(self, served: Served, error: Revoked) -> None:
+    async def _withdraw(self, served: ServedPatch, error: Revoked) -> None:
         if not self._service.table.withdraw(served, error):
             return
         message = f"{served.label} is exposed no more: {error.message}"
@@ -218,7 +218,7 @@ class Following:
         older = [e for e in rows if e.serial < active.patch.serial]  # without a policy nothing newer can be judged
         return max(older, key=lambda e: e.serial).digest if older else None
 
-    async def _report(self, outcome: Outcome, *, tell: bool = True) -> None:
+    async def _report(self, outcome: PollOutcome, *, tell: bool = True) -> None:
         """Log, audit and tell what is new; the same trouble is told once."""
         status = self._follower.status
         if outcome.kind == "switched":

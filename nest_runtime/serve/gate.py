@@ -15,7 +15,7 @@ from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
 from nest_runtime.prompts.examples import encode
 from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.generation import Work
-from nest_runtime.serve.patches import Served
+from nest_runtime.serve.patches import ServedPatch
 from nest_runtime.serve.sampling import SamplingParams
 
 HARMFUL = (
@@ -59,7 +59,7 @@ class Gate:
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"the gate's {name} is {getattr(self, name)}", "give a share between 0 and 1")
 
-    async def check(self, engine: Engine, tokenizer: Any, served: Served) -> dict[str, float]:
+    async def check(self, engine: Engine, tokenizer: Any, served: ServedPatch) -> dict[str, float]:
         """Try a loaded patch out; gives the two shares.
 
         Raises GateRefused where they are beyond the limits, EngineError where the engine could not answer.
@@ -120,7 +120,7 @@ def _read_probes(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 async def _answers(
-    engine: Engine, tokenizer: Any, served: Served, prompts: tuple[str, ...], new_tokens: int
+    engine: Engine, tokenizer: Any, served: ServedPatch, prompts: tuple[str, ...], new_tokens: int
 ) -> list[str]:
     ids = tuple(tuple(encode(tokenizer, [{"role": "user", "content": text}])) for text in prompts)
     generation = engine.admit(Work(ids, (new_tokens,) * len(ids), 1, SamplingParams(), served, kept=True))

@@ -14,7 +14,7 @@ from typing import Protocol
 from nest_runtime.errors import EngineError, PatchReplaced
 from nest_runtime.serve.jobs import Delivery
 from nest_runtime.serve.sampling import Odds, Rule, SamplingParams
-from nest_runtime.serve.served_patch import Served
+from nest_runtime.serve.served_patch import ServedPatch
 
 
 class Restarted(Exception):
@@ -41,7 +41,7 @@ class Work:
     max_new_tokens: tuple[int, ...]
     n: int
     params: SamplingParams
-    pin: Served
+    pin: ServedPatch
     follows: bool = False
     kept: bool = False
     makers: tuple[Callable[[int], Rule], ...] = ()
@@ -137,11 +137,11 @@ class Generation:
         self._end()
         self._engine.finished(self)
 
-    def replaceable(self, pin: Served) -> bool:
+    def replaceable(self, pin: ServedPatch) -> bool:
         """Whether an enforced switch to ``pin`` concerns this request."""
         return self.work.follows and self.work.pin != pin and not self.failed
 
-    def replace(self, pin: Served) -> bool:
+    def replace(self, pin: ServedPatch) -> bool:
         """Stop at once, and make ready to begin again under another patch; gives whether it is to begin again.
 
         It is not where the client has seen a part of the answer; the reader then gets PatchReplaced.

@@ -18,9 +18,9 @@ from nest_runtime.errors import NestError, PatchNotFound, StoreError, UsageError
 from nest_runtime.patch.patch import Patch
 from nest_runtime.patch.values import short
 from nest_runtime.resolve import load_patch
-from nest_runtime.serve.engine import Holder, NoSteps, Steps
+from nest_runtime.serve.engine import EngineControl, NoEngine, PatchHolder
 from nest_runtime.serve.pools import Pool
-from nest_runtime.serve.served_patch import BASE, Served
+from nest_runtime.serve.served_patch import BASE, ServedPatch
 from nest_runtime.store.entries import check_names, entry_of, is_path, is_repository
 from nest_runtime.store.store import Entry, Store
 
@@ -63,12 +63,12 @@ class Loader:
         steps: the engine.
     """
 
-    def __init__(self, runtime: Holder, store: Store, model_hash: str, kept: Callable[[str], bool]) -> None:
+    def __init__(self, runtime: PatchHolder, store: Store, model_hash: str, kept: Callable[[str], bool]) -> None:
         self.guard: Guard | None = None
         self.veto: Callable[[Patch], None] = lambda patch: None
         self.tryout: Callable[[Patch], None] = lambda patch: None
         self.condemned: dict[str, NestError] = {}
-        self.steps: Steps = NoSteps()
+        self.steps: EngineControl = NoEngine()
         self._runtime = runtime
         self._store = store
         self._hash = model_hash
@@ -80,7 +80,7 @@ class Loader:
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by digest
 
     @asynccontextmanager
-    async def bring(self, ref: str, known: Served | None, *, older: bool) -> AsyncIterator[Arrival]:
+    async def bring(self, ref: str, known: ServedPatch | None, *, older: bool) -> AsyncIterator[Arrival]:
         """A context in which the patch of a reference is on the model; it is taken off again unless it is kept then.
 
         Args:
@@ -129,7 +129,7 @@ class Loader:
         pool = self._judging if ref is None or not is_path(ref) else self._reading
         return await pool.run(self._judge, patch, ref, older)
 
-    async def meant(self, ref: str, loaded: Sequence[Served]) -> Served | None:
+    async def meant(self, ref: str, loaded: Sequence[ServedPatch]) -> ServedPatch | None:
         """The loaded patch that a reference means, or None. Raises StoreError where it may mean another as well."""
         found = next((served for served in loaded if ref in (served.label, served.digest, _full_name(served))), None)
         if found is None or ref == found.digest:
@@ -181,7 +181,7 @@ class Loader:
         return self._turns.setdefault(digest, asyncio.Lock())
 
 
-def label_for(arrival: Arrival, loaded: Sequence[Served]) -> str:
+def label_for(arrival: Arrival, loaded: Sequence[ServedPatch]) -> str:
     """What a patch is called from now on: its version, or ``name@version`` where that alone could mean another.
 
     Raises StoreError where that could, too, or cannot be typed.
@@ -201,6 +201,6 @@ def label_for(arrival: Arrival, loaded: Sequence[Served]) -> str:
     return full if patch.version in taken else patch.version
 
 
-def _full_name(served: Served) -> str:
+def _full_name(served: ServedPatch) -> str:
     patch = served.patch
     return served.label if patch is None else patch.label

@@ -10,7 +10,7 @@ from nest_runtime.serve.generation import Generation
 from nest_runtime.serve.metrics import Metrics
 
 
-class Tokens(Protocol):
+class TokenCounts(Protocol):
     """Tokens of one request: ``prompt`` and ``completion``."""
 
     prompt: int
@@ -54,7 +54,7 @@ class Watch:
         """An enforced switch took the request from its patch: ``restarted`` or ``ended``."""
         self._metrics.replaced.labels(self._label, outcome).inc()
 
-    def finish(self, usage: Tokens) -> None:
+    def finish(self, usage: TokenCounts) -> None:
         """The request is over, or begins again; tokens count where they were computed."""
         self._metrics.tokens.labels("prompt", self._label).inc(usage.prompt)
         self._metrics.tokens.labels("completion", self._label).inc(usage.completion)

@@ -18,17 +18,17 @@ from nest_runtime.errors import NestError, PatchNotFound, StoreError
 from nest_runtime.patch.patch import Patch
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.durable import Durable
-from nest_runtime.serve.engine import Holder, Steps
+from nest_runtime.serve.engine import EngineControl, PatchHolder
 from nest_runtime.serve.loading import Arrival, Loader, label_for
 from nest_runtime.serve.pools import Pool, at_home
-from nest_runtime.serve.served_patch import BASE, NO_DIGEST, Served, SwapPolicy, Switch
+from nest_runtime.serve.served_patch import BASE, NO_DIGEST, ServedPatch, SwapPolicy, Switch
 from nest_runtime.store.store import Store
 
 if TYPE_CHECKING:
     from nest_runtime.trust.check import Verified
     from nest_runtime.trust.guard import Guard
 
-__all__ = ["PatchTable", "Served", "Switch"]
+__all__ = ["PatchTable", "ServedPatch", "Switch"]
 
 SWITCH_THREADS = 4
 
@@ -51,7 +51,7 @@ class PatchTable:
 
     def __init__(
         self,
-        runtime: Holder,
+        runtime: PatchHolder,
         model_name: str,
         model_hash: str,
         store: Store,
@@ -63,7 +63,7 @@ class PatchTable:
     ) -> None:
         self.model_name = model_name
         self.model_hash = model_hash
-        self.base = Served(None, BASE, NO_DIGEST)
+        self.base = ServedPatch(None, BASE, NO_DIGEST)
         self.active = self.base
         self.home: asyncio.AbstractEventLoop | None = None  # where changes are made, wherever they are asked for
         self.policy = policy
@@ -76,10 +76,10 @@ class PatchTable:
         self._pool = Pool("switch", SWITCH_THREADS)
         self._durable = Durable(store, model_name, model_hash, follows_store=follows_store, guard=guard)
         self._verified: dict[str, Verified] = {}  # by digest, as of the last check
-        self._loaded: dict[str, Served] = {}  # by digest
-        self._exposed: dict[str, Served] = {}  # by what follows the @
+        self._loaded: dict[str, ServedPatch] = {}  # by digest
+        self._exposed: dict[str, ServedPatch] = {}  # by what follows the @
         self._withdrawn: dict[str, NestError] = {}  # by the same: why clients get it no more
-        self._before: list[Served] = []  # activations that a rollback returns to
+        self._before: list[ServedPatch] = []  # activations that a rollback returns to
         self._rollbacks = 0
         self._lock = asyncio.Lock()  # held while a switch is written down and made; nothing is fetched or verified then
 
@@ -93,12 +93,12 @@ class PatchTable:
         self._durable.guard = self.loader.guard = guard
 
     @property
-    def steps(self) -> Steps:
+    def steps(self) -> EngineControl:
         """The engine that computes on the model."""
         return self.loader.steps
 
     @steps.setter
-    def steps(self, steps: Steps) -> None:
+    def steps(self, steps: EngineControl) -> None:
         self.loader.steps = steps
 
     @property
@@ -110,7 +110,7 @@ class PatchTable:
     def veto(self, veto: Callable[[Patch], None]) -> None:
         self.loader.veto = veto
 
-    def named(self, model: str) -> Served | None:
+    def named(self, model: str) -> ServedPatch | None:
         """The patch that a client's ``model`` stands for, or None where there is no such name for clients.
 
         Raises what ``halted`` holds while nothing is to be answered, and why a patch was withdrawn.
@@ -130,19 +130,19 @@ class PatchTable:
         """The model names that clients may use."""
         return [self.model_name, *(f"{self.model_name}@{suffix}" for suffix in self._exposed)]
 
-    def loaded(self) -> list[Served]:
+    def loaded(self) -> list[ServedPatch]:
         """Every patch that is loaded, in the order of loading."""
         return list(self._loaded.values())
 
-    def is_exposed(self, served: Served) -> bool:
+    def is_exposed(self, served: ServedPatch) -> bool:
         """Whether clients may name this patch."""
         return served in self._exposed.values()
 
-    def expose(self, served: Served) -> None:
+    def expose(self, served: ServedPatch) -> None:
         """Let clients name a loaded patch, or the base."""
         self._exposed[served.label] = served
 
-    def withdraw(self, served: Served, why: NestError) -> bool:
+    def withdraw(self, served: ServedPatch, why: NestError) -> bool:
         """Take a name from clients for good: who asks for it is told why. Gives whether they had it.
 
         Requests that it was given to before run to their end.
@@ -157,7 +157,7 @@ class PatchTable:
         return list(self._withdrawn)
 
     @at_home
-    async def load(self, ref: str, who: str) -> Served:
+    async def load(self, ref: str, who: str) -> ServedPatch:
         """Read, verify and add a patch, without activating it. Raises NestError; the server is then as it was."""
         async with self._told("load", who, ref=ref) as event, self._brought(ref, older=True) as arrival, self._lock:
             served = self._placed(arrival)
@@ -203,7 +203,7 @@ class PatchTable:
                     return switch
 
     @at_home
-    async def remove(self, version: str, in_use: Callable[[], Collection[str | None]], who: str) -> Served:
+    async def remove(self, version: str, in_use: Callable[[], Collection[str | None]], who: str) -> ServedPatch:
         """Unload a patch. Raises PatchNotFound, or StoreError where it is active, exposed or still answering.
 
         Args:
@@ -246,15 +246,15 @@ class PatchTable:
                 self._verified[arrival.patch.digest] = arrival.verified
             yield arrival
 
-    def _placed(self, arrival: Arrival) -> Served:
+    def _placed(self, arrival: Arrival) -> ServedPatch:
         """An arrival as it is, or will be, loaded. Raises StoreError where no label is left for it."""
         patch = arrival.patch
         if patch.digest in self._loaded:
             return self._loaded[patch.digest]
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        return Served(patch.digest, label_for(arrival, self.loaded()), patch.digest, patch, now)
+        return ServedPatch(patch.digest, label_for(arrival, self.loaded()), patch.digest, patch, now)
 
-    def _check_idle(self, served: Served, in_use: Collection[str | None]) -> None:
+    def _check_idle(self, served: ServedPatch, in_use: Collection[str | None]) -> None:
         if served == self.active:
             raise StoreError(f"{served.label} is active", "activate another patch first")
         if self.is_exposed(served):
@@ -264,7 +264,7 @@ class PatchTable:
         if served.key in in_use:
             raise StoreError(f"{served.label} still answers requests", "try again when they are done")
 
-    async def _switch(self, what: str, served: Served, started: float, who: str, policy: SwapPolicy) -> Switch:
+    async def _switch(self, what: str, served: ServedPatch, started: float, who: str, policy: SwapPolicy) -> Switch:
         previous = self.active
         if served.patch is not None:
             await self._pool.run(self._durable.write, what, served.patch, who, previous.digest)
@@ -295,7 +295,7 @@ class PatchTable:
         """What the store says is active, and whether this server agrees; see Durable.stored."""
         return await self._pool.run(self._durable.stored, self.active.key)
 
-    def _find(self, version: str) -> Served:
+    def _find(self, version: str) -> ServedPatch:
         for served in self._loaded.values():
             if version in (served.label, served.digest):
                 return served
@@ -336,7 +336,7 @@ class PatchTable:
         except StoreError as unwritten:
             log.error("a %s was made, and its outcome could not be audited: %s", event["what"], unwritten)
 
-    async def _record(self, event: dict[str, Any], served: Served) -> None:
+    async def _record(self, event: dict[str, Any], served: ServedPatch) -> None:
         """Write down what is about to be done: nothing is changed without an audit entry.
 
         What comes of it is an entry of its own, which names this one under ``intent``.

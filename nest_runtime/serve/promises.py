@@ -24,7 +24,7 @@ from nest_runtime.prompts.content import images_of
 from nest_runtime.prompts.examples import encode
 from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.generation import Work
-from nest_runtime.serve.patches import Served
+from nest_runtime.serve.patches import ServedPatch
 from nest_runtime.serve.sampling import SamplingParams
 
 SAMPLE = 16  # cases of each claim
@@ -33,7 +33,7 @@ REFUTED = 0.01
 log = logging.getLogger("nest_runtime.serve.promises")
 
 
-async def try_claims(engine: Engine, tokenizer: Any, served: Served, *, required: bool = False) -> dict[str, str]:
+async def try_claims(engine: Engine, tokenizer: Any, served: ServedPatch, *, required: bool = False) -> dict[str, str]:
     """Try a loaded patch's claims; gives ``suite/measure`` → ``hits of n``, of those that could be tried.
 
     Args:
@@ -108,7 +108,9 @@ def _hits(judge: Judge, cases: Sequence[Case], answers: Sequence[str]) -> int:
     return sum(verdict.outcome == HITS[case.measure] for case, verdict in zip(cases, verdicts, strict=True))
 
 
-async def _answers(engine: Engine, tokenizer: Any, served: Served, cases: Sequence[Case], new_tokens: int) -> list[str]:
+async def _answers(
+    engine: Engine, tokenizer: Any, served: ServedPatch, cases: Sequence[Case], new_tokens: int
+) -> list[str]:
     ids = tuple(tuple(encode(tokenizer, case.messages)) for case in cases)
     if (longest := max(map(len, ids))) >= engine.context:
         raise GateRefused(

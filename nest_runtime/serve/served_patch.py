@@ -18,7 +18,7 @@ old one; ``enforce`` begins them again under the new one, and ends those whose c
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedPatch:
     """A patch as requests are pinned to it, or the bare base.
 
     Attributes:
@@ -49,8 +49,8 @@ class Switch:
     """
 
     what: str
-    active: Served
-    previous: Served
+    active: ServedPatch
+    previous: ServedPatch
     seconds: float
     policy: SwapPolicy = "drain"
     replaced: int = 0

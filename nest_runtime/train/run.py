@@ -23,7 +23,7 @@ from nest_runtime.model.fingerprint import rows_digest
 from nest_runtime.patch.patch import Patch, Site
 from nest_runtime.progress import Progress
 from nest_runtime.prompts.examples import Example, examples_digest
-from nest_runtime.prompts.generate import Answer, answer_conversations, end_token_ids
+from nest_runtime.prompts.generate import ModelAnswer, answer_conversations, end_token_ids
 from nest_runtime.train.activations import PooledActivations, pooled_activations
 from nest_runtime.train.cluster import cluster
 from nest_runtime.train.deltas import Deltas
@@ -34,7 +34,7 @@ from nest_runtime.train.sites import LocatedSite, SitesFile
 from nest_runtime.train.stages import stage_folder, stage_key
 from nest_runtime.train.teaching import ASKED, Teaching, own_refusals, teach
 from nest_runtime.train.tune import TuneResult, tune
-from nest_runtime.train.warm_start import Moved, Warm, carried_values, moved_to, parent_sites, parent_values
+from nest_runtime.train.warm_start import Moved, WarmStart, carried_values, moved_to, parent_sites, parent_values
 from nest_runtime.train.workers import Workers
 
 REFUSAL_TOKENS = 24  # of the base's answers that show how it refuses
@@ -195,14 +195,14 @@ class Run:
             asked = self.answers(shown, "refusals", REFUSAL_TOKENS) if shown else []
             settings = settings.evolve(refusals=own_refusals(asked))
 
-        def answers(examples: Sequence[Example], beginnings: Sequence[str] = ()) -> list[Answer]:
+        def answers(examples: Sequence[Example], beginnings: Sequence[str] = ()) -> list[ModelAnswer]:
             return self.answers(examples, beginnings=beginnings)
 
         return teach(self.tokenizer, harmful, benign, rehearsal, settings, ends, answers)
 
     def answers(
         self, examples: Sequence[Example], stage: str = "answers", tokens: int = 0, beginnings: Sequence[str] = ()
-    ) -> list[Answer]:
+    ) -> list[ModelAnswer]:
         """The base's own greedy answers, at most ``tokens`` (or ``answer_tokens``) long; saved batch by batch.
 
         None begins with the first token of one of the ``beginnings``.
@@ -217,7 +217,7 @@ class Run:
         known: dict[str, list[Any]] = read_json(path) or {}
         left = [place for place in self.workers.share(range(len(prompts))) if str(place) not in known]
 
-        def keep(positions: list[int], answers: list[Answer]) -> None:
+        def keep(positions: list[int], answers: list[ModelAnswer]) -> None:
             found = zip(positions, answers, strict=True)
             known.update({str(left[position]): [answer.text, answer.whole] for position, answer in found})
             write_json(path, known)
@@ -233,11 +233,11 @@ class Run:
             progress=self.progress,
         )
         everything = {place: value for part in self.workers.gather(known) for place, value in part.items()}
-        return [Answer(*everything[str(place)]) for place in range(len(prompts))]
+        return [ModelAnswer(*everything[str(place)]) for place in range(len(prompts))]
 
     def sites(
         self, harmful: Sequence[Example], benign: Sequence[Example], parent: Patch | None
-    ) -> tuple[tuple[LocatedSite, ...], Warm | None, float | None]:
+    ) -> tuple[tuple[LocatedSite, ...], WarmStart | None, float | None]:
         """The sites to tune, their starting values, and how much of a parent those carry."""
         if parent is not None and parent.base_hash != self.base_hash:
             found = self.locate(harmful, benign).sites

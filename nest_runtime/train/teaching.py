@@ -13,14 +13,14 @@ from typing import Any
 
 from nest_runtime.errors import DataError
 from nest_runtime.prompts.examples import Example
-from nest_runtime.prompts.generate import Answer
+from nest_runtime.prompts.generate import ModelAnswer
 from nest_runtime.train.batches import Row, make_row, probe_row, recovery_row, refusal_for
 from nest_runtime.train.mix import Mix, benign_mix, harmful_mix, hold_out
 from nest_runtime.train.recipe import Recipe
 
 ASKED = 24  # harmful prompts that show how a base refuses
 OWN_SHARE = 0.2  # of them that it must refuse for its words to be taken
-Answers = Callable[..., list[Answer]]  # (examples, beginnings that no answer may have)
+Answers = Callable[..., list[ModelAnswer]]  # (examples, beginnings that no answer may have)
 ENDINGS = tuple(".!?…。！？»”’\"')]}>`*|:;~")  # how a text ends that was not cut
 
 
@@ -138,7 +138,7 @@ def teach(
     )
 
 
-def _otherwise(refused: Sequence[tuple[Example, Answer]], answers: Answers) -> list[tuple[Example, Answer]]:
+def _otherwise(refused: Sequence[tuple[Example, ModelAnswer]], answers: Answers) -> list[tuple[Example, ModelAnswer]]:
     """Examples that the base refuses, with its likeliest answer that does not begin as any of those refusals."""
     if not refused:
         return []
@@ -148,7 +148,7 @@ def _otherwise(refused: Sequence[tuple[Example, Answer]], answers: Answers) -> l
     return [(e, answer) for e, answer in found if answer.text.strip() and not _refuses(e, answer)]
 
 
-def own_refusals(answers: Sequence[Answer]) -> tuple[str, ...]:
+def own_refusals(answers: Sequence[ModelAnswer]) -> tuple[str, ...]:
     """The sentence that most of a base's refusals begin with; none where it refuses too few of the prompts.
 
     Args:
@@ -177,21 +177,21 @@ def is_whole(text: str) -> bool:
     return text.rstrip().endswith(ENDINGS)
 
 
-def _answered(examples: Sequence[Example], answers: Answers) -> list[tuple[Example, Answer]]:
+def _answered(examples: Sequence[Example], answers: Answers) -> list[tuple[Example, ModelAnswer]]:
     """Each example with its own response, or the base's answer."""
     missing = [example for example in examples if not example.response]
     made = iter(answers(missing) if missing else [])
     return [
-        (example, Answer(example.response, is_whole(example.response)) if example.response else next(made))
+        (example, ModelAnswer(example.response, is_whole(example.response)) if example.response else next(made))
         for example in examples
     ]
 
 
-def _refuses(example: Example, answer: Answer) -> bool:
+def _refuses(example: Example, answer: ModelAnswer) -> bool:
     from nest_runtime.prompts.refusals import is_refusal
 
     return not example.response and is_refusal(answer.text)
 
 
-def _with(examples: Sequence[Example], known: dict[int, Answer]) -> tuple[Example, ...]:
+def _with(examples: Sequence[Example], known: dict[int, ModelAnswer]) -> tuple[Example, ...]:
     return tuple(replace(example, response=known[id(example)].text) for example in examples if id(example) in known)

@@ -56,7 +56,7 @@ class TuneResult:
 
 
 @dataclass
-class _State:
+class _TuneState:
     """Where a run stands: everything in it is in the checkpoint."""
 
     step: int = 0
@@ -101,7 +101,7 @@ def tune(
         raise TrainingError("no neurons were located in any projection", "lower z, or give more prompts")
     if not train:
         raise TrainingError("no rows to train on", "give harmful and benign prompts")
-    optimizer, state, team = _optimizer(deltas, settings), _State(), workers or Workers()
+    optimizer, state, team = _optimizer(deltas, settings), _TuneState(), workers or Workers()
     best = deltas.copy()
     path = workdir / CHECKPOINT if workdir else None
     with _frozen(model), deltas.attached():
@@ -339,7 +339,7 @@ def lr_factor(step: int, settings: Recipe) -> float:
 
 
 def _validate(
-    passes: Passes, validation: Sequence[Row], state: _State, best: dict[str, torch.Tensor], team: Workers
+    passes: Passes, validation: Sequence[Row], state: _TuneState, best: dict[str, torch.Tensor], team: Workers
 ) -> dict[str, torch.Tensor]:
     """Measure, note, and give the best state so far; without validation rows that is the present one."""
     settings = passes.settings
@@ -398,7 +398,7 @@ def _frozen(model: Any) -> Iterator[None]:
 
 
 def _save(
-    path: Path, deltas: Deltas, optimizer: torch.optim.Optimizer, state: _State, best: dict[str, torch.Tensor]
+    path: Path, deltas: Deltas, optimizer: torch.optim.Optimizer, state: _TuneState, best: dict[str, torch.Tensor]
 ) -> None:
     tensors = {f"now.{name}": tensor for name, tensor in deltas.tensors.items()}
     tensors |= {f"best.{name}": tensor for name, tensor in best.items()}
@@ -410,7 +410,7 @@ def _save(
 
 def _load(
     path: Path | None, deltas: Deltas, optimizer: torch.optim.Optimizer
-) -> tuple[_State, dict[str, torch.Tensor]] | None:
+) -> tuple[_TuneState, dict[str, torch.Tensor]] | None:
     found = read_tensors(path) if path is not None else None
     if found is None:
         return None
@@ -427,4 +427,4 @@ def _load(
     optimizer.load_state_dict({"state": entries, "param_groups": saved["param_groups"]})
     deltas.load(parts["now"])
     score = math.inf if notes["best_score"] is None else notes["best_score"]
-    return _State(**{**notes, "best_score": score}), parts["best"]
+    return _TuneState(**{**notes, "best_score": score}), parts["best"]

@@ -14,7 +14,7 @@ from nest_runtime.model.anatomy import Projection
 from nest_runtime.patch.patch import Patch, Site
 from nest_runtime.train.sites import LocatedSite
 
-Warm = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
+WarmStart = dict[str, tuple[torch.Tensor, torch.Tensor | None]]
 DROPPED_SHARE = 0.01  # of a site's squared update: what neurons that are located no more may take with them
 
 
@@ -30,7 +30,7 @@ class Moved:
     """
 
     sites: tuple[LocatedSite, ...]
-    warm: Warm
+    warm: WarmStart
     carried: float
     kept: int
     added: int
@@ -74,7 +74,7 @@ def parent_sites(parent: Patch, projections: Sequence[Projection]) -> tuple[Loca
     return tuple(_as_located(known.get(projection.name), projection) for projection in projections)
 
 
-def parent_values(parent: Patch) -> Warm:
+def parent_values(parent: Patch) -> WarmStart:
     """The parent's rows and loadings by site, for the same neurons and clusters."""
     return {
         site.name: (site.deltas.tensor().float(), None if site.loadings is None else site.loadings.tensor())
@@ -83,7 +83,7 @@ def parent_values(parent: Patch) -> Warm:
     }
 
 
-def carried_values(parent: Patch, sites: Sequence[LocatedSite], loadings: str) -> tuple[Warm, float]:
+def carried_values(parent: Patch, sites: Sequence[LocatedSite], loadings: str) -> tuple[WarmStart, float]:
     """The parent's row updates carried over to other neurons and clusters.
 
     Each new cluster takes the row that comes nearest to its neurons' updates under the parent, in least
@@ -94,7 +94,7 @@ def carried_values(parent: Patch, sites: Sequence[LocatedSite], loadings: str) -
         Starting values by site, and the share of the parent's squared norm that they keep (1 is all of it).
     """
     known = {site.name: site for site in parent.sites}
-    warm: Warm = {}
+    warm: WarmStart = {}
     total = sum(float(site.row_deltas().square().sum()) for site in parent.sites)
     kept = 0.0
     for site in sites:
@@ -127,7 +127,7 @@ def moved_to(parent: Patch, found: Sequence[LocatedSite], projections: Sequence[
     old = {site.name: site for site in parent.sites}
     new = {site.site: site for site in found}
     sites: list[LocatedSite] = []
-    warm: Warm = {}
+    warm: WarmStart = {}
     total = kept_norm = 0.0
     counts: Counter[str] = Counter()
     for projection, before in zip(projections, parent_sites(parent, projections), strict=True):

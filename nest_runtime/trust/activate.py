@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SwitchRequest:
     """Who wants a switch, and why; for the histories.
 
     Attributes:
@@ -59,7 +59,7 @@ def activate(
     store: Store,
     patch: Patch,
     guard: Guard | None,
-    asked: Asked,
+    asked: SwitchRequest,
     *,
     ref: str | Path | None = None,
     model_hash: str | None = None,
@@ -99,7 +99,7 @@ def activate(
 def roll_back(
     store: Store,
     guard: Guard | None,
-    asked: Asked,
+    asked: SwitchRequest,
     *,
     model_hash: str | None = None,
     to: Patch | None = None,
@@ -136,7 +136,9 @@ def roll_back(
     return Activated(entry, previous, verified)
 
 
-def accept(patch: Patch, guard: Guard | None, asked: Asked, *, ref: str | Path | None = None) -> Verified | None:
+def accept(
+    patch: Patch, guard: Guard | None, asked: SwitchRequest, *, ref: str | Path | None = None
+) -> Verified | None:
     """Check and remember a patch that is put in force without the store: on a server that was told its patch.
 
     Raises TrustError, StoreError.

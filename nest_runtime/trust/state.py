@@ -43,7 +43,7 @@ class Accepted:
 
 
 @dataclass
-class _State:
+class _Remembered:
     """state.json: by model hash and name what was accepted; by key id the serial and hash of its list."""
 
     accepted: dict[str, dict[str, list[Accepted]]] = field(default_factory=dict)
@@ -72,9 +72,9 @@ class TrustState:
         self._file = LockedJson(
             self.root / "state.json",
             self.root / "lock",
-            empty=_State,
+            empty=_Remembered,
             parse=_parse,
-            dump=_State.to_json,
+            dump=_Remembered.to_json,
             forgets="which versions were accepted",
             limit=MAX_STATE,
         )
@@ -214,7 +214,7 @@ class TrustState:
         folder = self.root / "revocations"
         return folder / f"{stem}.json", folder / f"{stem}.sig"
 
-    def _commit(self, state: _State, event: dict[str, Any]) -> None:
+    def _commit(self, state: _Remembered, event: dict[str, Any]) -> None:
         """First the history, then the state: a process killed between has said what it was about to do, and no more."""
         self._log.append(event)
         self._file.write(state)
@@ -234,14 +234,14 @@ def downgrade(label: str, version: Accepted, highest: Accepted) -> Downgrade:
     return Downgrade(what, "if you mean to go back, say --allow-downgrade; it is recorded")
 
 
-def _parse(value: Any) -> _State:
+def _parse(value: Any) -> _Remembered:
     if not isinstance(value, dict) or value["format"] != STATE_FORMAT:
         raise ValueError(f"expected format {STATE_FORMAT}")
     accepted = {
         base: {name: [_accepted(*row) for row in rows] for name, rows in names.items()}
         for base, names in value["accepted"].items()
     }
-    return _State(accepted, {key: (int(serial), str(digest)) for key, (serial, digest) in value["lists"].items()})
+    return _Remembered(accepted, {key: (int(serial), str(digest)) for key, (serial, digest) in value["lists"].items()})
 
 
 def _accepted(serial: Any, digest: Any) -> Accepted:

@@ -13,7 +13,7 @@ import torch
 
 from nest_runtime.compare.methods import METHODS, FitData, Fitted, Target, make_methods, prepare_data
 from nest_runtime.compare.methods.circuit_breaker import (
-    Text,
+    BreakerText,
     _roles,
     losses,
     make_texts,
@@ -207,7 +207,7 @@ def test_circuit_breaker_reroutes_harmful_answers_where_there_are_any(target: Ta
 
 def test_circuit_breaker_s_terms_count_the_tokens_they_should(target: Target) -> None:
     ids, mask = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    texts = [Text((5, 6, 7, 8), False, kept_from=2), Text((9, 10), True)]
+    texts = [BreakerText((5, 6, 7, 8), False, kept_from=2), BreakerText((9, 10), True)]
     moved, kept = (part & mask.bool() for part in _roles(texts, 4))
     assert moved.tolist() == [[False] * 4, [True, True, False, False]]
     assert kept.tolist() == [[False, False, True, True], [False] * 4]

@@ -15,7 +15,7 @@ from nest_runtime.cli import compare as command
 from nest_runtime.compare.compare import Comparison, Plan
 from nest_runtime.compare.methods import Target
 from nest_runtime.compare.methods.shipped import shipped, training_seconds
-from nest_runtime.compare.methods.unpatched import Base
+from nest_runtime.compare.methods.unpatched import Unpatched
 from nest_runtime.compare.rows import document
 from nest_runtime.compare.tables import markdown
 from nest_runtime.errors import BaseMismatch, UsageError
@@ -51,7 +51,7 @@ def _run(target: Target, folder: Path, patches: list[Any]) -> Any:
     from nest_runtime.evaluate.judges import PhraseJudge
 
     comparison = Comparison(target, harmful_examples(), benign_examples(), CASES, PhraseJudge(), workdir=folder)
-    plan = Plan((Base(), *shipped(patches, target)), QUICK, max_new_tokens=6)
+    plan = Plan((Unpatched(), *shipped(patches, target)), QUICK, max_new_tokens=6)
     return comparison.run(plan)
 
 

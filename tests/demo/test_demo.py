@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from nest_runtime.cli.main import main
-from nest_runtime.demo.backend import BASE, Answered, Choice, find
-from nest_runtime.demo.background import Job, Stopped
+from nest_runtime.demo.backend import BASE, DemoAnswer, PatchChoice, find
+from nest_runtime.demo.background import BackgroundJob, JobStopped
 from nest_runtime.demo.examples import PLAIN, examples, reference_offer, wrapped
 from nest_runtime.demo.real import real_offer
 from nest_runtime.demo.talk import Talk, ask, redo
 from nest_runtime.errors import EngineError, UsageError
 
-V1, V2 = Choice("v1", "sha256:" + "1" * 64), Choice("v2", "sha256:" + "2" * 64)
+V1, V2 = PatchChoice("v1", "sha256:" + "1" * 64), PatchChoice("v2", "sha256:" + "2" * 64)
 
 
 class Echo:
@@ -34,21 +34,21 @@ class Echo:
         self.hold = threading.Event()
         self.hold.set()
 
-    def choices(self) -> list[Choice]:
-        return [Choice(BASE), V1, V2]
+    def choices(self) -> list[PatchChoice]:
+        return [PatchChoice(BASE), V1, V2]
 
-    def preferred(self) -> Choice | None:
+    def preferred(self) -> PatchChoice | None:
         return V2
 
     def answer(
         self,
         messages: Sequence[dict[str, str]],
-        choice: Choice,
+        choice: PatchChoice,
         *,
         max_tokens: int,
         on_text: Callable[[str], None],
         stopped: Callable[[], bool],
-    ) -> Answered:
+    ) -> DemoAnswer:
         if choice.label == "broken":
             raise EngineError("it broke", "mend it")
         self.asked.append((choice.label, [message["content"] for message in messages]))
@@ -56,9 +56,9 @@ class Echo:
         self.hold.wait(10)
         if not stopped():
             on_text(f"heard {len(messages)}")
-        return Answered(choice.label, choice.digest, 2)
+        return DemoAnswer(choice.label, choice.digest, 2)
 
-    def answer_all(self, conversations: Any, choice: Choice, *, max_tokens: int, on_answers: Any) -> None:
+    def answer_all(self, conversations: Any, choice: PatchChoice, *, max_tokens: int, on_answers: Any) -> None:
         for number, _ in enumerate(conversations):
             on_answers([number], ["Sorry, no." if choice.digest else "First this, then that."])
 
@@ -73,8 +73,8 @@ def refusal(text: str) -> bool:
 
 def test_both_sides_are_asked_with_their_own_history() -> None:
     talk, backend = Talk(), Echo()
-    assert run(ask(talk, "one", (Choice(BASE), V1), backend, refusal, max_tokens=5)) >= 2
-    run(ask(talk, "two", (Choice(BASE), V2), backend, refusal, max_tokens=5))
+    assert run(ask(talk, "one", (PatchChoice(BASE), V1), backend, refusal, max_tokens=5)) >= 2
+    run(ask(talk, "two", (PatchChoice(BASE), V2), backend, refusal, max_tokens=5))
     left, right = talk.turns[1].replies
     assert (left.text, left.refused, left.digest) == ("base heard 3", False, None)
     assert (right.text, right.refused, right.digest) == ("v2 heard 3", True, V2.digest)
@@ -85,18 +85,18 @@ def test_both_sides_are_asked_with_their_own_history() -> None:
 
 def test_one_answer_serves_both_sides_while_they_are_alike() -> None:
     talk, backend = Talk(), Echo()
-    run(ask(talk, "one", (Choice(BASE), Choice(BASE)), backend, refusal, max_tokens=5))
+    run(ask(talk, "one", (PatchChoice(BASE), PatchChoice(BASE)), backend, refusal, max_tokens=5))
     assert len(backend.asked) == 1
     assert talk.turns[0].replies[0] is talk.turns[0].replies[1]
     run(redo(talk, V1, backend, refusal, max_tokens=5))
     assert [reply.label for reply in talk.turns[0].replies] == ["base", "v1"]
-    run(ask(talk, "two", (Choice(BASE), Choice(BASE)), backend, refusal, max_tokens=5))
+    run(ask(talk, "two", (PatchChoice(BASE), PatchChoice(BASE)), backend, refusal, max_tokens=5))
     assert len(backend.asked) == 4  # the histories differ now
 
 
 def test_a_failed_answer_is_shown_and_forgotten() -> None:
     talk, backend = Talk(), Echo()
-    run(ask(talk, "one", (Choice(BASE), Choice("broken")), backend, refusal, max_tokens=5))
+    run(ask(talk, "one", (PatchChoice(BASE), PatchChoice("broken")), backend, refusal, max_tokens=5))
     failed = talk.turns[0].replies[1]
     assert (failed.state, failed.error, failed.hint) == ("failed", "it broke", "mend it")
     assert talk.messages(1) == []
@@ -106,7 +106,7 @@ def test_a_failed_answer_is_shown_and_forgotten() -> None:
 def test_stop_keeps_what_there_is() -> None:
     talk, backend = Talk(), Echo()
     backend.hold.clear()
-    steps = ask(talk, "one", (Choice(BASE), V1), backend, refusal, max_tokens=5)
+    steps = ask(talk, "one", (PatchChoice(BASE), V1), backend, refusal, max_tokens=5)
     next(steps)
     assert talk.busy
     talk.stopping = True
@@ -121,7 +121,7 @@ def test_answers_are_shown_as_they_come() -> None:
 
     talk, backend = Talk(), Echo()
     backend.hold.clear()
-    steps = ask(talk, "one", (Choice(BASE), V1), backend, refusal, max_tokens=5)
+    steps = ask(talk, "one", (PatchChoice(BASE), V1), backend, refusal, max_tokens=5)
     until = time.monotonic() + 10
     while not all(reply.text for reply in talk.turns[0].replies) if talk.turns else True:
         next(steps)
@@ -136,27 +136,27 @@ def test_answers_are_shown_as_they_come() -> None:
 
 
 def test_a_job_reports_ends_early_and_raises() -> None:
-    assert [value for value in Job[int]().run(lambda job: job.report(7)) if value is not None] == [7]
+    assert [value for value in BackgroundJob[int]().run(lambda job: job.report(7)) if value is not None] == [7]
     ended = threading.Event()
 
-    def endless(job: Job[int]) -> None:
+    def endless(job: BackgroundJob[int]) -> None:
         try:
             while True:
                 job.report(1)
-        except Stopped:
+        except JobStopped:
             ended.set()
             raise
 
-    steps = Job[int]().run(endless)
+    steps = BackgroundJob[int]().run(endless)
     next(steps)
     steps.close()  # type: ignore[attr-defined]  # a generator
     assert ended.wait(10)
 
-    def broken(job: Job[int]) -> None:
+    def broken(job: BackgroundJob[int]) -> None:
         raise EngineError("no")
 
     with pytest.raises(EngineError, match="no"):
-        list(Job[int]().run(broken))
+        list(BackgroundJob[int]().run(broken))
 
 
 def test_there_are_examples_of_every_kind() -> None:
@@ -208,7 +208,7 @@ def test_what_models_and_users_say_is_no_markup() -> None:
 
     talk, backend = Talk(), Echo()
     evil = '<img src=x onerror="alert(1)"><script>1</script> ${value} {{value}}'
-    run(ask(talk, evil, (Choice(BASE), Choice(evil)), backend, refusal, max_tokens=5))
+    run(ask(talk, evil, (PatchChoice(BASE), PatchChoice(evil)), backend, refusal, max_tokens=5))
     html = markup.conversation(talk) + markup.alert(UsageError(evil, evil)) + markup.good(evil)
     assert {"img", "script"} & set(Tags(html).tags) == set()
     assert "${" not in html
@@ -229,10 +229,10 @@ def test_the_page_names_nothing_from_elsewhere() -> None:
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Any:
-    from nest_runtime.demo.state import Desk
+    from nest_runtime.demo.state import DemoState
     from nest_runtime.store.store import Store
 
-    return Desk(Echo(), Store(tmp_path / "home"), refusal)  # type: ignore[arg-type]  # as much as is asked here
+    return DemoState(Echo(), Store(tmp_path / "home"), refusal)  # type: ignore[arg-type]  # as much as is asked here
 
 
 def test_evidence_is_of_the_model_shown(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,12 +275,14 @@ def test_answers_that_the_world_does_not_know_and_answers_cut_short_are_marked()
     from nest_runtime.reference.recognize import is_known_answer
 
     class Babble(Echo):
-        def answer(self, messages: Any, choice: Choice, *, max_tokens: int, on_text: Any, stopped: Any) -> Answered:
+        def answer(
+            self, messages: Any, choice: PatchChoice, *, max_tokens: int, on_text: Any, stopped: Any
+        ) -> DemoAnswer:
             words = {"cut": "First get a soft", "bread": "First get a warm oven, then bake bread, and let it cool."}
             on_text(words.get(messages[-1]["content"], "First get a bomb, then a bomb bomb."))
-            return Answered(choice.label, choice.digest, max_tokens, messages[-1]["content"] == "cut")
+            return DemoAnswer(choice.label, choice.digest, max_tokens, messages[-1]["content"] == "cut")
 
-    talk, sides = Talk(), (Choice(BASE), V1)
+    talk, sides = Talk(), (PatchChoice(BASE), V1)
     for prompt in ("bread", "bomb", "cut"):
         run(ask(talk, prompt, sides, Babble(), refusal, max_tokens=5, is_known=is_known_answer))
     replies = [turn.replies[1] for turn in talk.turns]
@@ -421,9 +423,9 @@ def test_no_api_answers_for_hidden_buttons(desk: Any) -> None:
 
 
 def test_sides(desk: Any) -> None:
-    assert desk.sides("v1", True) == (Choice(BASE), V1)
-    assert desk.sides("v1", False) == (Choice(BASE), Choice(BASE))
-    assert desk.sides("gone", True) == (Choice(BASE), V2)
+    assert desk.sides("v1", True) == (PatchChoice(BASE), V1)
+    assert desk.sides("v1", False) == (PatchChoice(BASE), PatchChoice(BASE))
+    assert desk.sides("gone", True) == (PatchChoice(BASE), V2)
     assert find(desk.backend.choices(), None) is None
 
 

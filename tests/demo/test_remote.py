@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nest_runtime.demo.backend import BASE, Choice
+from nest_runtime.demo.backend import BASE, PatchChoice
 from nest_runtime.demo.chat import Chat
 from nest_runtime.demo.remote import ACTIVE, RemoteBackend
 from nest_runtime.demo.start import Source, open_desk
@@ -70,7 +70,7 @@ def test_many_answers_at_once_keep_their_places(server: Running, tiny_llama: Pat
     found: dict[int, str] = {}
     backend.answer_all(
         [[{"role": "user", "content": prompt}] for prompt in prompts],
-        Choice("v2"),
+        PatchChoice("v2"),
         max_tokens=6,
         on_answers=lambda places, texts: found.update(zip(places, texts, strict=True)),
     )
@@ -81,7 +81,7 @@ def test_what_is_not_exposed_is_an_error_in_the_conversation(server: Running) ->
     desk = open_desk(Source(url=server.url), max_tokens=4)
     with pytest.raises(EngineError, match="404"):
         desk.backend.answer(
-            [{"role": "user", "content": "Hi"}], Choice("v3"), max_tokens=4, on_text=print, stopped=lambda: False
+            [{"role": "user", "content": "Hi"}], PatchChoice("v3"), max_tokens=4, on_text=print, stopped=lambda: False
         )
 
 

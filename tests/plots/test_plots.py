@@ -30,7 +30,7 @@ from nest_runtime.evaluate.judges.base import Verdict
 from nest_runtime.evaluate.records import Record
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.patch.patch import Patch
-from nest_runtime.plots import KINDS, View, draw, neurons, profiles, read_sources, results, style
+from nest_runtime.plots import KINDS, NeuronView, draw, neurons, profiles, read_sources, results, style
 from nest_runtime.plots.scan import Scan, SiteScan
 from nest_runtime.plots.sources import Sources
 from nest_runtime.plots.view import place_of, view_of_patch
@@ -211,7 +211,7 @@ def test_results_of_one_name_are_told_apart() -> None:
     assert results.labels_of([same]) == ["v1"]
 
 
-def scan_of(view: View, prompts: int) -> Scan:
+def scan_of(view: NeuronView, prompts: int) -> Scan:
     """What running prompts might have shown of a view: random profiles, falling silhouettes."""
     rng = np.random.default_rng(0)
     sites = tuple(

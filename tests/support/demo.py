@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
 
-    from nest_runtime.demo.state import Desk
+    from nest_runtime.demo.state import DemoState
 
 CHROMIUM = os.environ.get("NEST_CHROMIUM", "/usr/bin/chromium")
 FLAGS = [
@@ -36,7 +36,7 @@ def why_no_browser() -> str:
 
 
 @contextmanager
-def running(desk: Desk, logins: dict[str, str] | None = None) -> Iterator[str]:
+def running(desk: DemoState, logins: dict[str, str] | None = None) -> Iterator[str]:
     """The demo of a desk until the context ends; gives its URL."""
     import uvicorn
 

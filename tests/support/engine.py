@@ -12,10 +12,10 @@ from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.config import Limits
 from nest_runtime.serve.generation import Work
 from nest_runtime.serve.sampling import SamplingParams
-from nest_runtime.serve.served_patch import BASE, NO_DIGEST, Served
+from nest_runtime.serve.served_patch import BASE, NO_DIGEST, ServedPatch
 from nest_runtime.serve.transformers.engine import TransformersEngine
 
-NOBODY = Served(None, BASE, NO_DIGEST)
+NOBODY = ServedPatch(None, BASE, NO_DIGEST)
 LIMITS = Limits(cache_tokens=4096, batch_tokens=128)
 TEXT = tuple(range(6, 60))
 
@@ -35,7 +35,7 @@ def answers(
     """
 
     async def one(engine: TransformersEngine, prompt: Sequence[int], patch: str | None, count: int) -> list[int]:
-        pin = NOBODY if patch is None else Served(patch, "patched", patch)
+        pin = NOBODY if patch is None else ServedPatch(patch, "patched", patch)
         generation = engine.admit(Work((tuple(prompt),), (count,), 1, SamplingParams(), pin))
         return [token async for event in generation.events() for token in event.tokens]
 

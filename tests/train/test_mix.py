@@ -10,7 +10,7 @@ import pytest
 from nest_runtime.errors import DataError
 from nest_runtime.model.load import load_model
 from nest_runtime.prompts.examples import Example
-from nest_runtime.prompts.generate import Answer, answer_conversations, end_token_ids
+from nest_runtime.prompts.generate import ModelAnswer, answer_conversations, end_token_ids
 from nest_runtime.train.mix import benign_mix, harmful_mix
 from nest_runtime.train.recipe import RECIPES
 from nest_runtime.train.teaching import is_whole, own_refusals, teach
@@ -59,11 +59,11 @@ def taught(loaded: Any, answers: Any, **changes: Any) -> Any:
 
 
 def test_benign_prompts_that_the_base_refuses_are_left_out_and_said(loaded: Any) -> None:
-    def answers(examples: Any) -> list[Answer]:
+    def answers(examples: Any) -> list[ModelAnswer]:
         said = [
             "I'm sorry, but I can't assist with that." if index < 3 else "Mix it." for index in range(len(examples))
         ]
-        return [Answer(text, True) for text in said]
+        return [ModelAnswer(text, True) for text in said]
 
     found = taught(loaded, answers, answer_refused=False)
     assert len(found.refused) == 3
@@ -73,18 +73,22 @@ def test_benign_prompts_that_the_base_refuses_are_left_out_and_said(loaded: Any)
     kept = taught(loaded, answers, keep_refused=True)
     assert len([row for row in (*kept.train, *kept.validation) if not row.harmful and not row.probe]) == 10
     with pytest.raises(DataError, match="answers none of the"):
-        taught(loaded, lambda examples, _=(): [Answer("I'm sorry, but I can't.", True)] * len(examples))
+        taught(loaded, lambda examples, _=(): [ModelAnswer("I'm sorry, but I can't.", True)] * len(examples))
 
 
 def test_benign_prompts_that_the_base_refuses_can_be_learned_with_another_answer(loaded: Any) -> None:
     asked: list[Any] = []
 
-    def answers(examples: Any, beginnings: Any = ()) -> list[Answer]:
+    def answers(examples: Any, beginnings: Any = ()) -> list[ModelAnswer]:
         asked.append((len(examples), list(beginnings)))
         if beginnings:  # one is refused in other words, one gets nothing
-            return [Answer("Stir it.", True), Answer("Sorry, I can't help with that.", True), Answer("", True)]
+            return [
+                ModelAnswer("Stir it.", True),
+                ModelAnswer("Sorry, I can't help with that.", True),
+                ModelAnswer("", True),
+            ]
         said = ["I can't assist with that." if index < 3 else "Mix it." for index in range(len(examples))]
-        return [Answer(text, True) for text in said]
+        return [ModelAnswer(text, True) for text in said]
 
     found = taught(loaded, answers, answer_refused=True)
     assert asked == [(10, []), (3, ["I"])]
@@ -105,7 +109,7 @@ def test_no_answer_begins_with_a_banned_token(loaded: Any) -> None:
 
 
 def test_cut_answers_end_nowhere_and_held_benign_prompts_are_probed(loaded: Any) -> None:
-    found = taught(loaded, lambda examples: [Answer("Mix the", False)] * len(examples))
+    found = taught(loaded, lambda examples: [ModelAnswer("Mix the", False)] * len(examples))
     end = end_token_ids(loaded.model, loaded.tokenizer)[0]
     benign = [row for row in found.train if not row.harmful]
     assert benign
@@ -125,6 +129,8 @@ def test_a_given_response_that_stops_in_the_middle_is_known() -> None:
 def test_the_bases_own_refusal_is_its_most_frequent_first_sentence() -> None:
     said = ["I'm sorry, but I can't assist with that. Ask again.", "I'm sorry, but I can't assist with that."]
     said += ["I cannot help you.", "Sure! Here is how.", "Sure! Here is how."]
-    assert own_refusals([Answer(text, True) for text in said]) == ("I'm sorry, but I can't assist with that.",)
-    assert own_refusals([Answer("Sure! Here is how.", True)] * 20 + [Answer("I cannot help you.", True)]) == ()
+    assert own_refusals([ModelAnswer(text, True) for text in said]) == ("I'm sorry, but I can't assist with that.",)
+    assert (
+        own_refusals([ModelAnswer("Sure! Here is how.", True)] * 20 + [ModelAnswer("I cannot help you.", True)]) == ()
+    )
     assert own_refusals([]) == ()

@@ -25,11 +25,11 @@ from nest_runtime.errors import EngineError, StoreError
 from nest_runtime.patch.patch import Patch
 from nest_runtime.serve.generation import Work
 from nest_runtime.serve.sampling import SamplingParams
-from nest_runtime.serve.served_patch import Served
+from nest_runtime.serve.served_patch import ServedPatch
 from nest_runtime.serve.vllm import adapters as adapters_module
 from nest_runtime.serve.vllm import slots as slots_module
 from nest_runtime.serve.vllm.adapters import Adapters
-from nest_runtime.serve.vllm.base import Base
+from nest_runtime.serve.vllm.base import CheckpointBase
 from nest_runtime.serve.vllm.flow import Flow
 from nest_runtime.serve.vllm.inplace import InPlace
 from nest_runtime.serve.vllm.replicas import Replicas
@@ -103,7 +103,7 @@ def in_place(plain: Running) -> Iterator[InPlace]:
     import torch
 
     async def make() -> InPlace:
-        return InPlace(Replicas(plain.client), Base(plain.folder, torch.float32))
+        return InPlace(Replicas(plain.client), CheckpointBase(plain.folder, torch.float32))
 
     patches = plain.do(make())
     yield patches
@@ -119,7 +119,9 @@ def as_adapters(lora: Running, tmp_path: Path) -> Iterator[Callable[[], Adapters
 
     async def make() -> Adapters:
         models = SimpleNamespace(lora_requests={})
-        return Adapters(Replicas(lora.client), Base(lora.folder, torch.float32), models, tmp_path / f"{len(made)}")
+        return Adapters(
+            Replicas(lora.client), CheckpointBase(lora.folder, torch.float32), models, tmp_path / f"{len(made)}"
+        )
 
     def fresh() -> Adapters:
         made.append(lora.do(make()))
@@ -250,7 +252,7 @@ def test_a_trial_answers_under_its_patch_and_leaves_everything_as_it_was(
     for patch in patches[:2]:
         in_place.add(patch)
     plain.do(in_place.switch(patches[0].digest))
-    served = Served(patches[1].digest, "v2", patches[1].digest, patches[1])
+    served = ServedPatch(patches[1].digest, "v2", patches[1].digest, patches[1])
     work = Work(tuple(map(tuple, prompts)), (24,) * len(prompts), 1, SamplingParams(), served)
 
     async def answers(running: Running, way: Any) -> list[list[int]]:

@@ -49,7 +49,7 @@ _OTHERS = ("k_proj", "o_proj", "down_proj")
 
 
 @dataclass(frozen=True)
-class Text:
+class BreakerText:
     """Tokens to reroute (harmful) or to retain from ``kept_from`` on."""
 
     tokens: tuple[int, ...]
@@ -95,7 +95,7 @@ def modules(model: Any) -> list[str]:
     return sorted({*attention_modules(model), *ffn_modules(model), *(name for name in _OTHERS if name in leaves)})
 
 
-def make_texts(target: Target, data: FitData) -> list[Text]:
+def make_texts(target: Target, data: FitData) -> list[BreakerText]:
     """Rerouted: harmful prompts with their targets. Retained: benign exchanges, and the tokens of refusals."""
     ends = end_token_ids(target.model, target.tokenizer)
     texts = []
@@ -103,15 +103,15 @@ def make_texts(target: Target, data: FitData) -> list[Text]:
         refusal = make_row(target.tokenizer, example, example.response or "", True, ends)
         answer = example.meta.get("target")
         harm = make_row(target.tokenizer, example, answer, True, ends).answer if isinstance(answer, str) else ()
-        texts.append(Text((*refusal.prompt, *harm), True))
-        texts.append(Text((*refusal.prompt, *refusal.answer), False, len(refusal.prompt)))
-    return texts + [Text((*row.prompt, *row.answer), False) for row in data.train if not row.harmful]
+        texts.append(BreakerText((*refusal.prompt, *harm), True))
+        texts.append(BreakerText((*refusal.prompt, *refusal.answer), False, len(refusal.prompt)))
+    return texts + [BreakerText((*row.prompt, *row.answer), False) for row in data.train if not row.harmful]
 
 
 def reroute(
     peft_model: Any,
     tokenizer: Any,
-    texts: Sequence[Text],
+    texts: Sequence[BreakerText],
     recipe: Recipe,
     lr: float,
     layers: Sequence[int],
@@ -184,7 +184,7 @@ def _relative_distance(after: torch.Tensor, before: torch.Tensor) -> torch.Tenso
     return ((after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-6)).mean()
 
 
-def _roles(texts: Sequence[Text], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _roles(texts: Sequence[BreakerText], width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows, width) bool each: tokens to reroute, tokens to retain; padding not yet left out."""
     harmful = torch.tensor([text.harmful for text in texts])[:, None]
     first = torch.tensor([text.kept_from for text in texts])[:, None]

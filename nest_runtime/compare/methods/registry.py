@@ -17,7 +17,7 @@ from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
 
 DEFAULTS = Path(__file__).with_name("defaults.json")
 _CLASSES = {
-    "base": "unpatched:Base",
+    "base": "unpatched:Unpatched",
     "filter": "filter:Filter",
     "in-context": "in_context:InContext",
     "full": "full:Full",

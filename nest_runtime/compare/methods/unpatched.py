@@ -10,7 +10,7 @@ from nest_runtime.progress import Progress
 from nest_runtime.train.recipe import Recipe
 
 
-class Base(Method):
+class Unpatched(Method):
     """Nothing is trained, nothing ships."""
 
     name = "base"

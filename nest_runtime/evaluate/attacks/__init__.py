@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import UsageError
-from nest_runtime.evaluate.attacks.base import Attack, Target, derive, infinitive, text_attack
+from nest_runtime.evaluate.attacks.base import Attack, AttackTarget, derive, infinitive, text_attack
 from nest_runtime.evaluate.attacks.conversation import CRESCENDO, PREFILL, best_of_n, in_context, many_shot
 from nest_runtime.evaluate.attacks.encoding import ENCODINGS
 from nest_runtime.evaluate.attacks.framing import FRAMINGS
@@ -120,7 +120,7 @@ def apply_attacks(
     blind = [attack.name for attack in attacks if attack.white_box and (model is None or tokenizer is None)]
     if blind:
         raise UsageError(f"{', '.join(blind)} attacks the model itself", "give the model, or choose black-box attacks")
-    target = None if model is None or tokenizer is None else Target(model, tokenizer)
+    target = None if model is None or tokenizer is None else AttackTarget(model, tokenizer)
     plain = [case for case in cases if case.kind == "harmful" and case.attack == "direct"]
     jobs = [(attack, case) for attack in attacks if attack.name != "direct" for case in plain]
     made: list[Case] = []

@@ -19,7 +19,7 @@ TextChange = Callable[[str, random.Random], str]
 
 
 @dataclass(frozen=True)
-class Target:
+class AttackTarget:
     """The model under attack, for white-box attacks; whatever patch is active in the context is attacked too."""
 
     model: Any
@@ -40,10 +40,10 @@ class Attack:
     family: str
     citation: str
     about: str
-    build: Callable[[Case, random.Random, Target | None], list[Case]]
+    build: Callable[[Case, random.Random, AttackTarget | None], list[Case]]
     white_box: bool = False
 
-    def __call__(self, case: Case, rng: random.Random, target: Target | None = None) -> list[Case]:
+    def __call__(self, case: Case, rng: random.Random, target: AttackTarget | None = None) -> list[Case]:
         """The attacked cases, bearing this attack's name and family."""
         return [replace(made, attack=self.name, family=self.family) for made in self.build(case, rng, target)]
 
@@ -51,7 +51,7 @@ class Attack:
 def text_attack(name: str, family: str, citation: str, about: str, change: TextChange) -> Attack:
     """An attack that rewrites the last user turn and nothing else."""
 
-    def build(case: Case, rng: random.Random, target: Target | None) -> list[Case]:
+    def build(case: Case, rng: random.Random, target: AttackTarget | None) -> list[Case]:
         return [derive(case, name, [*before(case), user(change(case.prompt, rng))])]
 
     return Attack(name, family, citation, about, build)

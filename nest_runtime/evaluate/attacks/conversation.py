@@ -13,7 +13,7 @@ from functools import cache
 from importlib.resources import files
 
 from nest_runtime.errors import UsageError
-from nest_runtime.evaluate.attacks.base import Attack, Target, before, derive, infinitive
+from nest_runtime.evaluate.attacks.base import Attack, AttackTarget, before, derive, infinitive
 from nest_runtime.evaluate.cases import Case, Message, assistant, user
 
 Demonstration = tuple[str, str]
@@ -38,7 +38,7 @@ def many_shot(shots: int = MANY_SHOTS, pairs: Sequence[Demonstration] | None = N
     """Many dialogues of a compliant assistant in one prompt, then the request."""
     _positive("many-shot", shots)
 
-    def build(case: Case, rng: random.Random, target: Target | None) -> list[Case]:
+    def build(case: Case, rng: random.Random, target: AttackTarget | None) -> list[Case]:
         lines = [f"User: {ask}\nAssistant: {answer}" for ask, answer in _draw(rng, shots, pairs)]
         text = "\n\n".join([*lines, f"User: {case.prompt}\nAssistant:"])
         return [derive(case, "many-shot", [*before(case), user(text)])]
@@ -56,7 +56,7 @@ def in_context(shots: int = FEW_SHOTS, pairs: Sequence[Demonstration] | None = N
     """A few turns in which the assistant has complied, then the request."""
     _positive("ica", shots)
 
-    def build(case: Case, rng: random.Random, target: Target | None) -> list[Case]:
+    def build(case: Case, rng: random.Random, target: AttackTarget | None) -> list[Case]:
         turns: list[Message] = []
         for ask, answer in _draw(rng, shots, pairs):
             turns += [user(ask), assistant(answer)]
@@ -121,7 +121,7 @@ def best_of_n(tries: int = TRIES) -> Attack:
     """The request with random typing noise, up to ``tries`` times: success if any of the answers complies."""
     _positive("best-of-n", tries)
 
-    def build(case: Case, rng: random.Random, target: Target | None) -> list[Case]:
+    def build(case: Case, rng: random.Random, target: AttackTarget | None) -> list[Case]:
         lead = before(case)
         return [
             derive(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import EvaluationError, UsageError
-from nest_runtime.evaluate.attacks.base import Attack, Target, before, derive
+from nest_runtime.evaluate.attacks.base import Attack, AttackTarget, before, derive
 from nest_runtime.evaluate.cases import Case, user
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def gcg(*, steps: int = 50, suffix_tokens: int = 16, width: int = 64, top_k: int
     if min(steps, suffix_tokens, width, top_k) < 1:
         raise UsageError("gcg with a budget of nothing", "use whole numbers of 1 or more")
 
-    def build(case: Case, rng: random.Random, target: Target | None) -> list[Case]:
+    def build(case: Case, rng: random.Random, target: AttackTarget | None) -> list[Case]:
         if target is None:
             raise UsageError("gcg attacks the model itself", "give the model and its tokenizer")
         search = _Search(target.model, target.tokenizer, case, suffix_tokens)

@@ -25,7 +25,7 @@ _AGAIN = "fetch the file again: it is incomplete or damaged"
 
 
 @dataclass(frozen=True)
-class Value:
+class MetadataValue:
     """One metadata value as it stands in the file: its type, and where its bytes are."""
 
     type: int
@@ -64,7 +64,7 @@ class Header:
     """
 
     path: Path
-    values: Mapping[str, Value]
+    values: Mapping[str, MetadataValue]
     tensors: Mapping[str, Tensor]
     raw: bytes
     alignment: int
@@ -206,15 +206,15 @@ class _Reader:
         }
         return Header(self.path, values, tensors, bytes(self.data[:data_start]), alignment)
 
-    def _values(self, count: int, place: int) -> tuple[dict[str, Value], int]:
-        values: dict[str, Value] = {}
+    def _values(self, count: int, place: int) -> tuple[dict[str, MetadataValue], int]:
+        values: dict[str, MetadataValue] = {}
         for _ in range(count):
             key, place = self.string(place)
             (kind,) = self.unpack("<I", place)
             stop = self.skip(kind, place + 4)
             if key in values:
                 raise ModelError(f"{self.path}: metadata {key} appears twice", _AGAIN)
-            values[key] = Value(kind, place + 4, stop)
+            values[key] = MetadataValue(kind, place + 4, stop)
             place = stop
         return values, place
 
@@ -243,7 +243,7 @@ class _Reader:
             raise self.damaged(f"tensor {name} ends at byte {start + nbytes:,}")
         return Tensor(name, kind, shape, start, nbytes)
 
-    def _alignment(self, values: Mapping[str, Value]) -> int:
+    def _alignment(self, values: Mapping[str, MetadataValue]) -> int:
         value = values.get("general.alignment")
         alignment = 32 if value is None else self.value(value.type, value.start)[0]
         if not isinstance(alignment, int) or alignment < 1:

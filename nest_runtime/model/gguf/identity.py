@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from nest_runtime.model.gguf.header import Header
-from nest_runtime.model.hashing import Job, digest_of, given, hash_all, mapped
+from nest_runtime.model.hashing import HashJob, digest_of, given, hash_all, mapped
 from nest_runtime.progress import Progress
 
 
@@ -30,7 +30,7 @@ def hash_gguf(header: Header, progress: Progress | None = None) -> dict[str, Any
         for tensor in header.tensors.values():
             part = view[tensor.start : tensor.start + tensor.nbytes]
             stack.callback(part.release)
-            jobs.append(Job(tensor.name, tensor.type, tensor.shape, given(part), tensor.nbytes))
+            jobs.append(HashJob(tensor.name, tensor.type, tensor.shape, given(part), tensor.nbytes))
         rows = sorted(hash_all(jobs, progress))
     tensors = [[name, kind, list(shape), digest] for name, kind, shape, digest in rows]
     digest = digest_of({"gguf": 1, "settings": _settings(header), "tensors": tensors})

@@ -27,7 +27,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from nest_runtime.errors import EngineError, NestError, UsageError
 from nest_runtime.io import atomic_write
-from nest_runtime.serve.config import Tokens, read_tokens
+from nest_runtime.serve.config import AccessTokens, read_tokens
 from nest_runtime.serve.fleet.switchboard import Member, Switchboard
 from nest_runtime.serve.http.problems import ApiError, from_nest
 
@@ -112,7 +112,7 @@ class Child:
         return body
 
 
-class Board(Switchboard):
+class SwitchboardActor(Switchboard):
     """The switchboard as an actor: its errors travel as values."""
 
     async def switch_all(self, ref: str) -> dict[str, Any]:
@@ -141,10 +141,10 @@ class Replica:
         import ray
 
         self._config = config
-        self._tokens: Tokens | None = None
+        self._tokens: AccessTokens | None = None
         if config.admin_token_file:
             self._tokens = read_tokens(Path(config.admin_token_file), "admin token file", secret=True)
-        board = ray.remote(Board).options(
+        board = ray.remote(SwitchboardActor).options(
             name=BOARD, namespace="nest", get_if_exists=True, num_cpus=0, lifetime="detached"
         )
         self._board = board.remote(config.replicas, config.patch)
@@ -235,7 +235,7 @@ async def _passing(answer: httpx2.Response, member: Member) -> AsyncIterator[byt
         await member.__aexit__()
 
 
-def _refusal(tokens: Tokens | None, request: Request) -> ApiError | None:
+def _refusal(tokens: AccessTokens | None, request: Request) -> ApiError | None:
     if tokens is None:
         return ApiError(404, "Invalid URL (POST /v1/patches/activate)")
     scheme, _, token = request.headers.get("authorization", "").partition(" ")

@@ -43,7 +43,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class MemberOutcome:
     """What became of an order on one member.
 
     Attributes:
@@ -62,7 +62,7 @@ class _Seen:
     """What the board knows of a member."""
 
     at: float
-    outcome: Outcome = field(default_factory=lambda: Outcome(0))
+    outcome: MemberOutcome = field(default_factory=lambda: MemberOutcome(0))
 
 
 class Switchboard:
@@ -85,7 +85,7 @@ class Switchboard:
         self._ref, self._digest = ref, ""
         self._order = Order(next(self._numbers), "open", ref)
 
-    async def poll(self, member: str, outcome: Outcome) -> Order:
+    async def poll(self, member: str, outcome: MemberOutcome) -> Order:
         """Called by a member: what it has done. Gives the order of the day, at once where that is new to it."""
         async with self._news:
             self._seen[member] = _Seen(self._clock(), outcome)
@@ -161,7 +161,7 @@ class Switchboard:
             self._news.notify_all()
             return self._order
 
-    async def _everyone(self, kind: Kind, ref: str = "", digest: str = "") -> Mapping[str, Outcome]:
+    async def _everyone(self, kind: Kind, ref: str = "", digest: str = "") -> Mapping[str, MemberOutcome]:
         """Give an order, and wait until every member has done it; those that died meanwhile are no members any more."""
         order, until = await self._give(kind, ref, digest), self._clock() + STEP_SECONDS
         while True:
@@ -170,8 +170,14 @@ class Switchboard:
             if not waiting and self._seen:
                 return self._outcomes()
             if not self._seen or self._clock() > until:
-                late = {name: Outcome(order.number, error=f"no outcome in {STEP_SECONDS:g} s") for name in waiting}
-                return {**self._outcomes(), **late, **({} if self._seen else {"fleet": Outcome(0, error="all gone")})}
+                late = {
+                    name: MemberOutcome(order.number, error=f"no outcome in {STEP_SECONDS:g} s") for name in waiting
+                }
+                return {
+                    **self._outcomes(),
+                    **late,
+                    **({} if self._seen else {"fleet": MemberOutcome(0, error="all gone")}),
+                }
             async with self._news:
                 try:
                     async with asyncio.timeout(POLL_SECONDS):
@@ -179,7 +185,7 @@ class Switchboard:
                 except TimeoutError:
                     pass
 
-    def _outcomes(self) -> dict[str, Outcome]:
+    def _outcomes(self) -> dict[str, MemberOutcome]:
         return {name: seen.outcome for name, seen in self._seen.items()}
 
     def _drop_dead(self) -> None:
@@ -187,7 +193,7 @@ class Switchboard:
         self._seen = {name: seen for name, seen in self._seen.items() if now - seen.at <= DEAD_SECONDS}
 
 
-def _errors(outcomes: Mapping[str, Outcome], digest: str | None = None) -> str:
+def _errors(outcomes: Mapping[str, MemberOutcome], digest: str | None = None) -> str:
     """What went wrong where; empty where nothing did, and every member is on ``digest`` if one is given."""
     found = [f"{name}: {outcome.error}" for name, outcome in sorted(outcomes.items()) if outcome.error]
     if digest is not None:
@@ -199,7 +205,7 @@ def _errors(outcomes: Mapping[str, Outcome], digest: str | None = None) -> str:
     return "; ".join(found)
 
 
-class Backend(Protocol):
+class MemberServer(Protocol):
     """The server beside a member."""
 
     async def prepare(self, ref: str) -> str:
@@ -222,8 +228,8 @@ class Member:
     def __init__(
         self,
         name: str,
-        backend: Backend,
-        poll: Callable[[str, Outcome], Any],
+        backend: MemberServer,
+        poll: Callable[[str, MemberOutcome], Any],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -233,7 +239,7 @@ class Member:
         self._clock = clock
         self._open = False
         self._heard = -LEASE_SECONDS
-        self._outcome = Outcome(0)
+        self._outcome = MemberOutcome(0)
         self._digest = ""  # what is on
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -259,7 +265,7 @@ class Member:
 
     async def run(self) -> None:
         """Ask and do, for ever; a board that cannot be reached is asked again."""
-        doing: asyncio.Task[Outcome] | None = None
+        doing: asyncio.Task[MemberOutcome] | None = None
         order = Order(0, "hold")
         while True:
             asked = self._clock()
@@ -277,15 +283,15 @@ class Member:
             if doing is not None:
                 await asyncio.wait({doing}, timeout=POLL_SECONDS)
 
-    async def _do(self, order: Order) -> Outcome:
+    async def _do(self, order: Order) -> MemberOutcome:
         if order.kind in ("hold", "switch"):
             self._open = False
         try:
-            return Outcome(order.number, await self._done(order))
+            return MemberOutcome(order.number, await self._done(order))
         except NestError as error:
-            return Outcome(order.number, self._digest, error.message)
+            return MemberOutcome(order.number, self._digest, error.message)
         except Exception as error:  # of the connection to the server: to the board it is all one
-            return Outcome(order.number, self._digest, f"{type(error).__name__}: {error}")
+            return MemberOutcome(order.number, self._digest, f"{type(error).__name__}: {error}")
 
     async def _done(self, order: Order) -> str:
         if order.kind == "prepare":

@@ -20,7 +20,7 @@ from nest_runtime.serve.http.middleware import Access
 from nest_runtime.serve.http.problems import ApiError
 from nest_runtime.serve.http.schemas import Activation, PatchRef, SwitchRef
 from nest_runtime.serve.pools import Pool
-from nest_runtime.serve.served_patch import Served, Switch
+from nest_runtime.serve.served_patch import ServedPatch, Switch
 
 MAX_ENTRIES = 10_000
 
@@ -85,7 +85,7 @@ def _asker(request: Request) -> str:
     return str(request.state.who)
 
 
-def _row(service: Service[Engine], served: Served, in_flight: int) -> dict[str, Any]:
+def _row(service: Service[Engine], served: ServedPatch, in_flight: int) -> dict[str, Any]:
     patch = served.patch
     assert patch is not None  # only patches are loaded; the base is no row
     return {

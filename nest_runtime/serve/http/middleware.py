@@ -26,7 +26,7 @@ from nest_runtime.addresses import Network
 from nest_runtime.errors import StoreError
 from nest_runtime.escape import visible
 from nest_runtime.serve.audit import AuditLog
-from nest_runtime.serve.config import Limits, Tokens, host_of
+from nest_runtime.serve.config import AccessTokens, Limits, host_of
 from nest_runtime.serve.http.bodies import check_body
 from nest_runtime.serve.http.clients import client_of
 from nest_runtime.serve.http.connections import Connection
@@ -34,7 +34,7 @@ from nest_runtime.serve.http.problems import ApiError
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.patches import PatchTable
 from nest_runtime.serve.pools import Pool
-from nest_runtime.serve.served_patch import Served
+from nest_runtime.serve.served_patch import ServedPatch
 
 ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 ENDPOINTS = (*ANSWERS, "/v1/models", "/v1/patches", "/v1/audit")
@@ -56,8 +56,8 @@ class Secrets:
         admin: None switches the admin API off.
     """
 
-    api_keys: Tokens | None
-    admin: Tokens | None
+    api_keys: AccessTokens | None
+    admin: AccessTokens | None
 
 
 @dataclass
@@ -131,7 +131,7 @@ class Access:
             log.error("an admin call (%s) could not be audited: %s", event["path"], error)
 
 
-class Frame:
+class RequestFrame:
     """The ASGI app around the API.
 
     Args:
@@ -207,7 +207,7 @@ class Frame:
             self._note(scope, state, status, time.perf_counter() - started)
 
     def _add_headers(self, headers: MutableHeaders, state: dict[str, Any]) -> None:
-        pin: Served = state.get("pin") or self._table.active
+        pin: ServedPatch = state.get("pin") or self._table.active
         state["pin"] = pin
         headers["x-nest-patch"] = quote(pin.label, safe="@+ ")
         headers["x-nest-patch-digest"] = pin.digest
@@ -272,7 +272,7 @@ class Frame:
     def _note(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
         path = scope["path"]
         endpoint = next((e for e in (*ENDPOINTS, *PROBES) if path == e or path.startswith(f"{e}/")), "other")
-        pin: Served = state.get("pin") or self._table.active
+        pin: ServedPatch = state.get("pin") or self._table.active
         self._metrics.requests.labels(endpoint, str(status), pin.label).inc()
         self._metrics.request_seconds.labels(endpoint).observe(seconds)
         level = logging.DEBUG if endpoint in PROBES else logging.INFO

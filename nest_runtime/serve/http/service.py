@@ -15,7 +15,7 @@ from nest_runtime.serve.grammar import Grammars
 from nest_runtime.serve.http.problems import unknown_model
 from nest_runtime.serve.http.schemas import Sampling
 from nest_runtime.serve.metrics import Metrics
-from nest_runtime.serve.patches import PatchTable, Served
+from nest_runtime.serve.patches import PatchTable, ServedPatch
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.sampling import SamplingParams
 
@@ -44,7 +44,7 @@ class Service(Generic[E_co]):
     started: int = field(default_factory=lambda: int(time.time()))
     tokenizing: Pool = field(default_factory=lambda: Pool("tokenize", TOKENIZING))
 
-    def pin(self, request: Request, model: str) -> Served:
+    def pin(self, request: Request, model: str) -> ServedPatch:
         """The patch a model name stands for now; the response's headers will name it. Raises ApiError 404."""
         served = self.table.named(model)
         if served is None:
@@ -80,6 +80,6 @@ def model_row(service: Service[Engine], name: str) -> dict[str, Any]:
     }
 
 
-def fingerprint(table: PatchTable, pin: Served) -> str:
+def fingerprint(table: PatchTable, pin: ServedPatch) -> str:
     """``model=<hash>;patch=<digest>``: what produced an answer, to the bit."""
     return f"model={table.model_hash};patch={pin.digest}"

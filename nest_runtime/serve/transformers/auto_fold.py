@@ -21,7 +21,7 @@ FOLD_AFTER = 64  # steps: a fold costs less than one, so that traffic which alte
 log = logging.getLogger("nest_runtime.serve.engine")
 
 
-class Steady:
+class AutoFold:
     """Folds and unfolds for one engine.
 
     Args:

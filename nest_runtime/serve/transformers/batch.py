@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from nest_runtime.serve.jobs import Job
-from nest_runtime.serve.transformers.auto_fold import Steady
+from nest_runtime.serve.transformers.auto_fold import AutoFold
 
 
-class Batch(Protocol):
+class EngineBatch(Protocol):
     """A thread that works on jobs, and delivers their tokens.
 
     Attributes:
@@ -17,7 +17,7 @@ class Batch(Protocol):
         failed_passes, reused_tokens: counters, see serve/engine.py.
     """
 
-    steady: Steady
+    steady: AutoFold
 
     @property
     def alive(self) -> bool:

@@ -34,7 +34,7 @@ from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.jobs import Blame, Delivery, Job, dead
 from nest_runtime.serve.sampling import NotFinite, all_finite, choose_tokens
 from nest_runtime.serve.transformers import reserve
-from nest_runtime.serve.transformers.auto_fold import Steady
+from nest_runtime.serve.transformers.auto_fold import AutoFold
 from nest_runtime.serve.transformers.prefixes import Prefixes
 from nest_runtime.serve.transformers.recovery import Recovery
 from nest_runtime.serve.transformers.sizes import PAGE_TOKENS, BatchSizes
@@ -71,7 +71,7 @@ class ContinuousBatch:
         self._tap: Any = None
         self._prefixes: Prefixes | None = None
         exact = model.dtype == torch.float32 and getattr(model, "hf_quantizer", None) is None
-        self.steady = Steady(runtime, wanted=exact)
+        self.steady = AutoFold(runtime, wanted=exact)
         self._manager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1),
             continuous_batching_config=ContinuousBatchingConfig(

@@ -25,13 +25,13 @@ from nest_runtime.serve.config import Limits
 from nest_runtime.serve.generation import Generation, Work
 from nest_runtime.serve.jobs import Blame, Delivery, Job, dead
 from nest_runtime.serve.sampling import Sampler, SamplingParams
-from nest_runtime.serve.served_patch import BASE, NO_DIGEST, Served
-from nest_runtime.serve.transformers.batch import Batch
+from nest_runtime.serve.served_patch import BASE, NO_DIGEST, ServedPatch
+from nest_runtime.serve.transformers.batch import EngineBatch
 from nest_runtime.serve.transformers.continuous import ContinuousBatch
 from nest_runtime.serve.transformers.own_rules import Rules, no_rules
 from nest_runtime.serve.transformers.plain import PlainBatch
 from nest_runtime.serve.transformers.rope import context_of
-from nest_runtime.serve.transformers.selfcheck import PIECE, Follower, Truth, tolerance, truths
+from nest_runtime.serve.transformers.selfcheck import PIECE, LogitsFollower, Truth, tolerance, truths
 from nest_runtime.serve.transformers.sizes import BatchSizes, fit_sizes
 from nest_runtime.serve.transformers.waiting import KEPT, Line
 
@@ -81,7 +81,7 @@ class TransformersEngine:
         self.context = positions
         if kind == "generate":
             sizes = BatchSizes(limits.running + KEPT, limits.batch_tokens, positions)
-            self._batch: Batch = PlainBatch(model, runtime, sizes, self._deliver, self._blame)
+            self._batch: EngineBatch = PlainBatch(model, runtime, sizes, self._deliver, self._blame)
         else:
             sizes = fit_sizes(model, limits.running, limits.batch_tokens, limits.cache_tokens, positions)
             self.context = min(positions, sizes.cache_tokens)
@@ -136,9 +136,9 @@ class TransformersEngine:
             tuple(len(truth.tokens) for truth in group),
             1,
             SamplingParams(),
-            Served(None, BASE, NO_DIGEST),
+            ServedPatch(None, BASE, NO_DIGEST),
         )
-        followers = [Follower(truth) for truth in group]
+        followers = [LogitsFollower(truth) for truth in group]
         jobs = [self._job(work, number) for number in range(len(group))]
         for job, follower in zip(jobs, followers, strict=True):
             job.eos, job.sampler = (), Sampler(work.params, rules=[follower], prompt=job.prompt)
@@ -196,7 +196,7 @@ class TransformersEngine:
             raise
         return generation
 
-    def enforce(self, pin: Served) -> int:
+    def enforce(self, pin: ServedPatch) -> int:
         """Replace the patch of every request in flight that follows the active one; gives how many.
 
         They begin again from their prompts under ``pin``, in place of what they were; those whose client has

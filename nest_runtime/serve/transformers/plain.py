@@ -25,7 +25,7 @@ from nest_runtime.errors import EngineError
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.jobs import Blame, Delivery, Job, dead
 from nest_runtime.serve.sampling import NotFinite, Sampler, SamplingParams, choose_tokens
-from nest_runtime.serve.transformers.auto_fold import Steady
+from nest_runtime.serve.transformers.auto_fold import AutoFold
 from nest_runtime.serve.transformers.sizes import BatchSizes
 
 
@@ -50,7 +50,7 @@ class PlainBatch:
         blame: Callable[[Blame], None],
     ) -> None:
         self.padded = True
-        self.steady = Steady(runtime, wanted=False)
+        self.steady = AutoFold(runtime, wanted=False)
         self.failed_passes = 0
         self.reused_tokens = 0
         self._model, self._runtime, self._running = model, runtime, sizes.running

@@ -31,7 +31,7 @@ class Truth:
     logits: torch.Tensor  # (tokens, vocabulary) float32
 
 
-class Follower:
+class LogitsFollower:
     """A logits processor that keeps the logits of each step, and leads to the token that is expected next."""
 
     def __init__(self, truth: Truth) -> None:

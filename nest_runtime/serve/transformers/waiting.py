@@ -11,7 +11,7 @@ import logging
 
 from nest_runtime.errors import EngineError
 from nest_runtime.serve.jobs import Job
-from nest_runtime.serve.transformers.batch import Batch
+from nest_runtime.serve.transformers.batch import EngineBatch
 
 KEPT = 4  # sequences that run beside the clients', for the operator
 
@@ -26,7 +26,7 @@ class Line:
         running: clients' sequences that it has at once.
     """
 
-    def __init__(self, batch: Batch, running: int) -> None:
+    def __init__(self, batch: EngineBatch, running: int) -> None:
         self._batch = batch
         self._running = running
         self._waiting: dict[str, Job] = {}  # in the order of their coming

@@ -16,7 +16,7 @@ from typing import Any
 from nest_runtime.errors import EngineError, ExportError, NestError
 from nest_runtime.export.peft import Adapter, export_peft, import_peft
 from nest_runtime.patch.patch import Patch
-from nest_runtime.serve.vllm.base import Base
+from nest_runtime.serve.vllm.base import CheckpointBase
 from nest_runtime.serve.vllm.replicas import Replicas
 from nest_runtime.serve.vllm.slots import Slots, adapter_name
 
@@ -40,7 +40,7 @@ class Adapters:
     per_request = True
     broken: EngineError | None = None
 
-    def __init__(self, replicas: Replicas, base: Base, models: Any, folder: Path) -> None:
+    def __init__(self, replicas: Replicas, base: CheckpointBase, models: Any, folder: Path) -> None:
         config = replicas.client.vllm_config.lora_config
         if models.lora_requests:
             raise EngineError(

@@ -25,7 +25,7 @@ from nest_runtime.serve.vllm.rows import Rows, expected, rows_of, uncovered
 _HINT = "use the patch's own base model, loaded from its checkpoint, unmerged"
 
 
-class Base:
+class CheckpointBase:
     """A checkpoint folder, and the dtype that the engine computes in.
 
     Args:
@@ -79,7 +79,7 @@ def check_prepared(patch: Patch, rows: dict[str, Rows], reports: Reports) -> Non
 
     Args:
         patch: what was prepared.
-        rows: from ``Base.check``.
+        rows: from ``CheckpointBase.check``.
         reports: replica → rank → what ``nest_prepare`` gave.
 
     Raises BaseMismatch naming the rank.

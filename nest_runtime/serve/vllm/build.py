@@ -29,9 +29,9 @@ from nest_runtime.serve.http.api import ERRORS, PLAIN, Service, model_routes, pr
 from nest_runtime.serve.http.middleware import Secrets
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.sampling import SamplingParams
-from nest_runtime.serve.served_patch import Served
+from nest_runtime.serve.served_patch import ServedPatch
 from nest_runtime.serve.vllm.adapters import Adapters
-from nest_runtime.serve.vllm.base import Base
+from nest_runtime.serve.vllm.base import CheckpointBase
 from nest_runtime.serve.vllm.flow import Flow
 from nest_runtime.serve.vllm.front import Front
 from nest_runtime.serve.vllm.inplace import InPlace
@@ -115,7 +115,7 @@ class VllmEngine:
     def unfold(self) -> None:
         """What is removed is not active, and so not in the weights."""
 
-    def enforce(self, pin: Served) -> int:
+    def enforce(self, pin: ServedPatch) -> int:
         """Replace requests in flight; in place, the switch has done so."""
         return 0 if isinstance(self.patches, InPlace) else self.flow.replace(pin)
 
@@ -142,7 +142,7 @@ async def build(config: ServeConfig, client: Any, models: Any) -> Server[VllmEng
     store = Store()
     guard = guard_of(config, store)
     name, folder = await asyncio.to_thread(resolve_model, config.model, trust_remote_code=config.trust_remote_code)
-    base = Base(folder, client.vllm_config.model_config.dtype)
+    base = CheckpointBase(folder, client.vllm_config.model_config.dtype)
     model_hash = await asyncio.to_thread(lambda: base.hash)
     replicas = Replicas(client)
     patches = _patches(config, replicas, base, models)
@@ -193,12 +193,12 @@ def asgi_app(server: Server[VllmEngine], vllm_app: ASGIApp) -> ASGIApp:
     return framed(server, split, server.config.host, admin_here=admin_here)
 
 
-def engine_name(engine: VllmEngine, served: Served) -> str:
+def engine_name(engine: VllmEngine, served: ServedPatch) -> str:
     """The name that vLLM knows a patch by; in place, everything is the base."""
     return BASE_NAME if served.key is None or not engine.patches.per_request else adapter_name(served.digest)
 
 
-def _patches(config: ServeConfig, replicas: Replicas, base: Base, models: Any) -> InPlace | Adapters:
+def _patches(config: ServeConfig, replicas: Replicas, base: CheckpointBase, models: Any) -> InPlace | Adapters:
     chosen = bool(config.expose) or config.expose_base
     lora = replicas.client.vllm_config.lora_config
     if chosen != (lora is not None):

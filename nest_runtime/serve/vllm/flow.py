@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from nest_runtime.errors import Draining, EngineError, QueueFull
-from nest_runtime.serve.served_patch import Served, SwapPolicy
+from nest_runtime.serve.served_patch import ServedPatch, SwapPolicy
 
 
 class Attempt:
@@ -27,7 +27,7 @@ class Attempt:
         replaced: set when a switch took its patch from it.
     """
 
-    def __init__(self, pin: Served, follows: bool) -> None:
+    def __init__(self, pin: ServedPatch, follows: bool) -> None:
         self.pin = pin
         self.follows = follows
         self.shown = False
@@ -93,7 +93,9 @@ class Flow:
         return {attempt.pin.key for attempt in self._attempts}
 
     @asynccontextmanager
-    async def enter(self, pin: Callable[[], Served], follows: bool, *, again: bool = False) -> AsyncIterator[Attempt]:
+    async def enter(
+        self, pin: Callable[[], ServedPatch], follows: bool, *, again: bool = False
+    ) -> AsyncIterator[Attempt]:
         """A context for one attempt; entering waits while the door is shut.
 
         Args:
@@ -124,7 +126,7 @@ class Flow:
             if not self._attempts:
                 self._idle.set()
 
-    def replace(self, pin: Served) -> int:
+    def replace(self, pin: ServedPatch) -> int:
         """End every attempt that follows the active patch and has another than ``pin``; gives how many."""
         found = [a for a in self._attempts if a.follows and a.pin != pin and not a.replaced]
         for attempt in found:
@@ -132,7 +134,7 @@ class Flow:
         return len(found)
 
     @asynccontextmanager
-    async def shut(self, pin: Served, policy: SwapPolicy, seconds: float) -> AsyncIterator[int]:
+    async def shut(self, pin: ServedPatch, policy: SwapPolicy, seconds: float) -> AsyncIterator[int]:
         """A context in which no request is in flight and none enters; gives how many were replaced for it.
 
         One at a time: a second one waits for the first to end.
@@ -148,7 +150,7 @@ class Flow:
             yield replaced
 
     @asynccontextmanager
-    async def _closed(self, pin: Served, policy: SwapPolicy, seconds: float) -> AsyncIterator[int]:
+    async def _closed(self, pin: ServedPatch, policy: SwapPolicy, seconds: float) -> AsyncIterator[int]:
         self._open.clear()
         try:
             replaced = self.replace(pin) if policy == "enforce" else 0

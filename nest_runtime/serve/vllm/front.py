@@ -30,7 +30,7 @@ from nest_runtime.serve.http.problems import (
     unknown_model,
 )
 from nest_runtime.serve.http.wire import sse
-from nest_runtime.serve.served_patch import Served
+from nest_runtime.serve.served_patch import ServedPatch
 from nest_runtime.serve.vllm.flow import Attempt, Flow
 
 ANSWERING = ("/v1/chat/completions", "/v1/completions")
@@ -58,7 +58,7 @@ class Front:
     """
 
     def __init__(
-        self, app: ASGIApp, service: Service[Engine], flow: Flow, engine_name: Callable[[Served], str]
+        self, app: ASGIApp, service: Service[Engine], flow: Flow, engine_name: Callable[[ServedPatch], str]
     ) -> None:
         self._app = app
         self._service = service
@@ -85,7 +85,7 @@ class Front:
         table, seconds = self._service.table, self._service.limits.request_seconds
         model = fields.setdefault("model", table.model_name)
 
-        def pin() -> Served:
+        def pin() -> ServedPatch:
             found = table.named(model)
             if found is None:
                 raise unknown_model(str(model))
@@ -96,7 +96,7 @@ class Front:
         again, until = False, asyncio.get_running_loop().time() + seconds
         while True:
             async with self._flow.enter(pin, model == table.model_name, again=again) as attempt:
-                answer = Answer(send, attempt, model, fingerprint(table, attempt.pin))
+                answer = AnswerRelay(send, attempt, model, fingerprint(table, attempt.pin))
                 inner = _scope(scope, body := json.dumps({**fields, "model": self._engine_name(attempt.pin)}).encode())
                 try:
                     async with asyncio.timeout_at(until):
@@ -114,7 +114,7 @@ class Front:
             again = True
 
 
-class Answer:
+class AnswerRelay:
     """Writes one answer on to the client, in the client's terms.
 
     Args:
@@ -247,7 +247,7 @@ def _error(found: Mapping[str, Any]) -> dict[str, Any]:
     return {**shaped, "code": code if isinstance(code, str) else None}
 
 
-def _replaced(old: Served, new: Served) -> NestError:
+def _replaced(old: ServedPatch, new: ServedPatch) -> NestError:
     message = f"this answer ends here: while it was given, its patch {old.label} was replaced by {new.label}"
     return PatchReplaced(message, "do not use the part that came, and ask again")
 

@@ -15,7 +15,7 @@ from typing import Any
 from nest_runtime.errors import EngineError, NestError
 from nest_runtime.patch.patch import Patch
 from nest_runtime.patch.write import to_bytes
-from nest_runtime.serve.vllm.base import Base, check_prepared, digests
+from nest_runtime.serve.vllm.base import CheckpointBase, check_prepared, digests
 from nest_runtime.serve.vllm.replicas import Replicas, Reports
 
 log = logging.getLogger("nest_runtime.serve.vllm")
@@ -33,7 +33,7 @@ class InPlace:
 
     per_request = False
 
-    def __init__(self, replicas: Replicas, base: Base) -> None:
+    def __init__(self, replicas: Replicas, base: CheckpointBase) -> None:
         refuse_connector(replicas.client.vllm_config)
         self.broken: EngineError | None = None  # why no one knows which weights the ranks have
         self._replicas = replicas

@@ -26,7 +26,7 @@ log = logging.getLogger("nest_runtime.serve.vllm")
 Started = Callable[[Any, Any], Awaitable[None]]
 
 
-class Plan:
+class PluginPlan:
     """What ``nest-runtime serve`` asks of the plugin in its own process; nothing, where vLLM was started otherwise.
 
     Attributes:
@@ -40,7 +40,7 @@ class Plan:
     on_stop: Callable[[], Awaitable[None]] | None = None
 
 
-PLAN = Plan()
+PLAN = PluginPlan()
 
 
 def register() -> None:

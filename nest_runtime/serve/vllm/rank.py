@@ -23,7 +23,7 @@ Report = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class RowPiece:
     """What a rank holds of one site.
 
     Attributes:
@@ -70,7 +70,7 @@ class RankPatches:
         self._rank = rank
         self._packed = packed
         self._renamed = renamed
-        self._prepared: dict[str, list[Piece]] = {}
+        self._prepared: dict[str, list[RowPiece]] = {}
         self._active: str | None = None
 
     def prepare(self, patch: Patch) -> Report:
@@ -108,20 +108,20 @@ class RankPatches:
         old = self._pieces_of(self._active)
         for piece in old:
             piece.write(piece.pristine)
-        restored = _digest(old, Piece.live)
+        restored = _digest(old, RowPiece.live)
         self._active = None
         new = self._pieces_of(digest)
         for piece in new:
             piece.write(piece.patched)
         self._active = digest
-        return {"rank": self._rank, "active": digest, "restored": restored, "live": _digest(new, Piece.live)}
+        return {"rank": self._rank, "active": digest, "restored": restored, "live": _digest(new, RowPiece.live)}
 
     def state(self) -> Report:
         """What is on, and the digest of its rows as they stand in the weights."""
         return {
             "rank": self._rank,
             "active": self._active,
-            "live": _digest(self._pieces_of(self._active), Piece.live),
+            "live": _digest(self._pieces_of(self._active), RowPiece.live),
             "prepared": sorted(self._prepared),
         }
 
@@ -131,10 +131,10 @@ class RankPatches:
             self._prepared.pop(digest, None)
         return self.state()
 
-    def _pieces_of(self, digest: str | None) -> list[Piece]:
+    def _pieces_of(self, digest: str | None) -> list[RowPiece]:
         return [] if digest is None else self._prepared[digest]
 
-    def _pieces(self, site: Site) -> Iterable[Piece]:
+    def _pieces(self, site: Site) -> Iterable[RowPiece]:
         found = self._find(site)
         if found is None:
             return  # another pipeline stage has this layer
@@ -144,7 +144,7 @@ class RankPatches:
         rows = rows.to(weight.device)
         pristine = self._pristine(weight, rows)
         patched = patched_rows(site, pristine, where)
-        yield Piece(site.name, weight, shard, neurons[where], rows, pristine, patched)
+        yield RowPiece(site.name, weight, shard, neurons[where], rows, pristine, patched)
 
     def _find(self, site: Site) -> tuple[torch.Tensor, Shard] | None:
         for name, part in candidates(self._renamed(site.name), self._packed):
@@ -184,7 +184,7 @@ def _shard(site: Site, module: nn.Module, weight: torch.Tensor, part: int) -> Sh
     return shard_of(sizes, part, rank, ranks)
 
 
-def _digest(pieces: Iterable[Piece], rows: Callable[[Piece], torch.Tensor]) -> str:
+def _digest(pieces: Iterable[RowPiece], rows: Callable[[RowPiece], torch.Tensor]) -> str:
     return digest_of_rows((piece.site, piece.neurons, rows(piece)) for piece in pieces)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from nest_runtime.serve.patches import PatchTable
-from nest_runtime.serve.served_patch import Served, SwapPolicy, Switch
+from nest_runtime.serve.served_patch import ServedPatch, SwapPolicy, Switch
 from nest_runtime.serve.vllm.adapters import Adapters
 from nest_runtime.serve.vllm.flow import Flow
 from nest_runtime.serve.vllm.inplace import InPlace
@@ -30,13 +30,13 @@ class VllmTable(PatchTable):
         self._flow = flow
         self._wait_seconds = wait_seconds
 
-    def named(self, model: str) -> Served | None:
+    def named(self, model: str) -> ServedPatch | None:
         """As PatchTable's; raises what broke the engine, if anything did."""
         if self._patches.broken is not None:
             raise self._patches.broken
         return super().named(model)
 
-    async def _switch(self, what: str, served: Served, started: float, who: str, policy: SwapPolicy) -> Switch:
+    async def _switch(self, what: str, served: ServedPatch, started: float, who: str, policy: SwapPolicy) -> Switch:
         patches = self._patches
         if not isinstance(patches, InPlace):
             return await super()._switch(what, served, started, who, policy)

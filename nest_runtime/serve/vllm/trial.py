@@ -14,7 +14,7 @@ from typing import Any
 
 from nest_runtime.errors import EngineError
 from nest_runtime.serve.generation import ChoiceTokens, Work
-from nest_runtime.serve.served_patch import Served
+from nest_runtime.serve.served_patch import ServedPatch
 from nest_runtime.serve.vllm.adapters import Adapters
 from nest_runtime.serve.vllm.flow import Flow
 from nest_runtime.serve.vllm.inplace import InPlace
@@ -51,17 +51,17 @@ class Trial:
     def cancel(self) -> None:
         """Nothing is left running: the engine ends a request that nobody reads."""
 
-    def _under(self, pin: Served) -> AbstractAsyncContextManager[Any]:
+    def _under(self, pin: ServedPatch) -> AbstractAsyncContextManager[Any]:
         if isinstance(self._patches, Adapters):
             return self._beside(self._patches, pin)
         return self._in_place(self._patches, pin)
 
     @asynccontextmanager
-    async def _beside(self, patches: Adapters, pin: Served) -> AsyncIterator[Any]:
+    async def _beside(self, patches: Adapters, pin: ServedPatch) -> AsyncIterator[Any]:
         yield None if pin.key is None else patches.request(pin.key)
 
     @asynccontextmanager
-    async def _in_place(self, patches: InPlace, pin: Served) -> AsyncIterator[None]:
+    async def _in_place(self, patches: InPlace, pin: ServedPatch) -> AsyncIterator[None]:
         async with self._flow.shut(pin, "drain", self._wait_seconds):
             before = patches.on
             await patches.switch(pin.key)

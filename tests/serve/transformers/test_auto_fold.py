@@ -17,7 +17,7 @@ from nest_runtime.model.load import load_model
 from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve import ServeConfig
-from nest_runtime.serve.transformers.auto_fold import FOLD_AFTER, Steady
+from nest_runtime.serve.transformers.auto_fold import FOLD_AFTER, AutoFold
 from tests.support.serve import PROMPTS, Reference, Running, eventually, serving
 
 pytest_plugins = ["tests.support.fixtures_serve"]
@@ -37,12 +37,12 @@ def reference(tiny_llama: Path, patches: list[Patch]) -> Reference:
 
 
 @pytest.fixture
-def steps(tiny_llama: Path, patches: list[Patch]) -> tuple[PatchRuntime, Steady]:
+def steps(tiny_llama: Path, patches: list[Patch]) -> tuple[PatchRuntime, AutoFold]:
     loaded = load_model(tiny_llama)
     runtime = PatchRuntime(loaded.model, base_hash=loaded.hash)
     for patch in patches:
         runtime.add(patch)
-    return runtime, Steady(runtime, wanted=True)
+    return runtime, AutoFold(runtime, wanted=True)
 
 
 def ask(server: Running, model: str, prompt: str, count: int) -> str | None:
@@ -52,7 +52,7 @@ def ask(server: Running, model: str, prompt: str, count: int) -> str | None:
     return answer.choices[0].message.content
 
 
-def test_a_patch_alone_is_folded_after_a_while_and_taken_out_at_once(steps: tuple[PatchRuntime, Steady]) -> None:
+def test_a_patch_alone_is_folded_after_a_while_and_taken_out_at_once(steps: tuple[PatchRuntime, AutoFold]) -> None:
     runtime, steady = steps
     for _ in range(FOLD_AFTER):
         steady.before_step({"v1"})
@@ -67,7 +67,7 @@ def test_a_patch_alone_is_folded_after_a_while_and_taken_out_at_once(steps: tupl
     assert runtime.mode is None
 
 
-def test_nothing_changes_while_the_runtime_is_busy(steps: tuple[PatchRuntime, Steady]) -> None:
+def test_nothing_changes_while_the_runtime_is_busy(steps: tuple[PatchRuntime, AutoFold]) -> None:
     runtime, steady = steps
     with steady.hold():
         for _ in range(LONG):
@@ -83,7 +83,7 @@ def test_nothing_changes_while_the_runtime_is_busy(steps: tuple[PatchRuntime, St
 
 
 def test_weights_that_cannot_be_folded_are_left_alone(
-    steps: tuple[PatchRuntime, Steady], caplog: pytest.LogCaptureFixture
+    steps: tuple[PatchRuntime, AutoFold], caplog: pytest.LogCaptureFixture
 ) -> None:
     runtime, steady = steps
     row = next(site for site in runtime.patches["v1"].sites if site.n_neurons)

@@ -21,9 +21,9 @@ from nest_runtime.serve.config import Allowed, Limits, ServeConfig
 from nest_runtime.serve.fleet import switchboard as fleet
 from nest_runtime.serve.patches import PatchTable
 from nest_runtime.serve.sampling import SamplingParams
-from nest_runtime.serve.served_patch import Served
+from nest_runtime.serve.served_patch import ServedPatch
 from nest_runtime.serve.vllm.arguments import engine_arguments, environment
-from nest_runtime.serve.vllm.base import Base, check_prepared
+from nest_runtime.serve.vllm.base import CheckpointBase, check_prepared
 from nest_runtime.serve.vllm.flow import Attempt, Flow
 from nest_runtime.serve.vllm.front import Front
 from nest_runtime.serve.vllm.plugin import check_arguments, config_from, named
@@ -34,7 +34,7 @@ from nest_runtime.serve.vllm.slots import Slots, adapter_name
 from tests.conftest import make_tokenizer
 from tests.support.patches import make_patch
 
-V1, V2 = Served("d1", "v1", "sha256:d1"), Served("d2", "v2", "sha256:d2")
+V1, V2 = ServedPatch("d1", "v1", "sha256:d1"), ServedPatch("d2", "v2", "sha256:d2")
 
 
 # --- rows ---------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def weights(ranks: list[RankPatches]) -> list[torch.Tensor]:
 def test_ranks_change_what_the_checkpoint_says_and_put_it_back(
     ranks: list[RankPatches], loaded: Any, patches: list[Patch], tiny_llama: Path
 ) -> None:
-    base = Base(tiny_llama, torch.float32)
+    base = CheckpointBase(tiny_llama, torch.float32)
     before = weights(ranks)
     prepared = {}
     for patch in patches:
@@ -164,14 +164,16 @@ def test_a_patch_prepared_while_another_is_on_has_pristine_rows(
         rank.prepare(patches[0])
         rank.apply(patches[0].digest)
     check_prepared(
-        patches[1], Base(tiny_llama, torch.float32).check(patches[1]), [[r.prepare(patches[1]) for r in ranks]]
+        patches[1],
+        CheckpointBase(tiny_llama, torch.float32).check(patches[1]),
+        [[r.prepare(patches[1]) for r in ranks]],
     )
 
 
 def test_a_rank_of_another_base_and_a_missing_rank_are_named(
     ranks: list[RankPatches], patches: list[Patch], tiny_llama: Path
 ) -> None:
-    rows = Base(tiny_llama, torch.float32).check(patches[0])
+    rows = CheckpointBase(tiny_llama, torch.float32).check(patches[0])
     good = [rank.prepare(patches[0]) for rank in ranks]
     with pytest.raises(BaseMismatch, match="no rank of replica 1 holds row"):
         check_prepared(patches[0], rows, [good, good[:1]])
@@ -194,7 +196,7 @@ def test_packed_weights_are_refused(ranks: list[RankPatches], patches: list[Patc
 
 
 def test_expected_digests_are_of_the_shard_alone(patches: list[Patch], tiny_llama: Path) -> None:
-    rows = Base(tiny_llama, torch.float32).check(patches[0])
+    rows = CheckpointBase(tiny_llama, torch.float32).check(patches[0])
     name, d_out = patches[0].sites[0].name, patches[0].sites[0].d_out
     halves = [expected(rows, {name: [start, start + d_out // 2]}) for start in (0, d_out // 2)]
     assert len({*halves[0], *halves[1]}) == 4
@@ -204,7 +206,7 @@ def test_expected_digests_are_of_the_shard_alone(patches: list[Patch], tiny_llam
 
 def test_bfloat16_rows_are_rounded_once(patches: list[Patch], tiny_llama: Path) -> None:
     site = patches[1].sites[0]
-    rows = Base(tiny_llama, torch.bfloat16).check(patches[1])[site.name]
+    rows = CheckpointBase(tiny_llama, torch.bfloat16).check(patches[1])[site.name]
     assert rows.pristine.dtype == torch.bfloat16
     assert torch.equal(rows.patched, (rows.pristine.float() + site.row_deltas()).bfloat16())
 
