@@ -69,6 +69,13 @@ class EngineError(NestError):
     """The inference engine failed or is not running."""
 
 
+def port_taken(host: str, number: int) -> EngineError:
+    """The error for a port that somebody else listens on."""
+    return EngineError(
+        f"port {number} on {host} is in use", "stop the other server, or give another --port; 0 takes a free one"
+    )
+
+
 class QueueFull(EngineError):
     """More requests wait than the server holds; ``retry_after`` is a guess in whole seconds."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("tests.support")  # before a module that names one of them as a plugin imports it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # One thread for each process: workers, servers and commands run side by side, and OpenMP spins while it waits.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from nest_runtime.errors import BaseMismatch, PatchNotFound, UsageError
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from nest_runtime.cli.output import Output
     from nest_runtime.patch.patch import Patch
+    from nest_runtime.prompts.examples import Example
 
 
 def examples(*lines: str) -> str:
@@ -162,3 +163,18 @@ def base_id(name: str | None) -> str | None:
             "leave it out for a base of your own",
         )
     return name
+
+
+def prompts_named(ref: str, which: Literal["harmful", "benign"]) -> list[Example]:
+    """The prompts of an option: a file's, or with ``reference`` those that the built-in model's patches learned from.
+
+    Raises DataError as load_examples.
+    """
+    from nest_runtime.io import expand
+    from nest_runtime.prompts.examples import load_examples
+
+    if ref != "reference" or expand(ref).exists():
+        return load_examples(ref)
+    from nest_runtime.compare.methods.data import reference_prompts
+
+    return reference_prompts()[("harmful", "benign").index(which)]

@@ -56,7 +56,11 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            "--methods", metavar="LIST", autocompletion=complete.methods, help="Names with commas between them."
+            "--methods",
+            metavar="LIST",
+            autocompletion=complete.methods,
+            show_default=False,  # one long word would be cut
+            help=f"Names with commas between them. All by default: {DEFAULT_METHODS.replace(',', ', ')}.",
         ),
     ] = DEFAULT_METHODS,
     patch: Annotated[

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -110,6 +110,7 @@ class Output:
         rows: Sequence[Sequence[object]],
         *,
         right: Sequence[str] = (),
+        whole: Sequence[str] = (),
         styles: Mapping[str, str] | None = None,
     ) -> None:
         """Print a table that fits the terminal, or 80 columns in a pipe.
@@ -118,6 +119,7 @@ class Output:
             columns: their titles.
             rows: their cells; numbers and nothing are written for people.
             right: titles of the columns that align right.
+            whole: titles of the columns that are not wrapped.
             styles: color of the cells that hold just this text.
         """
         from rich import box
@@ -127,7 +129,8 @@ class Output:
         console = stdout_console()
         table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False, show_edge=False)
         for column in columns:
-            table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+            justify: Literal["left", "right"] = "right" if column in right else "left"
+            table.add_column(column, justify=justify, overflow="fold", no_wrap=column in whole)
         for row in rows:
             cells = [visible(_cell(value)) for value in row]
             table.add_row(*(Text(cell, style=(styles or {}).get(cell, "")) for cell in cells))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nest_runtime.cli.common import examples, model_flag
+from nest_runtime.cli.common import examples, model_flag, prompts_named
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output, size
 from nest_runtime.cli.train import PROMPTS, KMax, RecipeRef, Z, borderline_of, recipe_of
 from nest_runtime.errors import UsageError
@@ -107,12 +107,15 @@ def _dtype(config: Any, asked: str) -> tuple[str, list[str]]:
 
 
 def _load(harmful: str | None, benign: str | None, model: str, prompt_tokens: int, recipe: Recipe) -> Load:
-    from nest_runtime.prompts.examples import load_examples
     from nest_runtime.train.plan import Load, load_of
 
     if harmful is None or benign is None:
         return Load(prompt_tokens=prompt_tokens, answer_tokens=recipe.answer_tokens)
-    return load_of(load_examples(harmful), [*load_examples(benign), *borderline_of(None, model, recipe)], recipe)
+    return load_of(
+        prompts_named(harmful, "harmful"),
+        [*prompts_named(benign, "benign"), *borderline_of(None, model, recipe)],
+        recipe,
+    )
 
 
 def _speed(device: str, dtype: str, tflops: float | None, gbps: float | None) -> Speed:

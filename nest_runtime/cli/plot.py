@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import base_hash_of, examples, writable_folder
+from nest_runtime.cli.common import base_hash_of, examples, prompts_named, writable_folder
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output
 from nest_runtime.errors import UsageError
 from nest_runtime.hints import did_you_mean
@@ -99,20 +99,12 @@ def plot(
     found = read_sources(sources, model_hash=base_hash_of(model))
     scans: list[Scan] = []
     if harmful is not None and benign is not None:
-        scans = _scans(out, found.views, _prompts(harmful, "harmful"), _prompts(benign, "benign"), model, device, dtype)
+        scans = _scans(
+            out, found.views, prompts_named(harmful, "harmful"), prompts_named(benign, "benign"), model, device, dtype
+        )
     drawn = draw(found, out_folder, kinds=kind or (), formats=chosen, scans=scans)
     document = {"files": [{"kind": item.kind, "path": str(item.path)} for item in drawn]}
     out.result(document, lambda: out.table(("PICTURE", "FILE"), [(item.kind, item.path) for item in drawn]))
-
-
-def _prompts(ref: str, which: str) -> list[Example]:
-    if ref != "reference":
-        from nest_runtime.prompts.examples import load_examples
-
-        return load_examples(ref)
-    from nest_runtime.compare.methods.data import reference_prompts
-
-    return reference_prompts()[("harmful", "benign").index(which)]
 
 
 def _scans(

@@ -165,7 +165,7 @@ def show_audit(out: Output, server: AdminClient, last: int, verify: bool) -> Non
             for entry in entries
         ]
         if rows:
-            out.table(("WHEN (UTC)", "WHO", "WHAT", "PATCH", "OUTCOME"), rows)
+            out.table(("WHEN (UTC)", "WHO", "WHAT", "PATCH", "OUTCOME"), rows, whole=("WHEN (UTC)", "WHAT"))
         else:
             out.note("nothing has happened on this server yet")
         if verify:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import examples, model_flag
+from nest_runtime.cli.common import examples, model_flag, prompts_named
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output
 from nest_runtime.cli.patches import PatchArgument
 from nest_runtime.cli.train import (
@@ -137,12 +137,11 @@ def retarget(
 
 
 def _prompts(patch: Patch, harmful: str | None, benign: str | None) -> tuple[list[Example], list[Example]]:
-    from nest_runtime.prompts.examples import load_examples
     from nest_runtime.train.retarget import prompts_of
 
     if harmful is None or benign is None:
         return prompts_of(patch)
-    return load_examples(harmful), load_examples(benign)
+    return prompts_named(harmful, "harmful"), prompts_named(benign, "benign")
 
 
 def _settings(patch: Patch, name: str | None, steps: int | None, seed: int | None) -> Recipe:

@@ -281,7 +281,7 @@ def history(
     def render() -> None:
         rows = [(e["at"][:19].replace("T", " "), e["who"], e["what"], _what(e), e["why"]) for e in entries]
         if rows:
-            out.table(("WHEN (UTC)", "WHO", "WHAT", "PATCH", "WHY"), rows)
+            out.table(("WHEN (UTC)", "WHO", "WHAT", "PATCH", "WHY"), rows, whole=("WHEN (UTC)", "WHAT"))
         if not entries:
             out.note("nothing has happened in this store yet")
         if count is not None:

@@ -18,6 +18,12 @@ from nest_runtime.escape import clean
 
 HISTORY_LINES = 1000
 COMMANDS = ("/patch", "/base", "/compare", "/history", "/clear", "/help", "/quit")
+LEAVE = (
+    "/quit",
+    "/exit",
+    "exit",
+    "quit",
+)  # the last two from people, who type them everywhere; in a file they are text
 HELP = """\
 /patch v2      answer with another patch from here on (v2, name@v2, a file, hf://…)
 /patch         list the patches for this model
@@ -41,7 +47,7 @@ def run_loop(talk: Conversation, out: Output) -> None:
         while True:
             try:
                 line = _read(talk.label if terminal else None)
-                if line is None or line.strip() in ("/quit", "/exit"):
+                if line is None or line.strip() in LEAVE[: None if terminal else 2]:
                     return
                 stopped = False
                 _one_turn(talk, out, line.strip(), terminal, who)

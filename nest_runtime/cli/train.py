@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import base_id, examples, model_flag, model_for, writable_file
+from nest_runtime.cli.common import base_id, examples, model_flag, model_for, prompts_named, writable_file
 from nest_runtime.cli.output import DeviceOption, DtypeOption, Interrupted, JsonOption, ModelOption, Output, size
 from nest_runtime.errors import UsageError
 from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
@@ -95,10 +95,9 @@ def locate(
     recipe = recipe_of(recipe_name, model, z=z, k_max=k_max, seed=seed)
     workdir = check_out(out_file, ".json")
     from nest_runtime.model.load import load_model
-    from nest_runtime.prompts.examples import load_examples
     from nest_runtime.train.pipeline import locate_sites
 
-    bad, good = load_examples(harmful), load_examples(benign)
+    bad, good = prompts_named(harmful, "harmful"), prompts_named(benign, "benign")
     team = join(out)
     loaded = load_model(model, device=device, dtype=dtype)
     with keeping(workdir), out.bars() as bars:
@@ -200,8 +199,8 @@ def train(
     from nest_runtime.resolve import load_patch
     from nest_runtime.train.pipeline import train_patch
 
-    bad, again = load_examples(harmful), load_examples(rehearsal) if rehearsal else []
-    good, near = load_examples(benign), borderline_of(borderline, model, recipe)
+    bad, again = prompts_named(harmful, "harmful"), load_examples(rehearsal) if rehearsal else []
+    good, near = prompts_named(benign, "benign"), borderline_of(borderline, model, recipe)
     team = join(out)
     loaded = load_model(model, device=device, dtype=dtype)
     check_answers(out, loaded, {harmful: bad, benign: good, rehearsal or "": again}, good)

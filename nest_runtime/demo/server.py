@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nest_runtime.addresses import is_loopback
 from nest_runtime.demo.fence import Fence, Guests
-from nest_runtime.errors import EngineError, UsageError
+from nest_runtime.errors import UsageError, port_taken
 from nest_runtime.secret_files import secret_lines
 
 if TYPE_CHECKING:
@@ -92,9 +92,7 @@ def bind(listen: Listen) -> socket.socket:
     except OSError as error:
         port.close()
         if error.errno == errno.EADDRINUSE:
-            raise EngineError(
-                f"port {listen.port} of {listen.host} is taken", "give another --port, or 0 for a free one"
-            ) from error
+            raise port_taken(listen.host, listen.port) from error
         raise UsageError(
             f"cannot listen on {listen.host}:{listen.port}: {error}", "give another --host or --port"
         ) from error

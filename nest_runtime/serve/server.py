@@ -22,7 +22,7 @@ from typing import Any, Literal
 import uvicorn
 from starlette.types import ASGIApp
 
-from nest_runtime.errors import EngineError, NestError, UsageError
+from nest_runtime.errors import NestError, UsageError, port_taken
 from nest_runtime.serve.app import Server, admin_app, asgi_app, build
 from nest_runtime.serve.config import ServeConfig, is_loopback, readable_by_others
 from nest_runtime.serve.engine import Engine
@@ -265,7 +265,7 @@ def _bind(host: str, number: int) -> socket.socket:
     except OSError as error:
         port.close()
         if error.errno == errno.EADDRINUSE:
-            raise _port_taken(host, number) from error
+            raise port_taken(host, number) from error
         raise UsageError(f"cannot listen on {host}:{number}: {error}", "give another --host or --port") from error
 
 
@@ -277,11 +277,7 @@ def _listening_on(host: str, number: int) -> Iterator[None]:
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        raise _port_taken(host, number) from error
-
-
-def _port_taken(host: str, number: int) -> EngineError:
-    return EngineError(f"port {number} on {host} is in use", "stop the other server, or give another --port")
+        raise port_taken(host, number) from error
 
 
 def tls_context(config: ServeConfig) -> ssl.SSLContext | None:

@@ -1,0 +1,82 @@
+"""What people stumble over first: how to leave, what a column cuts, which words an option takes."""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nest_runtime.cli.common import prompts_named
+from nest_runtime.cli.compare import DEFAULT_METHODS
+from nest_runtime.demo.server import Listen, bind
+from nest_runtime.errors import EngineError
+from nest_runtime.serve import ServeConfig
+from nest_runtime.serve.server import bind as bind_server
+from nest_runtime.store.store import Store
+from tests.support.cli import Run, fails
+from tests.support.store import small_patch
+
+pytest_plugins = ["tests.support.cli"]
+
+
+def test_out_is_given_the_ending_and_not_a_second_one(run: Run, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    given = ("train", "--harmful", prompts, "--benign", prompts, "--out", tmp_path / "a.pt")
+    fails(run(*given), 2, f"write --out {tmp_path / 'a.safetensors'}\n")
+
+
+def test_methods_are_not_cut_in_the_help(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = re.sub(r"[\s│]+", " ", run("compare", "--help").out)
+    assert DEFAULT_METHODS.replace(",", ", ") in shown
+    assert "…" not in shown
+
+
+def test_a_date_stands_on_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    store = Store()
+    store.add(small_patch("v1", name="a-name-that-is-rather-long-for-a-table"), who="somebody@with.a.long.name.example")
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", run("history").out, re.MULTILINE)
+
+
+def test_a_taken_port_is_told_in_one_way() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = []
+        for take in (lambda: bind_server(ServeConfig(port=port)), lambda: bind(Listen(host="127.0.0.1", port=port))):
+            with pytest.raises(EngineError, match=f"port {port} on 127.0.0.1 is in use") as caught:
+                take()
+            assert isinstance(caught.value.__cause__, OSError)
+            assert caught.value.__cause__.errno == errno.EADDRINUSE
+            said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
+def test_reference_names_prompts_wherever_prompts_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (len(prompts_named("reference", "harmful")), len(prompts_named("reference", "benign"))) == (602, 1343)
+    monkeypatch.chdir(tmp_path)
+    Path("reference").write_text("a file of that name\n")
+    (tmp_path / "reference").rename(tmp_path / "reference.txt")
+    assert len(prompts_named("reference.txt", "benign")) == 1
+
+
+def test_collecting_tests_warns_of_nothing() -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", "tests/cli", "tests/store"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "warning" not in done.stdout.lower()
