@@ -59,7 +59,9 @@ def listing_html(desk: DemoState) -> str:
     marked = [n for n, entry in enumerate(entries) if entry.digest == active]
     base = next((figures[1] for figures in (_figures(desk.patch(e.digest)) for e in entries) if figures[1]), "")
     table = markup.table(columns, rows, caption="Patches of this model", numbers=numbers, marked=marked)
-    return markup.wrap(table, markup.note(base) if base else "")
+    without = any(_figures(desk.patch(entry.digest))[0][0] == markup.percent(None) for entry in entries)
+    elsewhere = "A dash: the patch's header does not state it; the tab Evidence has what else was measured."
+    return markup.wrap(table, *(markup.note(words) for words in (base, elsewhere if without else "") if words))
 
 
 def _row(desk: DemoState, entry: Entry, entries: list[Entry], active: str | None) -> list[str]:

@@ -66,14 +66,14 @@ def _measured(desk: DemoState, found: Mapping[str, Any]) -> str:
     name = desk.called(found["digest"])
     base, patch = found["base"]["rates"], found["patch"]["rates"]
     rows = [
-        [markup.text(suite), f"{patch[suite]['n']:,}", *(_rate(rates.get(suite)) for rates in (base, patch))]
+        [markup.text(suite), *(_rate(rates.get(suite)) for rates in (base, patch)), f"{patch[suite]['n']:,}"]
         for suite in patch
     ]
     about = (
         f"{name}, {found['part']} prompts, answers of {found['tokens']} tokens, judge {found['judge']}, "
         f"{found['date'][:10]}; not run now. Harmful prompts: the share answered. Harmless ones: the share refused."
     )
-    columns = ("prompts", "n", "base", name)
+    columns = ("prompts", "base", name, "n")
     table = markup.table(columns, rows, caption=f"{name} beside its base", numbers=columns[1:])
     return markup.note(about) + table
 
@@ -81,7 +81,8 @@ def _measured(desk: DemoState, found: Mapping[str, Any]) -> str:
 def _rate(rate: Mapping[str, float] | None) -> str:
     if rate is None:
         return "–"
-    return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.0f}, {100 * rate['high']:.0f}]"
+    share, ends = f"{100 * rate['rate']:.1f} %", f"[{100 * rate['low']:.0f}, {100 * rate['high']:.0f}]"
+    return f'{share} <br class="nr-break">{ends}'  # on two lines where it is narrow
 
 
 def _is_of(folder: Path, backend: Backend) -> bool:

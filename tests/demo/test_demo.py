@@ -395,8 +395,8 @@ def test_results_of_the_patches_shown(desk: Any, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(results, "_folders", lambda name: [tmp_path])
     html = results.results_html(desk)
     assert html.count("<table") == 1  # that of the other patch is not this model's
-    assert "90.0 % [80, 95]" in html
-    assert "20.0 % [10, 35]" in html
+    assert '90.0 % <br class="nr-break">[80, 95]' in html
+    assert '20.0 % <br class="nr-break">[10, 35]' in html
 
 
 def ids(desk: Any) -> set[str]:
