@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 
 # C0 and C1 controls (with them ANSI and OSC sequences), line and paragraph separators, marks that turn the direction
-# of writing or are not seen at all, and halves of surrogate pairs, which no output can encode.
-_STEERING = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\u200e\u200f\u061c\ufeff\ud800-\udfff"
+# of writing or are not seen at all, and halves of surrogate pairs, which no output can encode. The joiners U+200C and
+# U+200D stay: scripts and emoji are written with them.
+_UNSEEN = "\xad\u180e\u200b\u2060-\u2064\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
+_STEERING = f"\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\u200e\u200f\u061c\ud800-\udfff{_UNSEEN}"
 _CONTROL = re.compile(f"[{_STEERING}]")
 _BREAKING = re.compile(f"[{_STEERING}\t\n]")
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 CHANNEL_VALID = timedelta(days=30)
 TRIES = 3
+NEWEST = (LATEST, "latest", "head", "master")  # what people may take for the newest version
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def _refs_or_create(remote: Remote, private: bool) -> Refs:
 
 def _check_version(remote: Remote, refs: Refs, ref: RepoRef, version: str) -> None:
     """Refuse a version whose tag could be taken for a channel, or for the newest. Raises UsageError."""
-    reserved = version in (*USUAL_CHANNELS, LATEST)
+    reserved = version.lower() in (*USUAL_CHANNELS, *NEWEST)  # file systems and people may not tell cases apart
     if reserved or (may_be_channel(version) and remote.read(f"{CHANNELS}/{version}.json", refs.head) is not None):
         whose = "is reserved for a channel" if reserved else f"is a channel of {ref.place}"
         raise UsageError(f"the version {version!r} {whose}", "give the patch a version such as v4")

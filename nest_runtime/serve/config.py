@@ -302,9 +302,16 @@ def read_tokens(path: Path, what: str, *, secret: bool = False) -> AccessTokens:
         what: how to call it in errors, e.g. "admin token file".
         secret: refuse it where others on the machine may read it.
 
-    Raises UsageError where the file cannot be read, holds none, or others may write it.
+    Raises UsageError where the file cannot be read, holds none, or one that could never match, or others may write it.
     """
-    secrets = tuple(line.strip() for _, line in secret_lines(Path(path), what, secret=secret))
+    lines = [(number, line.strip()) for number, line in secret_lines(Path(path), what, secret=secret)]
+    for number, token in lines:
+        if not (token.isascii() and token.isprintable()):
+            raise UsageError(
+                f"the {what} {path}, line {number}: a character that no request can carry",
+                "use printable ASCII characters in tokens",
+            )
+    secrets = tuple(token for _, token in lines)
     if not secrets:
         raise UsageError(f"the {what} {path} holds no token", "write one token per line into it")
     return AccessTokens(secrets)

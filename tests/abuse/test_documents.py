@@ -258,3 +258,9 @@ def test_a_good_signature_is_found_beside_forged_ones(
     assert activated(run, home, keys).status == 0
     assert run("verify", "v1", "--trust", keys.mine.with_suffix(".pub")).status == 0
     assert run("verify", "v1", "--trust", keys.other.with_suffix(".pub")).status == 0
+
+
+@pytest.mark.parametrize("version", ["Stable", "CANARY", "Beta", "latest", "HEAD", "Main"])
+def test_a_version_that_reads_like_a_channel_is_not_pushed(run: Run, home: Path, tmp_path: Path, version: str) -> None:
+    path = small_patch("v1").evolve(version=version).save(tmp_path / "x.safetensors")
+    refused(run("push", path, f"{tmp_path}/mirror/"), 2, version, "is reserved")

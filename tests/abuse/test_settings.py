@@ -123,3 +123,12 @@ def test_a_server_shares_its_api_keys_with_whom_it_likes(tmp_path: Path) -> None
     assert read_tokens(secret(tmp_path / "keys", b"k\n", 0o644), "API key file").secrets == ("k",)
     with pytest.raises(UsageError, match="can be written by others"):
         read_tokens(secret(tmp_path / "keys", b"k\n", 0o664), "API key file")
+
+
+@pytest.mark.parametrize("token", ["a\0b", "pässword", "a\x1bb", "a\u200bb", "a\tb", "\ufeffx\ufeff"])
+def test_a_token_that_no_request_can_carry(tmp_path: Path, token: str) -> None:
+    """It would never match, and nobody would be told."""
+    tokens = secret(tmp_path / "tokens", f"good\n{token}\n".encode())
+    with pytest.raises(UsageError, match=r"tokens, line 2: .* no request can carry") as caught:
+        read_tokens(tokens, "admin token file", secret=True)
+    assert token not in str(caught.value)  # it is a secret all the same

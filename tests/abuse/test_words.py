@@ -85,3 +85,15 @@ def test_the_demos_page() -> None:
     for made in (markup.text(f"<script>{EVIL}"), markup.alert(NestError(EVIL))):
         harmless(made)
         assert "<script>" not in made
+
+
+@pytest.mark.parametrize("mark", ["\u200b", "\u2060", "\u2063", "\u00ad", "\u180e", "\U000e0041", "\ufff9"])
+def test_characters_that_are_not_seen_are_shown(mark: str) -> None:
+    """``v3`` with one of them inside looks like ``v3``."""
+    assert visible(f"v{mark}3") == f"v{ascii(mark)[1:-1]}3"
+    assert mark not in clean(f"v{mark}3")
+
+
+@pytest.mark.parametrize("text", ["क्\u200dष", "می\u200cخواهم", "👩\u200d🔬", "naïve"])
+def test_scripts_keep_what_they_are_written_with(text: str) -> None:
+    assert visible(text) == clean(text) == text
