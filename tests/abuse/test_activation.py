@@ -108,11 +108,13 @@ def act(request: pytest.FixtureRequest, run: Run, place: Place, tiny_llama: Path
         durable = Durable(store, "tiny", place.patches["v1"].base_hash, follows_store=True, guard=guard)
 
         def by_server(what: str) -> None:
+            on = durable.active()
+            serving = None if on is None else on.digest
             if what == "rollback":
-                durable.write("rollback", place.patches["v1"], "tester")
+                durable.write("rollback", place.patches["v1"], "tester", serving)
             else:
                 guard.check(place.patches[what], place.files[what])
-                durable.write("activate", place.patches[what], "tester")
+                durable.write("activate", place.patches[what], "tester", serving)
 
         return by_server
     from nest_runtime.demo.local import LocalBackend
