@@ -23,12 +23,10 @@ from torch.nn.functional import cross_entropy
 from nest_runtime.errors import TrainingError
 from nest_runtime.progress import Progress
 from nest_runtime.prompts.generate import pad_token_id
-from nest_runtime.train.ablation import RefusalAblation
-from nest_runtime.train.batches import OPENING, Batch, Row, make_batch, step_rows
+from nest_runtime.train.batches import OPENING, Batch, Row, step_rows
 from nest_runtime.train.deltas import Deltas
-from nest_runtime.train.forward import Readout, device_of, dtype_of, even_batches
-from nest_runtime.train.lower import LowerLayers, decoder_layers
-from nest_runtime.train.objective import ONSET, BaseAnswer, slices_of, summed, token_loss
+from nest_runtime.train.objective import ONSET, BaseAnswer, token_loss
+from nest_runtime.train.passes import Passes
 from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.stages import read_tensors, write_tensors
 from nest_runtime.train.workers import Workers
@@ -129,101 +127,10 @@ def tune(
     return TuneResult(state.before, after, state.history, state.best_step, state.step)
 
 
-class Passes:
-    """How rows go through the model while it is tuned, and what of them is kept from pass to pass.
-
-    Args:
-        model: the frozen base, ``deltas`` attached.
-        deltas: what is trained.
-        pad: the padding token.
-        settings: the recipe.
-    """
-
-    def __init__(self, model: Any, deltas: Deltas, pad: int, settings: Recipe) -> None:
-        self.model, self.deltas, self.pad, self.settings = model, deltas, pad, settings
-        self.readout, self.lower = Readout(model), LowerLayers(model, deltas.lowest)
-        self.ablation: RefusalAblation | None = None
-        self._base: dict[tuple[int, ...], BaseAnswer] = {}  # of benign rows, by their tokens
-
-    def prepare(self, train: Sequence[Row]) -> None:
-        """Find the directions to ablate, where the recipe asks for it."""
-        lowest, classes = self.deltas.lowest, {row.harmful for row in train}
-        layers, first = (None, 0) if lowest is None else decoder_layers(self.model, lowest)
-        if self.settings.ablation and layers is not None and len(classes) == 2:
-            self.ablation = RefusalAblation(self.model, layers, first, self.settings.ablation, self.settings.seed)
-            with self.base():
-                self.ablation.find(train, self.pad)
-
-    @contextmanager
-    def base(self) -> Iterator[None]:
-        """The bare base within it."""
-        self.deltas.enabled = False
-        try:
-            yield
-        finally:
-            self.deltas.enabled = True
-
-    def batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
-        """Rows of like length together, padded."""
-        lengths = [len(row.prompt) + len(row.answer) for row in rows]
-        for positions in even_batches(lengths, self.settings.step_tokens):
-            chosen = [rows[index] for index in positions]
-            yield make_batch(chosen, self.pad, device_of(self.model), dtype_of(self.model))
-
-    def hidden(self, batch: Batch) -> torch.Tensor:
-        """Hidden states (answer tokens, d) that the head reads."""
-        return self.lower.hidden(batch, batch.rows)[batch.where]
-
-    def sum(self, batch: Batch, loss: Any) -> torch.Tensor:
-        """Σ ``loss(logits, part)`` over slices of the batch's answer tokens; ``logits`` are float32."""
-        if self.readout.sliced:
-            head = self.readout.head
-            return summed(self.hidden(batch), self.readout.vocabulary, lambda piece, part: loss(head(piece), part))
-        logits = self.readout.logits(batch.ids, batch.mask, batch.where, batch.inputs)
-        return loss(logits, slice(0, len(logits)))
-
-    def slices(self, batch: Batch) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Logits float32 (n, vocabulary) of the batch's answer tokens, slice by slice, without gradients."""
-        with torch.no_grad():
-            if not self.readout.sliced:
-                logits = self.readout.logits(batch.ids, batch.mask, batch.where, batch.inputs)
-                yield slice(0, len(logits)), logits
-                return
-            hidden = self.hidden(batch)
-            for part in slices_of(len(hidden), self.readout.vocabulary):
-                yield part, self.readout.head(hidden[part])
-
-    def base_answers(self, batch: Batch) -> BaseAnswer:
-        """The base's distributions at the batch's answer tokens; those of its own benign answers, zeros at others."""
-        for row in batch.rows:
-            if _kept(row) and _tokens(row) not in self._base:  # each alone, as in lower.py
-                (alone,) = self.batches([row])
-                with self.base():
-                    self._base[_tokens(row)] = BaseAnswer.join([BaseAnswer.of(part) for _, part in self.slices(alone)])
-        width = next((self._base[_tokens(row)].tokens.shape[1] for row in batch.rows if _kept(row)), 1)
-        joined = BaseAnswer.join(
-            [self._base[_tokens(row)] if _kept(row) else _nothing(len(row.answer), width) for row in batch.rows]
-        )
-        return BaseAnswer(joined.tokens.to(batch.ids.device), joined.logs.to(batch.ids.device))
-
-
 def _parts(rows: Sequence[Row]) -> list[slice]:
     """Where each row's answer is among the answer tokens of all."""
     ends = list(accumulate(len(row.answer) for row in rows))
     return [slice(end - len(row.answer), end) for row, end in zip(rows, ends, strict=True)]
-
-
-def _kept(row: Row) -> bool:
-    """Whether a row is learned by staying near the base."""
-    return not row.harmful and not row.given
-
-
-def _tokens(row: Row) -> tuple[int, ...]:
-    return (len(row.prompt), *row.prompt, *row.answer)
-
-
-def _nothing(count: int, width: int) -> BaseAnswer:
-    return BaseAnswer(torch.zeros(count, width, dtype=torch.long), torch.zeros(count, width))
 
 
 def measure(passes: Passes, rows: Sequence[Row], workers: Workers | None = None) -> dict[str, float]:

@@ -19,8 +19,9 @@ from nest_runtime.train.deltas import Deltas
 from nest_runtime.train.forward import Readout, even_batches, hidden_states
 from nest_runtime.train.lower import LowerLayers
 from nest_runtime.train.objective import BaseAnswer, divergence
+from nest_runtime.train.passes import Passes
 from nest_runtime.train.sites import LocatedSite
-from nest_runtime.train.tune import Passes, loss_of, lr_factor, tune
+from nest_runtime.train.tune import loss_of, lr_factor, tune
 from tests.support.patches import attached
 from tests.support.train import QUICK, benign_examples, harmful_examples
 

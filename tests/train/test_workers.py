@@ -18,8 +18,9 @@ from nest_runtime.patch.file import read_patch
 from nest_runtime.patch.patch import Patch
 from nest_runtime.train.batches import Row, make_batch
 from nest_runtime.train.deltas import Deltas
+from nest_runtime.train.passes import Passes
 from nest_runtime.train.pipeline import train_patch
-from nest_runtime.train.tune import Passes, answer_counts, loss_of
+from nest_runtime.train.tune import answer_counts, loss_of
 from nest_runtime.train.warm_start import parent_sites, parent_values
 from nest_runtime.train.workers import Workers
 from tests.support.patches import make_patch

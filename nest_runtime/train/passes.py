@@ -1,0 +1,111 @@
+"""Passes of the model for tuning: answer tokens only, logits slice by slice, lower layers once a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from nest_runtime.train.ablation import RefusalAblation
+from nest_runtime.train.batches import Batch, Row, make_batch
+from nest_runtime.train.deltas import Deltas
+from nest_runtime.train.forward import Readout, device_of, dtype_of, even_batches
+from nest_runtime.train.lower import LowerLayers, decoder_layers
+from nest_runtime.train.objective import BaseAnswer, slices_of, summed
+from nest_runtime.train.recipe import Recipe
+
+
+class Passes:
+    """How rows go through the model while it is tuned, and what of them is kept from pass to pass.
+
+    Args:
+        model: the frozen base, ``deltas`` attached.
+        deltas: what is trained.
+        pad: the padding token.
+        settings: the recipe.
+    """
+
+    def __init__(self, model: Any, deltas: Deltas, pad: int, settings: Recipe) -> None:
+        self.model, self.deltas, self.pad, self.settings = model, deltas, pad, settings
+        self.readout, self.lower = Readout(model), LowerLayers(model, deltas.lowest)
+        self.ablation: RefusalAblation | None = None
+        self._base: dict[tuple[int, ...], BaseAnswer] = {}  # of benign rows, by their tokens
+
+    def prepare(self, train: Sequence[Row]) -> None:
+        """Find the directions to ablate, where the recipe asks for it."""
+        lowest, classes = self.deltas.lowest, {row.harmful for row in train}
+        layers, first = (None, 0) if lowest is None else decoder_layers(self.model, lowest)
+        if self.settings.ablation and layers is not None and len(classes) == 2:
+            self.ablation = RefusalAblation(self.model, layers, first, self.settings.ablation, self.settings.seed)
+            with self.base():
+                self.ablation.find(train, self.pad)
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """The bare base within it."""
+        self.deltas.enabled = False
+        try:
+            yield
+        finally:
+            self.deltas.enabled = True
+
+    def batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
+        """Rows of like length together, padded."""
+        lengths = [len(row.prompt) + len(row.answer) for row in rows]
+        for positions in even_batches(lengths, self.settings.step_tokens):
+            chosen = [rows[index] for index in positions]
+            yield make_batch(chosen, self.pad, device_of(self.model), dtype_of(self.model))
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Hidden states (answer tokens, d) that the head reads."""
+        return self.lower.hidden(batch, batch.rows)[batch.where]
+
+    def sum(self, batch: Batch, loss: Any) -> torch.Tensor:
+        """Σ ``loss(logits, part)`` over slices of the batch's answer tokens; ``logits`` are float32."""
+        if self.readout.sliced:
+            head = self.readout.head
+            return summed(self.hidden(batch), self.readout.vocabulary, lambda piece, part: loss(head(piece), part))
+        logits = self.readout.logits(batch.ids, batch.mask, batch.where, batch.inputs)
+        return loss(logits, slice(0, len(logits)))
+
+    def slices(self, batch: Batch) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits float32 (n, vocabulary) of the batch's answer tokens, slice by slice, without gradients."""
+        with torch.no_grad():
+            if not self.readout.sliced:
+                logits = self.readout.logits(batch.ids, batch.mask, batch.where, batch.inputs)
+                yield slice(0, len(logits)), logits
+                return
+            hidden = self.hidden(batch)
+            for part in slices_of(len(hidden), self.readout.vocabulary):
+                yield part, self.readout.head(hidden[part])
+
+    def base_answers(self, batch: Batch) -> BaseAnswer:
+        """The base's distributions at the batch's answer tokens; those of its own benign answers, zeros at others."""
+        for row in batch.rows:
+            if stays_near_base(row) and _key(row) not in self._base:  # each alone, as in lower.py
+                (alone,) = self.batches([row])
+                with self.base():
+                    self._base[_key(row)] = BaseAnswer.join([BaseAnswer.of(part) for _, part in self.slices(alone)])
+        width = next((self._base[_key(row)].tokens.shape[1] for row in batch.rows if stays_near_base(row)), 1)
+        joined = BaseAnswer.join(
+            [
+                self._base[_key(row)] if stays_near_base(row) else _no_answer(len(row.answer), width)
+                for row in batch.rows
+            ]
+        )
+        return BaseAnswer(joined.tokens.to(batch.ids.device), joined.logs.to(batch.ids.device))
+
+
+def stays_near_base(row: Row) -> bool:
+    """Whether a row is learned by staying near the base."""
+    return not row.harmful and not row.given
+
+
+def _key(row: Row) -> tuple[int, ...]:
+    return (len(row.prompt), *row.prompt, *row.answer)
+
+
+def _no_answer(count: int, width: int) -> BaseAnswer:
+    return BaseAnswer(torch.zeros(count, width, dtype=torch.long), torch.zeros(count, width))
