@@ -12,9 +12,9 @@ line, and ends with
     2   wrong usage
     3   must not be trusted: false signature, stranger's key, changed content, other base, other name, older serial
 
-It needs no nest_runtime and knows as much of it as docs/patch-format.md says: the package and this file are written
-apart, and compared by tests. It does not ask whether a patch was revoked or an older one than accepted before (it has
-no memory: say --min-serial), and does not look at the values of its tensors: the server does both.
+It needs no nest_runtime and knows as much of it as docs/reference/patch-format.md says: the package and this file are
+written apart, and compared by tests. It does not ask whether a patch was revoked or an older one than accepted before
+(it has no memory: say --min-serial), and does not look at the values of its tensors: the server does both.
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ def tensor_digest(file: BinaryIO, start: int, stop: int) -> str:
     return found.hexdigest()
 
 
-# The patch (docs/patch-format.md), its manifest and signature (docs/threat-model.md), and the base.
+# The patch (docs/reference/patch-format.md), its manifest and signature (docs/reference/threat-model.md), and the base.
 
 
 def read_patch(path: str) -> tuple[dict[str, Any], str, int]:
@@ -405,7 +405,7 @@ def decoded(text: str) -> bytes:
 
 
 def model_hash(folder: str) -> str:
-    """The model hash of a safetensors checkpoint (docs/patch-format.md, section 5)."""
+    """The model hash of a safetensors checkpoint (docs/reference/patch-format.md, section 5)."""
     rows = {}
     for path in weight_files(folder):
         with open_regular(path) as file:

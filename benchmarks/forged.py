@@ -3,7 +3,7 @@
     python benchmarks/forged.py [--prompts 60] [--patch v3]
 
 The reference model, plain harmful requests of its test split, greedy. Each way of asking is tried with what the
-operator must allow for it, and without. The figures of docs/threat-model.md are this program's.
+operator must allow for it, and without. The figures of docs/reference/threat-model.md are this program's.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class UnknownArchitecture(ModelError):
 
 
 class PatchFormatError(NestError):
-    """A patch file breaks the format of docs/patch-format.md; nothing was loaded."""
+    """A patch file breaks the format of docs/reference/patch-format.md; nothing was loaded."""
 
 
 class PatchNotFound(NestError):

@@ -29,7 +29,7 @@ blocks = re.findall(r"^[A-Za-z0-9].*(?:\n +--hash=.*)*", (work / "all.txt").read
 # pip (23.2 does) may want a pin for a package with its extras, and one for it without: pydantic[email], pydantic.
 blocks = [b for block in blocks for b in dict.fromkeys([re.sub(r"^([\w.-]+)\[[^]]*\]", r"\1", block), block])]
 of_torch = [b for b in blocks if re.match(r"torch==|triton==|nvidia-|cuda-", b)]
-about = "# Made by requirements/make.sh: Linux on x86-64, Python 3.11. docs/operations.md says how it is used.\n"
+about = "# Made by requirements/make.sh: Linux on x86-64, Python 3.11. docs/guide/operations.md says how it is used.\n"
 Path("requirements/lock.txt").write_text(about + "\n".join(b for b in blocks if b not in of_torch) + "\n")
 Path("requirements/torch-cuda.txt").write_text(about + "\n".join(of_torch) + "\n")
 pins = [line for line in (work / "demo.txt").read_text().splitlines() if re.match(r"[A-Za-z0-9]", line)]

@@ -1,6 +1,6 @@
 #!/bin/sh
 # One server over many machines: vLLM's own distributed executor on Ray. Two replicas of four ranks each; the one API
-# server reaches all eight ranks, so a switch reaches every replica, or all go back to the old patch (docs/engines.md).
+# server reaches all eight ranks, so a switch reaches every replica, or all go back to the old patch (docs/guide/engines.md).
 #   ray start --head                      on the first machine; `ray start --address=…` on the others; then, on the first:
 set -eu
 : "${MODEL:?a folder or Hub id that every machine can read}" "${PATCH:?a patch reference}" "${TOKENS:?an admin token file}"

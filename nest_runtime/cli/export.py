@@ -248,7 +248,7 @@ def _next(document: dict[str, Any]) -> str:
     if document["to"] == "merged":
         return f"load {folder} as any other model"
     name = f"{document['patch'].replace('@', '-')}-{document['digest'][7:19]}"  # vLLM keys its cache by name
-    sizes = f"--max-loras 2 --max-lora-rank {_vllm_rank(document)}"  # the last slot stays empty: docs/exports.md
+    sizes = f"--max-loras 2 --max-lora-rank {_vllm_rank(document)}"  # the last slot stays empty: docs/guide/exports.md
     return f"vllm serve {base} --enable-lora {sizes} --lora-modules {name}={folder}"
 
 

@@ -22,7 +22,7 @@ OLDEST_PYTHON = (3, 11)
 LITTLE_DISK = 1 << 30  # bytes
 GPU_DEVICE = Path("/dev/nvidia0")
 _NOT_FOR_USERS = ("test", "docs")
-_APART = {"vllm": "docs/engines.md"}  # it wants older versions of what everything else here wants
+_APART = {"vllm": "docs/guide/engines.md"}  # it wants older versions of what everything else here wants
 
 
 def python() -> Finding:

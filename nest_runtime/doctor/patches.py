@@ -65,7 +65,8 @@ def trust() -> Finding:
             "trust policy",
             NOTE,
             "none: patches are accepted unsigned",
-            "to require signatures: nest-runtime keygen DIR, then $NEST_HOME/trust.toml (docs/threat-model.md)",
+            "to require signatures: nest-runtime keygen DIR, then $NEST_HOME/trust.toml "
+            "(docs/reference/threat-model.md)",
         )
     for entry in (entry for entry in held.list() if entry.active):
         try:

@@ -1,7 +1,7 @@
 """A patch as low-rank pairs: ΔW = B·A for every module it changes, exactly.
 
-A site's update M·D (docs/patch-format.md) is a LoRA with A = D, B = M and scaling 1. The halves of a fused module
-stack: A holds both sets of cluster rows, B has each half's columns in its own rows. Experts take the form
+A site's update M·D (docs/reference/patch-format.md) is a LoRA with A = D, B = M and scaling 1. The halves of a fused
+module stack: A holds both sets of cluster rows, B has each half's columns in its own rows. Experts take the form
 of PEFT's ``target_parameters``: the same A for every expert, one B for each. All numbers are float32,
 which holds every dtype of a patch exactly.
 """

@@ -4,7 +4,7 @@ Their pre-activations never leave the module, so an update of them cannot be add
 at a linear module. But it changes few neurons, and what those contribute to the module's output can be
 computed beside it: once as the weights have them, once as they should be. The difference is added.
 That holds for every implementation of the experts (eager, grouped or batched products).
-Shapes: T tokens, k experts a token, m neurons looked at; F neurons an expert. See docs/models.md.
+Shapes: T tokens, k experts a token, m neurons looked at; F neurons an expert. See docs/guide/models.md.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ sharding of a checkpoint and for the model loaded from it in the same dtype. A G
 tensors as they stand there, quantized, and over the settings of its architecture. ``rows_digest`` is over
 the base's rows that a patch changes, cheap enough to check on every add. Neither trusts a file's
 name, and neither proves who made a model: they say that two models hold the same numbers.
-docs/patch-format.md states both to the byte.
+docs/reference/patch-format.md states both to the byte.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def check_parts(where: str, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -
         shapes: part → dtype name (F32, …) and shape.
 
     Raises:
-        PatchFormatError: one is not what docs/patch-format.md says.
+        PatchFormatError: one is not what docs/reference/patch-format.md says.
     """
     deltas_dtype, deltas_shape = shapes["deltas"]
     if deltas_dtype not in DELTA_DTYPES or len(deltas_shape) != 2:

@@ -154,7 +154,7 @@ def short(digest: str | None) -> str:
 
 
 def content_digest(header: Mapping[str, Any], tensors: Mapping[str, FrozenTensor]) -> str:
-    """The patch digest of docs/patch-format.md: over content, whatever the layout of the file."""
+    """The patch digest of docs/reference/patch-format.md: over content, whatever the layout of the file."""
     rows = [
         (name, tensor.dtype_name, tensor.shape, hashlib.sha256(tensor.data).hexdigest())
         for name, tensor in tensors.items()

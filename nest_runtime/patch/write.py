@@ -1,4 +1,7 @@
-"""Patch files, written byte for byte the same every time. docs/patch-format.md is the law; file.py reads them."""
+"""Patch files, written byte for byte the same every time; file.py reads them.
+
+docs/reference/patch-format.md is the law of both.
+"""
 
 from __future__ import annotations
 

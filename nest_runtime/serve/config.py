@@ -153,7 +153,7 @@ class ServeConfig:
         allowed: see :class:`Allowed`.
         json: events as JSON lines on stdout; else as sentences on stderr.
         engine: ``transformers``; ``generate`` for models that it does not page; or ``vllm``, which must be installed
-            (docs/engines.md).
+            (docs/guide/engines.md).
         engine_args: more of vLLM's own arguments, as one would type them.
         device, dtype: as in models.load_model.
         trust_remote_code: run code that comes with the model; only when the user asked for it by this name.

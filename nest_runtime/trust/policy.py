@@ -37,7 +37,7 @@ from nest_runtime.trust.keys import PublicKey, parse_public_key, read_public_key
 Role = Literal["patches", "channels", "revocations"]
 ROLES: tuple[Role, ...] = ("patches", "channels", "revocations")
 POLICY_FILES = ("trust.toml", "trust.json")
-_HINT = "see docs/threat-model.md for the fields of a policy"
+_HINT = "see docs/reference/threat-model.md for the fields of a policy"
 _READABLE = "mend it, or remove it if no policy is meant: what is there is never passed over"
 
 

@@ -6,7 +6,7 @@
 
 Replacing state.json is the one moment at which a change happens. Lists are verified again whenever they
 are asked for; one that is missing, older than remembered or damaged refuses everything until it is
-fetched again. Whoever can write this folder can make the machine forget: see docs/threat-model.md.
+fetched again. Whoever can write this folder can make the machine forget: see docs/reference/threat-model.md.
 """
 
 from __future__ import annotations

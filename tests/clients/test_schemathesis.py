@@ -21,7 +21,7 @@ pytest.importorskip("schemathesis")
 pytest_plugins = ["tests.support.fixtures_serve"]
 
 ROOT = Path(__file__).parent.parent.parent
-# Not asked: that whatever the schema allows is accepted. Some settings are refused by name (docs/operations.md).
+# Not asked: that whatever the schema allows is accepted. Some settings are refused by name (docs/guide/operations.md).
 EXCLUDED = "positive_data_acceptance"
 
 

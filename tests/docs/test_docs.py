@@ -20,7 +20,7 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
 REFERENCES = [
     (page.name, name)
-    for page in (ROOT / "docs" / "api").glob("*.md")
+    for page in (ROOT / "docs" / "reference" / "api").glob("*.md")
     for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
 ]
 

@@ -1,4 +1,4 @@
-"""docs/first-patch.md: its commands parse and name the model, and no column that prompt files may have is left out."""
+"""docs/guide/first-patch.md: its commands parse and name the model, and no column of prompt files is left out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nest_runtime.cli.main import app
 from nest_runtime.prompts import examples as data
 from nest_runtime.prompts import readers
 
-PAGE = Path(__file__).parents[2] / "docs" / "first-patch.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "first-patch.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 NO_MODEL = ("add", "list")  # of commands on the page; they are not about a model
 

@@ -1,4 +1,4 @@
-"""docs/operations.md, done as it says: every shell block is run in order, by bash, against a server that it starts.
+"""docs/guide/operations.md, done as it says: every shell block is run in order, by bash, against its own server.
 
 Changed are the port, which must be free, and how often a channel is looked at.
 """
@@ -20,7 +20,7 @@ import pytest
 
 from tests.support.serve import eventually
 
-PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "operations.md"
 SECONDS = 120  # for one command
 
 

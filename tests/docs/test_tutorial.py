@@ -1,4 +1,4 @@
-"""docs/tutorial.md, done as it says: every console block is run in order in an empty folder, its output compared.
+"""docs/guide/tutorial.md, done as it says: every console block is run in order in an empty folder, its output compared.
 
 The commands run in this process, which loads torch once; named with ``-m slow`` they run once more as processes of
 a real shell. Output is compared in shape: numbers, digests and spaces count as equal, ``…`` stands for anything.
@@ -27,7 +27,7 @@ from tests.support.hub_server import HubServer
 
 pytest_plugins = ["tests.support.hub"]
 
-TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial.md"
+TUTORIAL = Path(__file__).parents[2] / "docs" / "guide" / "tutorial.md"
 SECONDS = 240  # for one command of a real shell
 REPO, FOLDER = "alice/first-safety", "./mirror"
 

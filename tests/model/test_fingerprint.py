@@ -26,7 +26,7 @@ NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", tor
 
 
 def by_the_book(tensors: dict[str, torch.Tensor]) -> str:
-    """The hash as docs/patch-format.md has it."""
+    """The hash as docs/reference/patch-format.md has it."""
     rows = [
         [name, NAMES[t.dtype], list(t.shape), hashlib.sha256(t.contiguous().view(torch.uint8).numpy()).hexdigest()]
         for name, t in sorted(tensors.items())

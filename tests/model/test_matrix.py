@@ -1,4 +1,4 @@
-"""The matrix of docs/models.md, family by family: what the page claims is what is measured here."""
+"""The matrix of docs/guide/models.md, family by family: what the page claims is what is measured here."""
 
 from __future__ import annotations
 

@@ -611,7 +611,7 @@ def test_round_trip(patch: Patch) -> None:
 
 
 def test_the_specification_shows_the_golden_file() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "patch-format.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "patch-format.md").read_text(encoding="utf-8")
     golden = GOLDEN.read_bytes()
     assert GOLDEN_DIGEST in page
     assert GOLDEN_FILE_SHA256 in page

@@ -1,4 +1,4 @@
-"""The demo behind a real nginx, with the very block that docs/demo.md gives: under a path, by another name."""
+"""The demo behind a real nginx, with the very block that docs/guide/demo.md gives: under a path, by another name."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]
         try:
             assert process.stdout is not None
             event = json.loads(process.stdout.readline())
-            block = re.search(r"( *location /demo/ \{.*?\n *\})", (ROOT / "docs" / "demo.md").read_text(), re.S)
+            block = re.search(
+                r"( *location /demo/ \{.*?\n *\})", (ROOT / "docs" / "guide" / "demo.md").read_text(), re.S
+            )
             assert block is not None
             text = block[1].replace("http://127.0.0.1:7860", event["url"])
             free.bind(("127.0.0.1", 0))

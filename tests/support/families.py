@@ -1,4 +1,4 @@
-"""The matrix of docs/models.md: every supported family as a tiny random model, and the whole way of a patch on it.
+"""The matrix of docs/guide/models.md: every family as a tiny random model, and the whole way of a patch on it.
 
 ``python -m tests.support.families`` writes what it measures into the page; model/test_matrix.py compares the two.
 """
@@ -26,7 +26,7 @@ from tests.conftest import save_tiny
 from tests.support.engine import alone, answers
 from tests.support.train import QUICK, benign_examples, harmful_examples
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "models.md"
 IDS = torch.tensor([[1, 7, 30, 45, 100, 9], [1, 8, 31, 46, 101, 10]])
 SMALL = {
     "hidden_size": 32,

@@ -1,4 +1,4 @@
-"""Taking patch files apart and sealing them again, by docs/patch-format.md and not by the package's code."""
+"""Taking patch files apart and sealing them again, by docs/reference/patch-format.md and not by the package's code."""
 
 from __future__ import annotations
 

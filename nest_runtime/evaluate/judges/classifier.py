@@ -60,16 +60,16 @@ def _read_format(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", "name a JSON file of one format") from error
     except ValueError as error:
-        raise UsageError(f"{path} is not JSON: {error}", "see docs/evaluation.md for the form") from error
+        raise UsageError(f"{path} is not JSON: {error}", "see docs/guide/evaluation.md for the form") from error
     required = {"generate": ("complied", "other"), "classify": ("text", "labels")}
     task = entry.get("task") if isinstance(entry, dict) else None
     if task not in required:
-        raise UsageError(f"{path}: 'task' is {task!r}", "use generate or classify; see docs/evaluation.md")
+        raise UsageError(f"{path}: 'task' is {task!r}", "use generate or classify; see docs/guide/evaluation.md")
     missing = [key for key in (*required[task], "judges") if key not in entry]
     if task == "generate" and not {"template", "chat"} & set(entry):
         missing.append("template or chat")
     if missing:
-        raise UsageError(f"{path}: the format lacks {', '.join(missing)}", "see docs/evaluation.md for the form")
+        raise UsageError(f"{path}: the format lacks {', '.join(missing)}", "see docs/guide/evaluation.md for the form")
     return dict(entry)
 
 

@@ -1,7 +1,7 @@
 """What names a GGUF file as a base: its tensors as they stand there, and the settings of its architecture.
 
-docs/patch-format.md states it to the byte. Names and licences, the tokenizer, the chat template and notes of quantizers
-are left out: they may be edited, and the model computes as before.
+docs/reference/patch-format.md states it to the byte. Names and licences, the tokenizer, the chat template and notes of
+quantizers are left out: they may be edited, and the model computes as before.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def serve(config: ServeConfig, *, on_event: Emit | None = None) -> None:
     """
     emit = on_event or (json_events(json_line) if config.json else sentence)
     if importlib.util.find_spec("vllm") is None:
-        raise EngineError("vLLM is not installed here", "install it beside nest-runtime as docs/engines.md says")
+        raise EngineError("vLLM is not installed here", "install it beside nest-runtime as docs/guide/engines.md says")
     set_up_logging(config.json)
     tls_context(config)
     warn(config, emit)
