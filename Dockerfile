@@ -22,6 +22,7 @@ COPY pyproject.toml README.md LICENSE nest_verify.py ./
 COPY nest_runtime nest_runtime
 COPY patches patches
 COPY docs/results/compare docs/results/compare
+COPY docs/results/real docs/results/real
 RUN sh install.sh package "${EXTRAS}"
 
 FROM python:${PYTHON}-slim
