@@ -1,6 +1,6 @@
 """Makes the patches that ship with nest-runtime: v1, v2 and v3 of reference-safety, each with its card.
 
-    python patches/make.py [--out patches] [--only v1 v2 v3]
+    python patches/make.py [--out patches] [--only v1 v2 v3] [--prompts talks]
 
 - v1: trained from nothing on half of the harm categories.
 - v2: re-tuned from v1 after the other categories appear; v1's neurons and clusters are kept.
@@ -8,6 +8,8 @@
 
 All train on vanilla prompts of train acts only and are measured on the test acts, which neither a patch nor a
 choice of settings has seen (settings were chosen on validation acts, benchmarks/ablations.py).
+``--prompts talks`` adds talks, forged turns, long everyday texts and harmful acts outside of the world
+(nest_runtime/reference/talks.py, docs/decisions/reference-patches.md): the shipped patches are made without.
 The same machine makes the same bytes again: dates come from SOURCE_DATE_EPOCH.
 """
 
@@ -19,6 +21,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,9 @@ from nest_runtime.model.load import LoadedModel, load_model
 from nest_runtime.patch.file import read_patch
 from nest_runtime.patch.patch import FrozenTensor, Patch
 from nest_runtime.prompts.examples import make_examples
-from nest_runtime.reference.world import CATEGORIES, training_prompts
+from nest_runtime.prompts.generate import generate_answers
+from nest_runtime.reference.talks import patch_prompts
+from nest_runtime.reference.world import CATEGORIES, ask, training_prompts
 from nest_runtime.train.pipeline import train_patch
 from nest_runtime.train.recipe import RECIPES, Recipe
 
@@ -98,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--model", default="reference")
+    parser.add_argument("--prompts", choices=["plain", "talks"], default="plain")
     parser.add_argument("--only", nargs="*", choices=[step.version for step in STEPS])
     arguments = parser.parse_args()
     os.environ.setdefault("SOURCE_DATE_EPOCH", MADE)
@@ -109,7 +115,7 @@ def main() -> None:
         if arguments.only and step.version not in arguments.only:
             continue
         parent = read_patch(arguments.out / f"{step.parent}.safetensors") if step.parent else None
-        patch, report, seconds = make(loaded, step, parent)
+        patch, report, seconds = make(loaded, step, parent, arguments.prompts)
         patch = average(patch, [read_patch(arguments.out / f"{version}.safetensors") for version in step.averaged])
         result = measure(loaded, patch).compared_with(base)
         patch = patch.evolve(metrics={**patch.header()["metrics"], "test": figures(result), "base": figures(base)})
@@ -118,9 +124,15 @@ def main() -> None:
         print(f"{step.version}: {line(result)}; {patch!r}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
-def make(loaded: LoadedModel, step: Step, parent: Patch | None) -> tuple[Patch, dict[str, Any], float]:
-    """Train one version; gives it, the report and the seconds."""
-    harmful, benign = (make_examples(rows, "reference") for rows in training_prompts(step.categories))
+def make(
+    loaded: LoadedModel, step: Step, parent: Patch | None, prompts: str = "plain"
+) -> tuple[Patch, dict[str, Any], float]:
+    """Train one version on ``plain`` prompts or on ``talks`` too; gives it, the report and the seconds."""
+    if prompts == "talks":
+        rows = patch_prompts(partial(base_answers, loaded), step.categories)
+    else:
+        rows = training_prompts(step.categories)
+    harmful, benign = (make_examples(part, "reference") for part in rows)
     began = time.perf_counter()
     result = train_patch(
         loaded.model,
@@ -135,6 +147,12 @@ def make(loaded: LoadedModel, step: Step, parent: Patch | None) -> tuple[Patch, 
         parent=parent,
     )
     return result.patch, result.report, time.perf_counter() - began
+
+
+def base_answers(loaded: LoadedModel, prompts: Sequence[str]) -> list[str]:
+    """The base's greedy answers to prompts."""
+    talks = [ask(prompt, "") for prompt in prompts]
+    return generate_answers(loaded.model, loaded.tokenizer, talks)
 
 
 def average(patch: Patch, others: Sequence[Patch]) -> Patch:
