@@ -17,6 +17,7 @@ from typing import Any
 
 from nest_runtime.errors import DataError
 from nest_runtime.io import is_text, lines_of, open_file, parse_json
+from nest_runtime.prompts.builtin import NAMES as BUNDLED
 
 Row = tuple[int, dict[str, Any]]
 
@@ -58,8 +59,11 @@ def check_file(path: Path) -> None:
         raise DataError(f"{path} is a device or a pipe; expected a prompt file", "save the prompts to a file first")
     folder = path.parent
     names = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    bare = str(path) == path.name
+    near = difflib.get_close_matches(path.name, [*(BUNDLED if bare else ()), *names], n=1, cutoff=0.6)
     hint = f"did you mean {folder / near[0]}?" if near else "check the path"
+    if bare and not path.suffix:
+        hint += f"{' ' if near else '; '}prompts that come with the package are {', '.join(BUNDLED)}"
     if not folder.is_dir():
         hint = f"the folder {folder} does not exist either"
     raise DataError(f"no such prompt file: {path}", hint)

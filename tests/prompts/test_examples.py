@@ -110,6 +110,7 @@ def test_what_is_wrong_is_said(tmp_path: Path, name: str, content: str | bytes, 
 def test_missing_files_suggest_the_nearest(tmp_path: Path) -> None:
     write(tmp_path, "harmful.jsonl", "{}")
     refused(tmp_path / "harmfull.jsonl", "no such prompt file", "did you mean", "harmful.jsonl")
+    refused(Path("bordeline"), "no such prompt file", "did you mean borderline?", "everyday")
     refused(tmp_path / "nowhere" / "x.jsonl", "does not exist either")
     refused(tmp_path, "is a folder")
     refused(Path("/dev/null"), "device or a pipe")
