@@ -355,7 +355,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 base_answers = base_answers or answers
                 document[name]["utility"] = figures
         if patch is not None and options.utility and not options.no_base:
-            document["patch"]["utility"]["kl"] = divergence(loaded, runtime, patch, data, options.utility, base_answers)
+            with patched(loaded.model, runtime, patch, base_hash=loaded.hash):
+                kl = divergence(loaded, runtime, patch, data, options.utility, base_answers)
+            document["patch"]["utility"]["kl"] = kl
             document["base"]["utility"]["kl"] = 0.0
     document["seconds"] = round(time.perf_counter() - began)
     return document
