@@ -188,7 +188,7 @@ def test_the_tutorial_does_what_it_says(
 def publish_a_shipped_patch(folder: Path) -> None:
     """Steps 7 and 8 in a real shell, without a Hub: keys, a push to a folder, a pull on another machine."""
     with contextlib.chdir(folder):
-        shutil.copy(TUTORIAL.parents[1] / "patches" / "v3.safetensors", "first-safety.safetensors")
+        shutil.copy(TUTORIAL.parents[2] / "patches" / "v3.safetensors", "first-safety.safetensors")
         for step in (in_place(step, FOLDER) for step in STEPS):
             words = shlex.split(step.command)
             if not {"keygen", "sign", "verify", "push", "pull"} & set(words):
