@@ -32,3 +32,8 @@ def visible(text: object, limit: int | None = None) -> str:
     if limit is None or len(shown) <= limit:
         return shown
     return f"{shown[:limit]}… ({len(shown) - limit} more)"
+
+
+def short(digest: str | None) -> str:
+    """The beginning of a digest, as people read it and commands accept it: ``sha256:`` and 12 digits."""
+    return digest[:19] if digest else "-"

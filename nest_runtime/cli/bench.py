@@ -20,7 +20,7 @@ from nest_runtime.cli import complete
 from nest_runtime.cli.common import examples, model_for
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output
 from nest_runtime.errors import ModelError
-from nest_runtime.patch.values import short
+from nest_runtime.escape import short
 
 if TYPE_CHECKING:
     from nest_runtime.model.load import LoadedModel

@@ -24,7 +24,7 @@ from nest_runtime.cli.hub import (
 )
 from nest_runtime.cli.output import JsonOption, Output
 from nest_runtime.cli.trust import PolicyOption, RequireOption, TrustOption, WhoseModel, passphrase_of
-from nest_runtime.patch.values import short
+from nest_runtime.escape import short
 
 if TYPE_CHECKING:
     from nest_runtime.hub.repository import RepoRef

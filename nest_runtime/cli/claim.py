@@ -14,8 +14,8 @@ from nest_runtime.cli.common import base_hash_of, examples, model_for, where_is,
 from nest_runtime.cli.measuring import cases_of, interval
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output, percent
 from nest_runtime.errors import BaseMismatch, ClaimsRefused, EvaluationError, SiteMismatch, UsageError
+from nest_runtime.escape import short
 from nest_runtime.io import expand
-from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate import Case, EvalResult, Judge

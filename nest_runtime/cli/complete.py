@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from nest_runtime.patch.values import short
+from nest_runtime.escape import short
 
 SUITES = ("reference", "plain", "jailbreak-seen", "jailbreak-held-out", "over-refusal", "utility")
 METHODS = (

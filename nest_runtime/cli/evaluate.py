@@ -14,7 +14,7 @@ from nest_runtime.cli.evaluate_view import render
 from nest_runtime.cli.measuring import cases_of
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output
 from nest_runtime.errors import UsageError
-from nest_runtime.patch.values import short
+from nest_runtime.escape import short
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate import Case, EvalResult, Judge

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nest_runtime.cli.measuring import change, interval
 from nest_runtime.cli.output import Output, percent
-from nest_runtime.patch.values import short
+from nest_runtime.escape import short
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate import EvalResult

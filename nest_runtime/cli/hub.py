@@ -14,8 +14,8 @@ from nest_runtime.cli.claim import AllowJudge, BehaviorsOption
 from nest_runtime.cli.common import base_flag, base_hash_of, base_id, examples
 from nest_runtime.cli.output import JsonOption, Output
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption, WhoseModel, passphrase_of
+from nest_runtime.escape import short
 from nest_runtime.io import expand
-from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.hub.repository import RepoRef

@@ -9,7 +9,7 @@ import typer
 from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, percent, size
-from nest_runtime.patch.values import short
+from nest_runtime.escape import short
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch

@@ -11,7 +11,7 @@ import typer
 from nest_runtime.cli import complete
 from nest_runtime.cli.common import examples
 from nest_runtime.cli.output import JsonOption, Output
-from nest_runtime.patch.values import short
+from nest_runtime.escape import short
 
 if TYPE_CHECKING:
     from nest_runtime.serve.client import AdminClient

@@ -25,7 +25,7 @@ from nest_runtime.cli.train import (
     write_patch,
 )
 from nest_runtime.errors import UsageError
-from nest_runtime.patch.values import short
+from nest_runtime.escape import short
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch

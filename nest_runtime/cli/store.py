@@ -23,7 +23,7 @@ from nest_runtime.cli.remote import (
     warn_of_servers,
 )
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption
-from nest_runtime.patch.values import short
+from nest_runtime.escape import short
 
 if TYPE_CHECKING:
     from nest_runtime.trust.activate import Activated

@@ -15,8 +15,8 @@ from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_id, examples, model_flag, model_for, prompts_named, writable_file
 from nest_runtime.cli.output import DeviceOption, DtypeOption, Interrupted, JsonOption, ModelOption, Output, size
 from nest_runtime.errors import UsageError
+from nest_runtime.escape import short
 from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
-from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.model.load import LoadedModel

@@ -13,8 +13,8 @@ from nest_runtime.cli import claim, complete
 from nest_runtime.cli.claim import AllowJudge, BehaviorsOption
 from nest_runtime.cli.common import base_hash_of, examples
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output
+from nest_runtime.escape import short
 from nest_runtime.io import expand
-from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch

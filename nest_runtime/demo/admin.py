@@ -15,7 +15,7 @@ from nest_runtime.demo import markup
 from nest_runtime.demo.background import BackgroundJob
 from nest_runtime.demo.state import DemoState
 from nest_runtime.errors import NestError, UsageError
-from nest_runtime.patch.values import short
+from nest_runtime.escape import short
 
 BEAT = 0.5  # seconds between two signs of life of a step that says nothing
 

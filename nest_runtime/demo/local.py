@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from nest_runtime.demo.backend import BASE, TOY, DemoAnswer, Message, OnAnswers, OnText, PatchChoice, told_size
 from nest_runtime.errors import UsageError
+from nest_runtime.escape import short
 from nest_runtime.model.load import REFERENCE
-from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.model.load import LoadedModel

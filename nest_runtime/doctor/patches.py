@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nest_runtime.doctor.finding import NOTE, OK, PROBLEM, Finding
 from nest_runtime.errors import NestError
-from nest_runtime.patch.values import short
+from nest_runtime.escape import short
 from nest_runtime.store.store import Entry, Store
 
 

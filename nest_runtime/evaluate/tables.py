@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nest_runtime.escape import short
 from nest_runtime.evaluate.markdown import NONE, interval, p_value, percent, signed_percent, table
 from nest_runtime.evaluate.records import HITS, rates_by
 from nest_runtime.evaluate.stats import PairedChange, Rate
-from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate.report import EvalResult

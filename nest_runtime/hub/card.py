@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from nest_runtime.escape import short
 from nest_runtime.install import install
-from nest_runtime.patch.values import short, thaw_json
+from nest_runtime.patch.values import thaw_json
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

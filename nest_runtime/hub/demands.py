@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from nest_runtime.errors import ClaimsRefused
+from nest_runtime.escape import short
 from nest_runtime.patch.claims import MAX_ROWS, Claims, bound
-from nest_runtime.patch.values import short
 from nest_runtime.trust.documents import Digest, Value
 
 if TYPE_CHECKING:

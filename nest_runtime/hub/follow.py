@@ -27,6 +27,7 @@ from nest_runtime.errors import (
     SignatureError,
     TrustError,
 )
+from nest_runtime.escape import short
 from nest_runtime.hints import did_you_mean
 from nest_runtime.hub.channels import Channel
 from nest_runtime.hub.connect import connect
@@ -35,7 +36,6 @@ from nest_runtime.hub.follow_status import Kind, PollOutcome, Status
 from nest_runtime.hub.news import News, channels_like, read_channel, read_revocations
 from nest_runtime.hub.origins import Origins
 from nest_runtime.hub.repository import Refs, Remote, RepoRef, parse_repo
-from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import TrustError
+from nest_runtime.escape import short
 from nest_runtime.hub.repository import LATEST, RepoRef
-from nest_runtime.patch.values import short
 from nest_runtime.store.locked import LockedJson
 
 MAX_ORIGINS = 1 << 26  # bytes

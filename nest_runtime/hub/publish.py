@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import Downgrade, HubError, RepoMissing, SignatureError, UsageError
+from nest_runtime.escape import short
 from nest_runtime.hints import did_you_mean
 from nest_runtime.hub.card import render_card
 from nest_runtime.hub.channels import CHANNELS, Channel, channel_for, sign_channel
@@ -24,7 +25,6 @@ from nest_runtime.hub.fetch import fetch_revision
 from nest_runtime.hub.mirror import MirrorRemote
 from nest_runtime.hub.origins import Origins
 from nest_runtime.hub.repository import CARD_FILE, LATEST, USUAL_CHANNELS, Refs, Remote, RepoRef, may_be_channel
-from nest_runtime.patch.values import short
 from nest_runtime.trust.material import MANIFEST_FILE, PATCH_FILE, SIGNATURE_FILE, Manifest, Material
 from nest_runtime.trust.revocations import LIST_FILE, LIST_SIGNATURE, RevocationList, read_list, revoke
 

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import PatchFormatError, SiteMismatch
+from nest_runtime.escape import short
 from nest_runtime.patch.claims import Claims
 from nest_runtime.patch.site import DELTA_DTYPES, Site
-from nest_runtime.patch.values import MAX_INT, FrozenTensor, content_digest, freeze_json, short, thaw_json
+from nest_runtime.patch.values import MAX_INT, FrozenTensor, content_digest, freeze_json, thaw_json
 from nest_runtime.patch.write import save_patch
 
 if TYPE_CHECKING:

@@ -148,11 +148,6 @@ def torch_dtype(name: str) -> torch.dtype:
     return found
 
 
-def short(digest: str | None) -> str:
-    """The beginning of a digest, as people read it and commands accept it: ``sha256:`` and 12 digits."""
-    return digest[:19] if digest else "-"
-
-
 def content_digest(header: Mapping[str, Any], tensors: Mapping[str, FrozenTensor]) -> str:
     """The patch digest of docs/reference/patch-format.md: over content, whatever the layout of the file."""
     rows = [

@@ -14,9 +14,9 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nest_runtime.errors import NestError, Revoked, Stopped, StoreError
+from nest_runtime.escape import short
 from nest_runtime.hub.fetch import Fetched
 from nest_runtime.hub.follow import Follower, PollOutcome
-from nest_runtime.patch.values import short
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.config import FollowConfig
 from nest_runtime.serve.engine import Engine

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from nest_runtime.errors import NestError, PatchNotFound, StoreError, UsageError
+from nest_runtime.escape import short
 from nest_runtime.patch.patch import Patch
-from nest_runtime.patch.values import short
 from nest_runtime.resolve import load_patch
 from nest_runtime.serve.engine import EngineControl, NoEngine, PatchHolder
 from nest_runtime.serve.pools import Pool

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import PatchNotFound, StoreError, UsageError
+from nest_runtime.escape import short
 from nest_runtime.hints import closest
 from nest_runtime.io import expand
-from nest_runtime.patch.values import short
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch

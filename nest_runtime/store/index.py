@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import StoreError, UsageError
+from nest_runtime.escape import short
 from nest_runtime.io import parse_json
-from nest_runtime.patch.values import short
 from nest_runtime.store import history
 from nest_runtime.store.entries import Entry, entry_from_json
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nest_runtime.errors import DigestMismatch, StoreError
+from nest_runtime.escape import short
 from nest_runtime.io import atomic_write, sync_folder
-from nest_runtime.patch.values import short
 from nest_runtime.store.entries import Entry, builtin_entries
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import BaseMismatch, StoreError
+from nest_runtime.escape import short
 from nest_runtime.io import atomic_write, nest_home
-from nest_runtime.patch.values import short
 from nest_runtime.store import history
 from nest_runtime.store.entries import (
     Entry,

@@ -25,8 +25,8 @@ from types import ModuleType
 from typing import Any
 
 from nest_runtime.errors import NestError, SignatureError
+from nest_runtime.escape import short
 from nest_runtime.patch.frame import FramingError, parse_object
-from nest_runtime.patch.values import short
 from nest_runtime.trust.keys import PublicKey, library, public_key_of
 
 MAX_SIGNATURE = 64 * 1024  # bytes; ours have about 1.5 kB

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import Downgrade, SignatureError
+from nest_runtime.escape import short
 from nest_runtime.io import atomic_write, nest_home, read_bytes
-from nest_runtime.patch.values import short
 from nest_runtime.store import history
 from nest_runtime.store.locked import LockedJson
 from nest_runtime.trust.documents import MAX_DOCUMENT

@@ -247,7 +247,7 @@ def test_json_keeps_stdout_for_the_document(run: Run, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Store, "list", noisy)
     before = sys.stdout
     result = run("list", "--json")
-    assert result.document == {"patches": []}
+    assert result.document == {"patches": [], "servers": []}
     assert "a library says hello" in result.err
     assert sys.stdout is before
 

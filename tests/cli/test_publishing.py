@@ -64,7 +64,7 @@ WRONG = [
     ("verify {file} --trust {public}", TRUST, "is not signed"),
     ("verify {signed} --trust {stranger}", TRUST, "was made by the key"),
     ("verify {signed} --trust {file}", USAGE, "no public key"),
-    ("verify hf://a/b@v1 --trust {public}", USAGE, "is on the Hub"),
+    ("verify hf://a/b@v1 --trust {public}", USAGE, "is in a repository"),
     ("verify {mirror}/README.md --trust {public}", TRUST, "is not signed"),
     ("revocations {tmp}/none --trust {public}", TRUST, "no revocation list"),
     ("revocations --trust {tmp}/none.pub", USAGE, "cannot be read"),

@@ -144,7 +144,8 @@ def test_the_card(hub: HubServer, store: Store, keys: Keys) -> None:
     card = ModelCard(content.decode())
     data = card.data.to_dict()
     assert data["library_name"] == "nest-runtime"
-    assert (data["base_model"], data["base_model_relation"], data["license"]) == ("tiny-a", "adapter", "mit")
+    assert "base_model" not in data  # a folder of this machine is nothing on the Hub (test_cards.py: --base-model)
+    assert (data["base_model_relation"], data["license"]) == ("adapter", "mit")
     assert {"safety", "nest-runtime"} <= set(data["tags"])
     assert [(r.dataset_name, r.metric_type, r.metric_value) for r in card.data.eval_results] == [
         ("jailbreak", "attack_success_rate", 0.02)

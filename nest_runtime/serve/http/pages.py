@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from nest_runtime import __version__
-from nest_runtime.patch.values import short
+from nest_runtime.escape import short
 from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.http.api import Service
 

@@ -129,8 +129,8 @@ class ContinuousBatch:
         """End the thread; jobs still running fail."""
         if self._tap is not None:
             self._tap.remove()
-        if self._manager.batch_processor is None and not self._manager.is_running():
-            return
+        if self._manager._generation_thread is None:
+            return  # never started
         self._manager.stop(block=True, timeout=timeout, hard_stop=True)
 
     def submit(self, job: Job) -> None:
