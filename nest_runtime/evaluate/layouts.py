@@ -36,7 +36,7 @@ def read_behaviors(ref: str | Path, *, kind: str | None = None) -> list[Case]:
     """The cases of a behaviors file.
 
     Args:
-        ref: a file in one of the published layouts, or any prompt file that train.data.load_examples reads.
+        ref: a file in one of the published layouts, or any prompt file that prompts.examples.load_examples reads.
         kind: ``harmful`` or ``benign`` for files that do not say; by default harmful, except for
             JailbreakBench's ``benign-behaviors`` file and rows that have a ``kind`` of their own.
 

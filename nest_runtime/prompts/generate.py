@@ -49,7 +49,7 @@ def generate_answers(
 
     Args:
         model: a causal LM; used as it is (device, dtype, active patch).
-        tokenizer: its tokenizer; not changed. For prompts with images a train.images.ImageReader.
+        tokenizer: its tokenizer; not changed. For prompts with images a prompts.images.ImageReader.
         conversations: lists of ``{"role", "content"}``, ending with the user's turn.
         max_new_tokens: the longest answer, in tokens.
         batch_size: conversations in one padded batch.

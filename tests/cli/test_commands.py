@@ -7,32 +7,19 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nest_runtime import __version__
-from nest_runtime.cli.main import main
 from nest_runtime.cli.output import clean
 from nest_runtime.errors import NestError, UsageError
 from nest_runtime.store import entries
+from tests.support.cli import Result, Run
 from tests.support.store import BASE_A, BASE_B, small_patch
 
-
-@dataclass
-class Result:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Result]
+pytest_plugins = ["tests.support.cli"]
 
 
 @pytest.fixture(autouse=True)
@@ -41,17 +28,6 @@ def no_builtin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setattr(entries, "builtin_patches_dir", lambda: folder)
     return folder
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> Result:
-        capsys.readouterr()
-        status = main([str(item) for item in arguments])
-        captured = capsys.readouterr()
-        return Result(status, captured.out, captured.err)
-
-    return call
 
 
 def fails(result: Result, status: int, *words: str) -> None:

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from nest_runtime.cli.main import main
 from nest_runtime.store import entries
+from tests.support.cli import Result, Run
 from tests.support.store import small_patch
 
-
-@dataclass
-class Result:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Result]
+pytest_plugins = ["tests.support.cli"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,17 +19,6 @@ def no_builtin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir()
     monkeypatch.setattr(entries, "builtin_patches_dir", lambda: folder)
     monkeypatch.delenv("NEST_KEY_PASSPHRASE", raising=False)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> Result:
-        capsys.readouterr()
-        status = main([str(item) for item in arguments])
-        captured = capsys.readouterr()
-        return Result(status, captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture

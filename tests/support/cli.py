@@ -26,8 +26,9 @@ class Result:
 Run = Callable[..., Result]
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def command_line(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process."""
+
     def call(*arguments: object) -> Result:
         capsys.readouterr()
         status = main([str(item) for item in arguments])
@@ -35,6 +36,11 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return Result(status, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    return command_line(capsys)
 
 
 def fails(result: Result, status: int, *words: str) -> None:
