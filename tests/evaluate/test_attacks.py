@@ -41,7 +41,7 @@ VERBATIM = [
 ]
 # Ordinary text: no lone surrogates, no control characters, something to see.
 requests = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1).filter(
-    lambda text: bool(text.strip(" .?!"))
+    lambda text: bool(text.strip().strip(" .?!"))  # a prompt file with nothing but spaces of any kind is refused
 )
 quick = settings(deadline=None, max_examples=60)
 

@@ -21,7 +21,7 @@ FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
 ]
-WAIT = 30_000  # milliseconds for anything the page is to show
+WAIT = 90_000  # milliseconds for anything the page is to show, on a machine with other work too
 PICTURES = "NEST_ARTIFACTS"  # a folder where screenshots are kept
 
 
