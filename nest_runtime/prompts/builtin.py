@@ -7,8 +7,11 @@ lie near: alarming words in harmless sentences, and harmless requests in the sha
 - ``harmful``: plainly harmful requests of eighteen kinds, some long, some in other languages; for training. No answers
   and no jailbreaks are among them.
 - ``borderline``: benign prompts close to harm in words, topic or grammar; for training.
+- ``imperatives``: harmless requests in the one sentence that harmful goals have, of the same fields; for training.
 - ``everyday``: what people ask a small model on an ordinary day, conversations included; for training.
+- ``pasted``: harmless requests with something pasted in, code, data, puzzles, mails, tables, texts; for training.
 - ``validation``: other borderline prompts, for choosing settings by over-refusal; never for training.
+- ``imperatives-validation``: other imperatives, likewise; a file of its own, so figures of ``validation`` stay.
 
 All of them were written for this project; none is copied or reworded from a published set, so that JailbreakBench,
 XSTest, CoCoNot and their like stay fair tests. A row is
@@ -21,14 +24,14 @@ from pathlib import Path
 
 from nest_runtime.errors import DataError
 
-NAMES = ("harmful", "borderline", "everyday", "validation")
+NAMES = ("harmful", "borderline", "imperatives", "everyday", "pasted", "validation", "imperatives-validation")
 
 
 def bundled(name: str) -> Path:
     """The path of a prompt file that comes with the package.
 
     Args:
-        name: ``"harmful"``, ``"borderline"``, ``"everyday"`` or ``"validation"``.
+        name: one of ``NAMES``.
 
     Raises:
         DataError: no prompt file has that name.

@@ -63,7 +63,7 @@ def load_examples(ref: str | Path) -> list[Example]:
 
     Args:
         ref: a path, ``hf://datasets/org/name[@revision][:split]``, or the name of a bundled file (``harmful``,
-            ``everyday``, ``borderline``); each with ``#column=value`` to select rows.
+            ``everyday``, ``borderline``, ``imperatives``, ``pasted``); each with ``#column=value`` to select rows.
 
     Raises:
         DataError: naming file, line, what was found and what was expected.

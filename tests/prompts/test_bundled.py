@@ -42,10 +42,25 @@ HARMFUL_CATEGORIES = split(
     "chemistry biology weapons hacking fraud theft violence self-harm hate harassment children disinformation "
     "trafficking infrastructure extremism animals law privacy"
 )
-CATEGORIES = {"everyday": EVERYDAY_CATEGORIES, "harmful": HARMFUL_CATEGORIES}
+IMPERATIVES_CATEGORIES = split(
+    "politics finance medicine law discrimination sexuality fiction games security malware danger fraud economy "
+    "government surveillance drugs chemistry animals journalism humour everyday"
+)
+PASTED_CATEGORIES = split("completion split_strings ciphers data reading mails tables documents")
+CATEGORIES = {
+    "everyday": EVERYDAY_CATEGORIES,
+    "harmful": HARMFUL_CATEGORIES,
+    "imperatives": IMPERATIVES_CATEGORIES,
+    "imperatives-validation": IMPERATIVES_CATEGORIES,
+    "pasted": PASTED_CATEGORIES,
+}
+HELD_OUT = ("validation", "imperatives-validation")
 IMPERATIVES = split(
     "write develop create provide give teach outline make draft explain describe compose rewrite suggest come sketch "
     "tell summarise summarize review critique prove help"
+)
+ORDERS = IMPERATIVES | split(
+    "list design show argue propose plan generate compare advise invent configure calculate produce persuade"
 )
 PUBLISHED = ("xstest", "jailbreakbench", "coconot", "advbench", "harmbench")
 PROMPT_KEYS = ("prompt", "goal", "behavior", "text", "instruction", "question")
@@ -70,7 +85,11 @@ def imperatives(examples: list[Example]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("harmful", 200), ("borderline", 600), ("everyday", 400), ("validation", 150)]
+    ("name", "least"),
+    [
+        *(("harmful", 200), ("borderline", 600), ("imperatives", 400), ("everyday", 400), ("pasted", 180)),
+        *(("validation", 150), ("imperatives-validation", 60)),
+    ],
 )
 def test_the_files_parse_and_hold_prompts_without_answers(name: str, least: int) -> None:
     examples = rows(name)
@@ -88,11 +107,12 @@ def test_no_prompt_comes_twice_in_any_file() -> None:
     assert [text for text, times in texts.items() if times > 1] == []
 
 
-def test_validation_is_no_near_copy_of_the_training_prompts() -> None:
-    trained = [words(example.prompt) for name in NAMES if name != "validation" for example in rows(name)]
+@pytest.mark.parametrize("held_out", HELD_OUT)
+def test_validation_is_no_near_copy_of_the_training_prompts(held_out: str) -> None:
+    trained = [words(example.prompt) for name in NAMES if name not in HELD_OUT for example in rows(name)]
     near = [
         example.prompt
-        for example in rows("validation")
+        for example in rows(held_out)
         if max(overlap(words(example.prompt), other) for other in trained) > 0.6
     ]
     assert near == []
@@ -106,6 +126,38 @@ def test_borderline_prompts_have_the_shapes_of_harmful_ones() -> None:
     assert max(lengths) >= 50
     openings = Counter(" ".join(example.prompt.lower().split()[:3]) for example in rows("borderline"))
     assert max(openings.values()) <= len(lengths) // 15  # no template has taken over
+
+
+@pytest.mark.parametrize("name", ["imperatives", "imperatives-validation"])
+def test_imperatives_are_one_order_each(name: str) -> None:
+    prompts = [example.prompt for example in rows(name)]
+    assert [prompt for prompt in prompts if prompt.split()[0].lower().strip(",") not in ORDERS] == []
+    assert [prompt for prompt in prompts if not 5 <= len(prompt.split()) <= 22] == []
+    assert [prompt for prompt in prompts if "?" in prompt or "\n" in prompt] == []
+    shares = Counter(example.category for example in rows(name))
+    assert max(shares.values()) <= 0.08 * len(prompts)
+    openings = Counter(" ".join(prompt.lower().split()[:3]) for prompt in prompts)
+    assert max(openings.values()) <= len(prompts) // 15  # no template has taken over
+
+
+@pytest.mark.parametrize("name", ["imperatives", "pasted"])
+def test_the_added_prompts_are_no_near_copies_of_others(name: str) -> None:
+    others = [words(example.prompt) for other in NAMES if other != name for example in rows(other)]
+    own = [words(example.prompt) for example in rows(name)]
+    pairs = [overlap(one, other) for number, one in enumerate(own) for other in own[:number]]
+    assert max(pairs) <= 0.6
+    assert max(overlap(one, other) for one in own for other in others) <= 0.6
+
+
+def test_pasted_prompts_hold_code_data_or_a_text() -> None:
+    by_category: dict[str | None, list[str]] = {}
+    for example in rows("pasted"):
+        by_category.setdefault(example.category, []).append(example.prompt)
+    texts = by_category["mails"] + by_category["documents"]
+    assert len(texts) + len(by_category["tables"]) >= 60
+    assert min(len(text.split()) for text in texts) >= 50
+    code = [text for category in ("completion", "reading") for text in by_category[category]]
+    assert [text for text in code if "\n" not in text] == []
 
 
 def test_everyday_prompts_are_of_many_kinds() -> None:
@@ -156,7 +208,7 @@ def test_no_prompt_is_taken_from_a_published_set(name: str) -> None:
 
 
 def test_an_unknown_name_says_which_there_are() -> None:
-    with pytest.raises(DataError, match="harmful, borderline, everyday, validation"):
+    with pytest.raises(DataError, match="harmful, borderline, imperatives, everyday, pasted, validation"):
         bundled("benign")
 
 
