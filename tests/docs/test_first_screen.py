@@ -1,4 +1,4 @@
-"""README's first screen: what it is in two sentences, a picture of real answers, commands, figures, plain sentences."""
+"""README's first screen: what it is in two sentences, a picture of real answers, commands, figures."""
 
 from __future__ import annotations
 
@@ -6,33 +6,19 @@ import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from tests.docs.test_prose import sentences
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIRST = README[: README.index("## Talk to the server")]
-LONGEST = 25  # words of a sentence
-
-
-def prose(text: str) -> list[str]:
-    """The sentences outside of code blocks, tables, headings and pictures; a link counts by its words."""
-    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
-    text = re.sub(r"^(\||#|!\[).*$", "", text, flags=re.MULTILINE)
-    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
-    text = re.sub(r"`[^`]*`", "code", text)
-    paragraphs = [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
-    return [sentence for part in paragraphs for sentence in re.split(r"(?<=[.?!])\s+", part) if sentence]
 
 
 def test_it_says_what_it_is_in_two_sentences_and_shows_it() -> None:
     first = FIRST.split("\n\n")[1]
-    assert len([sentence for sentence in prose(first) if sentence]) == 2
+    assert len(sentences(first.replace(":", ""))) == 2
     picture, first_block = FIRST.index("docs/pictures/two-answers.svg"), FIRST.index("```bash")
     table = FIRST.index("| SmolLM2-135M-Instruct")
     assert FIRST.index("safety patch") < picture < first_block < table
-
-
-def test_sentences_of_the_first_screen_are_short() -> None:
-    long = [sentence for sentence in prose(FIRST) if len(sentence.split()) > LONGEST]
-    assert long == []
 
 
 def test_the_picture_is_of_both_answers_and_names_its_command() -> None:

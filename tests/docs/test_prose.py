@@ -1,0 +1,57 @@
+"""How the documents are written: lines that fit, and sentences that can be read at once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PRINTED = ("comparison.md", "ablations.md")  # under docs/results: written by commands, not by hand
+PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in PRINTED or "guide" in page.parts]
+WIDEST = 100  # characters of a line
+LONGEST = 25  # words of a sentence of README
+AVERAGE = 18  # words of README's sentences
+
+
+def without_code(text: str) -> str:
+    """The text without its code blocks, fenced or indented."""
+    text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"(?<=\n\n)(?:(?: {4}.*)?\n)+", "\n", text)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences outside of code, tables, headings and pictures; a link counts by its words, code as one word."""
+    text = re.sub(r"^\s*(\||#|!\[|<!--|:::).*$", "", without_code(text), flags=re.MULTILINE)
+    text = re.sub(r"^ *(?:[-*]|\d+\.) +", "\n\n", text, flags=re.MULTILINE)
+    text = re.sub(r"`[^`]*`", "code", text)
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
+    return [part for whole in paragraphs for part in re.split(r"(?<=[.?!])[)*]*\s+", whole) if part]
+
+
+def test_sentences_are_told_apart() -> None:
+    text = (
+        "# Head\n\nOne `a b c` two. Three [four five](x.md)!\n\n- Six.\n- Seven: eight.\n\n```\nno. no.\n```\n| no |\n"
+    )
+    assert sentences(text) == ["One code two.", "Three four five!", "Six.", "Seven: eight."]
+
+
+def test_readmes_sentences_are_short() -> None:
+    long = [part for part in sentences(README.read_text(encoding="utf-8")) if len(part.split()) > LONGEST]
+    assert long == []
+
+
+def test_readmes_sentences_are_short_on_average() -> None:
+    counts = [len(part.split()) for part in sentences(README.read_text(encoding="utf-8"))]
+    assert sum(counts) / len(counts) <= AVERAGE
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_lines_fit(page: Path) -> None:
+    """Tables, pictures and single words that cannot be broken (addresses) are left out."""
+    lines = without_code(page.read_text(encoding="utf-8")).splitlines()
+    prose = [line for line in lines if not re.match(r"\s*(\||!\[|<!--)", line)]
+    assert [line for line in prose if len(line) > WIDEST and len(line.split()) > 2] == []
