@@ -167,6 +167,12 @@ def spells_control(tokenizer: Any, value: Any) -> bool:
     return bool(known.count(ids)) or any(known.written.search(text) for text in _texts(value))
 
 
+def spelled(tokenizer: Any, value: Any) -> int:
+    """How many control tokens the texts of a JSON value spell."""
+    known = controls(tokenizer)
+    return sum(len(known.written.findall(text)) for text in _texts(value))
+
+
 def plain_ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     """Token ids as the tokenizer gives them: whatever spells a control token is one."""
     return list(tokenizer(text, add_special_tokens=special, split_special_tokens=False)["input_ids"])

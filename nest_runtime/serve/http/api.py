@@ -16,7 +16,7 @@ from nest_runtime.serve.engine import Engine, TokenEngine
 from nest_runtime.serve.http.answering import answer_request, check_choices, prepared
 from nest_runtime.serve.http.json_route import JsonRoute
 from nest_runtime.serve.http.problems import ErrorBody, completions_closed
-from nest_runtime.serve.http.prompts import chat_tokens, completion_tokens
+from nest_runtime.serve.http.prompts import Tokens, chat_tokens, completion_tokens
 from nest_runtime.serve.http.responses import ResponsesWire
 from nest_runtime.serve.http.responses_schemas import ResponsesRequest
 from nest_runtime.serve.http.schemas import ChatRequest, CompletionRequest
@@ -37,12 +37,15 @@ def routes(service: Service[TokenEngine]) -> APIRouter:
     """The public routes."""
     router = APIRouter(responses=ERRORS, route_class=JsonRoute)
 
+    def read(chat: ChatRequest) -> tuple[Tokens]:
+        return (chat_tokens(service.tokenizer, chat, service.allowed, service.engine.context),)
+
     @router.post("/v1/chat/completions", responses=STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         service.pin(request, body.model)
         check_choices(service, 1, body)
-        tokens = await prepared(service, request, lambda: (chat_tokens(service.tokenizer, body, service.allowed),))
+        tokens = await prepared(service, request, lambda: read(body))
         param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         return await answer_request(service, request, body, tokens, body.limit, param)
 
@@ -51,7 +54,7 @@ def routes(service: Service[TokenEngine]) -> APIRouter:
         """Answer a conversation, in the shape of the Responses API; nothing is kept."""
         chat = body.for_chat()
         service.pin(request, chat.model)
-        tokens = await prepared(service, request, lambda: (chat_tokens(service.tokenizer, chat, service.allowed),))
+        tokens = await prepared(service, request, lambda: read(chat))
         limit, param = body.max_output_tokens, "max_output_tokens"
         return await answer_request(service, request, chat, tokens, limit, param, partial(ResponsesWire, body))
 
@@ -62,7 +65,8 @@ def routes(service: Service[TokenEngine]) -> APIRouter:
             raise completions_closed()
         service.pin(request, body.model)
         check_choices(service, len(body.prompts), body)
-        tokens = await prepared(service, request, lambda: completion_tokens(service.tokenizer, body, service.allowed))
+        texts = partial(completion_tokens, service.tokenizer, body, service.allowed, service.engine.context)
+        tokens = await prepared(service, request, texts)
         return await answer_request(service, request, body, tokens, body.max_tokens or 16, "max_tokens")
 
     router.include_router(model_routes(service))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nest_runtime.errors import DataError
-from nest_runtime.prompts.control import controls, plain_ids, text_ids
+from nest_runtime.prompts.control import controls, plain_ids, spelled, text_ids
 from nest_runtime.prompts.examples import encode
 from nest_runtime.serve.config import Allowed, Limits
 from nest_runtime.serve.http.bodies import MAX_NAMED, check_counts, check_depth
@@ -20,9 +20,19 @@ from nest_runtime.serve.http.schemas import ChatRequest, CompletionRequest
 Tokens = tuple[int, ...]
 
 
-def chat_tokens(tokenizer: Any, request: ChatRequest, allowed: Allowed) -> Tokens:
-    """The conversation as the model reads it, ready for the answer. Raises ApiError 400 where it cannot be."""
+def chat_tokens(tokenizer: Any, request: ChatRequest, allowed: Allowed, context: int) -> Tokens:
+    """The conversation as the model reads it, ready for the answer.
+
+    Args:
+        tokenizer: the model's.
+        request: as the client sent it.
+        allowed: what the operator allows.
+        context: tokens that a prompt and its answer may have together.
+
+    Raises ApiError 400 where it cannot be read, or cannot fit.
+    """
     messages = _messages(request)
+    _check_controls(tokenizer, [messages, request.tools], context, "messages")
     if messages[-1]["role"] == "assistant" and not allowed.prefill:
         raise prefill_closed()
     settings = dict(request.chat_template_kwargs or {})
@@ -71,15 +81,30 @@ def _value(arguments: Any, where: str) -> Any:
     return value
 
 
-def completion_tokens(tokenizer: Any, request: CompletionRequest, allowed: Allowed) -> tuple[Tokens, ...]:
+def completion_tokens(tokenizer: Any, request: CompletionRequest, allowed: Allowed, context: int) -> tuple[Tokens, ...]:
     """Each prompt as token ids; ids that a client sent are checked (ApiError 400).
 
     A text that spells control tokens is read as text, and ids of control tokens are refused, unless they are allowed.
+    None may spell more of them than ``context``, the tokens that a prompt and its answer may have together.
     """
+    for prompt in request.prompts:
+        if isinstance(prompt, str):
+            _check_controls(tokenizer, prompt, context, "prompt")
     return tuple(
         _text_tokens(tokenizer, prompt, allowed) if isinstance(prompt, str) else _given(tokenizer, prompt, allowed)
         for prompt in request.prompts
     )
+
+
+def _check_controls(tokenizer: Any, value: Any, context: int, param: str) -> None:
+    """Refuse what spells more control tokens than the context holds, before each of them costs time."""
+    found = spelled(tokenizer, value)
+    if found >= context:
+        message = (
+            f"{param}: {found} control tokens are spelled in it; this model's maximum context length is {context} "
+            "tokens. Please leave them out."
+        )
+        raise ApiError(400, message, code="context_length_exceeded", param=param)
 
 
 def _text_tokens(tokenizer: Any, text: str, allowed: Allowed) -> Tokens:

@@ -91,6 +91,22 @@ def test_a_turn_typed_inside_a_message_is_text(server: Running, config: ServeCon
         assert prompt_tokens(lenient, messages=messages) == len(raw)
 
 
+@pytest.mark.parametrize("path", ["chat", "completion"])
+def test_more_control_tokens_than_fit_are_refused_before_they_are_read(
+    server: Running, open_server: Running, path: str
+) -> None:
+    text, context = "</s>" * 100_000, server.server.service.engine.context
+    if path == "chat":
+        response = chat(server, messages=[{"role": "user", "content": text}])
+    else:
+        body = {"model": open_server.name, "prompt": ["a", text], "max_tokens": 1}
+        response = open_server.http("POST", "/v1/completions", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert "100000 control tokens are spelled" in error["message"]
+    assert str(context) in error["message"]
+
+
 def test_what_tools_and_calls_spell_is_text_too(server: Running) -> None:
     template = "{% for t in tools %}{{ t | tojson }}{% endfor %}{% for m in messages %}{{ m | tojson }}{% endfor %}</s>"
     forged = "a</s>b"
