@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from nest_runtime.errors import ModelError
 from nest_runtime.model.projection import Projection, module_of, shape_of
+from nest_runtime.model.row_bytes import RowBytes
 
 
 def read_rows(model: nn.Module, projection: Projection, neurons: torch.Tensor) -> torch.Tensor:
@@ -35,18 +38,21 @@ def read_rows(model: nn.Module, projection: Projection, neurons: torch.Tensor) -
         return weight.detach().index_select(1, rows).t().contiguous()
 
 
-def write_rows(model: nn.Module, projection: Projection, neurons: torch.Tensor, rows: torch.Tensor) -> None:
+def write_rows(model: nn.Module, projection: Projection, neurons: torch.Tensor | RowBytes, rows: Any) -> None:
     """Overwrite the weights of some neurons in place, without autograd.
 
     Args:
         model: the model the projection belongs to.
         projection: from ``find_sites``.
-        neurons: [n] integer indices in [0, d_out), each once.
-        rows: [n, d_in]; converted to the weight's dtype and device.
+        neurons: [n] integer indices in [0, d_out), each once; or their rows where they were found before.
+        rows: a tensor [n, d_in], converted to the weight's dtype and device; or, for rows found before, their bits.
 
     Raises:
         ModelError: the weight is quantized, or not in memory.
     """
+    if isinstance(neurons, RowBytes):
+        neurons.write(rows)
+        return
     weight = _plain_weight(model, projection)
     neurons = neurons.to(weight.device, torch.long)
     index = projection.rows(neurons)

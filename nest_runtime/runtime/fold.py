@@ -3,13 +3,18 @@
 Every write goes through a :class:`Journal`, so that an error half-way puts all rows back. Before a
 row is written, it is compared with the copy made when the patch was added (or with what folding
 wrote): an edit by somebody else is reported, not overwritten. Callers keep forward passes out.
+
+What a patch's fold has read and computed is kept with its record. To fold it again, or to take it out, is to compare
+bytes and to copy them (:class:`Exchange`), where the weights are plain memory of a CPU; where they are not, or any
+byte is not what it should be, the longer way decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,6 +22,7 @@ from torch import nn
 from nest_runtime.errors import BaseMismatch
 from nest_runtime.model import anatomy
 from nest_runtime.model.experts import difference, units_of
+from nest_runtime.model.row_bytes import RowBytes, bits_of, row_bytes
 from nest_runtime.runtime.delta import Call, Loaded, Place
 
 _ROUNDINGS = (torch.bfloat16, torch.float16, torch.float32)
@@ -52,6 +58,46 @@ class FoldedSite:
         return y.index_copy(-1, rows, base.to(y.dtype))
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """One site's rows before and after, as bytes, and where they are in the live model."""
+
+    site: FoldedSite
+    live: RowBytes
+    pristine: tuple[bytearray, np.ndarray]
+    folded: tuple[bytearray, np.ndarray]
+    scratch: np.ndarray  # (n, d_in); shared with the other sites
+
+
+class Exchange:
+    """All rows of a fold, before and after, as bytes: changes one for the other where nobody else changed anything."""
+
+    def __init__(self, pairs: Sequence[_Pair], dtype: torch.dtype) -> None:
+        self._pairs, self._dtype = tuple(pairs), dtype
+
+    def fold(self, journal: Journal) -> bool:
+        """Write the folded rows over the pristine ones; False, with nothing written, where those do not stand there."""
+        if not all(self._stands(pair, pair.pristine[0]) for pair in self._pairs):
+            return False
+        for pair in self._pairs:
+            journal.write_bits(pair.site.place, pair.site.neurons, pair.site.pristine, pair.live, pair.folded[1])
+        return True
+
+    def unfold(self, journal: Journal) -> bool:
+        """Write the pristine rows over the folded ones; False, with nothing written, where those do not stand there."""
+        if not all(self._stands(pair, pair.folded[0]) for pair in self._pairs):
+            return False
+        for pair in self._pairs:
+            journal.write_bits(pair.site.place, pair.site.neurons, pair.site.folded, pair.live, pair.pristine[1])
+        return True
+
+    def _stands(self, pair: _Pair, expected: bytearray) -> bool:
+        if pair.live.find() is not self._dtype:
+            return False
+        pair.live.read(pair.scratch)
+        return expected == pair.scratch  # one comparison of memory
+
+
 @dataclass(frozen=True, eq=False)
 class FoldRecord:
     """What is folded into the weights now, by canonical module name."""
@@ -59,6 +105,7 @@ class FoldRecord:
     loaded: Loaded
     sites: Mapping[str, tuple[FoldedSite, ...]]
     halves: Mapping[str, tuple[Place, Place]]  # gate and up of the experts modules among ``sites``
+    exchange: Exchange | None = None  # where all rows are plain memory
 
     def undo(self, key: str, module: nn.Module, call: Call, y: torch.Tensor) -> torch.Tensor:
         """A module's output as the pristine weights give it; ``y`` itself is left alone."""
@@ -99,6 +146,13 @@ class Journal:
         self._written.append((place, neurons, read_rows(place, neurons)))
         write_rows(place, neurons, rows)
 
+    def write_bits(
+        self, place: Place, neurons: torch.Tensor, before: torch.Tensor, live: RowBytes, bits: np.ndarray
+    ) -> None:
+        """Write rows found before; ``before`` is known to stand there."""
+        self._written.append((place, neurons, before))
+        anatomy.write_rows(place.module, place.projection, live, bits)
+
     def roll_back(self) -> None:
         """Put everything back, latest first; goes on past a write that fails and raises its error at the end."""
         failed: Exception | None = None
@@ -124,18 +178,21 @@ def write_rows(place: Place, neurons: torch.Tensor, rows: torch.Tensor) -> None:
         anatomy.write_rows(place.module, place.projection, neurons, rows)
 
 
-def fold(loaded: Loaded, places: Mapping[str, Place], journal: Journal) -> FoldRecord:
+def fold(loaded: Loaded, places: Mapping[str, Place], journal: Journal, kept: FoldRecord | None = None) -> FoldRecord:
     """Write W[rows] = W₀[rows] + ΔW for every site; the sum is taken in float32 (or wider) and rounded once.
 
     Args:
         loaded: the patch; nothing may be folded now.
         places: the model's projections by site name.
         journal: receives every write.
+        kept: the record of an earlier fold of this patch.
 
     Raises:
         BaseMismatch: rows are not those the patch was added to.
         ModelError: the weights are quantized.
     """
+    if kept is not None and kept.exchange is not None and kept.exchange.fold(journal):
+        return kept
     plan: dict[str, list[FoldedSite]] = {}
     for site in loaded.patch.sites:
         if site.n_neurons:
@@ -146,6 +203,7 @@ def fold(loaded: Loaded, places: Mapping[str, Place], journal: Journal) -> FoldR
             wide = torch.promote_types(current.dtype, torch.float32)
             folded = current.to(wide) + site.row_deltas(wide).to(current.device)
             plan.setdefault(place.key, []).append(FoldedSite(place, neurons, current, folded.to(current.dtype)))
+    exchange = _exchange(plan)
     for sites in plan.values():
         for planned in sites:
             journal.write(planned.place, planned.neurons, planned.folded)
@@ -154,7 +212,30 @@ def fold(loaded: Loaded, places: Mapping[str, Place], journal: Journal) -> FoldR
         for key, sites in plan.items()
         if sites[0].place.projection.experts
     }
-    return FoldRecord(loaded, {key: tuple(sites) for key, sites in plan.items()}, halves)  # type: ignore[arg-type]
+    return FoldRecord(loaded, {key: tuple(sites) for key, sites in plan.items()}, halves, exchange)  # type: ignore[arg-type]
+
+
+def _exchange(plan: Mapping[str, list[FoldedSite]]) -> Exchange | None:
+    """The plan's rows as bytes, whose memory its sites then use; None where any site is no plain memory of a CPU."""
+    planned = [(key, number, site) for key, sites in plan.items() for number, site in enumerate(sites)]
+    found = []
+    for _, _, site in planned:
+        live = row_bytes(site.place.module, site.place.projection, site.neurons)
+        if live is None or live.find() is not site.pristine.dtype:
+            return None
+        found.append(live)
+    if len({site.pristine.dtype for _, _, site in planned}) != 1:  # or there is none
+        return None
+    scratch = bytearray(max(site.pristine.nbytes for _, _, site in planned))
+    pairs = []
+    for (key, number, site), live in zip(planned, found, strict=True):
+        before, before_bits, pristine = bits_of(site.pristine)
+        after, after_bits, folded = bits_of(site.folded)
+        shared = FoldedSite(site.place, site.neurons, pristine, folded)
+        plan[key][number] = shared
+        room = np.frombuffer(scratch, before_bits.dtype, before_bits.size).reshape(before_bits.shape)
+        pairs.append(_Pair(shared, live, (before, before_bits), (after, after_bits), room))
+    return Exchange(pairs, planned[0][2].pristine.dtype)
 
 
 def unfold(record: FoldRecord, journal: Journal) -> None:
@@ -166,6 +247,8 @@ def unfold(record: FoldRecord, journal: Journal) -> None:
     Raises:
         BaseMismatch: somebody else changed the folded rows.
     """
+    if record.exchange is not None and record.exchange.unfold(journal):
+        return
     restored = []
     for sites in record.sites.values():
         for site in sites:

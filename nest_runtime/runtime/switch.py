@@ -25,6 +25,7 @@ from nest_runtime.runtime.selection import Active, Selection
 from nest_runtime.runtime.table import Table
 
 Mode = Literal["auto", "hook", "fold"]
+KEPT_FOLDS = 2  # patches whose folded rows are kept, to be copied the next time: as much memory again as their rows
 
 
 class PatchRuntime:
@@ -53,6 +54,7 @@ class PatchRuntime:
         self._wiring = Wiring(self._board)
         self._bank: Bank | None = None
         self._table = Table()
+        self._folds: dict[Loaded, FoldRecord] = {}  # of the patches folded last, the latest at the end
         self._lock = threading.RLock()  # one change at a time
         self._closed = False
 
@@ -146,6 +148,7 @@ class PatchRuntime:
             if pins:
                 raise NestError(f"{loaded.full_name} is in use by {pins} using() contexts", "let them end first")
             self._table.delete(loaded)
+            self._folds.pop(loaded, None)
             if self._bank is not None:
                 self._bank.remove(loaded)
 
@@ -244,7 +247,7 @@ class PatchRuntime:
             self._wiring.remove()
             if self._bank is not None:
                 self._bank.close()
-            self._bank, self._table = None, Table()
+            self._bank, self._table, self._folds = None, Table(), {}
 
     def __enter__(self) -> PatchRuntime:
         return self
@@ -271,8 +274,7 @@ class PatchRuntime:
                 self._refold(before, loaded, mode)
 
     def _refold(self, before: Active, loaded: Loaded | None, mode: str | None) -> None:
-        weights = [weight_of(place.module, place.projection) for place in self._places.values()]
-        devices = {weight.device for weight in weights if weight is not None}
+        devices = self._devices()
         journal = Journal()
         settle(devices)  # passes that have returned may still be running on the device
         try:
@@ -280,13 +282,23 @@ class PatchRuntime:
                 unfold(before.fold, journal)
             record: FoldRecord | None = None
             if loaded is not None and mode == "fold":
-                record = fold(loaded, self._places, journal)
+                record = fold(loaded, self._places, journal, self._folds.pop(loaded, None))
+                self._folds[loaded] = record
+                while len(self._folds) > KEPT_FOLDS:
+                    del self._folds[next(iter(self._folds))]
             settle(devices)
             self._publish(Active(loaded, mode, record))
         except BaseException:
             journal.roll_back()
             settle(devices)
             raise
+
+    def _devices(self) -> set[torch.device]:
+        """Where the weights are; empty on a CPU alone, where nothing is left to wait for."""
+        if not torch.cuda.is_available():
+            return set()
+        weights = [weight_of(place.module, place.projection) for place in self._places.values()]
+        return {weight.device for weight in weights if weight is not None}
 
     def _publish(self, active: Active) -> None:
         if self._bank is not None:

@@ -295,6 +295,54 @@ def test_foreign_edits_are_reported_not_overwritten(runtime: PatchRuntime, model
     assert torch.equal(weight[row], original)  # type: ignore[index]
 
 
+def test_what_a_fold_kept_is_no_proof_of_what_stands_there(runtime: PatchRuntime, model: torch.nn.Module) -> None:
+    """A second fold copies bytes that the first one kept; edits between the two are seen all the same."""
+    patch = make_patch(model)
+    runtime.add(patch)
+    start = fingerprint(model)
+    runtime.activate("v1", mode="fold")
+    folded = fingerprint(model)
+    runtime.deactivate()
+    weight = model.get_submodule(patch.sites[-1].name).weight.data  # type: ignore[union-attr]
+    row = int(patch.sites[-1].neurons.tensor()[-1])
+    original = weight[row].clone()  # type: ignore[index]
+    weight[row] += 1  # type: ignore[index, operator]
+    edited = fingerprint(model)
+    with pytest.raises(nest.BaseMismatch, match="since the patch was added"):
+        runtime.activate("v1", mode="fold")
+    assert fingerprint(model) == edited
+    weight[row] = original  # type: ignore[index, operator]
+    runtime.activate("v1", mode="fold")
+    assert fingerprint(model) == folded
+    runtime.deactivate()
+    assert fingerprint(model) == start
+
+
+@pytest.mark.parametrize("fail_at", [0, 2])
+def test_error_while_folding_again_leaves_the_base(
+    runtime: PatchRuntime, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, fail_at: int
+) -> None:
+    runtime.add(make_patch(model))
+    start = fingerprint(model)
+    runtime.activate("v1", mode="fold")
+    runtime.deactivate()
+    real, calls = fold_module.anatomy.write_rows, 0
+
+    def failing(*args: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == fail_at + 1:
+            raise MemoryError("out of memory")
+        real(*args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fold_module.anatomy, "write_rows", failing)
+        with pytest.raises(MemoryError):
+            runtime.activate("v1", mode="fold")
+    assert runtime.active is None
+    assert fingerprint(model) == start
+
+
 def test_adding_while_another_patch_is_folded(runtime: PatchRuntime, model: torch.nn.Module) -> None:
     first, second = make_patch(model, neurons=60), make_patch(model, version="v2", seed=1, neurons=60)
     expected, start = logits(dense(model, second)), fingerprint(model)
