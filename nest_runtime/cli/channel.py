@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from nest_runtime.cli import claim, complete
 from nest_runtime.cli.claim import AllowJudge, BehaviorsOption
-from nest_runtime.cli.common import examples
+from nest_runtime.cli.common import examples, seconds_of
 from nest_runtime.cli.hub import (
     KEY_VARIABLE,
     KeyOption,
@@ -200,17 +199,6 @@ def channel_show(
     found.check_fresh(revocations=revocations.serial(found.name))
     document = {"repo": ref.place, "revision": refs.head, "url": remote.url(refs.head), **found.model_dump()}
     out.result(document, lambda: out.line(f"{ref.place}: {channel} is {found.version} until {found.expires}"))
-
-
-def seconds_of(text: str, option: str) -> float:
-    """Seconds of ``90``, ``90s``, ``10m``, ``12h`` or ``30d``. Raises UsageError."""
-    from nest_runtime.errors import UsageError
-
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
-    seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]] if found else 0.0
-    if not 0 < seconds < 1e9:
-        raise UsageError(f"{option} is {text!r}; expected a time such as 60s, 10m, 12h or 30d", "check it for typos")
-    return seconds
 
 
 def _home_of(ref: str, patch: Patch, store: Store) -> RepoRef:

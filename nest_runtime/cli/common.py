@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -178,3 +179,12 @@ def prompts_named(ref: str, which: Literal["harmful", "benign"]) -> list[Example
     from nest_runtime.compare.methods.data import reference_prompts
 
     return reference_prompts()[("harmful", "benign").index(which)]
+
+
+def seconds_of(text: str, option: str) -> float:
+    """Seconds of ``90``, ``90s``, ``10m``, ``12h`` or ``30d``. Raises UsageError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
+    seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]] if found else 0.0
+    if not 0 < seconds < 1e9:
+        raise UsageError(f"{option} is {text!r}; expected a time such as 60s, 10m, 12h or 30d", "check it for typos")
+    return seconds

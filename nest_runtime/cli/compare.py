@@ -22,7 +22,7 @@ from nest_runtime.cli.output import (
     percent,
     size,
 )
-from nest_runtime.cli.train import check_answers
+from nest_runtime.cli.training import check_answers
 from nest_runtime.errors import UsageError
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from nest_runtime.escape import short
+from nest_runtime.train.recipe import RECIPES
 
 SUITES = ("reference", "plain", "jailbreak-seen", "jailbreak-held-out", "over-refusal", "utility")
 METHODS = (
@@ -90,7 +91,6 @@ suites, judges, methods = offer(lambda: SUITES), offer(lambda: JUDGES), _methods
 devices = offer(lambda: ("auto", "cpu", "cuda", "mps"))
 dtypes = offer(lambda: ("auto", "float32", "bfloat16", "float16"))
 formats = offer(lambda: ("png", "svg"))
-recipes = offer(lambda: ("default", "paper", "fast", "reference"))
-controls = offer(lambda: ("random",))
+recipes = offer(lambda: RECIPES)
 engines = offer(lambda: ("transformers", "generate", "vllm"))
 swap_policies = offer(lambda: ("drain", "enforce"))

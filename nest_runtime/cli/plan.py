@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nest_runtime.cli.common import examples, model_flag, prompts_named
+from nest_runtime.cli.options import Flags, with_flags
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output, size
-from nest_runtime.cli.train import PROMPTS, KMax, RecipeRef, Z, borderline_of, recipe_of
+from nest_runtime.cli.training import PROMPTS, RecipeRef, borderline_of, recipe_of
 from nest_runtime.errors import UsageError
+from nest_runtime.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from nest_runtime.train.plan import Load, Speed
-    from nest_runtime.train.recipe import Recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -27,11 +29,12 @@ def register(app: typer.Typer) -> None:
             "nest-runtime plan --model M --harmful bad.jsonl --benign good.jsonl",
             "nest-runtime plan --model M --tflops 400 --gbps 2000   # another machine",
         ),
-    )(plan)
+    )(with_flags(plan))
 
 
 def plan(
     ctx: typer.Context,
+    *,
     model: ModelOption = "reference",
     harmful: Annotated[
         str | None, typer.Option("--harmful", metavar="FILE", help=f"Prompts to refuse: {PROMPTS} 1,000 by default.")
@@ -49,9 +52,7 @@ def plan(
     gbps: Annotated[
         float | None, typer.Option("--gbps", metavar="X", min=1e-6, help="Its memory bandwidth, in GB a second.")
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", metavar="N", min=0, help="Training steps.")] = None,
-    z: Z = None,
-    k_max: KMax = None,
+    settings: Annotated[Mapping[str, Any], Flags(Recipe, only=("z", "k_max", "steps"), unset=True)],
     recipe_name: RecipeRef = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -70,7 +71,7 @@ def plan(
     from nest_runtime.train.plan import plan as estimate
     from nest_runtime.train.plan import shape_of
 
-    recipe = recipe_of(recipe_name, model, z=z, k_max=k_max, steps=steps)
+    recipe = recipe_of(recipe_name, model, **settings)
     place = pick_device(device)
     name, source = resolve_model(model, config_only=True)
     empty = skeleton(source)

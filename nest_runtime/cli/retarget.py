@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nest_runtime.cli import complete
 from nest_runtime.cli.common import examples, model_flag, prompts_named
+from nest_runtime.cli.options import Flags, with_flags
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output
 from nest_runtime.cli.patches import PatchArgument
-from nest_runtime.cli.train import (
+from nest_runtime.cli.training import (
     PROMPTS,
     RecipeRef,
     Resume,
-    Seed,
     check_answers,
     check_out,
     join,
@@ -26,11 +27,11 @@ from nest_runtime.cli.train import (
 )
 from nest_runtime.errors import UsageError
 from nest_runtime.escape import short
+from nest_runtime.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
     from nest_runtime.prompts.examples import Example
-    from nest_runtime.train.recipe import Recipe
 
 _OWN = "the reference world's where the patch was trained on those"
 
@@ -44,11 +45,12 @@ def register(app: typer.Typer) -> None:
             "nest-runtime retarget v3 --model ./my-fine-tune --out mine.safetensors",
             "nest-runtime retarget p.safetensors --model M --harmful x.txt --benign y.txt",
         ),
-    )(retarget)
+    )(with_flags(retarget))
 
 
 def retarget(
     ctx: typer.Context,
+    *,
     patch: Annotated[str, PatchArgument],
     model: Annotated[
         str,
@@ -72,10 +74,7 @@ def retarget(
     version: Annotated[
         str | None, typer.Option("--version", metavar="vK", help="Its version; the next free one.")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", min=0, help="Training steps; 3 in 10 of training anew.")
-    ] = None,
-    seed: Seed = None,
+    settings: Annotated[Mapping[str, Any], Flags(Recipe, only=("steps", "seed"), unset=True)],
     recipe_name: RecipeRef = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -84,6 +83,7 @@ def retarget(
 ) -> None:
     """Bring a patch to a fine-tuned sibling of its base: locate there anew, start from its rows, tune shortly.
 
+    Without --steps and --recipe that takes 3 in 10 of the steps of training anew.
     Measure the result with eval: how much of the patch's effect comes over depends on how far the models are apart.
     """
     out = Output.of(ctx, as_json)
@@ -95,7 +95,7 @@ def retarget(
 
     before = load_patch(patch)
     bad, good = _prompts(before, harmful, benign)
-    recipe = _settings(before, recipe_name, steps, seed)
+    recipe = _settings(before, recipe_name, settings)
     team = join(out)
     loaded = load_model(model, device=device, dtype=dtype)
     check_answers(out, loaded, {harmful or "its prompts": bad, benign or "its benign prompts": good}, good)
@@ -144,11 +144,10 @@ def _prompts(patch: Patch, harmful: str | None, benign: str | None) -> tuple[lis
     return prompts_named(harmful, "harmful"), prompts_named(benign, "benign")
 
 
-def _settings(patch: Patch, name: str | None, steps: int | None, seed: int | None) -> Recipe:
+def _settings(patch: Patch, name: str | None, settings: Mapping[str, Any]) -> Recipe:
     """The recipe named, else the patch's own, shortened; the command line's settings on top."""
     from nest_runtime.train.retarget import retarget_recipe
 
     if name is not None:
-        return recipe_of(name, steps=steps, seed=seed)
-    given = {key: value for key, value in {"steps": steps, "seed": seed}.items() if value is not None}
-    return retarget_recipe(patch).evolve(**given)
+        return recipe_of(name, **settings)
+    return retarget_recipe(patch).evolve(**{key: value for key, value in settings.items() if value is not None})

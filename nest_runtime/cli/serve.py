@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import examples, model_for
+from nest_runtime.cli.common import examples, model_for, seconds_of
 from nest_runtime.cli.output import DeviceOption, DtypeOption, ModelOption, Output
 from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption
 
@@ -235,7 +235,6 @@ def serve(
     variable: NEST_SERVE_MAX_QUEUE=64 is --max-queue 64.
     """
     out = Output.of(ctx, as_json)
-    from nest_runtime.cli.channel import seconds_of
     from nest_runtime.serve.config import Allowed, FollowConfig, Limits, ServeConfig
     from nest_runtime.serve.events import json_events
     from nest_runtime.serve.server import serve as run_server

@@ -8,183 +8,215 @@ world has a recipe of its own, which benchmarks/ablations.py measures (docs/deci
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nest_runtime.errors import UsageError
 from nest_runtime.hints import did_you_mean
-
-_CHOICES = {
-    "pooling": ("max", "mean", "last"),
-    "probe": ("lbfgs", "adam"),
-    "sign": ("positive", "absolute"),
-    "normalization": ("projection", "robust", "model"),
-    "control": ("none", "random"),
-    "loadings": ("tied", "signed", "learned"),
-    "optimizer": ("adam", "adamw"),
-    "schedule": ("constant", "cosine", "linear"),
-    "lr_unit": ("absolute", "row-rms"),
-    "select": ("loss", "decision"),
-    "delta_dtype": ("bfloat16", "float32"),
-}
-_RANGES = {  # lowest and highest value allowed, both included
-    "batch_size": (1, 65536),
-    "prompt_batch": (1, 65536),
-    "batch_tokens": (1, 2**24),
-    "probe_lr": (1e-8, 10.0),
-    "probe_steps": (1, 10**6),
-    "probe_weight_decay": (1e-12, 1e6),
-    "probe_holdout": (0.0, 0.9),
-    "z": (0.0, 100.0),
-    "depth_from": (0.0, 1.0),
-    "depth_to": (0.0, 1.0),
-    "k_min": (1, 1024),
-    "k_max": (1, 1024),
-    "min_silhouette": (-1.0, 1.0),
-    "lr": (1e-8, 100.0),
-    "loadings_lr": (0.0, 100.0),
-    "steps": (0, 10**7),
-    "warmup": (0.0, 1.0),
-    "weight_decay": (0.0, 100.0),
-    "grad_clip": (0.0, 1e6),
-    "harmful_share": (0.01, 0.99),
-    "recovery_tokens": (0, 1024),
-    "benign_weight": (0.0, 1e4),
-    "kl_weight": (0.0, 1e4),
-    "onset_weight": (0.0, 1e4),
-    "ablation": (0.0, 1.0),
-    "framings": (0, 64),
-    "framed_characters": (1, 10**7),
-    "validation_most": (0, 10**7),
-    "locate_prompts": (0, 10**7),
-    "step_tokens": (1, 2**24),
-    "validation_fraction": (0.0, 0.9),
-    "validate_every": (1, 10**6),
-    "patience": (0, 10**6),
-    "answer_tokens": (1, 8192),
-    "seed": (0, 2**31 - 1),
-}
+from nest_runtime.settings import check, described, setting, settings_of
 
 
+@described
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of training. Raises UsageError, naming the field, where a value is not allowed.
+    """All settings of training. Raises UsageError, naming the field, where a value is not allowed."""
 
-    Locate:
-        pooling: over a prompt's tokens, padding left out. ``max`` is the paper's.
-        probe: ``lbfgs`` (to convergence) or ``adam`` (``probe_steps`` full-batch steps of ``probe_lr``), both of
-            the same loss: class-balanced logistic loss plus probe_weight_decay/2 · |w|².
-        probe_holdout: share of the prompts kept out to measure the probe's accuracy.
-        z: a neuron is kept when the z-score of its probe weight is above this.
-        sign: ``positive`` keeps z > threshold with a positive weight, ``absolute`` |z| > threshold.
-        normalization: z-scores within the ``projection`` (the paper's), the same with median and MAD
-            (``robust``), or across the whole ``model``.
-        depth_from, depth_to: which layers, as shares of the model's depth: layer l of L lies at (l + ½) / L.
-        control: ``random`` swaps the located neurons for as many random ones, with as many clusters.
-
-    Cluster:
-        k_min, k_max: range of cluster counts; the best silhouette wins.
-        min_silhouette: with k_min 1, one cluster is taken when no silhouette exceeds this.
-        align_signs: flip the profiles of neurons with a negative probe weight before clustering.
-
-    Tune:
-        loadings: ``tied`` (the paper's), ``signed`` (fixed at the sign of the probe weight), or ``learned``
-            (one trained number a neuron, starting at the sign; beyond the paper).
-        lr, lr_unit, loadings_lr, optimizer, weight_decay, schedule, warmup, grad_clip: the optimizer. With
-            ``row-rms`` lr counts in units of the root mean square of the site's base rows.
-        steps, batch_size, harmful_share: how many steps, of how many examples, what share of them harmful.
-        recovery_tokens: harmful examples with a ``target`` (the beginning of a harmful answer, as in AdvBench's column)
-            are learned a second time after 1 to this many of its tokens; 0 leaves that out. Beyond the paper.
-        benign_weight, kl_weight: weights of the cross-entropy and of KL(base ‖ patched) on the benign answers' tokens.
-        onset_weight: how much the first tokens of every answer count, where the choice to refuse is made.
-        ablation: probability, per layer and token, of taking the refusal direction away from harmful rows while
-            tuning (arXiv 2509.15202). Beyond the paper.
-        framings, framed_characters: copies of every prompt of either class in everyday framings (prompts/framings.py)
-            beside the plain one, and how long such a conversation may be.
-        select: what validation chooses the best state by: ``loss``, or the ``decision`` to refuse.
-        validation_fraction, validation_most, validate_every, patience: held-out share, the most prompts of a class
-            that it may be (0: no limit), how often to measure in steps, and how many measurements without a better
-            one end the run (0: never).
-        keep_refused: learn from benign prompts that the base refuses too; they are left out otherwise.
-        answer_refused: learn them with the base's likeliest answer that does not begin as its refusals do. Beyond the
-            paper.
-        answer_tokens: length of the base's own answers where the benign file gives none.
-        refusals, own_refusals: texts for harmful prompts without a response; empty takes, with ``own_refusals``, the
-            sentence that the base itself refuses with most often, where it does so at all, else the built-in list.
-        delta_dtype: what the patch ships, and what the final validation measures.
-        relocate: with a parent, locate anew and carry its rows over; otherwise its neurons are kept.
-
-    Work:
-        locate_prompts: most prompts of each class to locate with; 0 takes all.
-        prompt_batch, batch_tokens: prompts, and padded tokens, in one forward pass of locate.
-        step_tokens: padded tokens in one forward and backward pass of tuning; a step may take several.
-        seed: of splits, k-means, batches and the random control.
-    """
-
-    pooling: str = "max"
-    probe: str = "lbfgs"
-    probe_lr: float = 1e-3
-    probe_steps: int = 5000
-    probe_weight_decay: float = 1e-3
-    probe_holdout: float = 0.2
-    z: float = 2.0
-    sign: str = "positive"
-    normalization: str = "projection"
-    depth_from: float = 0.3
-    depth_to: float = 0.75
-    control: str = "none"
-    k_min: int = 2
-    k_max: int = 2
-    min_silhouette: float = 0.0
-    align_signs: bool = True
-    loadings: str = "learned"
-    lr: float = 0.16
-    lr_unit: str = "row-rms"
-    loadings_lr: float = 3e-2
-    optimizer: str = "adamw"
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    grad_clip: float = 1.0
-    steps: int = 90
-    batch_size: int = 16
-    harmful_share: float = 0.55
-    recovery_tokens: int = 8
-    benign_weight: float = 0.0
-    kl_weight: float = 1.0
-    onset_weight: float = 4.0
-    ablation: float = 0.0
-    framings: int = 2
-    framed_characters: int = 600
-    select: str = "decision"
-    validation_fraction: float = 0.1
-    validation_most: int = 16
-    validate_every: int = 30
-    patience: int = 0
-    keep_refused: bool = False
-    answer_refused: bool = True
-    answer_tokens: int = 12
-    refusals: tuple[str, ...] = ()
-    own_refusals: bool = True
-    delta_dtype: str = "bfloat16"
-    relocate: bool = False
-    locate_prompts: int = 80
-    prompt_batch: int = 64
-    batch_tokens: int = 4096
-    step_tokens: int = 1024
-    seed: int = 0
+    pooling: str = setting(
+        "max",
+        "What is taken over a prompt's tokens, padding left out.",
+        more="``max`` is the paper's.",
+        choices=("max", "mean", "last"),
+        group="Locate",
+    )
+    probe: str = setting(
+        "lbfgs",
+        "How the probe is fitted: to convergence, or by steps of Adam.",
+        more="The loss is the same: class-balanced logistic loss plus probe_weight_decay/2 · |w|².",
+        choices=("lbfgs", "adam"),
+    )
+    probe_lr: float = setting(1e-3, "Learning rate of an ``adam`` probe.", low=1e-8, high=10)
+    probe_steps: int = setting(5000, "Full-batch steps of an ``adam`` probe.", low=1, high=10**6)
+    probe_weight_decay: float = setting(1e-3, "Weight decay of the probe.", low=1e-12, high=1e6)
+    probe_holdout: float = setting(
+        0.2, "Share of the prompts kept out to measure the probe's accuracy.", low=0, high=0.9
+    )
+    z: float = setting(
+        2.0,
+        "Keep neurons whose probe weight has a z-score above this.",
+        low=0,
+        high=100,
+        flag="--z",
+        metavar="Z",
+    )
+    sign: str = setting(
+        "positive",
+        "Which neurons are kept: with a positive weight and z above the threshold, or with |z| above it.",
+        choices=("positive", "absolute"),
+    )
+    normalization: str = setting(
+        "projection",
+        "What z-scores are taken over: the projection, the same with median and MAD, or the whole model.",
+        more="``projection`` is the paper's.",
+        choices=("projection", "robust", "model"),
+    )
+    depth_from: float = setting(
+        0.3,
+        "The first layer, as a share of the model's depth.",
+        more="Layer l of L lies at (l + ½) / L.",
+        low=0,
+        high=1,
+    )
+    depth_to: float = setting(0.75, "The last layer, as a share of the model's depth.", low=0, high=1)
+    control: str = setting(
+        "none",
+        "As a control: as many random neurons instead.",
+        more="They get as many clusters.",
+        choices=("none", "random"),
+        flag="--control",
+        metavar="random",
+    )
+    k_min: int = setting(
+        2, "Fewest clusters of one projection; the best silhouette wins.", low=1, high=1024, group="Cluster"
+    )
+    k_max: int = setting(2, "Most clusters of one projection.", low=1, high=1024, flag="--k-max", metavar="K")
+    min_silhouette: float = setting(
+        0.0, "With k_min 1, one cluster is taken where no silhouette is above this.", low=-1, high=1
+    )
+    align_signs: bool = setting(
+        True, "Flip the profiles of neurons with a negative probe weight before they are clustered."
+    )
+    loadings: str = setting(
+        "learned",
+        "A trained loading per neuron, or the paper's tied rows.",
+        more="``signed`` rows are fixed at the sign of the probe weight; ``learned`` loadings, which are beyond the "
+        "paper, start there.",
+        choices=("tied", "signed", "learned"),
+        flag="--loadings/--tied",
+        pair=("learned", "tied"),
+        group="Tune",
+    )
+    lr: float = setting(0.16, "Learning rate of the cluster rows.", low=1e-8, high=100, flag="--lr", metavar="RATE")
+    lr_unit: str = setting(
+        "row-rms",
+        "What lr counts in: as it is, or in units of the root mean square of the site's base rows.",
+        choices=("absolute", "row-rms"),
+    )
+    loadings_lr: float = setting(3e-2, "Learning rate of the loadings.", low=0, high=100)
+    optimizer: str = setting("adamw", "The optimizer.", choices=("adam", "adamw"))
+    weight_decay: float = setting(0.0, "Weight decay of the cluster rows.", low=0, high=100)
+    schedule: str = setting(
+        "cosine", "How the learning rate falls after the warm-up.", choices=("constant", "cosine", "linear")
+    )
+    warmup: float = setting(0.05, "Share of the steps in which the learning rate rises.", low=0, high=1)
+    grad_clip: float = setting(1.0, "The largest norm of a gradient; 0 clips nothing.", low=0, high=1e6)
+    steps: int = setting(90, "Training steps.", low=0, high=10**7, flag="--steps", metavar="N")
+    batch_size: int = setting(16, "Examples in one step.", low=1, high=65536)
+    harmful_share: float = setting(0.55, "Share of them that is harmful.", low=0.01, high=0.99)
+    recovery_tokens: int = setting(
+        8,
+        "Harmful examples with a ``target`` are learned again after 1 to this many of its tokens; 0 leaves that out.",
+        more="A target is the beginning of a harmful answer, as in AdvBench's column. Beyond the paper.",
+        low=0,
+        high=1024,
+    )
+    benign_weight: float = setting(
+        0.0, "Weight of the cross-entropy on the benign answers' tokens.", low=0, high=1e4, before=1.0
+    )
+    kl_weight: float = setting(1.0, "Weight of KL(base ‖ patched) on the benign answers' tokens.", low=0, high=1e4)
+    onset_weight: float = setting(
+        4.0,
+        "How much the first tokens of every answer count, where the choice to refuse is made.",
+        low=0,
+        high=1e4,
+        before=1.0,
+    )
+    ablation: float = setting(
+        0.0,
+        "Probability, per layer and token, of taking the refusal direction away from harmful rows while tuning.",
+        more="From arXiv 2509.15202; beyond the paper.",
+        low=0,
+        high=1,
+    )
+    framings: int = setting(
+        2,
+        "Copies of every prompt of either class in everyday framings, beside the plain one.",
+        more="The framings are in prompts/framings.py.",
+        low=0,
+        high=64,
+        before=0,
+    )
+    framed_characters: int = setting(600, "How long such a conversation may be.", low=1, high=10**7)
+    select: str = setting(
+        "decision",
+        "What validation chooses the best state by: the loss, or the decision to refuse.",
+        choices=("loss", "decision"),
+        before="loss",
+    )
+    validation_fraction: float = setting(0.1, "Share of the prompts held out for validation.", low=0, high=0.9)
+    validation_most: int = setting(
+        16, "The most prompts of a class that are held out; 0 sets no limit.", low=0, high=10**7, before=0
+    )
+    validate_every: int = setting(30, "How often to measure, in steps.", low=1, high=10**6)
+    patience: int = setting(0, "How many measurements without a better one end the run; 0: never.", low=0, high=10**6)
+    keep_refused: bool = setting(
+        False, "Learn from benign prompts that the base refuses too; they are left out otherwise.", before=True
+    )
+    answer_refused: bool = setting(
+        True,
+        "Learn refused benign prompts with the base's likeliest answer that does not begin as its refusals do.",
+        more="Beyond the paper.",
+        before=False,
+    )
+    answer_tokens: int = setting(
+        12, "Length of the base's own answers where the benign file gives none.", low=1, high=8192
+    )
+    refusals: tuple[str, ...] = setting(
+        (),
+        "Texts for harmful prompts without a response.",
+        more="Empty takes, with ``own_refusals``, the sentence that the base itself refuses with most often, where it "
+        "does so at all, else the built-in list.",
+    )
+    own_refusals: bool = setting(True, "Whether refusals may be the base's own.", before=False)
+    delta_dtype: str = setting(
+        "bfloat16",
+        "What the patch ships, and what the final validation measures.",
+        choices=("bfloat16", "float32"),
+    )
+    relocate: bool = setting(
+        False, "With a parent, locate anew and carry its rows over; otherwise its neurons are kept."
+    )
+    locate_prompts: int = setting(
+        80, "Most prompts of each class to locate with; 0 takes all.", low=0, high=10**7, group="Work", before=0
+    )
+    prompt_batch: int = setting(64, "Prompts in one forward pass of locate.", low=1, high=65536)
+    batch_tokens: int = setting(4096, "Padded tokens in one forward pass of locate.", low=1, high=2**24)
+    step_tokens: int = setting(
+        1024,
+        "Padded tokens in one forward and backward pass of tuning; a step may take several.",
+        low=1,
+        high=2**24,
+    )
+    seed: int = setting(
+        0,
+        "Seed of every random choice.",
+        more="Those are splits, k-means, batches and the random control.",
+        low=0,
+        high=2**31 - 1,
+        flag="--seed",
+        metavar="N",
+    )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "refusals", tuple(self.refusals))
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            _check(field.name, getattr(self, field.name), hints[field.name])
-            if isinstance(getattr(self, field.name), int) and hints[field.name] is float:
-                object.__setattr__(self, field.name, float(getattr(self, field.name)))
+        if isinstance(self.refusals, list):
+            object.__setattr__(self, "refusals", tuple(self.refusals))
+        check(self, "recipe:")
+        if not all(text.strip() for text in self.refusals):
+            raise UsageError("recipe: refusals holds an empty text", "give a list of refusal texts")
+        for name, about in settings_of(type(self)).items():
+            if about.kind is float:
+                object.__setattr__(self, name, float(getattr(self, name)))
         if self.depth_to <= self.depth_from:
             raise UsageError(
                 f"recipe: depth_to is {self.depth_to}, not above depth_from {self.depth_from}",
@@ -206,17 +238,14 @@ class Recipe:
         Raises:
             UsageError: naming an unknown field, or one with a value that is not allowed.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - names)
+        names = settings_of(cls)
+        unknown = sorted(set(values) - set(names))
         if unknown:
             raise UsageError(
                 f"recipe: unknown field {unknown[0]!r}",
                 f"{did_you_mean(unknown[0], sorted(names))}fields are {', '.join(sorted(names))}",
             )
-        fields = dict(values)
-        if isinstance(fields.get("refusals"), list):
-            fields["refusals"] = tuple(fields["refusals"])
-        return cls(**fields)
+        return cls(**values)
 
     @classmethod
     def of_header(cls, values: Mapping[str, Any]) -> Recipe:
@@ -225,46 +254,14 @@ class Recipe:
         Raises:
             UsageError: as :meth:`from_json`, but settings of later releases are left out.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls.from_json({**_BEFORE, **{key: value for key, value in values.items() if key in known}})
+        known = settings_of(cls)
+        before = {name: about.before for name, about in known.items() if about.before is not None}
+        return cls.from_json({**before, **{key: value for key, value in values.items() if key in known}})
 
     def evolve(self, **changes: Any) -> Recipe:
         """A copy with other settings, checked like a new one."""
         return self.from_json({**self.to_json(), **changes})
 
-
-def _check(name: str, value: Any, kind: Any) -> None:
-    if name in _CHOICES:
-        if value not in _CHOICES[name]:
-            near = did_you_mean(value, _CHOICES[name]) if isinstance(value, str) else ""
-            raise UsageError(f"recipe: {name} is {value!r}", f"{near}use one of {', '.join(_CHOICES[name])}")
-        return
-    if isinstance(kind, types.GenericAlias):
-        if not all(isinstance(item, str) and item.strip() for item in value):
-            raise UsageError(f"recipe: {name} holds something else than text", "give a list of refusal texts")
-        return
-    wanted = (int, float) if kind is float else kind
-    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-        raise UsageError(f"recipe: {name} is {value!r}; expected {kind.__name__}", "correct the recipe")
-    if name in _RANGES:
-        low, high = _RANGES[name]
-        if not math.isfinite(value) or not low <= value <= high:
-            raise UsageError(f"recipe: {name} is {value}; expected {low} to {high}", "correct the recipe")
-
-
-# What training did before there were settings for it.
-_BEFORE = {
-    "benign_weight": 1.0,
-    "onset_weight": 1.0,
-    "ablation": 0.0,
-    "framings": 0,
-    "select": "loss",
-    "validation_most": 0,
-    "keep_refused": True,
-    "answer_refused": False,
-    "own_refusals": False,
-    "locate_prompts": 0,
-}
 
 RECIPES: Mapping[str, Recipe] = types.MappingProxyType(
     {

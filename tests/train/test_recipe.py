@@ -80,6 +80,7 @@ def test_recipe_round_trip_and_changes() -> None:
         ({"depth_from": 0.5, "depth_to": 0.5}, "depth_to is 0.5, not above depth_from"),
         ({"k_min": 3, "k_max": 2}, "k_max is 2, below k_min 3"),
         ({"refusals": [""]}, "refusals"),
+        ({"refusals": "No."}, "refusals is 'No.'; expected a list"),  # and not three texts of one letter
         ({"relocate": "yes"}, "relocate is 'yes'; expected bool"),
         ({"delta_dtype": "int8"}, "delta_dtype"),
     ],
