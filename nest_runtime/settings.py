@@ -97,6 +97,22 @@ class Setting:
         return typing.get_origin(self.plain) is tuple
 
     @property
+    def is_required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is dataclasses.MISSING
+
+    @property
+    def denied(self) -> bool:
+        """Whether the flag says the opposite of the field: ``--no-gate`` of ``gate``."""
+        return self.kind is bool and self.flag.startswith("--no-")
+
+    @property
+    def told(self) -> str:
+        """Everything that is said about it."""
+        help = f"False: {self.help[:1].lower()}{self.help[1:]}" if self.denied else self.help
+        return f"{help} {self.more}".rstrip()
+
+    @property
     def allowed(self) -> str:
         """The values allowed, in words; empty where there is no limit."""
         if self.choices:
@@ -137,9 +153,18 @@ def setting(
     return typing.cast(_T, dataclasses.field(default=default, repr=shown, metadata={_KEY: about}))
 
 
-@functools.cache
+def required(help: str, *, more: str = "", flag: str = "", metavar: str | None = None) -> Any:
+    """A dataclass field without a default; the arguments are as in :class:`Setting`."""
+    return dataclasses.field(metadata={_KEY: Setting(help, more, flag=flag, metavar=metavar)})
+
+
 def settings_of(owner: type) -> Mapping[str, Setting]:
     """The settings of a dataclass by field, in order, with names, types and defaults; other fields are left out."""
+    return _read(owner)
+
+
+@functools.cache
+def _read(owner: Any) -> Mapping[str, Setting]:
     hints, found, group = typing.get_type_hints(owner), {}, ""
     for field in dataclasses.fields(owner):
         about: Setting | None = field.metadata.get(_KEY)
@@ -202,7 +227,6 @@ def described(owner: _Class) -> _Class:
         if about.group != group:
             group = about.group
             lines += ["", f"    {group or 'Attributes'}:"]
-        told = " ".join(part for part in (about.help, about.more) if part)
-        lines += textwrap.wrap(f"{name}: {told}", 110, initial_indent=" " * 8, subsequent_indent=" " * 12)
+        lines += textwrap.wrap(f"{name}: {about.told}", 110, initial_indent=" " * 8, subsequent_indent=" " * 12)
     owner.__doc__ = "\n".join(lines) + "\n"
     return owner

@@ -32,11 +32,13 @@ class Flags:
     Attributes:
         owner: the dataclass.
         only: the fields whose flags are taken; empty takes all that have one.
+        apart: fields that the command has an option of its own for.
         unset: an option that was not given is None, and not the field's default.
     """
 
     owner: type
     only: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
     unset: bool = False
 
     def settings(self) -> list[Setting]:
@@ -65,10 +67,12 @@ class Flags:
         """Each setting that has a flag, and the class within the owner that it belongs to."""
         own, inner = settings_of(self.owner), {part.name: part for part in _inner(self.owner)}
         for field in dataclasses.fields(self.owner):
+            if field.name in self.apart or (self.only and field.name not in self.only):
+                continue
             if field.name in inner:
                 part = inner[field.name]
                 yield from ((about, part) for about in settings_of(part.owner).values() if about.flag)
-            elif field.name in own and own[field.name].flag and (not self.only or field.name in self.only):
+            elif field.name in own and own[field.name].flag:
                 yield own[field.name], None
 
 
@@ -82,7 +86,7 @@ class _Inner:
 
     def made(self, values: dict[str, Any]) -> Any:
         """The instance of these values; None where it may be and what has no default is not given."""
-        required = [name for name, about in settings_of(self.owner).items() if about.default is dataclasses.MISSING]
+        required = [name for name, about in settings_of(self.owner).items() if about.is_required]
         if self.optional and any(values[name] is None for name in required):
             return None
         return self.owner(**values)
@@ -124,14 +128,14 @@ def parameter_of(about: Setting, *, unset: bool = False) -> inspect.Parameter:
         about: the setting; it has a flag.
         unset: the option is None where it is not given.
     """
-    kind, default = about.item, None if about.default is dataclasses.MISSING else about.default
+    kind, default = about.item, None if about.is_required else about.default
     if about.duration:
         kind, default = str, f"{default:g}s"
     elif about.pair is not None:
         kind, default = bool, default == about.pair[0]
     elif about.several:
         kind, default = list[kind], None  # type: ignore[valid-type]
-    elif _says_no(about):
+    elif about.denied:
         default = not default
     if unset:
         default = None
@@ -158,11 +162,6 @@ def _completion(about: Setting) -> Callable[[str], list[tuple[str, str]]] | None
     return complete.offer(lambda: about.choices) if about.choices and about.pair is None else None
 
 
-def _says_no(about: Setting) -> bool:
-    """Whether the flag says the opposite of its field: ``--no-gate`` of ``gate``."""
-    return about.kind is bool and about.flag.startswith("--no-")
-
-
 def _value(about: Setting, value: Any) -> Any:
     """The field's value, of what typer read."""
     if about.several:
@@ -173,7 +172,7 @@ def _value(about: Setting, value: Any) -> Any:
         return seconds_of(value, about.flag)
     if about.pair is not None:
         return about.pair[0 if value else 1]
-    return not value if _says_no(about) else value
+    return not value if about.denied else value
 
 
 @functools.cache

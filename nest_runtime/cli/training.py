@@ -89,7 +89,7 @@ def recipe_of(name: str | None, model: str = "", **given: Any) -> Recipe:
             raise UsageError(f"the recipe {path} cannot be read: {error}", "give a JSON object of settings") from error
         if not isinstance(values, dict):
             raise UsageError(f"the recipe {path} is a JSON {type(values).__name__}", "give a JSON object of settings")
-        recipe = Recipe.from_json({**usual.to_json(), **values})
+        recipe = usual.evolve(**values)
     else:
         recipe = usual if name is None else named_recipe(name)
     changes = {key: value for key, value in given.items() if value is not None}

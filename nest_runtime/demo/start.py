@@ -91,7 +91,7 @@ def _files(source: Source) -> list[tuple[Path | None, str]]:
 
 
 def _secret(path: Path | None, what: str) -> str:
-    from nest_runtime.serve.config import read_tokens
+    from nest_runtime.serve.tokens import read_tokens
 
     return "" if path is None else read_tokens(path, what, secret=True).secrets[0]
 

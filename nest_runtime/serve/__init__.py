@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.serve.config import Allowed, Limits, ServeConfig
+from nest_runtime.serve.config import ServeConfig
+from nest_runtime.serve.limits import Allowed, Limits
 
 if TYPE_CHECKING:
     from nest_runtime.serve.server import serve

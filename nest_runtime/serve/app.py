@@ -23,7 +23,7 @@ from nest_runtime.prompts.generate import end_token_ids
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.broken import Broken
-from nest_runtime.serve.config import AccessTokens, ServeConfig, read_tokens
+from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.engine import Engine, TokenEngine
 from nest_runtime.serve.follow import Following
 from nest_runtime.serve.grammar import Grammars
@@ -38,6 +38,7 @@ from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.patches import PatchTable, ServedPatch, Switch
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.sampling import SamplingParams
+from nest_runtime.serve.tokens import AccessTokens, read_tokens
 from nest_runtime.serve.transformers.engine import TransformersEngine
 from nest_runtime.serve.transformers.own_rules import not_honoured, own_rules
 from nest_runtime.serve.transformers.tryout import Tryout

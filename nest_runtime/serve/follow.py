@@ -18,10 +18,10 @@ from nest_runtime.escape import short
 from nest_runtime.hub.fetch import Fetched
 from nest_runtime.hub.follow import Follower, PollOutcome
 from nest_runtime.serve.audit import AuditLog
-from nest_runtime.serve.config import FollowConfig
 from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.gate import Gate, make_gate
 from nest_runtime.serve.http.api import Service
+from nest_runtime.serve.limits import FollowConfig
 from nest_runtime.serve.patches import ServedPatch
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.promises import try_claims

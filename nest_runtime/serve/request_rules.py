@@ -13,8 +13,8 @@ from nest_runtime.serve.http.schemas import ChatRequest, Sampling
 from nest_runtime.serve.sampling import Rule
 
 if TYPE_CHECKING:
-    from nest_runtime.serve.config import Allowed
     from nest_runtime.serve.grammar import Grammars
+    from nest_runtime.serve.limits import Allowed
 
 
 def makers_of(body: Sampling, allowed: Allowed, grammars: Grammars | None) -> tuple[Callable[[int], Rule], ...]:

@@ -22,13 +22,15 @@ from typing import Any, Literal
 import uvicorn
 from starlette.types import ASGIApp
 
+from nest_runtime.addresses import is_loopback
 from nest_runtime.errors import NestError, UsageError, port_taken
 from nest_runtime.serve.app import Server, admin_app, asgi_app, build
-from nest_runtime.serve.config import ServeConfig, is_loopback, readable_by_others
+from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.events import Emit, Event, json_events, json_line, sentence, set_up_logging
 from nest_runtime.serve.http.connections import Crowd, backlog, descriptors
 from nest_runtime.serve.running import Note, noted
+from nest_runtime.serve.tokens import readable_by_others
 from nest_runtime.serve.transformers.engine import TransformersEngine
 
 

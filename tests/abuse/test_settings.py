@@ -10,7 +10,7 @@ import pytest
 from nest_runtime.demo.server import read_logins
 from nest_runtime.demo.start import Source, open_desk
 from nest_runtime.errors import UsageError
-from nest_runtime.serve.config import read_tokens
+from nest_runtime.serve.tokens import read_tokens
 from nest_runtime.serve.vllm.plugin import config_from
 from tests.abuse.conftest import Run, refused
 from tests.support.trust import Keys

@@ -84,7 +84,6 @@ def test_names_that_are_written_out_are_those_of_the_code() -> None:
     from nest_runtime.compare.methods.registry import METHODS
     from nest_runtime.evaluate.suites import REFERENCE_SUITES
     from nest_runtime.model.load import _DEVICES, _DTYPES
-    from nest_runtime.serve.config import ENGINES
     from nest_runtime.serve.served_patch import POLICIES
 
     assert list(complete.SUITES) == ["reference", *REFERENCE_SUITES]
@@ -92,7 +91,6 @@ def test_names_that_are_written_out_are_those_of_the_code() -> None:
     assert [name for name, _ in complete.devices("")] == list(_DEVICES)
     assert [name for name, _ in complete.dtypes("")] == ["auto", *_DTYPES]
     assert {name for name, _ in complete.swap_policies("")} == set(POLICIES)
-    assert {name for name, _ in complete.engines("")} == set(ENGINES)
 
 
 def offered(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -129,6 +127,9 @@ def offered(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
         ("nest-runtime chat --model ./", ["./tiny"]),
         ("nest-runtime channel show ./mirror st", ["stable"]),
         ("nest-runtime serve --swap-policy d", ["drain"]),
+        ("nest-runtime serve --engine ", ["transformers", "generate", "vllm"]),
+        ("nest-runtime train --control r", ["random"]),
+        ("nest-runtime train --recipe p", ["paper"]),
         ("nest-runtime serve --expose v", ["v1", "v2"]),
         ("nest-runtime activate frobnicate", []),
     ],

@@ -19,7 +19,7 @@ from nest_runtime.hub.publish import publish_revocation
 from nest_runtime.hub.repository import parse_repo
 from nest_runtime.model.load import load_model
 from nest_runtime.serve import ServeConfig
-from nest_runtime.serve.config import FollowConfig
+from nest_runtime.serve.limits import FollowConfig
 from nest_runtime.store.store import Store
 from tests.hub.test_faults import PUSH_REQUESTS, fails, is_whole
 from tests.hub.test_follow import Owner, forget_cache, point

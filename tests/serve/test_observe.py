@@ -16,7 +16,7 @@ from nest_runtime.hub.publish import set_channel
 from nest_runtime.hub.repository import parse_repo
 from nest_runtime.reference.world import cases
 from nest_runtime.serve import ServeConfig
-from nest_runtime.serve.config import FollowConfig
+from nest_runtime.serve.limits import FollowConfig
 from nest_runtime.store.store import Store
 from tests.support.hub import publish
 from tests.support.hub_server import HubServer

@@ -21,7 +21,7 @@ from nest_runtime.hub.repository import parse_repo
 from nest_runtime.patch.claims import Claim, Claims
 from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import ServeConfig
-from nest_runtime.serve.config import FollowConfig
+from nest_runtime.serve.limits import FollowConfig
 from nest_runtime.serve.promises import chance
 from nest_runtime.store.store import Store
 from tests.support.serve import eventually, serving

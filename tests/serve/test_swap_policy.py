@@ -209,7 +209,7 @@ def test_policies_that_do_not_exist_are_refused(server: Running, files: dict[str
     refused = server.admin("POST", "/v1/patches/activate", json={"patch": files["v2"], "policy": "now"})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "policy")
     assert server.admin("POST", "/v1/patches/rollback", json={"policy": "now"}).status_code == 400
-    with pytest.raises(UsageError, match="swap policy is 'now'"):
+    with pytest.raises(UsageError, match="swap_policy is 'now'"):
         ServeConfig(swap_policy="now")  # type: ignore[arg-type]
 
 

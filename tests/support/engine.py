@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.serve.config import Limits
 from nest_runtime.serve.generation import Work
+from nest_runtime.serve.limits import Limits
 from nest_runtime.serve.sampling import SamplingParams
 from nest_runtime.serve.served_patch import BASE, NO_DIGEST, ServedPatch
 from nest_runtime.serve.transformers.engine import TransformersEngine

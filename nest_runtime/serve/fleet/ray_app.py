@@ -27,9 +27,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from nest_runtime.errors import EngineError, NestError, UsageError
 from nest_runtime.io import atomic_write
-from nest_runtime.serve.config import AccessTokens, read_tokens
 from nest_runtime.serve.fleet.switchboard import Member, Switchboard
 from nest_runtime.serve.http.problems import ApiError, from_nest
+from nest_runtime.serve.tokens import AccessTokens, read_tokens
 
 BOARD = "nest-switchboard"
 HOP = ("connection", "transfer-encoding", "keep-alive", "host", "content-length")

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -26,15 +26,16 @@ from nest_runtime.addresses import Network
 from nest_runtime.errors import StoreError
 from nest_runtime.escape import visible
 from nest_runtime.serve.audit import AuditLog
-from nest_runtime.serve.config import AccessTokens, Limits, host_of
 from nest_runtime.serve.http.bodies import check_body
 from nest_runtime.serve.http.clients import client_of
 from nest_runtime.serve.http.connections import Connection
 from nest_runtime.serve.http.problems import ApiError
+from nest_runtime.serve.limits import Limits
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.patches import PatchTable
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.served_patch import ServedPatch
+from nest_runtime.serve.tokens import AccessTokens
 
 ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 ENDPOINTS = (*ANSWERS, "/v1/models", "/v1/patches", "/v1/audit")
@@ -332,3 +333,11 @@ def _unauthorized(what: str, token: str) -> ApiError:
         f"Incorrect {what} provided." if token else f"No {what} provided: send it as Authorization: Bearer <token>."
     )
     return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+
+def host_of(header: str) -> str:
+    """The host in a Host header, without its port and in small letters; empty where there is none."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""

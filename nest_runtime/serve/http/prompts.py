@@ -12,10 +12,10 @@ from typing import Any
 from nest_runtime.errors import DataError
 from nest_runtime.prompts.control import controls, plain_ids, spelled, text_ids
 from nest_runtime.prompts.examples import encode
-from nest_runtime.serve.config import Allowed, Limits
 from nest_runtime.serve.http.bodies import MAX_NAMED, check_counts, check_depth
 from nest_runtime.serve.http.problems import ApiError, context_exceeded, control_tokens_closed, prefill_closed
 from nest_runtime.serve.http.schemas import ChatRequest, CompletionRequest
+from nest_runtime.serve.limits import Allowed, Limits
 
 Tokens = tuple[int, ...]
 

@@ -21,9 +21,9 @@ from nest_runtime.errors import Draining, EngineError, QueueFull
 from nest_runtime.model.anatomy import unwrap
 from nest_runtime.prompts.generate import embedding_rows
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.serve.config import Limits
 from nest_runtime.serve.generation import Generation, Work
 from nest_runtime.serve.jobs import Blame, Delivery, Job, dead
+from nest_runtime.serve.limits import Limits
 from nest_runtime.serve.sampling import Sampler, SamplingParams
 from nest_runtime.serve.served_patch import BASE, NO_DIGEST, ServedPatch
 from nest_runtime.serve.transformers.batch import EngineBatch

@@ -6,7 +6,8 @@ import shlex
 from pathlib import Path
 
 from nest_runtime.errors import UsageError
-from nest_runtime.serve.config import Limits, ServeConfig
+from nest_runtime.serve.config import ServeConfig
+from nest_runtime.serve.limits import Limits
 from nest_runtime.serve.vllm.slots import BASE_NAME, DEFAULT_PATCHES, PLUGIN, SPARE
 
 MAX_RANK = 64  # of a loaded patch's adapter, unless the engine is told otherwise

@@ -21,12 +21,13 @@ from nest_runtime.io import nest_home
 from nest_runtime.model.load import resolve_model
 from nest_runtime.serve.app import Server, fastapi_app, framed, guard_of, measure, secrets_of
 from nest_runtime.serve.audit import AuditLog
-from nest_runtime.serve.config import Limits, ServeConfig
+from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.follow import Following
 from nest_runtime.serve.generation import Work
 from nest_runtime.serve.http.admin import admin_routes
 from nest_runtime.serve.http.api import ERRORS, PLAIN, Service, model_routes, probes
 from nest_runtime.serve.http.middleware import Secrets
+from nest_runtime.serve.limits import Limits
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.sampling import SamplingParams
 from nest_runtime.serve.served_patch import ServedPatch

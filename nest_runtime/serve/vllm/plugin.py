@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import UsageError
-from nest_runtime.serve.config import Allowed, Limits, ServeConfig
+from nest_runtime.serve.config import ServeConfig
+from nest_runtime.serve.limits import Allowed, Limits
 from nest_runtime.serve.vllm.slots import BASE_NAME, PLUGIN
 
 EXTENSION = "nest_runtime.serve.vllm.worker.PatchExtension"

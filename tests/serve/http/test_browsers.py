@@ -11,11 +11,12 @@ import httpx
 import pytest
 import typer
 
+from nest_runtime.addresses import is_loopback
 from nest_runtime.cli.main import app, main
 from nest_runtime.errors import UsageError
 from nest_runtime.model.load import resolve_model
 from nest_runtime.serve import Limits, ServeConfig
-from nest_runtime.serve.config import FollowConfig, is_loopback
+from nest_runtime.serve.limits import FollowConfig
 from tests.support.serve import PROMPTS, Running, serving
 
 pytest_plugins = ["tests.support.fixtures_serve"]

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from nest_runtime.errors import EngineError, StoreError, UsageError
 from nest_runtime.serve.audit import AuditLog
-from nest_runtime.serve.config import Limits, ServeConfig, read_tokens
+from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.detokenize import AnswerText, Detokenizer, StopScanner
+from nest_runtime.serve.limits import Limits
 from nest_runtime.serve.sampling import Sampler, SamplingParams, choose_tokens
+from nest_runtime.serve.tokens import read_tokens
 from tests.conftest import make_tokenizer
 
 
@@ -205,7 +207,7 @@ def test_token_files_are_checked(tmp_path: Path) -> None:
 
 
 def test_configurations_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(UsageError, match="port 99999"):
+    with pytest.raises(UsageError, match="port is 99999; expected 0 to 65535"):
         ServeConfig(port=99999)
     with pytest.raises(EngineError, match="no engine 'abacus'"):
         ServeConfig(engine="abacus")

@@ -17,8 +17,9 @@ from torch import nn
 from nest_runtime.errors import BaseMismatch, EngineError, ModelError, PatchNotFound, QueueFull, StoreError, UsageError
 from nest_runtime.model.load import load_model
 from nest_runtime.patch.patch import Patch
-from nest_runtime.serve.config import Allowed, Limits, ServeConfig
+from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.fleet import switchboard as fleet
+from nest_runtime.serve.limits import Allowed, Limits
 from nest_runtime.serve.patches import PatchTable
 from nest_runtime.serve.sampling import SamplingParams
 from nest_runtime.serve.served_patch import ServedPatch
