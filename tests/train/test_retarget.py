@@ -214,7 +214,7 @@ def test_the_command(
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_a_broken_reference_model_is_restored_at_under_half_the_cost(tmp_path: Path, monkeypatch: Any) -> None:
-    """benchmarks/retarget.py on a sample; docs/guide/models.md has its figures."""
+    """benchmarks/retarget.py on a sample; docs/results/retarget.md has its figures."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     from benchmarks.retarget import break_safety, claims, compare
 
