@@ -165,7 +165,7 @@ def test_the_command_measures_this_machine_and_reads_files(tmp_path: Path, capsy
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_memory_of_locating_in_an_8b_shaped_model() -> None:
-    """benchmarks/locate_memory.py, whole: true shapes, few layers, extrapolated; figures: docs/results/locate-memory.md."""
+    """benchmarks/locate_memory.py, whole: true shapes, few layers, extrapolated; docs/results/locate-memory.md."""
     script = Path(__file__).parents[2] / "benchmarks" / "locate_memory.py"
     done = subprocess.run(
         [sys.executable, str(script), "--json"], capture_output=True, text=True, timeout=1700, check=False
