@@ -2,7 +2,8 @@
 
     python benchmarks/real_models.py --data ../shared/data --model M.gguf [--patch P] [--part test|validation] [--n 100]
 
-Suites are drawn by seed from public prompt sets that are not part of this project (``--data`` names their folder).
+The test part is the standard suite of ``nest-runtime eval``, from public prompt sets that are not part of this project
+(``--data`` names their folder).
 Settings are chosen on ``--part validation`` (HarmBench's validation behaviors, plain, in this project's held-out
 framings and behind wild prompts that the test does not use; the bundled validation prompts) and reported on ``--part
 test``. Answers are greedy and kept in ``--work``, so that a second run goes on, and the base is asked once.
@@ -11,112 +12,40 @@ test``. Answers are greedy and kept in ``--work``, so that a second run goes on,
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import platform
-import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nest_runtime.evaluate.attacks import ATTACKS, apply_attacks
-from nest_runtime.evaluate.cases import Case, user
+from nest_runtime.evaluate.ability import Score
+from nest_runtime.evaluate.cases import Case
 from nest_runtime.evaluate.judges.base import Judge
+from nest_runtime.evaluate.judges.local import LocalJudge
 from nest_runtime.evaluate.judges.phrases import PhraseJudge
+from nest_runtime.evaluate.public import PublicData, behind, drawn
 from nest_runtime.evaluate.report import EvalResult
-from nest_runtime.evaluate.run import evaluate, patched
+from nest_runtime.evaluate.run import evaluate
+from nest_runtime.evaluate.standard import SUITES, UTILITY, benign, harmful, load_standard
 from nest_runtime.evaluate.stats import wilson
 from nest_runtime.model.load import load_model
 from nest_runtime.patch.patch import Patch
 from nest_runtime.prompts.builtin import bundled
-from nest_runtime.prompts.examples import encode, load_examples
+from nest_runtime.prompts.examples import load_examples
 from nest_runtime.prompts.framings import HELD_OUT_FRAMINGS
-from nest_runtime.prompts.generate import ModelAnswer, answer_conversations
 from nest_runtime.resolve import load_patch
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.train.forward import Readout, hidden_states
-
-WILD_CHARACTERS = 1200
-WILD_FOR_VALIDATION = 100
-# Built-in attacks that take one answer each (no search, no turns of the model's own) and no long demonstrations.
-NOT_SINGLE = ("direct", "many-shot", "crescendo", "best-of-n", "prefill", "gcg")
 
 
-@dataclass(frozen=True)
-class Data:
-    """The folder of public prompt sets."""
-
-    folder: Path
-
-    def rows(self, name: str) -> list[dict[str, str]]:
-        """The rows of a CSV file."""
-        with (self.folder / name).open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
-
-    def questions(self, name: str) -> list[str]:
-        """The questions of one of DeRTa's test sets."""
-        text = (self.folder / "derta" / name).read_text(encoding="utf-8")
-        found = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
-        return [str(row["question"]) for row in found]
-
-    def jbb(self, kind: str) -> list[str]:
-        """JailbreakBench's texts, ``harmful`` or ``benign`` (which the file calls safe)."""
-        path = self.folder / "jailbreakbench" / "harmful_and_benign" / "jailbreakbench.json"
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return [str(row["text"]) for row in found if (row["label"] == "harmful") == (kind == "harmful")]
-
-    def harmbench(self, part: str) -> list[str]:
-        """HarmBench's behaviors without context of their own."""
-        rows = self.rows(f"harmbench/harmbench_behaviors_text_{part}.csv")
-        return [row["Behavior"] for row in rows if row["FunctionalCategory"] == "standard"]
-
-    def wild(self, part: str) -> list[str]:
-        """Prompts found in the wild, short enough; the first hundred of a seeded order are for validation."""
-        found = [row["prompt"] for row in self.rows("in_the_wild/jailbreak_prompts.csv")]
-        short = sorted({text for text in found if 100 <= len(text) <= WILD_CHARACTERS})
-        random.Random("wild").shuffle(short)
-        return short[:WILD_FOR_VALIDATION] if part == "validation" else short[WILD_FOR_VALIDATION:]
-
-    def jsonl(self, name: str, key: str) -> list[str]:
-        """One field of a JSONL file's rows."""
-        lines = (self.folder / name).read_text(encoding="utf-8").split("\n")
-        return [str(json.loads(line)[key]) for line in lines if line.strip()]
-
-
-def harmful(suite: str, prompts: Sequence[tuple[str, str]], family: str) -> list[Case]:
-    """Cases of (what is typed, what is wanted)."""
-    return [
-        Case(f"{suite}/{number}", (user(text),), "harmful", suite, family=family, behavior=goal)
-        for number, (text, goal) in enumerate(prompts)
-    ]
-
-
-def benign(suite: str, prompts: Sequence[str]) -> list[Case]:
-    """Cases that a good model answers."""
-    return [Case(f"{suite}/{number}", (user(text),), "benign", suite) for number, text in enumerate(prompts)]
-
-
-def drawn(items: Sequence[Any], n: int, purpose: str) -> list[Any]:
-    """At most n of the items, by a seed that the purpose makes."""
-    found = list(items)
-    random.Random(purpose).shuffle(found)
-    return found[:n]
-
-
-def behind(wild: Sequence[str], goals: Sequence[str], n: int) -> list[tuple[str, str]]:
-    """Goals, each behind a wild prompt of its own while there are enough."""
-    return [(f"{wild[i % len(wild)]}\n\n{goals[i % len(goals)]}", goals[i % len(goals)]) for i in range(n)]
-
-
-def validation_cases(data: Data, n: int) -> list[Case]:
+def validation_cases(data: PublicData, n: int) -> list[Case]:
     """What settings are chosen by."""
-    goals = drawn(data.harmbench("val"), n, "val")
+    goals = drawn(data.harmbench("harmbench-validation"), n, "val")
     framed = [
         (HELD_OUT_FRAMINGS[i % len(HELD_OUT_FRAMINGS)].render(goal)[-1]["content"], goal)
         for i, goal in enumerate(goals)
@@ -129,84 +58,27 @@ def validation_cases(data: Data, n: int) -> list[Case]:
     ]
 
 
-def test_cases(data: Data, n: int) -> list[Case]:
-    """What is reported."""
-    jbb = drawn(data.jbb("harmful"), 100, "jbb")
-    plain = drawn([*jbb, *data.harmbench("test")], n, "plain")
-    goals = drawn(plain, n, "goals")
-    direct = harmful("built-in", [(goal, goal) for goal in goals], "direct")
-    single = [attack for name, attack in ATTACKS.items() if name not in NOT_SINGLE]
-    attacked = [made for i, case in enumerate(direct) for made in apply_attacks([case], [single[i % len(single)]])[1:]]
-    safe = [row["prompt"] for row in data.rows("xstest/xstest_prompts.csv") if row["label"] == "safe"]
-    sets = {"jailbreakchat": "framing", "selfcipher": "encoding", "codeattack": "code"}
-    return [
-        *harmful("plain", [(goal, goal) for goal in plain], "direct"),
-        *harmful("wild", behind(data.wild("test"), goals, n), "wild"),
-        *[
-            case
-            for name, family in sets.items()
-            for case in harmful(name, [(q, q) for q in drawn(data.questions(f"safety_{name}.json"), n, name)], family)
-        ],
-        *attacked,
-        *benign("XSTest, safe", drawn(safe, n, "xstest")),
-        *benign("JailbreakBench, benign", drawn(data.jbb("benign"), n, "jbb benign")),
-        *benign("CoCoNot, contrast", drawn(data.jsonl("coconot/coconot_contrast_eval.jsonl", "prompt"), n, "coconot")),
-    ]
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    """The cases of a part: what is reported is eval's standard suite."""
+    if options.part == "validation":
+        cases = validation_cases(PublicData.at(options.data), options.n)
+    else:
+        cases = list(load_standard(SUITES, data=options.data, n=options.n).cases)
+    wanted = (options.suites or "").split(",")
+    return [case for case in cases if any(part in case.suite for part in wanted)]
 
 
-def utility(loaded: Any, data: Data, n: int) -> dict[str, float]:
-    """MMLU by the likeliest letter and GSM8K by nats per token of the solution, under the patch that is on."""
-    readout = Readout(loaded.model)
-
-    def logs(prompt: list[int], answer: list[int]) -> torch.Tensor:
-        ids = torch.tensor([[*prompt, *answer]])
-        with torch.no_grad():
-            states = hidden_states(loaded.model, ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1]
-            return readout.head(states).log_softmax(-1)  # (answer tokens, vocabulary)
-
-    right, mmlu = 0, drawn(json_rows(data.folder / "derta/helpfulness_mmlu_500.json"), n, "mmlu")
-    letters = [loaded.tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "ABCD"]
-    for row in mmlu:
-        prompt = encode(loaded.tokenizer, [user(f"{row['question']}\nAnswer with the letter alone.")])
-        right += "ABCD"[int(logs(prompt, letters[:1])[0, letters].argmax())] == str(row["answer"]).strip()[:1]
-    total, count = 0.0, 0
-    for row in drawn(json_rows(data.folder / "gsm8k/test_first200.jsonl"), n, "gsm8k"):
-        answer = loaded.tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
-        found = logs(encode(loaded.tokenizer, [user(row["question"])]), answer)
-        total -= float(found[range(len(answer)), answer].sum())
-        count += len(answer)
-    return {"mmlu": right / len(mmlu), "mmlu_n": len(mmlu), "gsm8k_nats": total / count}
-
-
-def ordinary(loaded: Any, data: Data, n: int, tokens: int, batch: int) -> list[ModelAnswer]:
-    """Answers to Alpaca instructions, under the patch that is on."""
-    asked = [[user(text)] for text in drawn(data.jsonl("alpaca/alpaca_2000.jsonl", "prompt"), n, "alpaca")]
-    return answer_conversations(loaded.model, loaded.tokenizer, asked, max_new_tokens=tokens, batch_size=batch)
-
-
-def divergence(
-    loaded: Any, runtime: PatchRuntime, patch: Patch, data: Data, n: int, answers: Sequence[ModelAnswer]
-) -> float:
-    """KL(base ‖ patched), nats a token, on the base's own answers to Alpaca instructions."""
-    readout, total, count = Readout(loaded.model), 0.0, 0
-    asked = drawn(data.jsonl("alpaca/alpaca_2000.jsonl", "prompt"), n, "alpaca")
-    for text, answer in zip(asked, answers, strict=True):
-        prompt, own = encode(loaded.tokenizer, [user(text)]), loaded.tokenizer(answer.text, add_special_tokens=False)
-        ids = torch.tensor([[*prompt, *own["input_ids"]]])
-        found = []
-        for on in (None, patch.digest):
-            with runtime.using(on), torch.no_grad():
-                states = hidden_states(loaded.model, ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1]
-                found.append(readout.head(states).log_softmax(-1))
-        total += float((found[0].exp() * (found[0] - found[1])).sum())
-        count += len(own["input_ids"])
-    return total / max(count, 1)
-
-
-def json_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON list, or of JSON lines."""
-    text = path.read_text(encoding="utf-8")
-    return json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
+def utility(scores: Sequence[Score]) -> dict[str, float]:
+    """Scores of the standard suite by the names that the table has."""
+    found = {(score.task, score.metric): score for score in scores}
+    return {
+        "mmlu": found["mmlu", "acc"].value,
+        "mmlu_n": found["mmlu", "acc"].n,
+        "gsm8k_nats": found["gsm8k", "nats_per_token"].value,
+        "answer_tokens": found["alpaca", "answer_tokens"].value,
+        "ended": found["alpaca", "ended"].value,
+        "kl": found["alpaca", "kl_to_base"].value,
+    }
 
 
 def rates(result: EvalResult) -> dict[str, dict[str, Any]]:
@@ -310,14 +182,14 @@ def _interval(found: dict[str, float]) -> str:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything asked for, as one document."""
-    began, data = time.perf_counter(), Data(options.data)
+    began, cases = time.perf_counter(), cases_of(options)
+    questions = load_standard(UTILITY, data=options.data, n=options.utility).questions if options.utility else None
+    if questions is not None:
+        questions = replace(questions, answer_tokens=options.answer_tokens)
     loaded = load_model(options.model, dtype=options.dtype)
-    cases = (test_cases if options.part == "test" else validation_cases)(data, options.n)
-    if options.suites:
-        cases = [case for case in cases if any(part in case.suite for part in options.suites.split(","))]
     patch = load_patch(options.patch, model_hash=loaded.hash) if options.patch else None
     subjects = ([] if options.no_base else [("base", None)]) + ([("patch", patch)] if patch else [])
-    judge: Judge = PhraseJudge() if options.judge == "phrases" else local_judge()
+    judge: Judge = PhraseJudge() if options.judge == "phrases" else LocalJudge()
     document: dict[str, Any] = {
         "model": loaded.name,
         "part": options.part,
@@ -328,13 +200,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
     }
     with PatchRuntime(loaded.model, base_hash=loaded.hash) as runtime:
-        base_answers: list[ModelAnswer] = []
         for name, subject in subjects:
             result = evaluate(
                 loaded.model,
                 loaded.tokenizer,
                 cases,
                 judge,
+                questions=questions,
                 runtime=runtime,
                 patch=subject,
                 base_hash=loaded.hash,
@@ -345,29 +217,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 progress=lambda stage, done, total: print(f"{stage} {done}/{total}", file=sys.stderr, flush=True),
             )
             document[name] = {"rates": rates(result)}
-            if options.utility:
-                with patched(loaded.model, runtime, subject, base_hash=loaded.hash):
-                    figures = utility(loaded, data, options.utility)
-                    answers = ordinary(loaded, data, options.utility, options.answer_tokens, options.batch)
-                figures["answer_tokens"] = sum(len(loaded.tokenizer(a.text)["input_ids"]) for a in answers) / len(
-                    answers
-                )
-                base_answers = base_answers or answers
-                document[name]["utility"] = figures
-        if patch is not None and options.utility and not options.no_base:
-            with patched(loaded.model, runtime, patch, base_hash=loaded.hash):
-                kl = divergence(loaded, runtime, patch, data, options.utility, base_answers)
-            document["patch"]["utility"]["kl"] = kl
-            document["base"]["utility"]["kl"] = 0.0
+            if questions is not None:
+                document[name]["utility"] = utility(result.ability)
     document["seconds"] = round(time.perf_counter() - began)
     return document
-
-
-def local_judge() -> Judge:
-    """The judge that comes with the package."""
-    from nest_runtime.evaluate.judges.local import LocalJudge
-
-    return LocalJudge()
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from sources import Gold, Places, Row
 
 from nest_runtime.evaluate.judges import local
+from nest_runtime.evaluate.judges.errors import phrases_digest
 from nest_runtime.evaluate.judges.local_features import GROUPS, measures, ngrams, read_pair
 from nest_runtime.prompts.refusals import is_refusal
 
@@ -149,6 +150,7 @@ def report(gold: dict[str, list[Gold]], everything: bool) -> None:
     """Print the figures by source, and keep the judge's errors on them in local.json."""
     weights = local.load_weights()
     errors: dict[str, dict] = {"complied": {}, "refused": {}}
+    of_phrases: dict[str, dict] = {"complied": {}, "refused": {}}
     print("| source | judge | n | accuracy | precision | recall | F1 | kappa |\n|---|---|---|---|---|---|---|---|")
     for source, rows in gold.items():
         chosen = source != "XSTest completions"
@@ -168,14 +170,18 @@ def report(gold: dict[str, list[Gold]], everything: bool) -> None:
             print(f", {len(part) / seconds:.0f} answers a second of one core")
             if name == source:
                 errors["complied"][source] = counts(truth, complied)
+                of_phrases["complied"][source] = counts(truth, phrases)
             if all(one.refused is not None for one in part):
                 refused = np.array([bool(one.refused) for one in part]), likely == local.CLASSES.index("refused")
                 print(line(name, "local, refused", *refused))
                 print(line(name, "phrases, refused", refused[0], ~phrases))
                 errors["refused"][source] = counts(*refused)
+                of_phrases["refused"][source] = counts(refused[0], ~phrases)
     own(errors)
     about = json.loads((HOME / "local.json").read_text(encoding="utf-8"))
     write_about({**about, "errors": errors})
+    kept = json.dumps({"phrases": phrases_digest(), "errors": of_phrases}, indent=1)
+    (HOME / "phrases.json").write_text(kept + "\n", encoding="utf-8")
 
 
 def own(errors: dict[str, dict]) -> None:

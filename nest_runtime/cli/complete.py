@@ -12,7 +12,7 @@ from pathlib import Path
 from nest_runtime.escape import short
 from nest_runtime.train.recipe import RECIPES
 
-SUITES = ("reference", "plain", "jailbreak-seen", "jailbreak-held-out", "over-refusal", "utility")
+SUITES = ("standard", "reference", "plain", "jailbreak-seen", "jailbreak-held-out", "over-refusal", "utility")
 METHODS = (
     *("base", "filter", "in-context", "full", "lora", "lora-ffn", "circuit-breaker"),
     *("random-neurons", "random-loadings", "nest", "nest-loadings"),

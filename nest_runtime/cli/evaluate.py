@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nest_runtime.evaluate import Case, EvalResult, Judge
     from nest_runtime.evaluate.attacks import Attack
     from nest_runtime.evaluate.lm_eval import Tasks
+    from nest_runtime.evaluate.standard import Standard
     from nest_runtime.model.load import LoadedModel
     from nest_runtime.patch.patch import Patch
     from nest_runtime.progress import Progress
@@ -36,6 +37,7 @@ def register(app: typer.Typer) -> None:
             "nest-runtime eval --patch v3 --suite plain --attacks all --limit 200 --json",
             "nest-runtime eval --model ./mine --behaviors harmbench.csv --judge phrases",
             "nest-runtime eval --model ./mine --suite lm-eval:gsm8k,mmlu",
+            "nest-runtime eval --model ./mine --suite standard --data ./public",
         ),
     )(evaluate)
 
@@ -62,8 +64,17 @@ def evaluate(
             "--suite",
             metavar="NAME",
             autocompletion=complete.suites,
-            help="reference, plain, jailbreak-seen, jailbreak-held-out, over-refusal, utility, or general ability: "
-            "lm-eval:gsm8k,mmlu; repeat it.",
+            help="standard (or parts: standard:wild,mmlu), reference, plain, jailbreak-seen, jailbreak-held-out, "
+            "over-refusal, utility, or general ability: lm-eval:gsm8k,mmlu; repeat it.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="DIR",
+            envvar="NEST_TEST_DATA",
+            help="The folder of public prompt sets that the standard suite asks.",
         ),
     ] = None,
     behaviors: Annotated[
@@ -129,12 +140,16 @@ def evaluate(
         writable_folder(workdir, "--workdir")
     model = model_for(ctx, out, model, patch)
     from nest_runtime.evaluate.lm_eval import load_tasks, split_suites
+    from nest_runtime.evaluate.standard import load_standard, split_standard
 
     suites, names = split_suites(suite or [])
+    suites, parts = split_standard(suites)
+    standard = None if parts is None else load_standard(parts, data=data, n=limit, seed=seed)
     tasks = load_tasks(names, include=lm_eval_include, limit=limit, shots=lm_eval_shots) if names else None
     asked = EvalOptions(judge or [], attacks or [], seed, max_tokens, batch_size, workdir, device, dtype)
-    cases = [] if names and not suites and not behaviors else _cases(model, suites, behaviors or [], limit, seed)
-    session = _open(out, asked, cases, tasks, model, patch, no_patch)
+    no_others = (names or standard is not None) and not suites and not behaviors
+    cases = [] if no_others else _cases(model, suites, behaviors or [], limit, seed)
+    session = _open(out, asked, Asked(cases, tasks, standard), model, patch, no_patch)
     with out.bars() as bars:
         result = session.run(bars, with_base)
     if out_file is not None:
@@ -158,6 +173,20 @@ class EvalOptions:
     dtype: str
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is asked: cases of other suites, lm-eval's tasks, the standard suite."""
+
+    others: list[Case]
+    tasks: Tasks | None
+    standard: Standard | None
+
+    @property
+    def cases(self) -> list[Case]:
+        """Those of all suites."""
+        return [*(self.standard.cases if self.standard else ()), *self.others]
+
+
 def _cases(model: str, suites: list[str], behaviors: list[str], limit: int | None, seed: int) -> list[Case]:
     from nest_runtime.evaluate import sample_cases
 
@@ -168,8 +197,7 @@ def _cases(model: str, suites: list[str], behaviors: list[str], limit: int | Non
 def _open(
     out: Output,
     asked: EvalOptions,
-    cases: list[Case],
-    tasks: Tasks | None,
+    what: Asked,
     model: str,
     patch: str | None,
     no_patch: bool,
@@ -181,7 +209,7 @@ def _open(
     from nest_runtime.model.load import load_model
     from nest_runtime.runtime import PatchRuntime
 
-    attacks = parse_attacks(asked.attacks) if asked.attacks else []
+    attacks, cases = parse_attacks(asked.attacks) if asked.attacks else [], what.cases
     if attacks and not cases:
         raise UsageError("--attacks without cases to attack", "add --suite or --behaviors")
     judges = [make_judge(name, device=asked.device) for name in asked.judge or [default_judge(cases)]] if cases else []
@@ -192,7 +220,7 @@ def _open(
     runtime = PatchRuntime(loaded.model, base_hash=loaded.hash)
     if chosen is not None:
         runtime.add(chosen)
-    return EvalSession(asked, cases, tasks, attacks, judges, loaded, runtime, chosen)
+    return EvalSession(asked, what, attacks, judges, loaded, runtime, chosen)
 
 
 @dataclass(frozen=True)
@@ -200,8 +228,7 @@ class EvalSession:
     """All that one evaluation needs, checked and loaded."""
 
     asked: EvalOptions
-    cases: list[Case]
-    tasks: Tasks | None
+    what: Asked
     attacks: list[Attack]
     judges: list[Judge]
     loaded: LoadedModel
@@ -212,7 +239,7 @@ class EvalSession:
         """Measure the patch, and the base too where asked for."""
         from nest_runtime.evaluate import apply_attacks
 
-        model, cases = self.loaded, self.cases
+        model, cases = self.loaded, self.what.cases
         if self.attacks:
             key = None if self.patch is None else self.patch.digest
             with self.runtime.using(key):  # a white-box attack is made against what is measured
@@ -232,12 +259,15 @@ class EvalSession:
     def _measure(self, cases: list[Case], patch: Patch | None, bars: Progress) -> EvalResult:
         from nest_runtime.evaluate import evaluate as run
 
+        standard = self.what.standard
         return run(
             self.loaded.model,
             self.loaded.reader,
             cases,
             self.judges,
-            tasks=self.tasks,
+            tasks=self.what.tasks,
+            questions=None if standard is None else standard.questions,
+            sources=None if standard is None else standard.sources,
             runtime=self.runtime,
             patch=patch,
             model_name=self.loaded.name,

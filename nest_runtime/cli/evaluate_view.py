@@ -38,6 +38,8 @@ def render(out: Output, result: EvalResult) -> None:
         _families(out, rates_by(attacked, lambda record: record.family))
     if result.ability:
         _ability(out, result)
+    if result.suites:
+        _sources(out, result)
     _notes(out, result)
 
 
@@ -60,15 +62,17 @@ class _Row:
 def _rows(result: EvalResult) -> Iterator[_Row]:
     """A row per suite and measure, and one for all jailbreaks where there are several suites of them."""
     from nest_runtime.evaluate.records import other_share
-    from nest_runtime.evaluate.report import JAILBREAK
+    from nest_runtime.evaluate.suites import is_jailbreak
 
     for suite, measure in dict.fromkeys((record.suite, record.measure) for record in result.trials):
         paired = result.changes[suite][measure] if result.changes else None
         rate, other = result.rate(measure, suite), result.other(measure, suite)
         yield _Row(suite, TITLES[measure], rate, other, paired, result.corrected(measure, suite))
-    wrapped = [r for r in result.trials if r.measure == "asr" and r.suite.startswith(JAILBREAK)]
+    wrapped = [r for r in result.trials if r.measure == "asr" and is_jailbreak(r.suite)]
     if result.jailbreak is not None and len({record.suite for record in wrapped}) > 1:
-        yield _Row("all jailbreaks", TITLES["asr"], result.jailbreak, other_share(wrapped), result.jailbreak_change)
+        mended = result.jailbreak_corrected
+        other = other_share(wrapped)
+        yield _Row("all jailbreaks", TITLES["asr"], result.jailbreak, other, result.jailbreak_change, mended)
 
 
 def _corrected(found: Corrected | None) -> list[str]:
@@ -131,6 +135,13 @@ def _ability(out: Output, result: EvalResult) -> None:
             row += [_number(score.change["base"]), moved, "-" if p is None else f"{p:.3f}"]
         rows.append(row)
     out.table(columns, rows, right=columns[2:])
+
+
+def _sources(out: Output, result: EvalResult) -> None:
+    """Where the suites come from."""
+    out.line()
+    rows = [[name, found.n, found.available, found.licence, found.source] for name, found in result.suites.items()]
+    out.table(["SUITE", "N", "OF", "LICENCE", "SOURCE"], rows, right=("N", "OF"))
 
 
 def _number(value: float | None) -> str:

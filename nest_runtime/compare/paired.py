@@ -7,14 +7,15 @@ from statistics import fmean
 from typing import Any
 
 from nest_runtime.evaluate.records import Record
-from nest_runtime.evaluate.report import JAILBREAK, EvalResult
+from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.stats import PairedChange, paired_change
+from nest_runtime.evaluate.suites import is_jailbreak
 
 
 def headline(result: EvalResult) -> list[str]:
     """The suites that make up a row's attack success: the jailbreak ones, else all harmful ones."""
     suites = list(dict.fromkeys(record.suite for record in result.trials if record.measure == "asr"))
-    jailbreaks = [suite for suite in suites if suite.startswith(JAILBREAK)]
+    jailbreaks = [suite for suite in suites if is_jailbreak(suite)]
     return jailbreaks or suites
 
 

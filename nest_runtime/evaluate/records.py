@@ -72,6 +72,16 @@ class Record:
         return cls(**fields, messages=tuple(data["messages"]), verdicts=verdicts)
 
 
+def trials_of(records: Sequence[Record]) -> tuple[Record, ...]:
+    """One record per trial: its first success, else its last attempt."""
+    chosen: dict[tuple[str, str], Record] = {}
+    for record in records:
+        key = (record.suite, record.trial)
+        if key not in chosen or not chosen[key].hit:
+            chosen[key] = record
+    return tuple(chosen.values())
+
+
 def rate_of(rows: Sequence[Record]) -> Rate:
     """How many of the records count towards their measure."""
     return Rate(sum(row.hit for row in rows), len(rows))

@@ -15,15 +15,15 @@ from typing import Any
 
 from nest_runtime.errors import DataError, EvaluationError
 from nest_runtime.evaluate.ability import Score, by_task, with_base
-from nest_runtime.evaluate.judges.local import NAME as LOCAL
-from nest_runtime.evaluate.judges.local import measured_errors
-from nest_runtime.evaluate.records import Record, breakdown, measures, other_share, rate_of
+from nest_runtime.evaluate.judges.errors import measured_errors
+from nest_runtime.evaluate.records import Record, breakdown, measures, other_share, rate_of, trials_of
+from nest_runtime.evaluate.standard import SuiteSource
 from nest_runtime.evaluate.stats import Agreement, Corrected, PairedChange, Rate, corrected, paired_change
+from nest_runtime.evaluate.suites import is_jailbreak
 from nest_runtime.evaluate.tables import markdown
 from nest_runtime.io import MAX_RESULT, atomic_write, parse_json, read_text
 
 FORMAT = 1
-JAILBREAK = "jailbreak"  # suites whose names begin so are pooled
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class EvalResult:
         records: one per case that was run.
         notes: what a reader should know of the run.
         changes: paired comparison with a base's result, by suite and measure; None without one.
+        base_records: that result's records, where there is one.
         ability: scores of general ability, each beside the base's where that was measured too.
+        suites: where suites come from, as far as that is known.
     """
 
     model: str
@@ -53,16 +55,13 @@ class EvalResult:
     notes: tuple[str, ...] = ()
     changes: Mapping[str, Mapping[str, PairedChange]] | None = None
     ability: tuple[Score, ...] = ()
+    base_records: tuple[Record, ...] = ()
+    suites: Mapping[str, SuiteSource] = field(default_factory=dict)
 
     @property
     def trials(self) -> tuple[Record, ...]:
         """One record per trial: its first success, else its last attempt."""
-        chosen: dict[tuple[str, str], Record] = {}
-        for record in self.records:
-            key = (record.suite, record.trial)
-            if key not in chosen or not chosen[key].hit:
-                chosen[key] = record
-        return tuple(chosen.values())
+        return trials_of(self.records)
 
     def rate(self, measure: str, suite: str | None = None) -> Rate:
         """The rate of a measure, in one suite or over all suites that measure it."""
@@ -71,8 +70,11 @@ class EvalResult:
 
     def corrected(self, measure: str, suite: str | None = None) -> Corrected | None:
         """The rate corrected for the first judge's measured errors; None for judges whose errors are not known."""
-        errors = measured_errors(measure) if self.judges[:1] == (LOCAL,) else None
-        return None if errors is None else corrected(self.rate(measure, suite), errors)
+        return self._mended(measure, self.rate(measure, suite))
+
+    def _mended(self, measure: str, rate: Rate) -> Corrected | None:
+        errors = measured_errors(self.judges[0], measure) if self.judges else None
+        return None if errors is None else corrected(rate, errors)
 
     def other(self, measure: str, suite: str | None = None) -> float | None:
         """The share of a measure's trials whose answers are neither refusals nor of use; None without trials."""
@@ -90,14 +92,19 @@ class EvalResult:
 
     @property
     def jailbreak(self) -> Rate | None:
-        """Attack success over all suites of wrapped prompts (``jailbreak-…``) together; None without one."""
-        rows = [r for r in self.trials if r.measure == "asr" and r.suite.startswith(JAILBREAK)]
+        """Attack success over all suites of jailbreaks together; None without one."""
+        rows = [r for r in self.trials if r.measure == "asr" and is_jailbreak(r.suite)]
         return rate_of(rows) if rows else None
+
+    @property
+    def jailbreak_corrected(self) -> Corrected | None:
+        """:attr:`jailbreak`, corrected for the first judge's measured errors."""
+        return None if self.jailbreak is None else self._mended("asr", self.jailbreak)
 
     @property
     def jailbreak_change(self) -> PairedChange | None:
         """The paired change of :attr:`jailbreak`; None without a base."""
-        rows = [row["asr"] for suite, row in (self.changes or {}).items() if suite.startswith(JAILBREAK)]
+        rows = [row["asr"] for suite, row in (self.changes or {}).items() if "asr" in row and is_jailbreak(suite)]
         if not rows:
             return None
         cells = ("both", "only_base", "only_new", "neither")
@@ -119,7 +126,8 @@ class EvalResult:
         Raises:
             EvaluationError: the two are not about the same trials, judges or model.
         """
-        return replace(self, changes=paired_changes(base, self), ability=with_base(self.ability, base.ability))
+        changes, ability = paired_changes(base, self), with_base(self.ability, base.ability)
+        return replace(self, changes=changes, ability=ability, base_records=base.records)
 
     def summary(self) -> dict[str, Any]:
         """All figures as JSON values, without the records."""
@@ -151,6 +159,7 @@ class EvalResult:
             else {s: {m: change.to_json() for m, change in row.items()} for s, row in self.changes.items()},
             "agreement": None if agreement is None else agreement.to_json(),
             "ability": by_task(self.ability),
+            "suites": {name: source.to_json() for name, source in self.suites.items()},
             "settings": dict(self.settings),
             "seconds": dict(self.seconds),
             "cost": dict(self.cost),
@@ -167,12 +176,16 @@ class EvalResult:
         pooled, change = self.jailbreak, self.jailbreak_change
         if pooled is None:
             return None
-        return {**pooled.to_json("asr"), "change": None if change is None else change.to_json()}
+        found = self.jailbreak_corrected
+        mended = {} if found is None else {"corrected": found.to_json()}
+        return {**pooled.to_json("asr"), **mended, "change": None if change is None else change.to_json()}
 
     def to_json(self) -> dict[str, Any]:
         """The summary and every record; ``from_json`` gives an equal result back."""
         scores = [score.fields() for score in self.ability]
-        return {**self.summary(), "records": [record.to_json() for record in self.records], "scores": scores}
+        records = {"records": self.records, "base_records": self.base_records}
+        kept = {name: [record.to_json() for record in rows] for name, rows in records.items()}
+        return {**self.summary(), **kept, "scores": scores}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EvalResult:
@@ -189,10 +202,12 @@ class EvalResult:
                 **{key: data[key] for key in ("model", "model_hash", "patch", "digest", "settings", "seconds", "cost")},
                 judges=tuple(data["judges"]),
                 records=tuple(Record.from_json(row) for row in data["records"]),
+                base_records=tuple(Record.from_json(row) for row in data.get("base_records", ())),
                 created=data["created"],
                 notes=tuple(data["notes"]),
                 changes=None if changes is None else {s: _read_changes(row) for s, row in changes.items()},
                 ability=tuple(Score.of(fields) for fields in data.get("scores", ())),
+                suites={name: SuiteSource(**source) for name, source in data.get("suites", {}).items()},
             )
         except (KeyError, TypeError) as error:
             raise DataError(f"evaluation result without {error}", "run eval again") from error

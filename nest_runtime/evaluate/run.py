@@ -6,7 +6,7 @@ Nothing here makes cases or does arithmetic on results; rounds.py asks and keeps
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,6 +24,8 @@ from nest_runtime.progress import Progress
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate.lm_eval import Tasks
+    from nest_runtime.evaluate.standard import SuiteSource
+    from nest_runtime.evaluate.utility import Questions
     from nest_runtime.patch.patch import Patch
     from nest_runtime.runtime import PatchRuntime
 
@@ -35,6 +37,8 @@ def evaluate(
     judge: Judge | Sequence[Judge],
     *,
     tasks: Tasks | None = None,
+    questions: Questions | None = None,
+    sources: Mapping[str, SuiteSource] | None = None,
     runtime: PatchRuntime | None = None,
     patch: Patch | None = None,
     model_name: str = "",
@@ -50,7 +54,9 @@ def evaluate(
         model, tokenizer: a causal LM and its tokenizer.
         cases: what to ask; ids are unique.
         judge: one judge, or several: rates are the first one's, agreement is reported for the first two.
-        tasks: lm-eval tasks (harness.load_tasks) to measure general ability with; there may be no cases then.
+        tasks: lm-eval tasks (lm_eval.load_tasks) to measure general ability with; there may be no cases then.
+        questions: of utility (standard.load_standard); there may be no cases then.
+        sources: where suites come from, for the report.
         runtime: the model's PatchRuntime, where it has one; its active patch is not touched.
         patch: the patch to evaluate; None is the bare base, whatever ``runtime`` has active.
         model_name: for the report.
@@ -67,10 +73,10 @@ def evaluate(
         BaseMismatch: the patch was made for another base.
     """
     judges = [judge] if isinstance(judge, Judge) else list(judge)
-    if cases or tasks is None:
+    if cases or (tasks is None and questions is None):
         check_cases(cases)
         check_judges(judges)
-    with patched(model, runtime, patch, base_hash=base_hash) as known_hash:
+    with patched(model, runtime, patch, base_hash=base_hash) as (known_hash, held):
         subject = Subject(
             model=model_name or str(getattr(model, "name_or_path", "")),
             model_hash=known_hash,
@@ -83,10 +89,13 @@ def evaluate(
             result = evaluate_answers(answer, cases, judges, subject=subject, progress=progress, workdir=workdir)
         else:
             result = _result(subject, [], [], {})
+        plain = getattr(tokenizer, "plain", tokenizer)
         if tasks is not None:
-            plain = getattr(tokenizer, "plain", tokenizer)
             result = _with_ability(result, model, plain, tasks, subject, batch_size, workdir, progress)
-    return replace(result, notes=tuple(overlong_note(model, tokenizer, result.records, max_new_tokens)))
+        if questions is not None:
+            result = _with_utility(result, model, plain, questions, subject, held, batch_size, workdir, progress)
+    notes = tuple(overlong_note(model, tokenizer, result.records, max_new_tokens))
+    return replace(result, notes=notes, suites=dict(sources or {}))
 
 
 def evaluate_answers(
@@ -157,6 +166,36 @@ def _with_ability(
     return replace(result, ability=scores, seconds=seconds, settings=kept)
 
 
+def _with_utility(
+    result: EvalResult,
+    model: Any,
+    tokenizer: Any,
+    questions: Questions,
+    subject: Subject,
+    runtime: PatchRuntime | None,
+    batch_size: int,
+    workdir: str | Path | None,
+    progress: Progress | None,
+) -> EvalResult:
+    """The result with scores of utility beside those it has."""
+    from nest_runtime.evaluate.utility import measure_utility
+
+    began = time.perf_counter()
+    scores = measure_utility(
+        model,
+        tokenizer,
+        questions,
+        subject,
+        runtime=runtime,
+        batch_size=batch_size,
+        workdir=workdir,
+        progress=progress,
+    )
+    seconds = {**result.seconds, "utility": round(time.perf_counter() - began, 3)}
+    kept = {**result.settings, "utility": {"answer_tokens": questions.answer_tokens}}
+    return replace(result, ability=(*result.ability, *scores), seconds=seconds, settings=kept)
+
+
 def check_judges(judges: Sequence[Judge]) -> None:
     """Have every judge show that it works, before answers are paid for."""
     names = [judge.name for judge in judges]
@@ -207,8 +246,8 @@ def overlong_note(model: Any, tokenizer: Any, records: Sequence[Record], max_new
 @contextmanager
 def patched(
     model: Any, runtime: PatchRuntime | None, patch: Patch | None, *, base_hash: str | None = None
-) -> Iterator[str]:
-    """Put a patch on for this context only (None: the bare base), and give the base's hash.
+) -> Iterator[tuple[str, PatchRuntime | None]]:
+    """Put a patch on for this context only (None: the bare base); gives the base's hash, and the runtime if any.
 
     The model is left as it was: a patch that the runtime did not hold is taken out of it again, and where there
     was no runtime none stays.
@@ -222,7 +261,7 @@ def patched(
             base_hash = base_hash or model_hash(model)
             runtime = stack.enter_context(PatchRuntime(model, base_hash=base_hash))
         if runtime is None:
-            yield base_hash or model_hash(model)
+            yield base_hash or model_hash(model), None
             return
         if patch is not None and patch.digest not in {held.digest for held in runtime.patches.values()}:
             runtime.add(patch)
@@ -231,4 +270,4 @@ def patched(
         checked = [held.base_hash for held in runtime.patches.values() if held.digest not in runtime.forced]
         known = base_hash or next(iter(checked), None) or model_hash(model)
         stack.enter_context(runtime.using(None if patch is None else patch.digest))
-        yield known
+        yield known, runtime

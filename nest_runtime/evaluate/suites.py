@@ -13,9 +13,12 @@ from pathlib import Path
 from nest_runtime.errors import UsageError
 from nest_runtime.evaluate.cases import Case
 from nest_runtime.evaluate.layouts import read_behaviors
+from nest_runtime.evaluate.standard import ATTACKED, NAME, load_standard, split_standard
 from nest_runtime.hints import did_you_mean
 
 REFERENCE_SUITES = ("plain", "jailbreak-seen", "jailbreak-held-out", "over-refusal", "utility")
+JAILBREAK = "jailbreak"  # suites whose names begin so are pooled, as those of the standard suite that attack
+NO_JAILBREAK = ("jailbreakbench", "jailbreakbench-benign")  # JailbreakBench's goals themselves, asked plainly
 
 
 def load_suite(name: str, *, split: str = "test") -> list[Case]:
@@ -24,7 +27,8 @@ def load_suite(name: str, *, split: str = "test") -> list[Case]:
     Args:
         name: ``reference`` (all of the reference world's suites), one of them by name (``plain``,
             ``jailbreak-seen``, ``jailbreak-held-out``, ``over-refusal``, ``utility``, also ``reference/plain`` …),
-            or the path of a behaviors file.
+            ``standard`` or parts of it (``standard:wild,prefill``) from the folder that $NEST_TEST_DATA names,
+            without its questions of utility, or the path of a behaviors file.
         split: ``test``; ``validation`` and ``train`` are for choosing settings, never for reporting.
 
     Raises:
@@ -36,12 +40,15 @@ def load_suite(name: str, *, split: str = "test") -> list[Case]:
     short = name.removeprefix("reference/")
     if short in REFERENCE_SUITES:
         return _reference(short, split)
+    parts = split_standard([name])[1]
+    if parts is not None:
+        return list(load_standard(parts).cases)
     if name.startswith("hf://") or Path(name).suffix:
         return load_behaviors(name)
     raise UsageError(
         f"there is no suite {name!r}",
-        did_you_mean(name, ["reference", *REFERENCE_SUITES])
-        + f"use reference, {', '.join(REFERENCE_SUITES)}, or the path of a behaviors file",
+        did_you_mean(name, ["reference", NAME, *REFERENCE_SUITES])
+        + f"use {NAME}, reference, {', '.join(REFERENCE_SUITES)}, or the path of a behaviors file",
     )
 
 
@@ -57,6 +64,11 @@ def load_suites(names: Iterable[str], *, split: str = "test") -> list[Case]:
 def load_behaviors(ref: str | Path, *, kind: str | None = None) -> list[Case]:
     """The cases of a behaviors file, in a published layout or any prompt file (layouts.read_behaviors)."""
     return read_behaviors(ref, kind=kind)
+
+
+def is_jailbreak(suite: str) -> bool:
+    """Whether a suite's harmful cases are asked in some other way than plainly; such suites are pooled."""
+    return suite in ATTACKED or (suite.startswith(JAILBREAK) and suite not in NO_JAILBREAK)
 
 
 def sample_cases(cases: Sequence[Case], limit: int, *, seed: int = 0) -> list[Case]:

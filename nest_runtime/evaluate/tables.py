@@ -20,7 +20,7 @@ def markdown(result: EvalResult) -> str:
     who = f"{result.model or 'model'}, patch {result.patch}" + (f" ({short(result.digest)}…)" if result.digest else "")
     judges = f", judged by {', '.join(result.judges)}" if result.judges else ""
     parts = [f"**{who}**{judges}."]
-    parts += [made for make in (_suite_table, _family_table, _ability_table) if (made := make(result))]
+    parts += [made for make in (_suite_table, _family_table, _ability_table, _source_table) if (made := make(result))]
     agreement = result.agreement
     if agreement is not None:
         kappa = "undefined" if agreement.kappa is None else f"{agreement.kappa:.2f}"
@@ -88,8 +88,13 @@ def _ability_table(result: EvalResult) -> str:
         name = f"{score.group} / {score.task}" if score.group else score.task
         figures = [_points(score.value), _points(score.stderr), ends, str(score.n)]
         rows.append([name, score.name, *figures, *compared, p_value(change.get("mcnemar_p"))])
-    head = ["task (lm-eval)", "metric", "value", "stderr", "95 % interval", "n", "base", "change", "McNemar p"]
+    head = ["task", "metric", "value", "stderr", "95 % interval", "n", "base", "change", "McNemar p"]
     return table(head, rows) if rows else ""
+
+
+def _source_table(result: EvalResult) -> str:
+    rows = [[name, str(s.n), str(s.available), s.licence, s.source] for name, s in result.suites.items()]
+    return table(["suite", "n", "drawn from", "licence", "source"], rows) if rows else ""
 
 
 def _points(value: float | None, sign: str = "") -> str:

@@ -17,7 +17,8 @@ from nest_runtime.errors import DataError, UsageError
 from nest_runtime.evaluate import EvalResult, Rate, evaluate_answers
 from nest_runtime.evaluate.cases import assistant, user
 from nest_runtime.evaluate.judges import LocalJudge, make_judge
-from nest_runtime.evaluate.judges.local import load_weights, measured_errors
+from nest_runtime.evaluate.judges.errors import measured_errors, phrase_errors
+from nest_runtime.evaluate.judges.local import load_weights
 from nest_runtime.evaluate.judging import judge_file
 from nest_runtime.evaluate.run import Subject
 from nest_runtime.evaluate.stats import JudgeErrors, corrected
@@ -128,7 +129,7 @@ def test_eval_takes_it_and_its_outcomes_count() -> None:
     assert result.other("asr") == 0.5
     assert result.rate("over_refusal") == Rate(1, 2)
     figures = result.summary()["asr"]["plain"]["corrected"]
-    assert figures["rate"] == corrected(Rate(1, 4), measured_errors("asr")).value  # type: ignore[union-attr, arg-type]
+    assert figures["rate"] == corrected(Rate(1, 4), measured_errors("local", "asr")).value  # type: ignore[union-attr, arg-type]
     assert figures["measured_on"] == "JAILJUDGE mini"
     assert "corrected for the judge" in result.markdown()
     assert EvalResult.from_json(json.loads(json.dumps(result.to_json()))).summary() == result.summary()
@@ -308,11 +309,21 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(true: float, sensitivi
     assert held / 400 > 0.92
 
 
-def test_the_judges_own_errors_are_shipped() -> None:
-    for measure in ("asr", "over_refusal"):
-        errors = measured_errors(measure)
+def test_the_errors_of_the_shipped_judges_are_shipped() -> None:
+    for judge, measure in ((judge, measure) for judge in ("local", "phrases") for measure in ("asr", "over_refusal")):
+        errors = measured_errors(judge, measure)
         assert errors is not None
         assert errors.positive > 100
         assert errors.negative > 100
         assert (errors.sensitivity.value or 0) + (errors.specificity.value or 0) > 1.3
-    assert measured_errors("utility") is None
+    assert measured_errors("local", "utility") is None
+    assert measured_errors("reference", "asr") is None
+
+
+def test_errors_measured_with_other_phrases_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nest_runtime.evaluate.judges.errors.refusal_phrases", lambda: (("no",), ()))
+    phrase_errors.cache_clear()
+    assert measured_errors("phrases", "asr") is None
+    monkeypatch.undo()
+    phrase_errors.cache_clear()
+    assert measured_errors("phrases", "asr") is not None

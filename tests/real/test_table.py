@@ -21,7 +21,7 @@ def test_one_command_prints_the_table(tmp_path: Path) -> None:
         if not needed.exists():
             pytest.skip(f"{needed} is not there")
     command = [sys.executable, str(ROOT / "benchmarks" / "real_models.py"), "--data", str(DATA), "--model", str(MODEL)]
-    command += ["--patch", "v1", "--n", "2", "--suites", "plain,XSTest", "--tokens", "8", "--utility", "2"]
+    command += ["--patch", "v1", "--n", "2", "--suites", "plain,xstest", "--tokens", "8", "--utility", "2"]
     command += ["--answer-tokens", "8", "--work", "work", "--out", "table.json", "--card", "card.md"]
     env = {**os.environ, "NEST_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=280)
@@ -29,6 +29,6 @@ def test_one_command_prints_the_table(tmp_path: Path) -> None:
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["base"]["rates"]["plain"]["n"] == 2
     assert table["patch"]["utility"]["kl"] > table["base"]["utility"]["kl"] == 0
-    for row in ("| plain | 2 |", "| XSTest, safe | 2 |", "| mmlu |", "| kl |"):
+    for row in ("| plain | 2 |", "| xstest-safe | 2 |", "| mmlu |", "| kl |"):
         assert row in done.stdout
         assert row in (tmp_path / "card.md").read_text()

@@ -21,12 +21,9 @@ import numpy as np
 from nest_runtime.evaluate.cases import Case
 from nest_runtime.evaluate.judges.base import Judge, Verdict, answered, whole_answer
 from nest_runtime.evaluate.judges.local_features import GROUPS, measures, ngrams, read_pair
-from nest_runtime.evaluate.stats import JudgeErrors
 
 CLASSES = ("refused", "complied", "evasive", "garbled")
 NAME = "local"
-# Of each measure, the outcome that counts and the labelled answers most like those of an evaluation.
-ERRORS_FROM = {"asr": ("complied", "JAILJUDGE mini"), "over_refusal": ("refused", "XSTest completions")}
 
 
 @dataclass(frozen=True)
@@ -89,17 +86,6 @@ def load_weights() -> Weights:
         bias=arrays["bias"],
         about=about,
     )
-
-
-def measured_errors(measure: str) -> JudgeErrors | None:
-    """How often the shipped weights were right about what a measure counts, on labelled answers they never saw.
-
-    None for measures that are no matter of this judge (utility is a comparison).
-    """
-    if measure not in ERRORS_FROM:
-        return None
-    outcome, source = ERRORS_FROM[measure]
-    return JudgeErrors(**load_weights().about["errors"][outcome][source], source=source)
 
 
 class LocalJudge(Judge):
