@@ -15,8 +15,10 @@ from nest_runtime.errors import UsageError
 from nest_runtime.evaluate.attacks.base import Attack, AttackTarget, derive, infinitive, text_attack
 from nest_runtime.evaluate.attacks.conversation import CRESCENDO, PREFILL, best_of_n, in_context, many_shot
 from nest_runtime.evaluate.attacks.encoding import ENCODINGS
+from nest_runtime.evaluate.attacks.evolution import evolution
 from nest_runtime.evaluate.attacks.framing import FRAMINGS
 from nest_runtime.evaluate.attacks.gcg import gcg
+from nest_runtime.evaluate.attacks.random_search import random_search
 from nest_runtime.evaluate.attacks.templates import read_templates
 from nest_runtime.evaluate.cases import Case
 from nest_runtime.hints import did_you_mean
@@ -29,24 +31,29 @@ __all__ = [
     "apply_attacks",
     "best_of_n",
     "derive",
+    "evolution",
     "gcg",
     "in_context",
     "infinitive",
     "many_shot",
     "parse_attacks",
+    "random_search",
     "read_templates",
     "text_attack",
 ]
 
+WHITE_BOX = (evolution(), random_search(), gcg())  # need the model; no part of `all`
 ATTACKS: dict[str, Attack] = {
     attack.name: attack
-    for attack in (*FRAMINGS, *ENCODINGS, many_shot(), in_context(), CRESCENDO, best_of_n(), PREFILL, gcg())
+    for attack in (*FRAMINGS, *ENCODINGS, many_shot(), in_context(), CRESCENDO, best_of_n(), PREFILL, *WHITE_BOX)
 }
 # Attacks with a number: shots, tries, steps.
 _NUMBERED: dict[str, Callable[[int], Attack]] = {
     "many-shot": many_shot,
     "ica": in_context,
     "best-of-n": best_of_n,
+    "evolution": lambda generations: evolution(generations=generations),
+    "random-search": lambda steps: random_search(steps=steps),
     "gcg": lambda steps: gcg(steps=steps),
 }
 
