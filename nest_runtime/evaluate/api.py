@@ -23,6 +23,7 @@ def evaluate(
     *,
     suites: Sequence[str] = (),
     behaviors: Sequence[str | Path] = (),
+    data: str | Path | None = None,
     attacks: Sequence[str] = (),
     judge: str | Judge | Sequence[str | Judge] | None = None,
     limit: int | None = None,
@@ -40,6 +41,7 @@ def evaluate(
         patch: a patch, or a reference to one; None measures the bare base.
         suites, behaviors: what to ask, as ``eval --suite`` and ``--behaviors`` take it. Without both, the reference
             model is asked all of its world's test suites.
+        data: the folder of public sets that the suite ``standard`` asks; by default $NEST_TEST_DATA.
         attacks: jailbreaks to wrap the harmful cases in, as ``--attacks`` takes them.
         judge: a judge or its name, or several; None takes the one that fits the cases.
         limit: at most so many cases of each suite, drawn by ``seed``.
@@ -60,13 +62,20 @@ def evaluate(
     from nest_runtime.evaluate.attacks import apply_attacks, parse_attacks
     from nest_runtime.evaluate.run import check_judges
     from nest_runtime.evaluate.run import evaluate as measure
+    from nest_runtime.evaluate.standard import load_standard, split_standard
     from nest_runtime.resolve import load_patch
     from nest_runtime.runtime import PatchRuntime
 
-    cases = find_cases(model, suites, behaviors, limit, seed)
+    own, parts = split_standard([str(name) for name in listed("suites", suites)])
+    standard = None if parts is None else load_standard(parts, data=data, n=limit, seed=seed)
+    if standard is None or own or behaviors:
+        cases = [*(standard.cases if standard else ()), *find_cases(model, own, behaviors, limit, seed)]
+    else:
+        cases = list(standard.cases)
     made = parse_attacks(list(attacks)) if attacks else []
-    judges = find_judges(judge, cases)
-    check_judges(judges)
+    judges = find_judges(judge, cases) if cases else []
+    if cases:
+        check_judges(judges)
     loaded = opened(model)
     chosen = load_patch(patch, model_hash=loaded.hash) if isinstance(patch, str | Path) else patch
     with PatchRuntime(loaded.model, base_hash=loaded.hash) as runtime:
@@ -83,6 +92,8 @@ def evaluate(
                 loaded.reader,
                 cases,
                 judges,
+                questions=None if standard is None else standard.questions,
+                sources=None if standard is None else standard.sources,
                 runtime=runtime,
                 patch=subject,
                 model_name=loaded.name,
@@ -104,6 +115,13 @@ def opened(model: str | Path | LoadedModel) -> LoadedModel:
     return load_model(model) if isinstance(model, str | Path) else model
 
 
+def listed(name: str, given: Sequence[str | Path]) -> Sequence[str | Path]:
+    """The list given. Raises UsageError where it is one text."""
+    if isinstance(given, str | Path):
+        raise UsageError(f"{name} is one text, {str(given)!r}; expected a list", f"give {name}=[{str(given)!r}]")
+    return given
+
+
 def find_cases(
     model: str | Path | LoadedModel,
     suites: Sequence[str],
@@ -120,9 +138,8 @@ def find_cases(
     from nest_runtime.evaluate.suites import load_behaviors, load_suites, sample_cases
     from nest_runtime.model.load import REFERENCE
 
-    for name, given in (("suites", suites), ("behaviors", behaviors)):
-        if isinstance(given, str | Path):
-            raise UsageError(f"{name} is one text, {str(given)!r}; expected a list", f"give {name}=[{str(given)!r}]")
+    listed("suites", suites)
+    listed("behaviors", behaviors)
     name = str(model) if isinstance(model, str | Path) else model.name
     if not suites and not behaviors:
         if name != REFERENCE:

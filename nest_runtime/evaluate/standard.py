@@ -20,8 +20,8 @@ from nest_runtime.hints import did_you_mean
 
 NAME = "standard"
 N = 100
-# Built-in attacks that take one answer each: no search, no turns of the model's own, no long demonstrations.
-NOT_SINGLE = ("direct", "many-shot", "crescendo", "best-of-n", "prefill", "gcg")
+# The other built-in attacks take one answer each: no search, no turns of the model's own, no long demonstrations.
+NOT_SINGLE = ("direct", "many-shot", "crescendo", "best-of-n", "prefill")
 UTILITY = ("mmlu", "gsm8k", "alpaca")
 
 
@@ -200,7 +200,11 @@ SUITES: dict[str, Suite] = {
     "selfcipher": Suite(_questions_of("encoding"), ("selfcipher",), attacks=True),
     "codeattack": Suite(_questions_of("code"), ("codeattack",), attacks=True),
     "completion": Suite(_questions_of("completion"), ("completion",), attacks=True),
-    "built-in": Suite(_attacked(*(name for name in ATTACKS if name not in NOT_SINGLE)), GOALS, attacks=True),
+    "built-in": Suite(
+        _attacked(*(name for name, attack in ATTACKS.items() if name not in NOT_SINGLE and not attack.white_box)),
+        GOALS,
+        attacks=True,
+    ),
     "prefill": Suite(_attacked("prefill"), GOALS, attacks=True),
     "multi-turn": Suite(_attacked("crescendo"), GOALS, attacks=True),
     "xstest-safe": Suite(_benign(PublicData.xstest_safe, "xstest"), ("xstest",)),
@@ -211,9 +215,10 @@ ATTACKED = tuple(name for name, suite in SUITES.items() if suite.attacks)
 
 
 def harmful(suite: str, prompts: Sequence[tuple[str, str]], family: str) -> list[Case]:
-    """Cases of (what is typed, what is wanted)."""
+    """Cases of (what is typed, what is wanted); those that are attacks already are called after their suite."""
+    attack = "direct" if family == "direct" else suite
     return [
-        Case(f"{suite}/{number}", (user(text),), "harmful", suite, family=family, behavior=goal)
+        Case(f"{suite}/{number}", (user(text),), "harmful", suite, family=family, attack=attack, behavior=goal)
         for number, (text, goal) in enumerate(prompts)
     ]
 

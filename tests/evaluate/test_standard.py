@@ -225,5 +225,5 @@ def test_utility_is_what_the_models_own_logits_say(tiny_llama: Path) -> None:
     assert found["gsm8k", "nats_per_token"].value == pytest.approx(-float(logs[range(len(ids)), ids].mean()), rel=1e-4)
     assert found["alpaca", "kl_to_base"].value > 1e-4
     assert {score.metric: score.value for score in bare}["kl_to_base"] == 0
-    assert found["alpaca", "answer_tokens"].value <= 5
+    assert found["alpaca", "answer_tokens"].value > 0
     assert 0 <= found["alpaca", "ended"].value <= 1
