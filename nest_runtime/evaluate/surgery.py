@@ -28,7 +28,7 @@ CHOSEN_BY = 8  # harmful prompts that choose the layer
 
 def rows_of(patch: Patch) -> dict[str, list[int]]:
     """The neurons that a patch lists, by projection."""
-    return {site.name: site.neurons.tolist() for site in patch.sites if site.n_neurons}
+    return {site.name: site.neurons.tensor().tolist() for site in patch.sites if site.n_neurons}
 
 
 def random_rows(model: Any, like: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str, list[int]]:

@@ -86,7 +86,7 @@ def test_names_that_are_written_out_are_those_of_the_code() -> None:
     from nest_runtime.model.load import _DEVICES, _DTYPES
     from nest_runtime.serve.served_patch import POLICIES
 
-    assert list(complete.SUITES) == ["reference", *REFERENCE_SUITES]
+    assert list(complete.SUITES) == ["standard", "reference", *REFERENCE_SUITES]
     assert set(complete.METHODS) == set(METHODS)
     assert [name for name, _ in complete.devices("")] == list(_DEVICES)
     assert [name for name, _ in complete.dtypes("")] == ["auto", *_DTYPES]

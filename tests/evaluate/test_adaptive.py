@@ -126,19 +126,28 @@ def test_the_direction_is_gone_from_every_layer_and_comes_back(loaded: LoadedMod
     layer, direction = refusal_direction(loaded.model, loaded.tokenizer, bad, good, "Mix")
     assert torch.equal(logits(loaded), before)
     assert float(direction.norm()) == pytest.approx(1, abs=1e-5)
-    states = []
-    for talks in (bad, good):
-        with torch.no_grad():
-            outs = [loaded.model(torch.tensor([encode(loaded.tokenizer, t)]), output_hidden_states=True) for t in talks]
-        states.append(torch.stack([out.hidden_states[1][0, -1] for out in outs]).mean(0))
-    if layer == 0:  # hidden_states[1] is what the first of two layers gives; the last one's is normed
-        assert torch.allclose(direction, torch.nn.functional.normalize(states[0] - states[1], dim=0), atol=1e-4)
-    with without_direction(loaded.model, direction), torch.no_grad():
-        out = loaded.model(torch.tensor([encode(loaded.tokenizer, bad[0])]), output_hidden_states=True)
-        for found in out.hidden_states[:-1]:  # the last is behind the norm
+    states = [torch.stack([seen(loaded, talk)[layer][-1] for talk in talks]).mean(0) for talks in (bad, good)]
+    assert torch.allclose(direction, torch.nn.functional.normalize(states[0] - states[1], dim=0), atol=1e-4)
+    with without_direction(loaded.model, direction):
+        for found in seen(loaded, bad[0]):
             assert float((found @ direction).abs().max()) < 1e-4
         assert not torch.allclose(logits(loaded), before, atol=1e-4)
     assert torch.equal(logits(loaded), before)
+
+
+def seen(loaded: LoadedModel, talk: list[dict[str, Any]]) -> list[torch.Tensor]:
+    """What each layer gives on, by hooks behind all others: (tokens, d) each."""
+    found: list[torch.Tensor] = []
+
+    def keep(_: Any, __: Any, output: Any) -> None:
+        found.append((output[0] if isinstance(output, tuple) else output)[0])
+
+    handles = [layer.register_forward_hook(keep) for layer in loaded.model.model.layers]
+    with torch.no_grad():
+        loaded.model(torch.tensor([encode(loaded.tokenizer, talk)]))
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def ground(loaded: LoadedModel, runtime: PatchRuntime, patch: Patch | None, work: Path | None = None) -> Range:
@@ -170,7 +179,8 @@ def test_every_attack_has_a_row_and_a_second_run_searches_nothing(
             raise AssertionError("this was found before")
 
         monkeypatch.setattr("nest_runtime.evaluate.attacks.suffix.SuffixSearch.__init__", no_more)
-        monkeypatch.setattr("nest_runtime.evaluate.attacks.evolution.target_losses", no_more)
+        # By its module: in the package the name is the attack's.
+        monkeypatch.setattr(sys.modules["nest_runtime.evaluate.attacks.evolution"], "target_losses", no_more)
         searches = [spec for spec in BUDGETS if spec not in SURGERY]
         again = [found.to_json() for found in attack_range(where, searches)]
     assert [(row["attack"], row["asr"]) for row in again] == [(row["attack"], row["asr"]) for row in rows[: len(again)]]
