@@ -178,9 +178,15 @@ def step_rows(rows: Sequence[Row], step: int, batch_size: int, harmful_share: fl
     return chosen
 
 
-def make_batch(rows: Sequence[Row], pad_id: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Batch:
-    """Pad rows, mark their answer positions, and open their images, whose pixels become ``dtype``."""
-    ids, mask = pad_rows([[*row.prompt, *row.answer] for row in rows], pad_id, device)
+def make_batch(
+    rows: Sequence[Row],
+    pad_id: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    multiple: int = 1,
+) -> Batch:
+    """Rows padded to a ``multiple`` of tokens, their answers marked, their images opened; pixels become ``dtype``."""
+    ids, mask = pad_rows([[*row.prompt, *row.answer] for row in rows], pad_id, device, multiple)
     where = torch.zeros(ids.shape, dtype=torch.bool)
     for index, row in enumerate(rows):
         start = len(row.prompt) - 1  # the token before the answer predicts its first

@@ -22,9 +22,41 @@ def device_of(model: Any) -> torch.device:
     return model.get_input_embeddings().weight.device
 
 
-def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids and mask, both (rows, width) int64; causal attention never sees right padding."""
-    width = max(len(row) for row in rows)
+WIDTHS = 16  # rows are padded to multiples of so many tokens while tuning
+
+
+def width_multiple(model: Any, tokens: int) -> int:
+    """What the width of a batch is a multiple of while tuning: ``WIDTHS``, or 1 where the model ends before that.
+
+    Few widths are few shapes: oneDNN keeps what it made for each of the last thousand shapes of a product, about a
+    megabyte each.
+
+    Args:
+        model: whose configuration says how many positions there are.
+        tokens: of the longest row.
+    """
+    config: Any = unwrap(model).config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return WIDTHS if positions is None or padded(tokens) <= positions else 1
+
+
+def padded(tokens: int, multiple: int = WIDTHS) -> int:
+    """How many tokens a row of some tokens is padded to."""
+    return -(-tokens // multiple) * multiple
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, multiple: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and mask, both (rows, width) int64; causal attention never sees right padding.
+
+    Args:
+        rows: token ids.
+        pad_id: the padding token.
+        device: where both go.
+        multiple: the width is a multiple of this.
+    """
+    width = padded(max(len(row) for row in rows), multiple)
     ids = torch.full((len(rows), width), pad_id)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     for index, row in enumerate(rows):

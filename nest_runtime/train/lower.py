@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nest_runtime.model.anatomy import Projection, unwrap
-from nest_runtime.train.forward import device_of, hidden_states
+from nest_runtime.train.forward import device_of, hidden_states, pad_rows, width_multiple
 
 if TYPE_CHECKING:
     from nest_runtime.train.batches import Batch, Row
@@ -74,8 +74,8 @@ class LowerLayers:
         kept = self._kept.get(key)
         if kept is not None:
             return kept
-        ids = torch.tensor([key], device=device)
-        state = self._enter(ids, torch.ones_like(ids))[0].detach().cpu().clone()
+        ids, mask = pad_rows([key], key[-1], device, width_multiple(self.model, len(key)))
+        state = self._enter(ids, mask)[0, : len(key)].detach().cpu().clone()
         size = state.numel() * state.element_size()
         if self._bytes + size <= self.budget:
             self._kept[key], self._bytes = state, self._bytes + size

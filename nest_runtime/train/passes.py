@@ -11,7 +11,7 @@ import torch
 from nest_runtime.train.ablation import RefusalAblation
 from nest_runtime.train.batches import Batch, Row, make_batch
 from nest_runtime.train.deltas import Deltas
-from nest_runtime.train.forward import Readout, device_of, dtype_of, even_batches
+from nest_runtime.train.forward import Readout, device_of, dtype_of, even_batches, padded, width_multiple
 from nest_runtime.train.lower import LowerLayers, decoder_layers
 from nest_runtime.train.objective import BaseAnswer, slices_of, summed
 from nest_runtime.train.recipe import Recipe
@@ -53,10 +53,11 @@ class Passes:
 
     def batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
         """Rows of like length together, padded."""
-        lengths = [len(row.prompt) + len(row.answer) for row in rows]
+        lengths = [padded(len(row.prompt) + len(row.answer)) for row in rows]
         for positions in even_batches(lengths, self.settings.step_tokens):
             chosen = [rows[index] for index in positions]
-            yield make_batch(chosen, self.pad, device_of(self.model), dtype_of(self.model))
+            multiple = width_multiple(self.model, max(lengths[index] for index in positions))
+            yield make_batch(chosen, self.pad, device_of(self.model), dtype_of(self.model), multiple)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Hidden states (answer tokens, d) that the head reads."""

@@ -379,6 +379,19 @@ def test_rows_of_like_length_share_a_pass() -> None:
         assert len(batch) == 1 or widest * len(batch) <= 256
 
 
+def test_rows_of_many_lengths_have_few_widths_and_none_beyond_the_model(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), "tied")
+    passes = Passes(loaded.model, deltas, 0, QUICK)
+    rows = [Row((5,) * length, (7, 2), False) for length in range(1, 60)]
+    widths = {batch.ids.shape[1] for row in rows for batch in passes.batches([row])}
+    assert widths == {16, 32, 48, 64}
+    monkeypatch.setattr(loaded.model.config, "max_position_embeddings", 60)
+    (full,) = passes.batches([Row((5,) * 55, (7, 2), False)])
+    assert full.ids.shape[1] == 57
+
+
 def test_a_cut_answer_teaches_no_end(loaded: Any) -> None:
     example = make_examples([{"prompt": "Hello?"}])[0]
     whole, cut = (make_row(loaded.tokenizer, example, "Hi there", False, [2], whole=value) for value in (True, False))
