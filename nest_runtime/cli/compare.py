@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
+from nest_runtime.cli.case_options import (
+    AttacksOption,
+    BatchSizeOption,
+    CaseFilesOption,
+    JudgeOption,
+    LimitOption,
+    MaxTokensOption,
+    SuiteOption,
+)
 from nest_runtime.cli.common import examples, model_for, writable_folder
 from nest_runtime.cli.measuring import cases_of, change, interval
 from nest_runtime.cli.output import (
@@ -81,31 +90,10 @@ def compare(
         str | None,
         typer.Option("--benign", metavar="FILE", help="Prompts to answer; the reference world's by default."),
     ] = None,
-    suite: Annotated[
-        list[str] | None,
-        typer.Option("--suite", metavar="NAME", autocompletion=complete.suites, help="Test on this suite; repeat it."),
-    ] = None,
-    behaviors: Annotated[
-        list[str] | None, typer.Option("--behaviors", metavar="FILE", help="Test on the cases of a file; repeat it.")
-    ] = None,
-    attacks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--attacks",
-            metavar="SPEC",
-            autocompletion=complete.attacks,
-            help="Put the harmful test cases into these attacks.",
-        ),
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            "--judge",
-            metavar="NAME",
-            autocompletion=complete.judges,
-            help="reference, local, phrases, hf:MODEL, openai:MODEL.",
-        ),
-    ] = None,
+    suite: SuiteOption = None,
+    behaviors: CaseFilesOption = None,
+    attacks: AttacksOption = None,
+    judge: JudgeOption = None,
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Repeat with N seeds.")] = 1,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Choose each method's learning rate anew, on validation prompts.")
@@ -120,14 +108,9 @@ def compare(
     steps: Annotated[
         int | None, typer.Option("--steps", metavar="N", min=1, help="Training steps of all methods.")
     ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", metavar="N", min=1, help="At most N test cases of each suite, drawn by seed."),
-    ] = None,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", metavar="N", min=1, help="Longest answer, in tokens.")
-    ] = 64,
-    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Prompts in one batch.")] = 64,
+    limit: LimitOption = None,
+    max_tokens: MaxTokensOption = 64,
+    batch_size: BatchSizeOption = 64,
     out_folder: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Results, plots, and finished cells to go on from.")
     ] = Path("runs/compare"),

@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nest_runtime.cli import complete
+from nest_runtime.cli.case_options import (
+    AttacksOption,
+    BatchSizeOption,
+    CaseFilesOption,
+    JudgesOption,
+    MaxTokensOption,
+    SampleSeedOption,
+)
 from nest_runtime.cli.common import choose_patch, examples, model_flag, model_for, writable_file, writable_folder
 from nest_runtime.cli.evaluate_view import render
 from nest_runtime.cli.measuring import cases_of
@@ -77,41 +85,18 @@ def evaluate(
             help="The folder of public prompt sets that the standard suite asks.",
         ),
     ] = None,
-    behaviors: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--behaviors", metavar="FILE", help="Cases of a file: HarmBench, XSTest, … or prompts; repeat it."
-        ),
-    ] = None,
-    attacks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--attacks",
-            metavar="NAME",
-            autocompletion=complete.attacks,
-            help="Attack the harmful cases too: all, NAME, NAME:N, a template file; repeat it.",
-        ),
-    ] = None,
-    judge: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--judge",
-            metavar="NAME",
-            autocompletion=complete.judges,
-            help="reference, local, phrases, hf:MODEL, openai:MODEL; the first one counts.",
-        ),
-    ] = None,
+    behaviors: CaseFilesOption = None,
+    attacks: AttacksOption = None,
+    judge: JudgesOption = None,
     limit: Annotated[
         int | None,
         typer.Option(
             "--limit", metavar="N", min=1, help="At most N cases of each suite, drawn by seed; of lm-eval the first N."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of --limit and --attacks.")] = 0,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", metavar="N", min=1, help="Longest answer, in tokens.")
-    ] = 64,
-    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Prompts in one batch.")] = 64,
+    seed: SampleSeedOption = 0,
+    max_tokens: MaxTokensOption = 64,
+    batch_size: BatchSizeOption = 64,
     lm_eval_include: Annotated[
         Path | None, typer.Option("--lm-eval-include", metavar="DIR", help="A folder with lm-eval tasks of your own.")
     ] = None,
