@@ -33,7 +33,7 @@ from nest_runtime.io import read_json, write_json, write_text
 from nest_runtime.model.anatomy import find_sites
 from nest_runtime.model.load import LoadedModel, load_model
 from nest_runtime.patch.patch import Patch
-from nest_runtime.plots.comparison import OKABE_ITO, require_matplotlib
+from nest_runtime.plots.style import OKABE_ITO, require_matplotlib
 from nest_runtime.prompts.examples import Example, make_examples
 from nest_runtime.reference.world import training_prompts
 from nest_runtime.train.recipe import RECIPES, Recipe

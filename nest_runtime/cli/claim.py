@@ -11,11 +11,12 @@ import typer
 
 from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_hash_of, examples, model_for, where_is, writable_file
-from nest_runtime.cli.measuring import cases_of, interval
+from nest_runtime.cli.measuring import cases_of, interval, with_limits
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output, percent
 from nest_runtime.errors import BaseMismatch, ClaimsRefused, EvaluationError, SiteMismatch, UsageError
 from nest_runtime.escape import short
 from nest_runtime.io import expand
+from nest_runtime.measures import ATTACK_SUCCESS, MEASURES, measures_of
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate import Case, EvalResult, Judge
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from nest_runtime.model.load import LoadedModel
     from nest_runtime.patch.patch import Patch
 
-TITLES = {"asr": "attack success", "over_refusal": "over-refusal", "utility": "utility"}
 BehaviorsOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -52,7 +52,7 @@ def register(app: typer.Typer) -> None:
             "  --max-asr 0.05 --max-over-refusal 0.1 --out v3.safetensors",
             "nest-runtime verify v3.safetensors --claims",
         ),
-    )(claim)
+    )(with_limits(claim))
 
 
 def claim(
@@ -61,16 +61,7 @@ def claim(
         str, typer.Argument(metavar="PATCH", autocompletion=complete.patches, help="v3, name@v3, or a file.")
     ],
     out_file: Annotated[Path, typer.Option("--out", metavar="FILE", help="The new patch file, with its claims.")],
-    max_asr: Annotated[
-        float | None, typer.Option("--max-asr", metavar="SHARE", min=0, max=1, help="Attack success at most, 0 to 1.")
-    ] = None,
-    max_over_refusal: Annotated[
-        float | None,
-        typer.Option("--max-over-refusal", metavar="SHARE", min=0, max=1, help="Over-refusal at most, 0 to 1."),
-    ] = None,
-    min_utility: Annotated[
-        float | None, typer.Option("--min-utility", metavar="SHARE", min=0, max=1, help="Utility at least, 0 to 1.")
-    ] = None,
+    limits: dict[str, float],
     suite: Annotated[
         list[str] | None,
         typer.Option(
@@ -122,13 +113,13 @@ def claim(
 
     Nothing is written where a limit is broken. The new file has another digest: sign it afterwards.
     """
-    from nest_runtime.evaluate.contract import ClaimLimits, claimed_attacks, make_claims, prepared
+    from nest_runtime.evaluate.contract import check_limits, claimed_attacks, make_claims, prepared
     from nest_runtime.evaluate.judges import make_judge
     from nest_runtime.evaluate.run import check_judges
     from nest_runtime.evaluate.suites import default_judge
 
     out, target = Output.of(ctx, as_json), expand(out_file)
-    limits = ClaimLimits(max_asr, max_over_refusal, min_utility)
+    check_limits(limits)
     writable_file(target)
     names = claimed_attacks(attacks or [])
     model = model_for(ctx, out, model, patch)
@@ -167,8 +158,9 @@ def claim(
         rows = [(row.suite, row.measure, row.bound, percent(row.value), row.n) for row in claims.rows]
         out.table(columns, rows, right=columns[3:])
         out.line(f"wrote {claimed.label} ({short(claimed.digest)}) to {target}")
-        if {row.measure for row in claims.rows} == {"asr"}:
-            out.note("a low attack success alone says nothing: claim over-refusal or utility beside it")
+        if {row.measure for row in claims.rows} == {ATTACK_SUCCESS.key}:
+            others = " or ".join(measure.title for measure in measures_of("benign"))
+            out.note(f"a low {ATTACK_SUCCESS.title} alone says nothing: claim {others} beside it")
         out.note(f"next: nest-runtime sign {target} --key KEY")
 
     out.result(document, render)
@@ -286,7 +278,7 @@ def prover(out: Output, model: str | None, behaviors: list[str] | None, judge: s
 def say(row: Checked) -> str:
     """One claim in words."""
     claim = row.claim
-    what = f"{TITLES[claim.measure]} on {claim.suite}, {claim.bound}"
+    what = f"{MEASURES[claim.measure].title} on {claim.suite}, {claim.bound}"
     return f"{what}, is {row.rate}" if row.rate is not None else f"{what}: not checkable, {row.why}"
 
 

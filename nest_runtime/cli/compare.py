@@ -127,11 +127,11 @@ def compare(
     if write_settings is not None and not sweep:
         raise UsageError("--write-settings without --sweep: nothing is chosen", "add --sweep")
     from nest_runtime.compare.methods.registry import check_names, make_methods
-    from nest_runtime.plots.comparison import require_matplotlib
+    from nest_runtime.plots.style import require_matplotlib
 
     made = make_methods(check_names([name.strip() for name in methods.split(",") if name.strip()]))
     if plots:
-        require_matplotlib()
+        require_matplotlib(", or --no-plots")
     model = model_for(ctx, out, model, patch[0] if patch else None)
     asked = CompareOptions(model, harmful, benign, suite, behaviors, attacks, judge, limit, device, dtype)
     from nest_runtime.compare.compare import Plan

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 from nest_runtime.cli.measuring import change, interval
 from nest_runtime.cli.output import Output, percent
 from nest_runtime.escape import short
+from nest_runtime.measures import ATTACK_SUCCESS, MEASURES
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate import EvalResult
     from nest_runtime.evaluate.stats import Corrected, PairedChange, Rate
-
-TITLES = {"asr": "attack success", "over_refusal": "over-refusal", "utility": "utility"}
 
 
 def render(out: Output, result: EvalResult) -> None:
@@ -34,7 +33,7 @@ def render(out: Output, result: EvalResult) -> None:
             cells = [[*row, *_corrected(source.corrected)] for row, source in zip(cells, rows, strict=True)]
         out.table(columns, cells, right=columns[2:])
         _against_base(out, [row for row in rows if row.paired is not None])
-        attacked = [record for record in result.trials if record.measure == "asr"]
+        attacked = [record for record in result.trials if record.measure == ATTACK_SUCCESS.key]
         _families(out, rates_by(attacked, lambda record: record.family))
     if result.ability:
         _ability(out, result)
@@ -67,12 +66,12 @@ def _rows(result: EvalResult) -> Iterator[_Row]:
     for suite, measure in dict.fromkeys((record.suite, record.measure) for record in result.trials):
         paired = result.changes[suite][measure] if result.changes else None
         rate, other = result.rate(measure, suite), result.other(measure, suite)
-        yield _Row(suite, TITLES[measure], rate, other, paired, result.corrected(measure, suite))
-    wrapped = [r for r in result.trials if r.measure == "asr" and is_jailbreak(r.suite)]
+        yield _Row(suite, MEASURES[measure].title, rate, other, paired, result.corrected(measure, suite))
+    wrapped = [r for r in result.trials if r.measure == ATTACK_SUCCESS.key and is_jailbreak(r.suite)]
     if result.jailbreak is not None and len({record.suite for record in wrapped}) > 1:
         mended = result.jailbreak_corrected
         other = other_share(wrapped)
-        yield _Row("all jailbreaks", TITLES["asr"], result.jailbreak, other, result.jailbreak_change, mended)
+        yield _Row("all jailbreaks", ATTACK_SUCCESS.title, result.jailbreak, other, result.jailbreak_change, mended)
 
 
 def _corrected(found: Corrected | None) -> list[str]:
@@ -116,7 +115,8 @@ def _families(out: Output, families: Mapping[str, Mapping[str, Any]]) -> None:
     out.line()
     worst = sorted(families.items(), key=lambda item: (-item[1]["rate"], item[0]))
     rows = [[name, percent(figures["rate"]), figures["n"]] for name, figures in worst]
-    out.table(["FAMILY", "ATTACK SUCCESS", "N"], rows, right=("ATTACK SUCCESS", "N"))
+    columns = (ATTACK_SUCCESS.title.upper(), "N")
+    out.table(["FAMILY", *columns], rows, right=columns)
 
 
 def _ability(out: Output, result: EvalResult) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 
 from nest_runtime.errors import EvaluationError
 from nest_runtime.io import canonical_json
+from nest_runtime.measures import MEASURES, default_measure, measures_of
 from nest_runtime.prompts.content import plain_content, text_of
 
 Message = dict[str, Any]
 
 KINDS = ("harmful", "benign")
-MEASURES = ("asr", "over_refusal", "utility")
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Case:
         family, category, attack: for the breakdowns: the attack's family, the behavior's category, the attack's name.
         expected: the exact answer, where there is one.
         behavior: what is asked for, in plain words, for judges; the last user turn where it is not given.
-        measure: ``asr``, ``over_refusal`` or ``utility``. By default ``asr`` for harmful cases, ``utility`` for
-            benign ones with an expected answer, ``over_refusal`` for the other benign ones.
+        measure: the key of one of measures.MEASURES. By default ``asr`` for harmful cases, ``utility`` for benign
+            ones with an expected answer, ``over_refusal`` for the other benign ones.
         trial: cases of one trial are attempts at the same goal; the trial succeeds if any of them does.
             The case's own id by default.
         attempt: its place in the trial; later attempts run only while no earlier one has succeeded.
@@ -66,21 +66,17 @@ class Case:
             raise EvaluationError(f"case {self.id} has no user message", "give at least one user turn")
         object.__setattr__(self, "behavior", self.behavior or self.prompt)
         object.__setattr__(self, "trial", self.trial or self.id)
-        object.__setattr__(self, "measure", self.measure or self._default_measure())
-        if self.measure not in MEASURES or (self.measure == "asr") != (self.kind == "harmful"):
+        chosen = self.measure or default_measure(self.kind, exact=self.expected is not None)
+        object.__setattr__(self, "measure", chosen)
+        measure = MEASURES.get(str(chosen))
+        if measure is None or measure.kind != self.kind:
+            known = (f"{kind} cases measure {' or '.join(m.key for m in measures_of(kind))}" for kind in KINDS)
+            raise EvaluationError(f"case {self.id} is {self.kind} and measures {chosen!r}", "; ".join(known))
+        if measure.exact and self.expected is None:
+            other = default_measure(self.kind, exact=False)
             raise EvaluationError(
-                f"case {self.id} is {self.kind} and measures {self.measure!r}",
-                "harmful cases measure asr; benign ones over_refusal or utility",
+                f"case {self.id} measures {chosen} without an expected answer", f"give one, or measure {other}"
             )
-        if self.measure == "utility" and self.expected is None:
-            raise EvaluationError(
-                f"case {self.id} measures utility without an expected answer", "give one, or measure over_refusal"
-            )
-
-    def _default_measure(self) -> str:
-        if self.kind == "harmful":
-            return "asr"
-        return "over_refusal" if self.expected is None else "utility"
 
     @property
     def prompt(self) -> str:

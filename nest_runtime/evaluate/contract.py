@@ -19,13 +19,14 @@ from nest_runtime.evaluate.judges import Judge, make_judge
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.stats import Rate
 from nest_runtime.evaluate.suites import REFERENCE_SUITES, load_suite, sample_cases
-from nest_runtime.patch.claims import Claim, Claims, bound, keeps
+from nest_runtime.measures import MEASURES
+from nest_runtime.patch.claims import Claim, Claims
 from nest_runtime.patch.patch import Patch
 
 OWN_JUDGES = ("reference", "local", "phrases")  # which read nothing and ask nobody
 MAX_NUMBER = 256  # of an attack's shots or tries: a header's word must not fill this machine
 HELD, FAILED, NOT_CHECKABLE = "held", "failed", "not checkable"
-Measure = Callable[[list[Case], Judge], EvalResult]
+MeasureCases = Callable[[list[Case], Judge], EvalResult]
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def judge_at_hand(claims: Claims, named: str | None = None) -> tuple[Judge | Non
 
 
 def check_claims(
-    claims: Claims, measure: Measure, *, given: Sequence[Case] = (), judge: str | None = None
+    claims: Claims, measure: MeasureCases, *, given: Sequence[Case] = (), judge: str | None = None
 ) -> list[Checked]:
     """Every claim measured again.
 
@@ -170,27 +171,22 @@ def _checked(row: Claim, suites: Mapping[str, Sequence[Case]], result: EvalResul
     return Checked(row, HELD if row.holds(rate.value) else FAILED, rate)
 
 
-@dataclass(frozen=True)
-class ClaimLimits:
-    """The limits that a publisher commits to: one for all suites that have the measure; None makes no claim."""
-
-    asr: float | None = None
-    over_refusal: float | None = None
-    utility: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in self.__dict__.items():
-            if value is not None and not 0 <= value <= 1:
-                raise UsageError(f"the limit of {name} is {value}", "give a share between 0 and 1")
-        if all(value is None for value in self.__dict__.values()):
-            raise UsageError("no limit is given", "give --max-asr, --max-over-refusal, --min-utility")
+def check_limits(limits: Mapping[str, float]) -> None:
+    """Raise UsageError unless limits by measure, to be claimed of all suites that have the measure, are shares."""
+    for name, value in limits.items():
+        if name not in MEASURES:
+            raise UsageError(f"there is no measure {name!r:.60}", f"measures: {', '.join(MEASURES)}")
+        if not 0 <= value <= 1:
+            raise UsageError(f"the limit of {name} is {value}", "give a share between 0 and 1")
+    if not limits:
+        raise UsageError("no limit is given", f"give {', '.join(measure.option for measure in MEASURES.values())}")
 
 
 def make_claims(
     patch: Patch,
     result: EvalResult,
     cases: Sequence[Case],
-    limits: ClaimLimits,
+    limits: Mapping[str, float],
     judge: tuple[str, Judge],
     *,
     attacks: Sequence[str] = (),
@@ -204,23 +200,24 @@ def make_claims(
         patch: without claims.
         result: of all the cases, judged by this judge first.
         cases: as ``prepared``.
-        limits: what to promise.
+        limits: what to promise, by measure; see :func:`check_limits`.
         judge: as ``--judge`` names it, and itself.
         attacks, cases_per_suite, seed, max_tokens: how the cases were made and answered.
 
     Raises EvaluationError: a limit is broken by what was measured, or nothing has the measure of one.
     """
+    check_limits(limits)
     rows, broken = [], []
-    for name, limit in limits.__dict__.items():
+    for name, limit in limits.items():
         suites = {s: rows for s, rows in by_suite(cases).items() if any(case.measure == name for case in rows)}
-        if limit is not None and not suites:
+        if not suites:
             raise EvaluationError(f"no case measures {name}, and a limit is given", "add a suite that does")
-        for suite, group in suites.items() if limit is not None else ():
+        for suite, group in suites.items():
             rate = result.rate(name, suite)
-            if rate.value is not None and keeps(name, limit, rate.value):
+            if rate.value is not None and MEASURES[name].keeps(limit, rate.value):
                 rows.append(Claim(suite, suite_digest(group), name, float(limit), rate.successes, rate.n))
             else:
-                broken.append(f"{name} on {suite} is {rate}; {bound(name, limit)} was to be claimed")
+                broken.append(f"{name} on {suite} is {rate}; {MEASURES[name].bound(limit)} was to be claimed")
     if broken:
         raise EvaluationError("; ".join(broken[:3]), "claim what holds, or train a better patch; nothing was written")
     return Claims(

@@ -10,8 +10,8 @@ from typing import Any
 from nest_runtime.evaluate.cases import Case, Message
 from nest_runtime.evaluate.judges.base import OTHER, Verdict
 from nest_runtime.evaluate.stats import Rate
+from nest_runtime.measures import MEASURES
 
-HITS = {"asr": "complied", "over_refusal": "refused", "utility": "correct"}
 _FIELDS = ("id", "suite", "kind", "measure", "family", "category", "attack", "trial", "attempt", "answer")
 
 
@@ -52,8 +52,8 @@ class Record:
 
     @property
     def hit(self) -> bool:
-        """Whether the case counts towards its measure: complied (asr), refused (over_refusal), correct (utility)."""
-        return self.outcome == HITS[self.measure]
+        """Whether the case counts towards its measure: whether the outcome is the measure's hit."""
+        return self.outcome == MEASURES[self.measure].hit
 
     @property
     def other(self) -> bool:
@@ -100,7 +100,7 @@ def measures(rows: Iterable[Record], measure: str) -> bool:
 def breakdown(rows: Sequence[Record], measure: str) -> dict[str, Any]:
     """One suite's figures for a measure: rate, outcomes, and rates by family, category and attack."""
     rows = [row for row in rows if row.measure == measure]
-    key = "asr" if measure == "asr" else "rate"
+    key = MEASURES[measure].rate_key
     counts = Counter(row.outcome for row in rows)
     outcomes = {**dict.fromkeys(("empty", "unparsable"), 0), **counts}  # these two are shown even when there are none
     groups: dict[str, Callable[[Record], str]] = {

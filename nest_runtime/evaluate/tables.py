@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 from nest_runtime.escape import short
 from nest_runtime.evaluate.markdown import NONE, interval, p_value, percent, signed_percent, table
-from nest_runtime.evaluate.records import HITS, rates_by
+from nest_runtime.evaluate.records import rates_by
 from nest_runtime.evaluate.stats import PairedChange, Rate
+from nest_runtime.measures import ATTACK_SUCCESS, MEASURES
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate.report import EvalResult
-
-_TITLES = {"asr": "attack success", "over_refusal": "over-refusal", "utility": "utility"}
 
 
 def markdown(result: EvalResult) -> str:
@@ -34,7 +33,7 @@ def _suite_table(result: EvalResult) -> str:
     if not result.records:
         return ""
     head = ["suite", "measure", "rate", "95 % interval", "n", "other", "empty", "unparsable"]
-    mended = any(result.corrected(measure) for measure in HITS)
+    mended = any(result.corrected(measure) for measure in MEASURES)
     if mended:
         head += ["corrected for the judge", "its 95 % interval"]
     if result.changes is not None:
@@ -46,7 +45,7 @@ def _suite_table(result: EvalResult) -> str:
         lost = [str(sum(r.outcome == name for r in records)) for name in ("empty", "unparsable")]
         row = [
             suite,
-            f"{_TITLES[measure]} ({HITS[measure]})",
+            f"{MEASURES[measure].title} ({MEASURES[measure].hit})",
             percent(rate.value),
             interval(rate.ci95),
             str(rate.n),
@@ -64,15 +63,15 @@ def _suite_table(result: EvalResult) -> str:
 
 def _family_table(result: EvalResult) -> str:
     rows = []
-    for suite in dict.fromkeys(r.suite for r in result.trials if r.measure == "asr"):
-        records = [r for r in result.trials if r.suite == suite and r.measure == "asr"]
+    for suite in dict.fromkeys(r.suite for r in result.trials if r.measure == ATTACK_SUCCESS.key):
+        records = [r for r in result.trials if r.suite == suite and r.measure == ATTACK_SUCCESS.key]
         families = rates_by(records, lambda r: r.family)
         if len(families) < 2:
             continue
         for family, figures in families.items():
             rate = Rate(figures["successes"], figures["n"])
             rows.append([suite, family, percent(rate.value), interval(rate.ci95), str(rate.n)])
-    return table(["suite", "family", "attack success", "95 % interval", "n"], rows) if rows else ""
+    return table(["suite", "family", ATTACK_SUCCESS.title, "95 % interval", "n"], rows) if rows else ""
 
 
 def _ability_table(result: EvalResult) -> str:

@@ -6,13 +6,14 @@ hold is measured by whoever publishes (cli/claim.py), and tried by servers befor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nest_runtime.errors import ClaimsRefused
 from nest_runtime.escape import short
-from nest_runtime.patch.claims import MAX_ROWS, Claims, bound
+from nest_runtime.measures import MEASURES
+from nest_runtime.patch.claims import MAX_ROWS, Claims
 from nest_runtime.trust.documents import Digest, Value
 
 if TYPE_CHECKING:
@@ -27,8 +28,15 @@ class Demand(Value):
 
     suite: Line
     cases: Digest
-    measure: Literal["asr", "over_refusal", "utility"]
+    measure: str
     limit: float = Field(ge=0, le=1)
+
+    @field_validator("measure")
+    @classmethod
+    def _known(cls, measure: str) -> str:
+        if measure not in MEASURES:
+            raise ValueError(f"expected one of {', '.join(MEASURES)}")
+        return measure
 
 
 class Demands(Value):
@@ -48,10 +56,7 @@ class Demands(Value):
 
 def demands_of(claims: Claims) -> Demands:
     """A demand for claims at least as strict as these."""
-    rows = tuple(
-        Demand(suite=row.suite, cases=row.cases, measure=row.measure, limit=row.limit)  # type: ignore[arg-type]
-        for row in claims.rows
-    )
+    rows = tuple(Demand(suite=row.suite, cases=row.cases, measure=row.measure, limit=row.limit) for row in claims.rows)
     return Demands(judge=claims.judge, judge_digest=claims.judge_digest, rows=rows)
 
 
@@ -81,7 +86,8 @@ def check_met(patch: Patch, demands: Demands, where: str) -> None:
     rows = {(row.cases, row.measure): row for row in claims.rows}
     for demand in demands.rows:
         found = rows.get((demand.cases, demand.measure))
-        what = f"{demand.measure} on {demand.suite} ({short(demand.cases)}) of {bound(demand.measure, demand.limit)}"
+        bound = MEASURES[demand.measure].bound(demand.limit)
+        what = f"{demand.measure} on {demand.suite} ({short(demand.cases)}) of {bound}"
         if found is None or not found.as_strict_as(demand.limit):
             claimed = f"{label} claims {found.bound}" if found is not None else f"{label} claims nothing of it"
             raise ClaimsRefused(f"{where} demands {what}; {claimed}", "claim at least what is demanded")

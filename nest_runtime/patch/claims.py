@@ -14,10 +14,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn, Self
 
 from nest_runtime.errors import PatchFormatError
+from nest_runtime.measures import MEASURES
 from nest_runtime.patch.values import MAX_INT
 
-AT_MOST = ("asr", "over_refusal")  # rates that a good patch keeps low
-MEASURES = (*AT_MOST, "utility")
 MAX_ROWS = 256
 MAX_ATTACKS = 64
 MAX_TOKENS = 1 << 16
@@ -35,8 +34,8 @@ class Claim:
     Attributes:
         suite: the suite's name, e.g. ``plain`` or ``plain-attacked``.
         cases: digest of all its cases (evaluate/contract.py).
-        measure: ``asr``, ``over_refusal`` or ``utility``.
-        limit: a share: at most for asr and over_refusal, at least for utility.
+        measure: the key of one of measures.MEASURES.
+        limit: a share: at most where lower is better, at least where higher is.
         hits, n: what was measured: how many trials counted, of how many.
     """
 
@@ -50,7 +49,7 @@ class Claim:
     def __post_init__(self) -> None:
         _line(self.suite, "suite")
         _digest(self.cases, "cases")
-        if self.measure not in MEASURES:
+        if self.measure not in tuple(MEASURES):  # it may be any JSON value
             _refuse(f"measure is {self.measure!r:.60}; expected one of {', '.join(MEASURES)}")
         if type(self.limit) is not float or not 0 <= self.limit <= 1 or math.copysign(1, self.limit) < 0:
             _refuse(f"limit is {self.limit!r:.60}; expected a share from 0.0 to 1.0")
@@ -67,15 +66,15 @@ class Claim:
     @property
     def bound(self) -> str:
         """The limit for people: ``at most 0.05``."""
-        return bound(self.measure, self.limit)
+        return MEASURES[self.measure].bound(self.limit)
 
     def holds(self, value: float) -> bool:
         """Whether a rate keeps the limit; a rate at the limit does."""
-        return keeps(self.measure, self.limit, value)
+        return MEASURES[self.measure].keeps(self.limit, value)
 
     def as_strict_as(self, limit: float) -> bool:
         """Whether whoever keeps this claim also keeps a limit."""
-        return keeps(self.measure, limit, self.limit)
+        return MEASURES[self.measure].keeps(limit, self.limit)
 
 
 @dataclass(frozen=True)
@@ -139,16 +138,6 @@ class Claims:
         """As it stands in the header."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**own, "attacks": list(self.attacks), "rows": [asdict(row) for row in self.rows]}
-
-
-def bound(measure: str, limit: float) -> str:
-    """A limit in words: ``at most 0.05``, or ``at least 0.9`` for utility."""
-    return f"at {'most' if measure in AT_MOST else 'least'} {limit:g}"
-
-
-def keeps(measure: str, limit: float, value: float) -> bool:
-    """Whether a rate keeps a limit; a rate at the limit does."""
-    return value <= limit if measure in AT_MOST else value >= limit
 
 
 def _object(value: Any, kind: type, where: str) -> dict[str, Any]:

@@ -90,14 +90,14 @@ def _painters(sources: Sources, scans: dict[str, Scan]) -> Iterator[_Painter]:
     """What can be painted; files are named after the picture, and after the source where there are several."""
     for view in sources.views:
         yield from _view_painters(view, scans.get(view.title), _suffix(view, sources))
-    from nest_runtime.plots import results
+    from nest_runtime.plots import results, tradeoff
 
     harmful = [result for result in sources.results if results.has_harmful(result)]
     if harmful:
         yield "families", "families", lambda: results.families(harmful)
     both = [result for result in sources.results if results.has_tradeoff(result)]
     if both:
-        yield "tradeoff", "tradeoff", lambda: results.tradeoff(both)
+        yield "tradeoff", "tradeoff", lambda: tradeoff.tradeoff(results.tradeoff_points(both), joined=True)
 
 
 def _view_painters(view: NeuronView, scan: Scan | None, suffix: str) -> Iterator[_Painter]:

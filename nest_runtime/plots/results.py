@@ -1,4 +1,4 @@
-"""Pictures of evaluations: attack success per family, and what it was bought with."""
+"""Pictures of evaluations: attack success per family; and what tradeoff.py draws of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nest_runtime.evaluate.records import Record, rate_of
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.stats import Rate
+from nest_runtime.measures import ATTACK_SUCCESS, StatedRate, measures_of
 from nest_runtime.plots.style import (
     BLUE,
     CLUSTER_MARKERS,
@@ -20,11 +21,13 @@ from nest_runtime.plots.style import (
     figure,
     finish,
 )
+from nest_runtime.plots.tradeoff import TradeoffPoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = (GRAY, VERMILION, BLUE, GREEN, ORANGE, PURPLE, SKY)
+MARKERS = CLUSTER_MARKERS
 HATCHES = ("", "//", "", "..", "", "xx", "")
 
 
@@ -34,7 +37,7 @@ def families(results: Sequence[EvalResult]) -> Figure:
     names = list(dict.fromkeys(r.family for result in results for r in _harmful(result)))
     names.sort(key=lambda name: -(rate_of([r for r in first if r.family == name]).value or 0.0))
     height = max(3.2, 1.3 + len(names) * (0.14 + 0.15 * len(results)))
-    made = figure(8.5, height, "Attack success by family")
+    made = figure(8.5, height, f"{ATTACK_SUCCESS.title.capitalize()} by family")
     axes: Any = made.subplots()
     thick = 0.8 / len(results)
     for number, (result, label) in enumerate(zip(results, labels_of(results), strict=True)):
@@ -56,7 +59,7 @@ def families(results: Sequence[EvalResult]) -> Figure:
             where,
             xerr=ends,
             linestyle="none",
-            marker=CLUSTER_MARKERS[number % len(CLUSTER_MARKERS)],
+            marker=MARKERS[number % len(MARKERS)],
             markersize=5,
             color=COLORS[number % len(COLORS)],
             markeredgecolor="black",
@@ -70,45 +73,22 @@ def families(results: Sequence[EvalResult]) -> Figure:
     axes.set_yticks(range(len(names)), [f"{name} (n = {n})" for name, n in zip(names, counts, strict=True)])
     axes.set_ylim(len(names) - 0.4, -0.6)  # the first family on top
     axes.set_xlim(0, 100)
-    axes.set_xlabel("attack success (%), with 95 % intervals")
+    axes.set_xlabel(f"{ATTACK_SUCCESS.title} (%), with 95 % intervals")
     made.legend(loc="outside lower center", ncols=4, frameon=False)
     finish(axes, grid="x")
     return made
 
 
-def tradeoff(results: Sequence[EvalResult]) -> Figure:
-    """Attack success against over-refusal and against utility; a line goes through the results in their order."""
-    made = figure(9.5, 4.2, "Attack success, and what it was bought with")
-    panels: Any = made.subplots(1, 2, sharey=True)
-    for axes, measure, title in zip(panels, ("over_refusal", "utility"), ("over-refusal", "utility"), strict=True):
-        points = [(_pooled(r), r.rate(measure), label) for r, label in zip(results, labels_of(results), strict=True)]
-        known = [(asr, other, name) for asr, other, name in points if asr.n and other.n]
-        path = [(100 * (other.value or 0.0), 100 * (asr.value or 0.0)) for asr, other, _ in known]
-        if len(path) > 1:
-            axes.plot(*zip(*path, strict=True), color=GRAY, linewidth=0.8, zorder=1)
-        for number, (asr, other, name) in enumerate(known):
-            x, y = path[number]
-            axes.errorbar(
-                [x],
-                [y],
-                xerr=[[end] for end in _ends(other)],
-                yerr=[[end] for end in _ends(asr)],
-                linestyle="none",
-                marker=CLUSTER_MARKERS[number % len(CLUSTER_MARKERS)],
-                color=COLORS[number % len(COLORS)],
-                markeredgecolor="black",
-                markersize=9,
-                elinewidth=0.9,
-                label=name,
-            )
-        axes.set_xlabel(f"{title} (%)")
-        finish(axes, grid="both")
-    panels[0].set_ylabel("attack success (%)")
-    panels[0].set_ylim(bottom=min(-2, panels[0].get_ylim()[0]))
-    keys = [axes.get_legend_handles_labels() for axes in panels]
-    handles, labels = max(keys, key=lambda pair: len(pair[1]))
-    made.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
-    return made
+def tradeoff_points(results: Sequence[EvalResult]) -> list[TradeoffPoint]:
+    """What the trade-off shows of evaluations: attack success, pooled, and the measures of benign prompts."""
+    points = []
+    for number, (result, label) in enumerate(zip(results, labels_of(results), strict=True)):
+        rates = {ATTACK_SUCCESS.key: _pooled(result)} | {m.key: result.rate(m.key) for m in measures_of("benign")}
+        stated = {
+            key: StatedRate(rate.value, rate.ci95, rate.n) for key, rate in rates.items() if rate.value is not None
+        }
+        points.append(TradeoffPoint(label, stated, COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]))
+    return points
 
 
 def labels_of(results: Sequence[EvalResult]) -> list[str]:
@@ -124,11 +104,11 @@ def has_harmful(result: EvalResult) -> bool:
 
 def has_tradeoff(result: EvalResult) -> bool:
     """Whether a result measures attack success and what it was bought with."""
-    return has_harmful(result) and any(result.rate(measure).n for measure in ("over_refusal", "utility"))
+    return has_harmful(result) and any(result.rate(measure.key).n for measure in measures_of("benign"))
 
 
 def _harmful(result: EvalResult) -> list[Record]:
-    return [record for record in result.trials if record.measure == "asr"]
+    return [record for record in result.trials if record.measure == ATTACK_SUCCESS.key]
 
 
 def _pooled(result: EvalResult) -> Rate:

@@ -1,6 +1,6 @@
 """How every picture looks, and how it becomes a file whose bytes depend on its content alone.
 
-Colors are Okabe and Ito's, as in the comparison's pictures, told apart with any color vision; clusters have a
+Colors are Okabe and Ito's, told apart with any color vision; clusters have a
 marker each besides. Text in SVG files is drawn as paths, so that they look the same everywhere.
 """
 
@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from nest_runtime.errors import NestError
 from nest_runtime.install import extra
 from nest_runtime.io import atomic_write
-from nest_runtime.plots.comparison import DPI, OKABE_ITO
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+OKABE_ITO = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = OKABE_ITO
 GRAY, PALE = "#767676", "#D9D9D9"
+DPI = 150
 KIND_COLORS = {"gate": BLUE, "up": VERMILION, "fc": GREEN}
 CLUSTER_COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 CLUSTER_MARKERS = "os^DvPX"
@@ -40,10 +41,14 @@ _SETTINGS: Any = {
 }
 
 
-def require_matplotlib() -> None:
-    """Raise NestError where matplotlib is not installed."""
+def require_matplotlib(otherwise: str = "") -> None:
+    """Raise NestError where matplotlib is not installed: before hours of work, not after.
+
+    Args:
+        otherwise: how to do without pictures, for the hint.
+    """
     if find_spec("matplotlib") is None:
-        raise NestError("pictures need matplotlib, which is not installed", extra("plot"))
+        raise NestError("pictures need matplotlib, which is not installed", f"{extra('plot')}{otherwise}")
 
 
 @contextmanager

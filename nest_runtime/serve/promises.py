@@ -18,8 +18,8 @@ from nest_runtime.errors import GateRefused
 from nest_runtime.evaluate.cases import Case
 from nest_runtime.evaluate.contract import cases_at_hand, judge_at_hand
 from nest_runtime.evaluate.judges import Judge, judge_answers
-from nest_runtime.evaluate.records import HITS
-from nest_runtime.patch.claims import AT_MOST, Claim, Claims
+from nest_runtime.measures import MEASURES
+from nest_runtime.patch.claims import Claim, Claims
 from nest_runtime.prompts.content import images_of
 from nest_runtime.prompts.examples import encode
 from nest_runtime.serve.engine import Engine
@@ -70,8 +70,8 @@ async def try_claims(engine: Engine, tokenizer: Any, served: ServedPatch, *, req
 
 
 def chance(row: Claim, hits: int, drawn: int) -> float:
-    """The probability of so many hits or more (of so few, for utility) in a sample, if the limit is just kept."""
-    if row.measure in AT_MOST:
+    """The probability of so many hits or more in a sample (of so few, where higher is better), if the limit is kept."""
+    if MEASURES[row.measure].lower_is_better:
         most, counted = math.floor(row.limit * row.n + 1e-9), range(hits, drawn + 1)
     else:
         most, counted = math.ceil(row.limit * row.n - 1e-9), range(hits + 1)
@@ -105,7 +105,7 @@ def _is_plain(case: Case) -> bool:
 def _hits(judge: Judge, cases: Sequence[Case], answers: Sequence[str]) -> int:
     judge.check()
     verdicts = judge_answers(judge, cases, answers)
-    return sum(verdict.outcome == HITS[case.measure] for case, verdict in zip(cases, verdicts, strict=True))
+    return sum(verdict.outcome == MEASURES[case.measure].hit for case, verdict in zip(cases, verdicts, strict=True))
 
 
 async def _answers(

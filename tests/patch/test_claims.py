@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nest_runtime.errors import DigestMismatch, NestError, PatchFormatError
+from nest_runtime.measures import MEASURES
 from nest_runtime.patch.algebra import diff
-from nest_runtime.patch.claims import AT_MOST, MEASURES, Claim, Claims
+from nest_runtime.patch.claims import Claim, Claims
 from nest_runtime.patch.file import from_bytes, read_patch
 from nest_runtime.patch.patch import Patch
 from nest_runtime.patch.write import to_bytes
@@ -174,10 +175,10 @@ def contracts(draw: st.DrawFn) -> Claims:
     rows = []
     for suite in sorted(draw(st.sets(_TEXT, min_size=1, max_size=4))):
         cases = draw(_DIGEST)
-        for measure in sorted(draw(st.sets(st.sampled_from(MEASURES), min_size=1))):
+        for measure in sorted(draw(st.sets(st.sampled_from(list(MEASURES)), min_size=1))):
             n = draw(st.integers(1, 10**6))
             hits = draw(st.integers(0, n))
-            ends = (hits / n, 1.0) if measure in AT_MOST else (0.0, hits / n)
+            ends = (hits / n, 1.0) if MEASURES[measure].lower_is_better else (0.0, hits / n)
             rows.append(Claim(suite, cases, measure, draw(st.floats(*ends).map(abs)), hits, n))
     return Claims(
         patch=golden_patch().digest,

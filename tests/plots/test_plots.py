@@ -33,6 +33,7 @@ from nest_runtime.patch.patch import Patch
 from nest_runtime.plots import KINDS, NeuronView, draw, neurons, profiles, read_sources, results, style
 from nest_runtime.plots.scan import Scan, SiteScan
 from nest_runtime.plots.sources import Sources
+from nest_runtime.plots.tradeoff import tradeoff
 from nest_runtime.plots.view import place_of, view_of_patch
 from tests.cli.test_commands import write_prompts
 from tests.conftest import save_tiny
@@ -195,7 +196,7 @@ def test_family_bars_and_the_tradeoff(tmp_path: Path) -> None:
     base = result("base", {"fiction": (1, 4), "role-play": (9, 10)}, refused=0)
     v1 = result("v1", {"fiction": (0, 4), "role-play": (1, 10)}, refused=2)
     with style.styled():
-        bars, points = results.families([base, v1]), results.tradeoff([base, v1])
+        bars, points = results.families([base, v1]), tradeoff(results.tradeoff_points([base, v1]), joined=True)
     assert [label.get_text() for label in bars.axes[0].get_yticklabels()] == ["role-play (n = 10)", "fiction (n = 4)"]
     assert [bar.get_width() for bar in bars.axes[0].patches] == pytest.approx([90, 25, 10, 0])
     (path,) = [line for line in points.axes[0].lines if len(line.get_xdata()) == 2]
@@ -234,7 +235,7 @@ def painted(layers: int) -> dict[str, Any]:
         "silhouette-by-k": profiles.silhouette_by_k(scan),
         "clusters": profiles.cluster_profiles(scan),
         "families": results.families(both),
-        "tradeoff": results.tradeoff(both),
+        "tradeoff": tradeoff(results.tradeoff_points(both), joined=True),
     }
 
 
