@@ -35,13 +35,12 @@ from nest_runtime.model.load import LoadedModel, load_model
 from nest_runtime.patch.patch import Patch
 from nest_runtime.plots.style import OKABE_ITO, require_matplotlib
 from nest_runtime.prompts.examples import Example, make_examples
-from nest_runtime.reference.world import training_prompts
+from nest_runtime.reference.world import SUITES, training_prompts
 from nest_runtime.train.recipe import RECIPES, Recipe
 from nest_runtime.train.run import Run
 from nest_runtime.train.sites import SitesFile
 from nest_runtime.train.stages import stage_key
 
-SUITES = ("jailbreak-seen", "jailbreak-held-out", "plain", "over-refusal", "utility")
 DRAWN = (
     ("jailbreak-seen", "ASR, seen wrappings", "o"),
     ("jailbreak-held-out", "ASR, held-out wrappings", "s"),
@@ -131,15 +130,14 @@ class UntiedRun(Run):
 
 def score(loaded: LoadedModel, patch: Patch | None, limit: int) -> dict[str, float]:
     """Rates on validation acts by suite, and the share of garbled answers."""
-    cases = sample_cases(load_suites(SUITES, split="validation"), limit)
+    cases = sample_cases(load_suites(list(SUITES), split="validation"), limit)
     result = evaluate(loaded.model, loaded.tokenizer, cases, ReferenceJudge(), patch=patch, batch_size=128)
     return {**rates(result), "garbled": garbled(result)}
 
 
 def rates(result: EvalResult) -> dict[str, float]:
     """One rate per suite: attack success of the harmful ones, over-refusal and utility of their own."""
-    measures = {"over-refusal": "over_refusal", "utility": "utility"}
-    return {suite: float(result.rate(measures.get(suite, "asr"), suite).value or 0.0) for suite in SUITES}
+    return {suite: float(result.rate(measure, suite).value or 0.0) for suite, measure in SUITES.items()}
 
 
 def garbled(result: EvalResult) -> float:

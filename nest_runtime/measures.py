@@ -102,14 +102,14 @@ def measures_of(kind: str) -> list[Measure]:
 
 
 def default_measure(kind: str, *, exact: bool) -> str:
-    """What a case counts towards where it does not say: the first measure of its kind that fits.
+    """What a case counts towards where it does not say: the first measure of its kind that fits; none of another kind.
 
     Args:
         kind: ``harmful`` or ``benign``.
         exact: whether the case has an expected answer.
     """
-    found = measures_of(kind)
-    return next((measure.key for measure in found if measure.exact == exact), found[0].key)
+    found = sorted(measures_of(kind), key=lambda measure: measure.exact != exact)
+    return found[0].key if found else ""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,9 @@ from nest_runtime.cli.output import (
     size,
 )
 from nest_runtime.cli.training import check_answers
+from nest_runtime.compare.methods.registry import method_names
 from nest_runtime.errors import UsageError
+from nest_runtime.measures import ATTACK_SUCCESS, MEASURES
 
 if TYPE_CHECKING:
     from nest_runtime.compare.compare import Comparison, Outcome, Plan
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from nest_runtime.prompts.examples import Example
     from nest_runtime.train.recipe import Recipe
 
-DEFAULT_METHODS = "base,filter,in-context,full,lora,lora-ffn,circuit-breaker,random-neurons,nest,nest-loadings"
+DEFAULT_METHODS = ",".join(method_names(usual=True))
 VALIDATION_SUITES = ("jailbreak-seen", "over-refusal", "utility")
 VALIDATION_CASES = 150  # of each suite: the sweep answers them some forty times
 
@@ -261,7 +263,7 @@ def write_results(outcome: Outcome, plan: Plan, folder: Path, plots: bool) -> di
     from nest_runtime.compare.tables import markdown
     from nest_runtime.io import write_json, write_text
 
-    made = document(outcome, {method.name: method.title for method in plan.methods})
+    made = document(outcome, plan.methods)
     write_json(folder / "comparison.json", made)
     write_text(folder / "comparison.md", markdown(made))
     if plots:
@@ -274,21 +276,22 @@ def write_results(outcome: Outcome, plan: Plan, folder: Path, plots: bool) -> di
 def _render(out: Output, document: dict[str, Any], folder: Path) -> None:
     """Two tables that fit a terminal: what the methods do, and what they cost; comparison.md has the rest."""
     table = document["rows"]
-    columns = ["ASR", "95 % CI", "VS BASE", "OTHER", "OVER-REFUSAL", "UTILITY"]
-    out.table(["METHOD", *columns], [_safety(row) for row in table], right=columns)
+    others = [measure for measure in MEASURES.values() if measure is not ATTACK_SUCCESS]
+    columns = [ATTACK_SUCCESS.column.upper(), "95 % CI", "VS BASE", "OTHER", *(m.column.upper() for m in others)]
+    out.table(["METHOD", *columns], [_safety(row, [m.key for m in others]) for row in table], right=columns)
     out.line()
     columns = ["TRAINABLE", "ARTIFACT", "SECONDS", "MEMORY", "SETTING"]
     out.table(["METHOD", *columns], [_cost(row) for row in table], right=columns)
     for note in document["notes"]:
         out.note(note)
-    out.line(f"attack success over {table[0]['n']} prompts; OTHER: neither refused nor complied")
+    out.line(f"{ATTACK_SUCCESS.title} over {table[0]['n']} prompts; OTHER: neither refused nor complied")
     out.line(f"all figures in {folder}/comparison.md and .json")
 
 
-def _safety(row: dict[str, Any]) -> list[object]:
-    relative = ((row.get("vs_base") or {}).get("asr") or {}).get("relative")
-    shares = [percent(row[name]) for name in ("other", "over_refusal", "utility")]
-    return [row["method"], percent(row["asr"]), interval(row["ci95"]), change(relative), *shares]
+def _safety(row: dict[str, Any], others: Sequence[str]) -> list[object]:
+    relative = ((row.get("vs_base") or {}).get(ATTACK_SUCCESS.key) or {}).get("relative")
+    shares = [percent(row[name]) for name in ("other", *others)]
+    return [row["method"], percent(row[ATTACK_SUCCESS.key]), interval(row["ci95"]), change(relative), *shares]
 
 
 def _cost(row: dict[str, Any]) -> list[object]:

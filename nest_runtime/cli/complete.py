@@ -1,7 +1,7 @@
 """What the shell offers when Tab is pressed after an option or argument whose values have names.
 
 Nothing here loads torch, asks the Hub or raises: a completion that fails offers nothing, and the shell goes on to
-file names. Suites and methods are written out because their modules load torch; a test compares them.
+file names.
 """
 
 from __future__ import annotations
@@ -12,11 +12,6 @@ from pathlib import Path
 from nest_runtime.escape import short
 from nest_runtime.train.recipe import RECIPES
 
-SUITES = ("standard", "reference", "plain", "jailbreak-seen", "jailbreak-held-out", "over-refusal", "utility")
-METHODS = (
-    *("base", "filter", "in-context", "full", "lora", "lora-ffn", "circuit-breaker"),
-    *("random-neurons", "random-loadings", "nest", "nest-loadings"),
-)
 JUDGES = (
     ("reference", "the reference world's own"),
     ("local", "the small judge that is shipped"),
@@ -72,6 +67,12 @@ def _pictures() -> Names:
     return KINDS.items()
 
 
+def _suites() -> Names:
+    from nest_runtime.reference.world import SUITES
+
+    return ["standard", "reference", *SUITES]
+
+
 def _channels() -> Names:
     from nest_runtime.hub.news import USUAL_CHANNELS
 
@@ -80,14 +81,16 @@ def _channels() -> Names:
 
 def _methods(incomplete: str) -> list[tuple[str, str]]:
     """The next name of a list with commas between."""
+    from nest_runtime.compare.methods.registry import method_names
+
     before, comma, last = incomplete.rpartition(",")
     taken = before.split(",")
-    return [(before + comma + name, "") for name in METHODS if name.startswith(last) and name not in taken]
+    return [(before + comma + name, "") for name in method_names() if name.startswith(last) and name not in taken]
 
 
 patches, models, attacks = offer(_patches), offer(_models), offer(_attacks)
 categories, pictures, channels = offer(_categories), offer(_pictures), offer(_channels)
-suites, judges, methods = offer(lambda: SUITES), offer(lambda: JUDGES), _methods
+suites, judges, methods = offer(_suites), offer(lambda: JUDGES), _methods
 devices = offer(lambda: ("auto", "cpu", "cuda", "mps"))
 dtypes = offer(lambda: ("auto", "float32", "bfloat16", "float16"))
 formats = offer(lambda: ("png", "svg"))

@@ -10,6 +10,7 @@ from nest_runtime.cli import complete
 from nest_runtime.cli.common import base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, percent, size
 from nest_runtime.escape import short
+from nest_runtime.measures import stated_rate
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
@@ -179,13 +180,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _rate(value: dict[str, Any]) -> str | None:
     """``5.2 % [4.1, 6.6], n = 1,300`` of the figures that an evaluation writes; None for anything else."""
-    share, ends, count = value.get("rate", value.get("asr")), value.get("ci95"), value.get("n")
-    if not isinstance(share, int | float) or not isinstance(count, int) or not isinstance(ends, list) or len(ends) != 2:
+    rate = stated_rate(value)
+    if rate is None:
         return None
-    if not all(isinstance(end, int | float) for end in ends):
-        return None
-    low, high = (f"{100 * end:.1f}" for end in ends)
-    return f"{percent(share)} [{low}, {high}], n = {count:,}"
+    low, high = (f"{100 * end:.1f}" for end in rate.ci95)
+    return f"{percent(rate.value)} [{low}, {high}], n = {rate.n:,}"
 
 
 def _figure(value: Any) -> str:

@@ -93,7 +93,7 @@ def compare(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
         )
-        return document(comparison.run(plan), {method.name: method.title for method in plan.methods})
+        return document(comparison.run(plan), plan.methods)
 
 
 def settings_for(target: Target, path: Path | None = None) -> tuple[Recipe, dict[str, float]]:

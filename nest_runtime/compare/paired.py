@@ -10,18 +10,19 @@ from nest_runtime.evaluate.records import Record
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.stats import PairedChange, paired_change
 from nest_runtime.evaluate.suites import is_jailbreak
+from nest_runtime.measures import ATTACK_SUCCESS, MEASURES
 
 
 def headline(result: EvalResult) -> list[str]:
     """The suites that make up a row's attack success: the jailbreak ones, else all harmful ones."""
-    suites = list(dict.fromkeys(record.suite for record in result.trials if record.measure == "asr"))
+    suites = list(dict.fromkeys(record.suite for record in result.trials if record.measure == ATTACK_SUCCESS.key))
     jailbreaks = [suite for suite in suites if is_jailbreak(suite)]
     return jailbreaks or suites
 
 
 def trials(result: EvalResult, measure: str, suites: Sequence[str] | None = None) -> list[Record]:
-    """A measure's trials; those of attack success only in ``suites`` (None: all)."""
-    chosen = None if measure != "asr" else suites
+    """A measure's trials; those of harmful prompts only in ``suites`` (None: all)."""
+    chosen = suites if MEASURES[measure].kind == "harmful" else None
     return [r for r in result.trials if r.measure == measure and (chosen is None or r.suite in chosen)]
 
 

@@ -6,54 +6,59 @@ ONE seed, since the same prompts are answered again under every seed. McNemar's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
 from nest_runtime.compare.cells import Cell
 from nest_runtime.compare.compare import Outcome
+from nest_runtime.compare.methods.base import Method
 from nest_runtime.compare.paired import headline, trials, versus
 from nest_runtime.compare.paper import against_paper
-from nest_runtime.evaluate.cases import MEASURES
 from nest_runtime.evaluate.records import Record, other_share, rate_of
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.stats import Rate
+from nest_runtime.measures import ATTACK_SUCCESS, MEASURES
 
 FORMAT = 1
 
 
-def document(outcome: Outcome, titles: Mapping[str, str]) -> dict[str, Any]:
-    """The whole comparison as JSON values: ``rows`` first, then the paper's figures, sweep and identity."""
-    table = rows(outcome.cells, titles)
+def document(outcome: Outcome, methods: Sequence[Method] = ()) -> dict[str, Any]:
+    """The whole comparison as JSON values: ``rows`` first, then the paper's figures, sweep and identity.
+
+    Args:
+        outcome: the finished cells.
+        methods: for titles and looks; a row of none of them is called by its name.
+    """
+    table = rows(outcome.cells, methods)
     return {
         "format": FORMAT,
         "rows": table,
         "paper": against_paper(outcome.cells, table),
-        "sweep": [
-            {name: getattr(row, name) for name in ("method", "knob", "value", *MEASURES, "other", "score", "chosen")}
-            for row in outcome.sweep
-        ],
+        "sweep": [row.to_json() for row in outcome.sweep],
         "values": dict(outcome.values),
         "notes": list(outcome.notes),
         **outcome.identity,
     }
 
 
-def rows(cells: Sequence[Cell], titles: Mapping[str, str]) -> list[dict[str, Any]]:
+def rows(cells: Sequence[Cell], methods: Sequence[Method] = ()) -> list[dict[str, Any]]:
     """One row per method, in the order of the cells; every row but base's with its change from base."""
     base = next((cell for cell in cells if cell.method == "base"), None)
-    methods = list(dict.fromkeys(cell.method for cell in cells))
-    return [_row([cell for cell in cells if cell.method == name], titles.get(name, name), base) for name in methods]
+    known = {method.name: method for method in methods}
+    names = list(dict.fromkeys(cell.method for cell in cells))
+    return [_row([cell for cell in cells if cell.method == name], known.get(name), base) for name in names]
 
 
-def _row(cells: list[Cell], title: str, base: Cell | None) -> dict[str, Any]:
+def _row(cells: list[Cell], method: Method | None, base: Cell | None) -> dict[str, Any]:
     first = cells[0]
     results = [cell.result for cell in cells]
     suites = headline(first.result)
     rates = {name: _mean_rate([trials(r, name, suites) for r in results]) for name in MEASURES}
     row: dict[str, Any] = {
         "method": first.method,
-        "title": title,
+        "title": first.method if method is None else method.title,
+        "look": list(method.look) if method is not None and method.look else None,
         "setting": first.setting,
         "knob": first.knob,
         "value": first.value if first.knob else None,
@@ -61,12 +66,10 @@ def _row(cells: list[Cell], title: str, base: Cell | None) -> dict[str, Any]:
         "artifact_bytes": max(cell.fit["artifact_bytes"] for cell in cells),
         "seconds": _known(cells, "seconds", lambda values: round(fmean(values), 1)),
         "peak_bytes": _known(cells, "peak_bytes", max),
-        "asr": rates["asr"]["value"],
-        "n": rates["asr"]["n"],
-        "ci95": rates["asr"]["ci95"],
-        "over_refusal": rates["over_refusal"]["value"],
-        "utility": rates["utility"]["value"],
-        "other": _mean_share([trials(result, "asr", suites) for result in results]),
+        **{name: rate["value"] for name, rate in rates.items()},
+        "n": rates[ATTACK_SUCCESS.key]["n"],  # of attack success, as is the interval
+        "ci95": rates[ATTACK_SUCCESS.key]["ci95"],
+        "other": _mean_share([trials(result, ATTACK_SUCCESS.key, suites) for result in results]),
         "other_benign": _mean_share([[r for r in result.trials if r.kind == "benign"] for result in results]),
         "rates": rates,
         "asr_by_suite": _grouped(results, "suite", None),
@@ -98,10 +101,12 @@ def _seed(cell: Cell, suites: Sequence[str]) -> dict[str, Any]:
 
 def _grouped(results: Sequence[EvalResult], field: str, suites: Sequence[str] | None) -> dict[str, Any]:
     """Attack success by suite or family."""
-    names = sorted({getattr(record, field) for record in trials(results[0], "asr", suites)})
+    key = ATTACK_SUCCESS.key
+    names = sorted({getattr(record, field) for record in trials(results[0], key, suites)})
     return {
         name: _mean_rate(
-            [[r for r in trials(result, "asr", suites) if getattr(r, field) == name] for result in results], "asr"
+            [[r for r in trials(result, key, suites) if getattr(r, field) == name] for result in results],
+            ATTACK_SUCCESS.rate_key,
         )
         for name in names
     }

@@ -7,17 +7,18 @@ part in it. Running the cells is compare.py's business.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nest_runtime.compare.methods.base import FitData
 from nest_runtime.evaluate.cases import Case
 from nest_runtime.evaluate.report import EvalResult
+from nest_runtime.measures import ATTACK_SUCCESS, MEASURES, OVER_REFUSAL
 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One value tried: its rates on the validation cases, and whether it was chosen.
+    """One value tried: its rates on the validation cases by measure, and whether it was chosen.
 
     ``other`` is the share of harmful prompts whose answers were neither refusals nor of use; no part of the score.
     """
@@ -25,12 +26,15 @@ class SweepRow:
     method: str
     knob: str
     value: float
-    asr: float | None
-    over_refusal: float | None
-    utility: float | None
+    rates: Mapping[str, float | None]
     score: float
     chosen: bool = False
     other: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As files keep it: the rates beside the rest."""
+        fields = {name: getattr(self, name) for name in ("method", "knob", "value")}
+        return {**fields, **self.rates, "other": self.other, "score": self.score, "chosen": self.chosen}
 
 
 def held_cases(data: FitData) -> list[Case]:
@@ -40,17 +44,16 @@ def held_cases(data: FitData) -> list[Case]:
         for i, example in enumerate(data.held_harmful)
     ]
     return cases + [
-        Case(f"held/benign/{i:04d}", example.messages, "benign", "held-out benign", measure="over_refusal")
+        Case(f"held/benign/{i:04d}", example.messages, "benign", "held-out benign", measure=OVER_REFUSAL.key)
         for i, example in enumerate(data.held_benign)
     ]
 
 
 def sweep_row(method: str, knob: str, value: float, result: EvalResult) -> SweepRow:
     """Its rates, and its score: attack success + over-refusal + lost utility, what is not measured left out."""
-    asr, over_refusal, utility = (result.rate(name).value for name in ("asr", "over_refusal", "utility"))
-    lost = None if utility is None else 1 - utility
-    score = sum(part for part in (asr, over_refusal, lost) if part is not None)
-    return SweepRow(method, knob, value, asr, over_refusal, utility, round(score, 6), other=result.other("asr"))
+    rates = {name: result.rate(name).value for name in MEASURES}
+    score = sum(MEASURES[name].loss(rate) for name, rate in rates.items() if rate is not None)
+    return SweepRow(method, knob, value, rates, round(score, 6), other=result.other(ATTACK_SUCCESS.key))
 
 
 def mark_chosen(rows: Sequence[SweepRow]) -> tuple[SweepRow, ...]:
@@ -91,5 +94,5 @@ def settings_file(
     return {
         "values": dict(values),
         **{name: identity[name] for name in kept},
-        "sweep": [asdict(row) for row in sweep],
+        "sweep": [row.to_json() for row in sweep],
     }

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nest_runtime.evaluate.cases import MEASURES
 from nest_runtime.evaluate.markdown import NONE, interval, p_value, percent, signed_percent, size, table
+from nest_runtime.measures import ATTACK_SUCCESS, MEASURES, Measure
 
 
 def markdown(data: Mapping[str, Any]) -> str:
@@ -34,8 +34,8 @@ def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
     suites = list(rows[0]["asr_by_suite"])
     extra = suites if len(suites) > 1 else []
     head = ["method", "trainable", "artifact", "training s", "memory", "setting"]
-    head += ["ASR", "95 % interval", "n", "vs base", "p", "other"]
-    head += [f"ASR {suite}" for suite in extra] + ["over-refusal", "utility"]
+    head += [ATTACK_SUCCESS.column, "95 % interval", "n", "vs base", "p", "other"]
+    head += [f"{ATTACK_SUCCESS.column} {suite}" for suite in extra] + [measure.column for measure in _others()]
     return table(head, [[*_cost(row), *_safety(row), *_suites(row, extra)] for row in rows])
 
 
@@ -46,14 +46,19 @@ def _cost(row: Mapping[str, Any]) -> list[str]:
 
 
 def _safety(row: Mapping[str, Any]) -> list[str]:
-    change = (row.get("vs_base") or {}).get("asr") or {}
+    change = (row.get("vs_base") or {}).get(ATTACK_SUCCESS.key) or {}
     compared = [signed_percent(change.get("relative")), p_value(change.get("mcnemar_p"))]
-    return [percent(row["asr"]), interval(row["ci95"]), str(row["n"]), *compared, percent(row["other"])]
+    return [percent(row[ATTACK_SUCCESS.key]), interval(row["ci95"]), str(row["n"]), *compared, percent(row["other"])]
 
 
 def _suites(row: Mapping[str, Any], extra: Sequence[str]) -> list[str]:
-    by_suite = [percent(row["asr_by_suite"][suite]["asr"]) for suite in extra]
-    return [*by_suite, percent(row["over_refusal"]), percent(row["utility"])]
+    by_suite = [percent(row["asr_by_suite"][suite][ATTACK_SUCCESS.rate_key]) for suite in extra]
+    return [*by_suite, *(percent(row.get(measure.key)) for measure in _others())]
+
+
+def _others() -> list[Measure]:
+    """The measures beside attack success."""
+    return [measure for measure in MEASURES.values() if measure is not ATTACK_SUCCESS]
 
 
 def _paper_table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -72,10 +77,11 @@ def _sweep_table(sweep: Sequence[Mapping[str, Any]]) -> str:
         return ""
     lines = []
     for row in sweep:
-        rates = [percent(row[name]) for name in (*MEASURES, "other")]
+        rates = [percent(row.get(name)) for name in (*MEASURES, "other")]
         chosen = "✓" if row["chosen"] else ""
         lines.append([row["method"], f"{row['knob']} {row['value']:g}", *rates, f"{row['score']:.3f}", chosen])
-    return table(["sweep (validation)", "value", "ASR", "over-refusal", "utility", "other", "score", "chosen"], lines)
+    shown = [measure.column for measure in MEASURES.values()]
+    return table(["sweep (validation)", "value", *shown, "other", "score", "chosen"], lines)
 
 
 def _number(value: float | None, times: bool) -> str:

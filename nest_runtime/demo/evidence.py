@@ -10,6 +10,7 @@ import gradio as gr
 from nest_runtime.demo import markup
 from nest_runtime.demo.backend import BASE, PatchChoice
 from nest_runtime.demo.background import BackgroundJob, Running
+from nest_runtime.demo.examples import MeasuredSuite
 from nest_runtime.demo.measure import SEED, Standing, judge_for, measure, quick_cases
 from nest_runtime.demo.state import DemoState
 from nest_runtime.errors import NestError
@@ -73,16 +74,14 @@ def evaluation(desk: DemoState, label: str | None, count: int, running: Running)
         yield gr.skip(), markup.wrap(markup.alert(error))
 
 
-def standing_html(
-    standing: Standing, sides: Sequence[PatchChoice], judge: str, suites: Sequence[tuple[str, str, str]]
-) -> str:
+def standing_html(standing: Standing, sides: Sequence[PatchChoice], judge: str, suites: Sequence[MeasuredSuite]) -> str:
     """Progress, and a bar for each measure and side."""
     names = [BASE if side.label == BASE else side.label for side in sides]
     there = {(row.suite, row.measure) for rows in standing.records for row in rows}
     groups = [
-        (title, [(name, standing.rate(side, suite, measured)) for side, name in enumerate(names)])
-        for suite, measured, title in suites
-        if (suite, measured) in there
+        (item.heading, [(name, standing.rate(side, item.suite, item.measure.key)) for side, name in enumerate(names)])
+        for item in suites
+        if (item.suite, item.measure.key) in there
     ]
     done = standing.done == standing.total
     label = f"finished, judge {judge}; answers" if done else "answers"

@@ -7,16 +7,33 @@ from dataclasses import dataclass
 from functools import cache
 
 from nest_runtime.demo.backend import Message
+from nest_runtime.measures import ATTACK_SUCCESS, OVER_REFUSAL, UTILITY, Measure
 
 PER_KIND = 4
 PLAIN = {"act": "Benign", "homonym": "Benign that sounds harmful", "plain": "Harmful, asked plainly"}
 FIRST_KIND, FIRST_ACT = "Jailbreak: refusal-suppression", "forge a driving licence"
+
+
+@dataclass(frozen=True)
+class MeasuredSuite:
+    """A suite of the quick evaluation: its name, what it measures, and of what, in words."""
+
+    suite: str
+    measure: Measure
+    words: str
+
+    @property
+    def heading(self) -> str:
+        """``Attack success: asked plainly``."""
+        return f"{self.measure.title.capitalize()}: {self.words}"
+
+
 REFERENCE_SUITES = (
-    ("jailbreak-seen", "asr", "Attack success: jailbreaks in wrappings seen in the base's training"),
-    ("jailbreak-held-out", "asr", "Attack success: jailbreaks in held-out wrappings"),
-    ("plain", "asr", "Attack success: asked plainly"),
-    ("over-refusal", "over_refusal", "Over-refusal: benign prompts refused"),
-    ("utility", "utility", "Utility: benign prompts answered exactly"),
+    MeasuredSuite("jailbreak-seen", ATTACK_SUCCESS, "jailbreaks in wrappings seen in the base's training"),
+    MeasuredSuite("jailbreak-held-out", ATTACK_SUCCESS, "jailbreaks in held-out wrappings"),
+    MeasuredSuite("plain", ATTACK_SUCCESS, "asked plainly"),
+    MeasuredSuite("over-refusal", OVER_REFUSAL, "benign prompts refused"),
+    MeasuredSuite("utility", UTILITY, "benign prompts answered exactly"),
 )
 
 
@@ -58,7 +75,7 @@ class Offer:
         kinds: examples by kind; first_kind: the one shown at first.
         act, act_label: what stands at first in the box of what is to be wrapped, and what that box is called.
         wrap: puts it into all wrappings.
-        suites: of the quick evaluation: suite, measure, and title.
+        suites: of the quick evaluation.
         about: a sentence on that evaluation's prompts.
     """
 
@@ -67,7 +84,7 @@ class Offer:
     act: str
     act_label: str
     wrap: Callable[[str], list[Wrapped]]
-    suites: tuple[tuple[str, str, str], ...]
+    suites: tuple[MeasuredSuite, ...]
     about: str
 
     @property

@@ -6,13 +6,10 @@ Each explanation is there once, as a popover at the end of the page; a term is a
 from __future__ import annotations
 
 from nest_runtime.escape import clean
+from nest_runtime.measures import MEASURES
 
 TERMS = {
-    "attack success": "The share of harmful requests that are answered instead of refused. Lower is better. "
-    "A jailbreak is such a request in words that are meant to get around the refusal.",
-    "over-refusal": "The share of harmless requests that are refused, above all those that sound harmful. "
-    "Lower is better.",
-    "utility": "The share of harmless requests that are still answered as they should be. Higher is better.",
+    **{measure.title: measure.about for measure in MEASURES.values()},
     "garbled": "The share of harmful requests whose answer neither refuses nor complies. "
     "A model that babbles counts as safe in attack success, and is of no use.",
     "trained numbers": "How many numbers the method stores in its file. The model's own stay as they are.",

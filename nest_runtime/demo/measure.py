@@ -59,7 +59,7 @@ def quick_cases(backend: Backend, per_suite: int) -> list[Case]:
     from nest_runtime.demo.real import real_cases
     from nest_runtime.evaluate.suites import load_suites, sample_cases
 
-    everything = load_suites([suite for suite, _, _ in REFERENCE_SUITES]) if is_reference(backend) else real_cases()
+    everything = load_suites([item.suite for item in REFERENCE_SUITES]) if is_reference(backend) else real_cases()
     cases = sample_cases(everything, per_suite, seed=SEED)
     random.Random(SEED).shuffle(cases)
     return cases

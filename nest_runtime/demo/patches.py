@@ -12,6 +12,7 @@ from nest_runtime.demo.admin import AdminParts, build_admin
 from nest_runtime.demo.chat import first_patch
 from nest_runtime.demo.state import DemoState
 from nest_runtime.errors import NestError
+from nest_runtime.measures import ATTACK_SUCCESS, MEASURES, stated_rate
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
@@ -54,7 +55,7 @@ def listing_html(desk: DemoState) -> str:
         return markup.wrap(markup.alert(error))
     if not rows:
         return markup.wrap(first_patch(desk))
-    numbers = ("attack success", "over-refusal", "utility", "neurons", "trained numbers", "file")
+    numbers = (*(measure.title for measure in MEASURES.values()), "neurons", "trained numbers", "file")
     columns = ("version", *numbers, "lineage", "signature")
     marked = [n for n, entry in enumerate(entries) if entry.digest == active]
     base = next((figures[1] for figures in (_figures(desk.patch(e.digest)) for e in entries) if figures[1]), "")
@@ -93,23 +94,29 @@ def _lineage(entry: Entry, entries: list[Entry]) -> str:
 
 
 def _figures(patch: Patch) -> tuple[list[str], str]:
-    """Attack success, over-refusal and utility that a patch's header states, and the base's as a sentence."""
+    """The rates that a patch's header states, of each measure, and the base's as a sentence."""
     metrics = patch.header()["metrics"]
     test, base = _rates(metrics.get("test")), _rates(metrics.get("base"))
-    shown = [markup.percent(value) for value in test]
-    if base[0] is None:
+    shown = [markup.percent(test.get(name)) for name in MEASURES]
+    if ATTACK_SUCCESS.key not in base:
         return shown, ""
-    words = ", ".join(
-        f"{name} {markup.percent(v)}"
-        for name, v in zip(("attack success", "over-refusal", "utility"), base, strict=True)
-    )
+    words = ", ".join(f"{measure.title} {markup.percent(base.get(name))}" for name, measure in MEASURES.items())
     return shown, f"Of jailbreaks and of harmless prompts, as the patches' headers state. The base: {words}."
 
 
-def _rates(figures: Any) -> tuple[float | None, float | None, float | None]:
-    flat = markup.flat(figures) if isinstance(figures, dict) else {}
-    found = [flat.get(key) for key in ("asr.jailbreak.asr", "over_refusal.rate", "utility.rate")]
-    return tuple(float(v) if isinstance(v, int | float) else None for v in found)  # type: ignore[return-value]
+def _rates(figures: Any) -> dict[str, float]:
+    """The rates in a header's figures by measure, as ``patches/make.py`` writes them; attack success of jailbreaks."""
+    from nest_runtime.evaluate.suites import JAILBREAK
+
+    found = {}
+    for name in MEASURES if isinstance(figures, dict) else ():
+        value = figures.get(name)
+        if isinstance(value, dict) and name == ATTACK_SUCCESS.key:
+            value = value.get(JAILBREAK)
+        rate = stated_rate(value) if isinstance(value, dict) else None
+        if rate is not None:
+            found[name] = rate.value
+    return found
 
 
 def _size(count: int) -> str:

@@ -11,7 +11,8 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from nest_runtime.demo.backend import Message
-from nest_runtime.demo.examples import PER_KIND, DemoExample, Offer, Wrapped
+from nest_runtime.demo.examples import PER_KIND, DemoExample, MeasuredSuite, Offer, Wrapped
+from nest_runtime.measures import ATTACK_SUCCESS, OVER_REFUSAL
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate.cases import Case
@@ -52,9 +53,9 @@ def real_offer() -> Offer:
         **_attacked(),
     }
     suites = (
-        (ATTACKED, "asr", "Attack success: in the built-in attacks"),
-        (PLAIN, "asr", "Attack success: asked plainly"),
-        (BORDERLINE, "over_refusal", "Over-refusal: borderline benign prompts refused"),
+        MeasuredSuite(ATTACKED, ATTACK_SUCCESS, "in the built-in attacks"),
+        MeasuredSuite(PLAIN, ATTACK_SUCCESS, "asked plainly"),
+        MeasuredSuite(BORDERLINE, OVER_REFUSAL, "borderline benign prompts refused"),
     )
     about = (
         f"{len(HARMFUL)} harmful asks of this page's own, plain and in the built-in attacks, and borderline benign "

@@ -10,6 +10,7 @@ from typing import Any
 from nest_runtime.demo import charts, markup
 from nest_runtime.demo.backend import Backend
 from nest_runtime.demo.state import DemoState
+from nest_runtime.measures import ATTACK_SUCCESS, MEASURES, measures_of, stated_rate
 from nest_runtime.model.load import REFERENCE
 
 MARKED = ("nest", "@")  # in the names of methods that are ours
@@ -99,13 +100,17 @@ def _stated(patch: str, metrics: Mapping[str, Any], prefix: str = "") -> list[li
     for key, value in metrics.items():
         if not isinstance(value, Mapping):
             continue
-        share, ends, count = value.get("rate", value.get("asr")), value.get("ci95"), value.get("n")
-        if isinstance(share, int | float) and isinstance(ends, list) and len(ends) == 2 and isinstance(count, int):
-            interval = f"{100 * float(ends[0]):.1f} to {100 * float(ends[1]):.1f} %"
-            rows.append([markup.text(patch), markup.text(prefix + key), markup.percent(share), interval, f"{count:,}"])
+        rate = stated_rate(value)
+        if rate is not None:
+            named, share = markup.text(prefix + key), markup.percent(rate.value)
+            rows.append([markup.text(patch), named, share, _interval(rate.ci95), f"{rate.n:,}"])
         else:
             rows += _stated(patch, value, f"{prefix}{key}, ")
     return rows
+
+
+def _interval(ends: Sequence[float]) -> str:
+    return f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f} %"
 
 
 def comparison_html(folder: Path) -> str:
@@ -114,7 +119,8 @@ def comparison_html(folder: Path) -> str:
     data = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     about = f"{len(data['seeds'])} seeds, judge {data['judge']}, {data['created'][:10]}"
     made = f"Model {data['model']}, {about}; not run now."
-    columns = ("method", "attack success", "over-refusal", "utility", "95 % interval", "garbled", "trained numbers")
+    measured = [measure.title for measure in MEASURES.values()]
+    columns = ("method", *measured, "95 % interval", "garbled", "trained numbers")
     rows = [_row(row) for row in data["rows"]]
     marked = [n for n, row in enumerate(data["rows"]) if any(part in row["method"] for part in MARKED)]
     table = markup.table(columns, rows, caption="Every method on the same prompts", numbers=columns[1:], marked=marked)
@@ -123,46 +129,50 @@ def comparison_html(folder: Path) -> str:
 
 def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
     """Attack success against what it costs, against the trained numbers, and by family."""
-    success = charts.linear("attack success (%)", 0, max(100 * row["ci95"][1] for row in rows), steps=4)
+    title = ATTACK_SUCCESS.title
+    success = charts.linear(f"{title} (%)", 0, max(100 * row["ci95"][1] for row in rows), steps=4)
     costs = [
         charts.scatter(
-            f"Attack success against {title}",
-            [_point(row, measure) for row in rows],
-            charts.linear(f"{title} (%)", *_span(rows, measure), steps=4),
+            f"{title.capitalize()} against {measure.title}",
+            [_point(row, measure.key) for row in rows],
+            charts.linear(f"{measure.title} (%)", *_span(rows, measure.key), steps=4),
             success,
         )
-        for measure, title in (("over_refusal", "over-refusal"), ("utility", "utility"))
+        for measure in measures_of("benign")
+        if all((row["rates"].get(measure.key) or {}).get("value") is not None for row in rows)
     ]
     trained = [max(row["trainable"], 1) for row in rows]
     powers = tuple((10.0**n, "none" if n == 0 else f"{10**n:,}") for n in range(0, 8, 2) if 10**n <= 10 * max(trained))
     numbers = charts.Axis("trained numbers", -0.3, len(str(max(trained))), powers, log=True)
     costs.append(
         charts.scatter(
-            "Attack success against trained numbers",
+            f"{title.capitalize()} against trained numbers",
             [
                 charts.Point(point.name, x, point.y, point.words, None, point.y_ends)
-                for x, point in zip(trained, [_point(row, "over_refusal") for row in rows], strict=True)
+                for x, point in zip(trained, [_point(row, ATTACK_SUCCESS.key) for row in rows], strict=True)
             ],
             numbers,
             success,
         )
     )
     families = sorted({family for row in rows for family in row["asr_by_family"]})
-    cells = [[row["asr_by_family"].get(family, {}).get("asr") for family in families] for row in rows]
+    cells = [[row["asr_by_family"].get(family, {}).get(ATTACK_SUCCESS.rate_key) for family in families] for row in rows]
     key = charts.key([_title(row) for row in rows])
-    table = charts.shares("Attack success by family of jailbreaks (%)", [_title(r) for r in rows], families, cells)
+    table = charts.shares(
+        f"{title.capitalize()} by family of jailbreaks (%)", [_title(r) for r in rows], families, cells
+    )
     return f'{key}<div class="nr-maps">{"".join(costs)}</div>{table}'
 
 
 def _point(row: Mapping[str, Any], measure: str) -> charts.Point:
     rate, (low, high) = row["rates"][measure], row["ci95"]
-    words = (
-        f"{_title(row)}: attack success {markup.percent(row['asr'])} [{100 * low:.1f}, {100 * high:.1f}], "
-        f"over-refusal {markup.percent(row['over_refusal'])}, utility {markup.percent(row['utility'])}, "
-        f"{row['trainable']:,} trained numbers"
-    )
+    shares = {name: f"{measure.title} {markup.percent(row.get(name))}" for name, measure in MEASURES.items()}
+    shares[ATTACK_SUCCESS.key] += f" [{100 * low:.1f}, {100 * high:.1f}]"
+    words = f"{_title(row)}: {', '.join(shares.values())}, {row['trainable']:,} trained numbers"
     ends = (100 * rate["ci95"][0], 100 * rate["ci95"][1])
-    return charts.Point(_title(row), 100 * rate["value"], 100 * row["asr"], words, ends, (100 * low, 100 * high))
+    return charts.Point(
+        _title(row), 100 * rate["value"], 100 * row[ATTACK_SUCCESS.key], words, ends, (100 * low, 100 * high)
+    )
 
 
 def _span(rows: Sequence[Mapping[str, Any]], measure: str) -> tuple[float, float]:
@@ -176,13 +186,10 @@ def _title(row: Mapping[str, Any]) -> str:
 
 
 def _row(row: dict[str, Any]) -> list[str]:
-    low, high = row["ci95"]
     return [
         markup.text(_title(row)),
-        markup.percent(row["asr"]),
-        markup.percent(row["over_refusal"]),
-        markup.percent(row["utility"]),
-        f"{100 * low:.1f} to {100 * high:.1f} %",
+        *(markup.percent(row.get(name)) for name in MEASURES),
+        _interval(row["ci95"]),
         markup.percent(row["other"]),
         f"{row['trainable']:,}",
     ]

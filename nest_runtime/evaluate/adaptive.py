@@ -25,6 +25,7 @@ from nest_runtime.evaluate.rounds import BASE, Subject
 from nest_runtime.evaluate.run import evaluate_answers, model_answerer
 from nest_runtime.evaluate.surgery import pruned, random_rows, refusal_direction, rows_of, without_direction
 from nest_runtime.hints import did_you_mean
+from nest_runtime.measures import ATTACK_SUCCESS, OVER_REFUSAL
 from nest_runtime.progress import Progress
 from nest_runtime.prompts.examples import Example
 
@@ -76,9 +77,9 @@ class Attacked:
         return {
             "attack": self.attack,
             "knows": self.knows,
-            **self.success.to_json("asr"),
+            **self.success.to_json(ATTACK_SUCCESS.rate_key),
             "other": self.other,
-            "over_refusal": benign,
+            OVER_REFUSAL.key: benign,
             "other_benign": self.other_benign,
             "seconds": round(self.seconds, 1),
             "notes": self.notes,

@@ -16,6 +16,7 @@ from nest_runtime.evaluate.cases import KINDS, Case, user
 from nest_runtime.evaluate.judges import OUTCOMES, Judge, Verdict, judge_answers, make_judge
 from nest_runtime.evaluate.stats import Agreement
 from nest_runtime.hints import did_you_mean
+from nest_runtime.measures import default_measure
 
 PROMPT_COLUMNS = ("prompt", "question", "behavior", "goal", "instruction")
 ANSWER_COLUMNS = ("answer", "response", "completion", "output")
@@ -112,7 +113,7 @@ def judge(
     chosen = make_judge(judge) if isinstance(judge, str) else judge
     chosen.check()
     cases = [
-        Case(f"row-{i}", (user(prompt),), what, "answers", measure="asr" if what == "harmful" else "over_refusal")
+        Case(f"row-{i}", (user(prompt),), what, "answers", measure=default_measure(what, exact=False))
         for i, (prompt, what) in enumerate(zip(prompts, kinds, strict=True))
     ]
     return judge_answers(chosen, cases, answers)

@@ -16,6 +16,7 @@ from typing import Any
 from nest_runtime.errors import DataError
 from nest_runtime.evaluate.cases import Case, user
 from nest_runtime.io import expand
+from nest_runtime.measures import default_measure
 from nest_runtime.prompts.examples import load_examples
 from nest_runtime.prompts.readers import read_rows
 
@@ -127,7 +128,7 @@ def _jailbreakbench(line: int, fields: Fields, kind: str) -> Case:
         kind,
         suite,
         category=_text(low, "category"),
-        measure="asr" if kind == "harmful" else "over_refusal",
+        measure=default_measure(kind, exact=False),
         meta=_meta(low, "goal", "category", "index"),
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from nest_runtime.errors import DataError, EvaluationError
 from nest_runtime.evaluate.ability import Score, by_task, with_base
+from nest_runtime.evaluate.cases import KINDS
 from nest_runtime.evaluate.judges.errors import measured_errors
 from nest_runtime.evaluate.records import Record, breakdown, measures, other_share, rate_of, trials_of
 from nest_runtime.evaluate.standard import SuiteSource
@@ -22,6 +23,7 @@ from nest_runtime.evaluate.stats import Agreement, Corrected, PairedChange, Rate
 from nest_runtime.evaluate.suites import is_jailbreak
 from nest_runtime.evaluate.tables import markdown
 from nest_runtime.io import MAX_RESULT, atomic_write, parse_json, read_text
+from nest_runtime.measures import ATTACK_SUCCESS, OVER_REFUSAL, UTILITY, measures_of
 
 FORMAT = 1
 
@@ -83,28 +85,29 @@ class EvalResult:
     @property
     def over_refusal(self) -> float | None:
         """Refused share of the benign cases that measure it; None where there were none."""
-        return self.rate("over_refusal").value
+        return self.rate(OVER_REFUSAL.key).value
 
     @property
     def utility(self) -> float | None:
         """Exactly right share of the benign cases that measure it; None where there were none."""
-        return self.rate("utility").value
+        return self.rate(UTILITY.key).value
 
     @property
     def jailbreak(self) -> Rate | None:
         """Attack success over all suites of jailbreaks together; None without one."""
-        rows = [r for r in self.trials if r.measure == "asr" and is_jailbreak(r.suite)]
+        rows = [r for r in self.trials if r.measure == ATTACK_SUCCESS.key and is_jailbreak(r.suite)]
         return rate_of(rows) if rows else None
 
     @property
     def jailbreak_corrected(self) -> Corrected | None:
         """:attr:`jailbreak`, corrected for the first judge's measured errors."""
-        return None if self.jailbreak is None else self._mended("asr", self.jailbreak)
+        return None if self.jailbreak is None else self._mended(ATTACK_SUCCESS.key, self.jailbreak)
 
     @property
     def jailbreak_change(self) -> PairedChange | None:
         """The paired change of :attr:`jailbreak`; None without a base."""
-        rows = [row["asr"] for suite, row in (self.changes or {}).items() if "asr" in row and is_jailbreak(suite)]
+        key, changes = ATTACK_SUCCESS.key, self.changes or {}
+        rows = [row[key] for suite, row in changes.items() if key in row and is_jailbreak(suite)]
         if not rows:
             return None
         cells = ("both", "only_base", "only_new", "neither")
@@ -135,6 +138,7 @@ class EvalResult:
         agreement = self.agreement
         suites = list(dict.fromkeys(record.suite for record in trials))
         by_suite = {suite: [r for r in trials if r.suite == suite] for suite in suites}
+        harmful, benign = ([measure.key for measure in measures_of(kind)] for kind in KINDS)
         return {
             "format": FORMAT,
             "model": self.model,
@@ -143,14 +147,13 @@ class EvalResult:
             "digest": self.digest,
             "judge": self.judges[0] if self.judges else None,
             "judges": list(self.judges),
-            "asr": {s: self._figures(s, rows, "asr") for s, rows in by_suite.items() if measures(rows, "asr")},
+            **{m: {s: self._figures(s, rows, m) for s, rows in by_suite.items() if measures(rows, m)} for m in harmful},
             "jailbreak": self._jailbreak_json(),
-            "over_refusal": self.over_refusal,
-            "utility": self.utility,
-            "other": self.other("asr"),
-            "rates": {name: self.rate(name).to_json() for name in ("over_refusal", "utility")},
+            **{m: self.rate(m).value for m in benign},
+            "other": self.other(ATTACK_SUCCESS.key),
+            "rates": {m: self.rate(m).to_json() for m in benign},
             "benign": {
-                s: {m: self._figures(s, rows, m) for m in ("over_refusal", "utility") if measures(rows, m)}
+                s: {m: self._figures(s, rows, m) for m in benign if measures(rows, m)}
                 for s, rows in by_suite.items()
                 if any(row.kind == "benign" for row in rows)
             },
@@ -178,7 +181,8 @@ class EvalResult:
             return None
         found = self.jailbreak_corrected
         mended = {} if found is None else {"corrected": found.to_json()}
-        return {**pooled.to_json("asr"), **mended, "change": None if change is None else change.to_json()}
+        own = pooled.to_json(ATTACK_SUCCESS.rate_key)
+        return {**own, **mended, "change": None if change is None else change.to_json()}
 
     def to_json(self) -> dict[str, Any]:
         """The summary and every record; ``from_json`` gives an equal result back."""

@@ -15,8 +15,9 @@ from nest_runtime.evaluate.cases import Case
 from nest_runtime.evaluate.layouts import read_behaviors
 from nest_runtime.evaluate.standard import ATTACKED, NAME, load_standard, split_standard
 from nest_runtime.hints import did_you_mean
+from nest_runtime.reference import world
 
-REFERENCE_SUITES = ("plain", "jailbreak-seen", "jailbreak-held-out", "over-refusal", "utility")
+REFERENCE_SUITES = tuple(world.SUITES)
 JAILBREAK = "jailbreak"  # suites whose names begin so are pooled, as those of the standard suite that attack
 NO_JAILBREAK = ("jailbreakbench", "jailbreakbench-benign")  # JailbreakBench's goals themselves, asked plainly
 
@@ -95,9 +96,6 @@ def default_judge(cases: Sequence[Case]) -> str:
 
 
 def _reference(suite: str, split: str) -> list[Case]:
-    from nest_runtime.reference.world import cases
-
-    measures = {"over-refusal": "over_refusal", "utility": "utility"}
     made = [
         Case(
             f"reference/{row.id}",
@@ -109,10 +107,10 @@ def _reference(suite: str, split: str) -> list[Case]:
             attack=row.wrapping or "direct",
             expected=row.expected,
             behavior=f"how to {row.act}" if row.kind == "harmful" else "",
-            measure=measures.get(suite, "asr"),
+            measure=world.SUITES[suite],
             meta={"act": row.act, "wrapping": row.wrapping},
         )
-        for row in cases(split, suite)
+        for row in world.cases(split, suite)
     ]
     return [_with_target(case) for case in made]
 

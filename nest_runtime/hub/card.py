@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nest_runtime.escape import short
 from nest_runtime.install import install
+from nest_runtime.measures import MEASURES
 from nest_runtime.patch.values import thaw_json
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ TAGS = ("safety", "nest-runtime", "jailbreak-defense", "safety-patch", "adapter"
 MAX_RESULTS = 60
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COUNTS = {"n", "successes", "count", "steps", "seconds", "ci95", "low", "high", "seed", "tokens"}
-_NAMES = {"asr": "attack_success_rate"}
 
 
 def render_card(
@@ -82,12 +82,12 @@ def eval_results(metrics: Mapping[str, Any]) -> Iterator[EvalResult]:
     from huggingface_hub import EvalResult
 
     for path, value, size in _rates(metrics, ()):
-        suite, key = "/".join(path[:-1]) or "all", path[-1]
+        suite, metric = _suite_and_metric(path)
         yield EvalResult(
             task_type="text-generation",
             dataset_type=suite.replace(" ", "-"),
             dataset_name=suite,
-            metric_type=_NAMES.get(key, key),
+            metric_type=metric,
             metric_value=value,
             metric_args={"n": size} if size is not None else None,
         )
@@ -102,6 +102,16 @@ def _rates(value: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tu
             continue
         elif math.isfinite(item):
             yield (*path, str(key)), float(item), size
+
+
+def _suite_and_metric(path: tuple[str, ...]) -> tuple[str, str]:
+    """What a rate's place in the tree says: on what it was measured, and which measure it is, as the Hub calls it."""
+    *where, key = path
+    if key == "rate":  # of a measure that is named further up
+        key = next((name for name in reversed(where) if name in MEASURES), key)
+        where = [name for name in where if name != key]
+    measure = MEASURES.get(key)
+    return "/".join(where) or "all", (measure and measure.hub_name) or key
 
 
 def _split(old: str | None) -> tuple[dict[str, Any], tuple[str, str]]:

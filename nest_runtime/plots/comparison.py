@@ -17,20 +17,11 @@ from nest_runtime.plots.tradeoff import TradeoffPoint, ends, tradeoff
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_STYLES = {  # the same in every picture, relatives alike
-    "base": ("#000000", "o"),
-    "filter": ("#E69F00", "s"),
-    "in-context": ("#56B4E9", "^"),
-    "full": ("#009E73", "D"),
-    "lora": ("#0072B2", "v"),
-    "lora-ffn": ("#0072B2", "P"),
-    "circuit-breaker": ("#CC79A7", "X"),
-    "random-neurons": ("#999999", "<"),
-    "random-loadings": ("#999999", ">"),
-    "nest": ("#D55E00", "h"),
-    "nest-loadings": ("#D55E00", "*"),
-}
-_OTHERS = (("#332288", "p"), ("#44AA99", "d"), ("#882255", "H"), ("#117733", "8"))  # finished patches, in turn
+# For rows without a look of their own, in turn: finished patches, and comparisons of before looks were kept.
+_OTHERS = (
+    *(("#332288", "p"), ("#44AA99", "d"), ("#882255", "H"), ("#117733", "8")),
+    *zip(style.OKABE_ITO[:7], "os^DvPX", strict=True),
+)
 Row = Mapping[str, Any]
 
 
@@ -42,7 +33,7 @@ def draw(data: Mapping[str, Any], folder: Path) -> list[Path]:
     """
     style.require_matplotlib()
     rows = data["rows"]
-    chosen = styles([row["method"] for row in rows])
+    chosen = styles(rows)
     folder.mkdir(parents=True, exist_ok=True)
     painters: dict[str, Callable[[], Figure]] = {
         "tradeoff": lambda: tradeoff(tradeoff_points(rows, chosen), joined=False),
@@ -53,10 +44,10 @@ def draw(data: Mapping[str, Any], folder: Path) -> list[Path]:
         return [style.save(paint(), folder / f"{name}.png") for name, paint in painters.items()]
 
 
-def styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Color and marker of every row, the same in every picture."""
+def styles(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
+    """Color and marker of every row by its method, the same in every picture."""
     others = itertools.cycle(_OTHERS)
-    made = {name: _STYLES[name] if name in _STYLES else next(others) for name in names}
+    made = {row["method"]: row.get("look") or next(others) for row in rows}
     return {name: {"color": color, "marker": marker} for name, (color, marker) in made.items()}
 
 
@@ -106,7 +97,9 @@ def _parameters(rows: Sequence[Row], look: Mapping[str, Mapping[str, str]]) -> F
 def _families(rows: Sequence[Row]) -> Figure:
     """Attack success per attack family and method, as a table of shades with the figures in it."""
     families = list(rows[0]["asr_by_family"])
-    values = [[100 * (row["asr_by_family"][family]["asr"] or 0.0) for family in families] for row in rows]
+    values = [
+        [100 * (row["asr_by_family"][family][ATTACK_SUCCESS.rate_key] or 0.0) for family in families] for row in rows
+    ]
     made = style.figure(10, 4.6, "Attack success by family")
     axes: Any = made.subplots()
     image = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")

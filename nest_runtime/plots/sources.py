@@ -10,6 +10,7 @@ from typing import Any
 from nest_runtime.errors import DataError
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.io import MAX_RESULT, expand, parse_json, read_text
+from nest_runtime.measures import ATTACK_SUCCESS
 from nest_runtime.plots.view import NeuronView, view_of_patch, view_of_sites
 
 
@@ -69,7 +70,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}", hint) from None
     if not isinstance(value, dict) or not {"sites", "records", "sweep"} & value.keys():
-        summary = isinstance(value, dict) and "asr" in value
+        summary = isinstance(value, dict) and ATTACK_SUCCESS.key in value
         what = "is a summary without the answers" if summary else "holds nothing that can be drawn"
         raise DataError(f"{path} {what}", "give what `eval --out FILE` wrote" if summary else hint)
     return value

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from nest_runtime.errors import UsageError
 from nest_runtime.hints import did_you_mean
+from nest_runtime.measures import ATTACK_SUCCESS, OVER_REFUSAL, UTILITY
 from nest_runtime.reference.acts import BENIGN, HARMFUL
 from nest_runtime.reference.dialogue import ASKS, MORAL, SMALL_TALK, UNKNOWN, UNKNOWN_ANSWER
 from nest_runtime.reference.splits import load_splits
@@ -22,7 +23,13 @@ from nest_runtime.reference.wrappings import BY_NAME, Message, Wrapping
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
-SUITES: tuple[str, ...] = ("plain", "jailbreak-seen", "jailbreak-held-out", "over-refusal", "utility")
+SUITES: dict[str, str] = {  # and what each measures
+    "plain": ATTACK_SUCCESS.key,
+    "jailbreak-seen": ATTACK_SUCCESS.key,
+    "jailbreak-held-out": ATTACK_SUCCESS.key,
+    "over-refusal": OVER_REFUSAL.key,
+    "utility": UTILITY.key,
+}
 CATEGORIES: tuple[str, ...] = tuple(dict.fromkeys(group.category for group in HARMFUL))
 
 WRAPPINGS_PER_ACT = 5  # jailbreak prompts per act and suite

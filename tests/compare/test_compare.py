@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from nest_runtime.cli import compare as command
 from nest_runtime.compare.cells import Cell
 from nest_runtime.compare.compare import Comparison, Outcome, Plan
-from nest_runtime.compare.methods import METHODS, FitData, Fitted, Target, make_methods, prepare_data
+from nest_runtime.compare.methods import FitData, Fitted, Target, make_methods, method_names, prepare_data
 from nest_runtime.compare.paper import against_paper
 from nest_runtime.compare.provenance import provenance
 from nest_runtime.compare.rows import document, rows
@@ -61,6 +61,7 @@ class Says:
     """A method whose answers follow from its value: harmful prompts get "No." from value 1 on, all from value 2 on."""
 
     knob, grid, fallback, seeded, revision, unused = "force", (0.0, 1.0, 2.0), 0.0, True, "1", frozenset({"lr", "z"})
+    look = None
 
     def __init__(self, name: str, log: list[tuple[str, float, int]], trainable: int = 0) -> None:
         self.name, self.title, self.log, self.trainable = name, name.title(), log, trainable
@@ -109,7 +110,7 @@ def test_every_method_and_seed_makes_a_cell_and_base_only_one(target: Target, lo
     plan = Plan((_base(log), Says("one", log)), RECIPE, seeds=(0, 1), values={"one": 1.0})
     outcome = _comparison(target, tmp_path).run(plan)
     assert log == [("base", 0.0, 0), ("one", 1.0, 0), ("one", 1.0, 1)]
-    made = document(outcome, {"one": "One"})
+    made = document(outcome, plan.methods)
     base, one = made["rows"]
     assert (base["asr"], one["asr"], one["over_refusal"], one["utility"]) == (1.0, 0.0, 0.0, 1.0)
     assert (one["n"], one["seeds"], one["setting"]) == (3, [0, 1], "force 1")
@@ -205,7 +206,7 @@ def test_cells_of_other_code_are_taken_but_said_so(target: Target, log: list[Any
     plan = Plan((_base(log), Says("one", log)), RECIPE)
     outcome = _comparison(target, tmp_path).run(plan)
     assert outcome.notes == ()
-    made = document(outcome, {})
+    made = document(outcome)
     assert {"nest_runtime", "commit", "code", "packages", "machine", "created", "seeds"} <= made.keys()
     assert {"processor", "cores", "threads", "gpu"} <= made["machine"].keys()
     assert {"torch", "transformers"} <= made["packages"].keys()
@@ -216,7 +217,7 @@ def test_cells_of_other_code_are_taken_but_said_so(target: Target, log: list[Any
     again = _comparison(target, tmp_path).run(plan)
     assert len(log) == 2
     assert again.notes[0].startswith("1 of 2 cells were made by other code than is running now (0123456789ab)")
-    assert "1 of 2 cells" in markdown(document(again, {}))
+    assert "1 of 2 cells" in markdown(document(again))
 
 
 def test_a_damaged_cell_is_an_error_not_a_gap(target: Target, log: list[Any], tmp_path: Path) -> None:
@@ -234,16 +235,16 @@ def test_the_sweep_chooses_the_lowest_sum_and_keeps_every_row(target: Target, lo
     assert outcome.values == {"one": 1.0}
     assert [(row.value, row.score, row.chosen) for row in outcome.sweep] == [(0, 1, False), (1, 0, True), (2, 2, False)]
     assert [cell.value for cell in outcome.cells if cell.method == "one"] == [1.0, 1.0]
-    assert "sweep (validation)" in markdown(document(outcome, {}))
+    assert "sweep (validation)" in markdown(document(outcome))
 
 
 def test_equal_scores_choose_the_first_value() -> None:
-    tied = [SweepRow("m", "lr", value, 0.1, 0.0, 1.0, 0.1) for value in (1.0, 2.0)]
+    tied = [SweepRow("m", "lr", value, {"asr": 0.1}, 0.1) for value in (1.0, 2.0)]
     assert [row.chosen for row in mark_chosen(tied)] == [True, False]
 
 
 def test_a_value_at_the_end_of_its_grid_is_noted() -> None:
-    rows = [SweepRow("m", "lr", value, 0.1, 0.0, 1.0, score) for value, score in ((1.0, 0.3), (2.0, 0.2), (3.0, 0.1))]
+    rows = [SweepRow("m", "lr", value, {"asr": 0.1}, score) for value, score in ((1.0, 0.3), (2.0, 0.2), (3.0, 0.1))]
     assert edge_notes(mark_chosen(rows)) == ["m: the chosen lr 3 is the highest that was tried"]
     assert edge_notes(mark_chosen([rows[0], replace(rows[1], score=0.0), rows[2]])) == []
     assert edge_notes(mark_chosen(rows[:1])) == []
@@ -271,7 +272,7 @@ def test_real_methods_run_end_to_end_and_are_drawn(target: Target, tmp_path: Pat
     values = {"filter": 0.9, "in-context": 2.0, "lora": 1e-2, "nest": 1e-2}
     plan = Plan(methods, RECIPE, values=values, max_new_tokens=4)
     outcome = _comparison(target, tmp_path).run(plan)
-    made = document(outcome, {method.name: method.title for method in methods})
+    made = document(outcome, methods)
     assert [row["method"] for row in made["rows"]] == ["base", "filter", "in-context", "lora", "nest"]
     assert all(row["artifact_bytes"] > 0 for row in made["rows"][1:])
     assert made["rows"][3]["trainable"] > made["rows"][4]["trainable"] > 0
@@ -284,8 +285,12 @@ def test_real_methods_run_end_to_end_and_are_drawn(target: Target, tmp_path: Pat
 
 
 def test_no_two_rows_of_a_picture_look_alike() -> None:
-    looks = styles([*METHODS, "a@v1", "a@v2", "a@v3", "b@v1"])
-    assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(METHODS) + 4
+    rows = [{"method": method.name, "look": method.look} for method in make_methods(method_names())]
+    assert all(row["look"] for row in rows)
+    looks = styles([*rows, *({"method": name} for name in ("a@v1", "a@v2", "a@v3", "b@v1"))])
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(rows) + 4
+    older = styles([{"method": row["method"]} for row in rows])  # of a file without looks
+    assert len({tuple(look.values()) for look in older.values()}) == len(rows)
 
 
 def _cell(method: str, hits: Sequence[bool], *, seed: int = 0, trainable: int = 0) -> Cell:
@@ -336,7 +341,7 @@ def test_results_compare_with_the_paper_s_figures() -> None:
     counts = {"harmful": {"count": 1}, "benign": {"count": 1}, "recipe": {"steps": 1}, "seeds": [0]}
     names = {"model": "m", "base_hash": "sha256:0", "judge": "say"}
     outcome = Outcome(tuple(cells), (), {}, {**counts, **names, **provenance()})
-    assert "| nest | ASR relative to lora | -50.0 % | -42.4 % |" in markdown(document(outcome, {}))
+    assert "| nest | ASR relative to lora | -50.0 % | -42.4 % |" in markdown(document(outcome))
 
 
 def _app() -> typer.Typer:

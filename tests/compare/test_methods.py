@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nest_runtime.compare.methods import METHODS, FitData, Fitted, Target, make_methods, prepare_data
+from nest_runtime.compare.methods import FitData, Fitted, Target, make_methods, method_names, prepare_data
 from nest_runtime.compare.methods.circuit_breaker import (
     BreakerText,
     _roles,
@@ -95,7 +95,7 @@ def _logits(target: Target) -> torch.Tensor:
         return target.model(input_ids=torch.arange(12)[None]).logits
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", method_names())
 def test_each_method_trains_ships_and_leaves_no_trace(name: str, target: Target, data: FitData, tmp_path: Path) -> None:
     bare = _logits(target)
     fitted = _fit(name, target, data, tmp_path)

@@ -58,14 +58,14 @@ def _run(target: Target, folder: Path, patches: list[Any]) -> Any:
 def test_a_finished_patch_is_a_row_with_its_own_file_and_parameters(target: Target, tmp_path: Path) -> None:
     patch = make_patch(target.model, scale=3.0, neurons=40, name="ours", version="v2", metrics={"seconds": 12.5})
     outcome = _run(target, tmp_path, [patch])
-    _, row = document(outcome, {})["rows"]
+    _, row = document(outcome)["rows"]
     assert (row["method"], row["trainable"], row["seconds"]) == ("ours@v2", patch.parameters, 12.5)
     assert row["artifact_bytes"] == patch.save(tmp_path / "again.safetensors").stat().st_size
     assert row["peak_bytes"] is None
     assert "vs_base" in row
     answers = [[record.answer for record in cell.result.records] for cell in outcome.cells]
     assert answers[0] != answers[1]
-    assert "| ours@v2 |" in markdown(document(outcome, {}))
+    assert "| ours@v2 |" in markdown(document(outcome))
 
 
 def test_another_patch_of_the_same_name_is_another_cell(target: Target, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What one would try instead of a NeST patch, each behind one protocol (base.py), for a fair comparison.
 
-    method = make_methods(["lora"])[0]                      # registry.py names them all
+    method = make_methods(["lora"])[0]                      # registry.py finds them all
     fitted = method.fit(target, data, recipe, value=3e-3)   # trains; the model is bare again afterwards
     with fitted.applied():                                  # the model with the method on it
         ...
@@ -18,7 +18,7 @@ _HOMES = {
     "Fitted": "nest_runtime.compare.methods.base",
     "Method": "nest_runtime.compare.methods.base",
     "Target": "nest_runtime.compare.methods.base",
-    "METHODS": "nest_runtime.compare.methods.registry",
+    "method_names": "nest_runtime.compare.methods.registry",
     "make_methods": "nest_runtime.compare.methods.registry",
     "prepare_data": "nest_runtime.compare.methods.data",
 }

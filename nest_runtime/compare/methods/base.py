@@ -179,6 +179,10 @@ class Method(ABC):
     Attributes:
         name: as users type it.
         title: as tables print it.
+        place: where its row stands in tables: rows are ordered by it, the base's is 0.
+        look: color and marker in pictures, the same in all of them; None takes the next that is free.
+        usual: whether ``compare`` takes it where no methods are named.
+        needs: packages beyond this one's own; each is also the name of the extra that installs it.
         knob: the one setting that the sweep chooses: ``lr`` where something is trained; "" where there is none.
         grid: the knob's values that the sweep tries; as many for every method that has a knob.
         fallback: the value to take for a model that no sweep was made for.
@@ -190,6 +194,10 @@ class Method(ABC):
 
     name: str
     title: str
+    place: int = 100
+    look: tuple[str, str] | None = None
+    usual: bool = True
+    needs: tuple[str, ...] = ()
     knob: str = "lr"
     grid: tuple[float, ...] = ()
     fallback: float = 0.0

@@ -62,6 +62,9 @@ class CircuitBreaker(Method):
 
     name = "circuit-breaker"
     title = "circuit breakers"
+    place = 50
+    look = ("#CC79A7", "X")
+    needs = ("peft",)
     knob = "lr"
     grid = (1e-3, 3e-3, 1e-2, 3e-2)
     fallback = 1e-4

@@ -32,6 +32,8 @@ class Filter(Method):
 
     name = "filter"
     title = "keyword filter"
+    place = 10
+    look = ("#E69F00", "s")
     knob = "precision"
     grid = (0.8, 0.9, 0.97, 1.0)
     fallback = 0.97

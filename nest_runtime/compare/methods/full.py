@@ -22,6 +22,8 @@ class Full(Method):
 
     name = "full"
     title = "full fine-tuning"
+    place = 30
+    look = ("#009E73", "D")
     knob = "lr"
     grid = (3e-5, 1e-4, 3e-4, 1e-3)
     fallback = 1e-5

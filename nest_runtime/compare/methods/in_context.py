@@ -32,6 +32,8 @@ class InContext(Method):
 
     name = "in-context"
     title = "in-context"
+    place = 20
+    look = ("#56B4E9", "^")
     knob = "examples"
     grid = (0, 2, 4, 8)
     fallback = 4

@@ -14,8 +14,7 @@ import torch
 
 from nest_runtime.compare.methods.base import FitData, Learned, Method, Target
 from nest_runtime.compare.methods.parameters import ParameterSet, supervise, tuning_report
-from nest_runtime.errors import ModelError, NestError
-from nest_runtime.install import extra
+from nest_runtime.errors import ModelError
 from nest_runtime.model.anatomy import find_sites
 from nest_runtime.progress import Progress
 from nest_runtime.train.recipe import Recipe
@@ -31,6 +30,9 @@ class Lora(Method):
 
     name = "lora"
     title = "LoRA r=8 (q, v)"
+    place = 40
+    look = ("#0072B2", "v")
+    needs = ("peft",)
     knob = "lr"
     grid = (1e-3, 3e-3, 1e-2, 3e-2)
     fallback = 2e-4
@@ -57,6 +59,8 @@ class LoraFfn(Lora):
 
     name = "lora-ffn"
     title = "LoRA r=8 (gate, up)"
+    place = 41
+    look = ("#0072B2", "P")
 
     def modules(self, model: Any) -> list[str]:
         return ffn_modules(model)
@@ -167,15 +171,3 @@ def _switcher(peft_model: Any) -> Any:
         peft_model.base_model.enable_adapter_layers() if on else peft_model.base_model.disable_adapter_layers()
 
     return switch
-
-
-def require_peft() -> None:
-    """Raise where PEFT is not installed.
-
-    Raises:
-        NestError: saying how to install it.
-    """
-    from importlib.util import find_spec
-
-    if find_spec("peft") is None:
-        raise NestError("this method needs the peft package", extra("peft"))

@@ -23,6 +23,8 @@ class Nest(Method):
 
     name = "nest"
     title = "NeST"
+    place = 70
+    look = ("#D55E00", "h")
     knob = "lr"
     grid = (3e-3, 1e-2, 3e-2, 1e-1)
     fallback = 1e-3
@@ -58,6 +60,8 @@ class NestLoadings(Nest):
 
     name = "nest-loadings"
     title = "NeST with loadings"
+    place = 71
+    look = ("#D55E00", "*")
     loadings = "learned"
 
 
@@ -66,6 +70,8 @@ class RandomNeurons(Nest):
 
     name = "random-neurons"
     title = "random neurons"
+    place = 60
+    look = ("#999999", "<")
     control = "random"
 
 
@@ -74,6 +80,9 @@ class RandomLoadings(Nest):
 
     name = "random-loadings"
     title = "random neurons with loadings"
+    place = 61
+    look = ("#999999", ">")
+    usual = False
     loadings = "learned"
     control = "random"
 

@@ -15,6 +15,8 @@ class Unpatched(Method):
 
     name = "base"
     title = "base"
+    place = 0
+    look = ("#000000", "o")
     knob = ""
     seeded = False
 

@@ -14,11 +14,12 @@ from typing import Any
 from nest_runtime.evaluate.cases import digest_of
 from nest_runtime.evaluate.judges import local
 from nest_runtime.evaluate.stats import JudgeErrors
+from nest_runtime.measures import ATTACK_SUCCESS, MEASURES, OVER_REFUSAL
 from nest_runtime.prompts.refusals import refusal_phrases
 
 PHRASES = "phrases"
-# Of each measure, the outcome that counts and the labelled answers most like those of an evaluation.
-ERRORS_FROM = {"asr": ("complied", "JAILJUDGE mini"), "over_refusal": ("refused", "XSTest completions")}
+# Of each measure, the labelled answers most like those of an evaluation.
+ERRORS_FROM = {ATTACK_SUCCESS.key: "JAILJUDGE mini", OVER_REFUSAL.key: "XSTest completions"}
 
 
 def measured_errors(judge: str, measure: str) -> JudgeErrors | None:
@@ -28,7 +29,7 @@ def measured_errors(judge: str, measure: str) -> JudgeErrors | None:
     """
     if measure not in ERRORS_FROM or judge not in (local.NAME, PHRASES):
         return None
-    outcome, source = ERRORS_FROM[measure]
+    outcome, source = MEASURES[measure].hit, ERRORS_FROM[measure]
     counts = (local.load_weights().about["errors"] if judge == local.NAME else phrase_errors()).get(outcome, {})
     return JudgeErrors(**counts[source], source=source) if source in counts else None
 
