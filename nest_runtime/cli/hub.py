@@ -233,6 +233,7 @@ def patch_and_material(ref: str, store: Store, model: str | None, key: Path | No
 
 
 def repository(text: str) -> RepoRef:
+    """The repository that an argument names. Raises UsageError if it names a revision too."""
     from nest_runtime.errors import UsageError
     from nest_runtime.hub.repository import parse_repo
 
@@ -243,6 +244,7 @@ def repository(text: str) -> RepoRef:
 
 
 def signing_key(given: Path | None) -> Path | None:
+    """The private key's file: the option's, else ``$NEST_KEY``'s, else None."""
     named = os.environ.get(KEY_VARIABLE, "")
     chosen = given if given is not None else Path(named) if named else None
     return None if chosen is None else expand(chosen)

@@ -36,6 +36,7 @@ class Standing:
 
     @property
     def done(self) -> int:
+        """How many answers there are so far, of both sides."""
         return sum(len(rows) for rows in self.records)
 
     def rate(self, side: int, suite: str, measure: str) -> Rate:

@@ -24,4 +24,5 @@ class Finding:
     advice: str = ""
 
     def to_json(self) -> dict[str, str]:
+        """The finding's fields as JSON values."""
         return asdict(self)

@@ -34,12 +34,15 @@ class Harness(HFLM):
         self._chunk = CHUNK * batch_size
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        """Log-likelihoods as lm-eval defines them, those in the ledger not computed again."""
         return self._kept("loglikelihood", requests, super().loglikelihood)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        """Log-likelihoods of whole texts as lm-eval defines them, those in the ledger not computed again."""
         return self._kept("loglikelihood_rolling", requests, super().loglikelihood_rolling)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
+        """Generated texts as lm-eval defines them, those in the ledger not generated again."""
         return self._kept("generate_until", requests, super().generate_until)
 
     def _kept(self, kind: str, requests: list[Any], ask: Callable[..., list[Any]]) -> list[Any]:

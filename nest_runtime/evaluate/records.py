@@ -61,12 +61,14 @@ class Record:
         return self.outcome in OTHER
 
     def to_json(self) -> dict[str, Any]:
+        """The record as JSON values; ``from_json`` reads them again."""
         verdicts = {name: verdict.to_json() for name, verdict in self.verdicts.items()}
         own = {name: getattr(self, name) for name in _FIELDS}
         return {**own, "messages": list(self.messages), "verdicts": verdicts}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Record:
+        """The record that ``to_json`` wrote."""
         verdicts = {name: Verdict(**verdict) for name, verdict in data["verdicts"].items()}
         fields = {name: data[name] for name in _FIELDS}
         return cls(**fields, messages=tuple(data["messages"]), verdicts=verdicts)

@@ -96,10 +96,12 @@ class JudgeErrors:
 
     @property
     def sensitivity(self) -> Rate:
+        """The share of the positive answers that the judge counted."""
         return Rate(self.found, self.positive)
 
     @property
     def specificity(self) -> Rate:
+        """The share of the negative answers that the judge did not count."""
         return Rate(self.cleared, self.negative)
 
 
@@ -172,14 +174,17 @@ class PairedChange:
 
     @property
     def n(self) -> int:
+        """The number of trials."""
         return self.both + self.only_base + self.only_new + self.neither
 
     @property
     def base(self) -> Rate:
+        """The rate of the first measurement, the base's."""
         return Rate(self.both + self.only_base, self.n)
 
     @property
     def new(self) -> Rate:
+        """The rate of the second measurement."""
         return Rate(self.both + self.only_new, self.n)
 
     @property
@@ -271,10 +276,12 @@ class Agreement:
 
     @property
     def n(self) -> int:
+        """The number of answers that both judged."""
         return sum(self.pairs.values())
 
     @property
     def agreed(self) -> Rate:
+        """The share of answers with the same outcome from both judges."""
         return Rate(sum(count for (a, b), count in self.pairs.items() if a == b), self.n)
 
     @property
@@ -290,6 +297,7 @@ class Agreement:
         return None if chance >= 1.0 else (observed - chance) / (1 - chance)
 
     def to_json(self) -> dict[str, Any]:
+        """Counts, kappa, pairs and disagreements as JSON values."""
         return {
             "judges": list(self.judges),
             "n": self.n,

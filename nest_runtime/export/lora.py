@@ -42,6 +42,7 @@ class Pair:
 
     @property
     def rank(self) -> int:
+        """The adapter's rank r: the rows of A, per expert."""
         return self.a.shape[0] // max(self.experts, 1)
 
     def padded(self, rank: int) -> Pair:

@@ -58,6 +58,7 @@ class Pushed:
     unchanged: bool = False
 
     def to_json(self) -> dict[str, Any]:
+        """The result's fields as JSON values."""
         return dict(self.__dict__)
 
 

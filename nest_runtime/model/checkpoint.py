@@ -50,6 +50,7 @@ class Stored:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype in the file."""
         return FLOATS[self.entry.dtype]
 
     def read(self) -> torch.Tensor:

@@ -30,6 +30,7 @@ class HashCache:
 
     @property
     def path(self) -> Path:
+        """The cache's file."""
         return nest_home() / "cache" / "model-hashes.json"
 
     def get(self) -> dict[str, Any] | None:

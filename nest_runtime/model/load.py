@@ -45,6 +45,7 @@ class LoadedModel:
 
     @cached_property
     def hash(self) -> str:
+        """The model hash of what was loaded, ``sha256:…``; computed once."""
         from nest_runtime.model.bases import remember_base
         from nest_runtime.model.fingerprint import model_hash
 

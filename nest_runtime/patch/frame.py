@@ -50,6 +50,7 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
+        """The tensor's size in bytes."""
         return self.stop - self.start
 
 

@@ -121,14 +121,17 @@ class Patch:
 
     @property
     def tensors(self) -> dict[str, FrozenTensor]:
+        """All tensors by file key (``<site>.<part>``), frozen; shapes and dtypes as in the patch format."""
         return {key: value for site in self.sites for key, value in site.tensors.items()}
 
     @property
     def neurons(self) -> int:
+        """The number of patched neurons, over all sites."""
         return sum(site.n_neurons for site in self.sites)
 
     @property
     def clusters(self) -> int:
+        """The number of clusters, over all sites."""
         return sum(site.n_clusters for site in self.sites)
 
     @property

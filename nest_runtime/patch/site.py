@@ -63,14 +63,17 @@ class Site:
 
     @property
     def d_in(self) -> int:
+        """The width of the projection's input: the columns of ``deltas``."""
         return self.deltas.shape[1]
 
     @property
     def n_clusters(self) -> int:
+        """The number of clusters K: the rows of ``deltas``."""
         return self.deltas.shape[0]
 
     @property
     def n_neurons(self) -> int:
+        """The number of patched neurons n."""
         return self.neurons.shape[0]
 
     @property

@@ -50,6 +50,7 @@ class SiteView:
 
     @property
     def n_clusters(self) -> int:
+        """The number of clusters at this site."""
         return int(self.clusters.max()) + 1 if len(self.clusters) else 0
 
     @property

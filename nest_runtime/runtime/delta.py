@@ -242,6 +242,7 @@ class Loaded:
 
     @property
     def full_name(self) -> str:
+        """``name@version``, for messages."""
         return self.patch.label
 
 

@@ -143,6 +143,13 @@ class Journal:
         self._written: list[tuple[Place, torch.Tensor, torch.Tensor]] = []
 
     def write(self, place: Place, neurons: torch.Tensor, rows: torch.Tensor) -> None:
+        """Overwrite rows and remember the old ones.
+
+        Args:
+            place: the projection on the model.
+            neurons: [n] int64 row numbers.
+            rows: [n, d_in] in any floating-point dtype; converted to the weight's.
+        """
         self._written.append((place, neurons, read_rows(place, neurons)))
         write_rows(place, neurons, rows)
 

@@ -45,6 +45,7 @@ class Selection:
 
     @classmethod
     def whole(cls, loaded: Loaded | None) -> Selection:
+        """One patch (or None, the base) for everything in a pass."""
         return cls("all", ((loaded, 0),))
 
     @classmethod

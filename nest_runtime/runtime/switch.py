@@ -60,6 +60,7 @@ class PatchRuntime:
 
     @property
     def model(self) -> nn.Module:
+        """The model that this runtime switches patches on."""
         return self._model
 
     @property

@@ -37,9 +37,11 @@ class Table:
         return None
 
     def insert(self, loaded: Loaded) -> None:
+        """Add a loaded patch."""
         self._entries = (*self._entries, loaded)
 
     def delete(self, loaded: Loaded) -> None:
+        """Remove a loaded patch."""
         self._entries = tuple(entry for entry in self._entries if entry is not loaded)
 
     def key(self, loaded: Loaded) -> str:

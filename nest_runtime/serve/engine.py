@@ -120,12 +120,15 @@ class NoEngine:
     """The engine before it runs: there is nothing to wait for."""
 
     def pause(self) -> AbstractContextManager[Any]:
+        """A context that does nothing: no step runs anyway."""
         return nullcontext()
 
     hold = pause
 
     def unfold(self) -> None:
+        """Do nothing: nothing is folded."""
         pass
 
     def enforce(self, pin: ServedPatch) -> int:
+        """Replace nothing: no request is in flight. Gives 0."""
         return 0

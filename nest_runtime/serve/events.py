@@ -96,6 +96,7 @@ class Thinned(logging.Filter):
         self._whiles: dict[object, tuple[float, int]] = {}  # by kind: when it began, and how many records it had
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to write the record; after a pause, notes on it how many were left out."""
         kind = getattr(record, "kind", (record.pathname, record.lineno))
         if kind is None:
             return True
@@ -119,6 +120,7 @@ class Escaped(logging.Filter):
     """Lets every record pass, on one line: names and errors of others neither forge a line nor steer the terminal."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Escape control characters in the record's text; never drops it."""
         record.msg, record.args = visible(record.getMessage()), ()
         fields = getattr(record, "fields", None)
         if isinstance(fields, dict):

@@ -52,6 +52,7 @@ class Work:
 
     @property
     def choices(self) -> int:
+        """How many answers the request wants: its prompts times ``n``."""
         return len(self.prompts) * self.n
 
 

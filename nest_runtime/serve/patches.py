@@ -90,6 +90,7 @@ class PatchTable:
 
     @guard.setter
     def guard(self, guard: Guard | None) -> None:
+        """Replace the guard, for loads and activations."""
         self._durable.guard = self.loader.guard = guard
 
     @property
@@ -99,6 +100,7 @@ class PatchTable:
 
     @steps.setter
     def steps(self, steps: EngineControl) -> None:
+        """Name the engine that computes on the model."""
         self.loader.steps = steps
 
     @property
@@ -108,6 +110,7 @@ class PatchTable:
 
     @veto.setter
     def veto(self, veto: Callable[[Patch], None]) -> None:
+        """Replace the check of what must not answer."""
         self.loader.veto = veto
 
     def named(self, model: str) -> ServedPatch | None:

@@ -48,10 +48,12 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
         return self.temperature < GREEDY_BELOW
 
     @property
     def penalized(self) -> bool:
+        """Whether tokens already generated lower the logits."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0
 
 

@@ -63,6 +63,7 @@ class Entry:
         return f"{self.name}@{self.version}"
 
     def to_json(self) -> dict[str, Any]:
+        """The entry's fields as JSON values."""
         return asdict(self)
 
     def marked(self, *, active: bool) -> Entry:

@@ -66,6 +66,7 @@ class Load:
 
     @property
     def prompts(self) -> int:
+        """The number of prompts of both classes."""
         return self.harmful + self.benign
 
 

@@ -93,6 +93,7 @@ class Run:
 
     @contextmanager
     def clock(self, stage: str) -> Iterator[None]:
+        """A context whose seconds are added to a stage's."""
         began = time.perf_counter()
         try:
             yield
@@ -100,6 +101,7 @@ class Run:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
 
     def rounded_seconds(self) -> dict[str, float]:
+        """Seconds by stage, to two digits."""
         return {stage: round(value, 2) for stage, value in self.seconds.items()}
 
     def locate(self, harmful: Sequence[Example], benign: Sequence[Example]) -> SitesFile:
@@ -151,6 +153,22 @@ class Run:
         version: str,
         serial: int | None,
     ) -> TrainResult:
+        """Run all stages: answers, locate, cluster, tune.
+
+        Args:
+            harmful: prompts to refuse.
+            benign: prompts to answer as before.
+            rehearsal: earlier harmful prompts to tune on besides; empty without a parent.
+            parent: the patch to start from, or None.
+            name, version: of the new patch.
+            serial: of the new patch; None counts up from the parent's.
+
+        Returns:
+            The patch and the report.
+
+        Raises:
+            DataError, TrainingError: the prompts or the training do not allow a patch.
+        """
         with self.clock("answers"):
             teaching = self.teaching(harmful, benign, rehearsal)
         sites, warm, carried = self.sites(teaching.harmful.located, teaching.benign.located, parent)
@@ -263,6 +281,16 @@ class Run:
         version: str,
         serial: int | None,
     ) -> Patch:
+        """The validated Patch of tuned rows, with its header.
+
+        Args:
+            deltas: the tuned rows and loadings.
+            sites: all sites, those without neurons too.
+            tuned: figures before and after tuning.
+            parent: the patch that training started from, or None.
+            data: digests and counts of the prompts, for the header.
+            name, version, serial: of the new patch; a serial of None counts up from the parent's.
+        """
         made = {part.site.site: part for part in deltas.parts}
         dtype = getattr(torch, self.settings.delta_dtype)
         values = tuple(_patch_site(site, made.get(site.site), dtype) for site in sites)
@@ -292,6 +320,7 @@ class Run:
     def report(
         self, patch: Patch, deltas: Deltas, tuned: TuneResult, carried: float | None, teaching: Teaching
     ) -> dict[str, Any]:
+        """What ``train --json`` prints: counts, figures, history and seconds, as JSON values."""
         moved = None if self.moved is None else {key: getattr(self.moved, key) for key in ("kept", "added", "dropped")}
         return {
             "digest": patch.digest,

@@ -42,6 +42,7 @@ class LocatedSite:
 
     @property
     def n_clusters(self) -> int:
+        """The number of clusters; 0 before clustering."""
         return max(self.clusters, default=-1) + 1
 
     def evolve(self, **changes: Any) -> LocatedSite:

@@ -96,6 +96,7 @@ class Policy(Value):
 
     @property
     def public_keys(self) -> tuple[PublicKey, ...]:
+        """The keys of all rules."""
         return tuple(rule.key for rule in self.keys)
 
     def rule_of(self, key_id: str) -> KeyRule | None:

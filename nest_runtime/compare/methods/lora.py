@@ -63,6 +63,7 @@ class LoraFfn(Lora):
     look = ("#0072B2", "P")
 
     def modules(self, model: Any) -> list[str]:
+        """The names of the model's first FFN projections."""
         return ffn_modules(model)
 
 

@@ -50,10 +50,12 @@ class ParameterSet(Deltas):
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
+        """The parameters themselves by name, not copies; shapes and dtypes are the model's."""
         return self._parameters
 
     @property
     def trainable(self) -> int:
+        """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self._parameters.values())
 
     @property
@@ -63,10 +65,12 @@ class ParameterSet(Deltas):
 
     @property
     def enabled(self) -> bool:
+        """Whether the parameters act on the model now."""
         return self._on
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
+        """Take the parameters' effect off the model, or put it on again."""
         self._on = value
         self._switch(value)
 

@@ -82,6 +82,7 @@ class Child:
 
     @property
     def alive(self) -> bool:
+        """Whether the child process runs."""
         return self._process.poll() is None
 
     async def started(self) -> None:
@@ -101,6 +102,7 @@ class Child:
         return str((await self._admin("/v1/patches/activate", ref))["digest"])
 
     def stop(self) -> None:
+        """End the child process."""
         self._process.terminate()
 
     async def _admin(self, path: str, ref: str) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class EventStream(StreamingResponse):
             self._closed()
 
     async def stream_response(self, send: Any) -> None:
+        """Send the status and every event, and end the response."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         body = {"type": "http.response.body", "more_body": True}
         events = aiter(self.body_iterator)

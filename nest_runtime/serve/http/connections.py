@@ -210,6 +210,7 @@ class Connection(H11Protocol):
         self._stall: asyncio.TimerHandle | None = None  # runs while the client takes nothing
 
     def connection_made(self, transport: Any) -> None:
+        """Called by asyncio: count the connection, and start the clock for its first request."""
         super().connection_made(transport)
         _hold_back(transport)
         port = transport.get_extra_info("socket")
@@ -222,31 +223,37 @@ class Connection(H11Protocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Called by asyncio: stop the clocks, and count the connection no more."""
         self._crowd.leave(self)
         self._stop_head()
         self._stop_stall()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Called by asyncio: read the bytes, and restart the clock for the head."""
         super().data_received(data)
         self._watch()
 
     def send_400_response(self, msg: str) -> None:
+        """Answer a malformed request with 400, or cut the connection if an answer was already begun."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
         else:  # the request was answered before its body was read: there is nothing more to say
             self.transport.abort()
 
     def on_response_complete(self) -> None:
+        """Called by uvicorn: start the clock for the next request."""
         super().on_response_complete()
         self._watch(answered=True)
 
     def pause_writing(self) -> None:
+        """Called by asyncio when the client reads too slowly: start the clock that cuts it off."""
         super().pause_writing()
         if self._stall is None:
             self._stall = self.loop.call_later(self._crowd.stall_seconds, self._too_slow)
 
     def resume_writing(self) -> None:
+        """Called by asyncio when the client reads again: stop that clock."""
         super().resume_writing()
         self._stop_stall()
 

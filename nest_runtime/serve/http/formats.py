@@ -32,6 +32,8 @@ _SETTING = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 class Strict(BaseModel):
+    """A body that allows no unknown field and no conversion of types."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 

@@ -39,6 +39,7 @@ class CheckpointBase:
 
     @cached_property
     def hash(self) -> str:
+        """The checkpoint's model hash, ``sha256:…``."""
         return model_hash(self.folder)
 
     @cached_property

@@ -82,6 +82,7 @@ class Flow:
 
     @property
     def attempts(self) -> list[Attempt]:
+        """The requests that run now."""
         return list(self._attempts)
 
     def in_flight(self) -> Counter[str]:

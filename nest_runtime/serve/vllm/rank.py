@@ -44,6 +44,11 @@ class RowPiece:
     patched: torch.Tensor
 
     def write(self, values: torch.Tensor) -> None:
+        """Overwrite the rank's rows in place.
+
+        Args:
+            values: [m, d_in] in the weight's dtype, on its device.
+        """
         with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
             self.weight.data.index_copy_(0, self.rows, values)
 
