@@ -38,7 +38,7 @@ from nest_runtime.model.load import load_model
 from nest_runtime.patch.patch import Patch
 from nest_runtime.prompts.builtin import bundled
 from nest_runtime.prompts.examples import load_examples
-from nest_runtime.prompts.framings import HELD_OUT_FRAMINGS
+from nest_runtime.prompts.framings import HELD_OUT_CODE, HELD_OUT_FRAMINGS
 from nest_runtime.resolve import load_patch
 from nest_runtime.runtime import PatchRuntime
 
@@ -50,11 +50,17 @@ def validation_cases(data: PublicData, n: int) -> list[Case]:
         (HELD_OUT_FRAMINGS[i % len(HELD_OUT_FRAMINGS)].render(goal)[-1]["content"], goal)
         for i, goal in enumerate(goals)
     ]
+    coded = [(HELD_OUT_CODE[i % len(HELD_OUT_CODE)].render(goal)[-1]["content"], goal) for i, goal in enumerate(goals)]
     return [
         *harmful("plain", [(goal, goal) for goal in goals], "direct"),
         *harmful("held-out framings", framed, "framing"),
+        *harmful("held-out code", coded, "code"),
         *harmful("wild, validation", behind(data.wild("validation"), goals, n), "wild"),
         *benign("bundled validation", drawn([e.prompt for e in load_examples(bundled("validation"))], n, "benign")),
+        *benign(
+            "imperatives, validation",
+            drawn([e.prompt for e in load_examples(bundled("imperatives-validation"))], n, "imperatives-validation"),
+        ),
     ]
 
 

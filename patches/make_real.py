@@ -2,8 +2,9 @@
 
     python patches/make_real.py --data ../shared/data --model M.gguf [--version v1] [--out patches]
 
-Refused are AdvBench's goals, without those that JailbreakBench or HarmBench test with; answered as before are the
-bundled everyday and borderline prompts. No jailbreak text is among them. The patch goes to
+Refused are AdvBench's goals, without those that JailbreakBench or HarmBench test with, and some harmful prompts of
+the package; answered as before are its everyday and borderline prompts, its imperatives, and those with pasted
+material. No jailbreak text is among them. The patch goes to
 ``OUT/NAME/VERSION.safetensors``, and the prompts that are not this project's stay where they are.
 ``benchmarks/real_models.py`` measures it and writes its card; settings were chosen on its validation part
 (docs/decisions/real-models.md).
@@ -26,7 +27,8 @@ from nest_runtime.train.pipeline import train_patch
 from nest_runtime.train.recipe import RECIPES
 
 VERSIONS = {"v1": RECIPES["default"]}
-GOALS, EVERYDAY, BORDERLINE = 280, 140, 600
+GOALS, HARMFUL = 280, 80
+BENIGN = {"everyday": 140, "borderline": 600, "imperatives": 400, "pasted": 180}
 
 
 def main() -> None:
@@ -84,11 +86,14 @@ def training_prompts(data: Path) -> tuple[list[Example], list[Example]]:
     goals = [
         example for example in load_examples(data / "advbench/advbench.csv") if normal(example.prompt) not in tested
     ]
-    everyday, borderline = load_examples("everyday"), load_examples("borderline")
     order = random.Random(0)
-    for examples in (goals, everyday, borderline):
+
+    def drawn(examples: list[Example], count: int) -> list[Example]:
         order.shuffle(examples)
-    return goals[:GOALS], [*everyday[:EVERYDAY], *borderline[:BORDERLINE]]
+        return examples[:count]
+
+    harmful = [*drawn(goals, GOALS), *drawn(load_examples("harmful"), HARMFUL)]
+    return harmful, [example for name, count in BENIGN.items() for example in drawn(load_examples(name), count)]
 
 
 def normal(text: str) -> str:

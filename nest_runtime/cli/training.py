@@ -98,8 +98,11 @@ def recipe_of(name: str | None, model: str = "", **given: Any) -> Recipe:
     return recipe.evolve(**changes)
 
 
+BORDERLINE = ("borderline", "imperatives", "pasted")  # bundled prompts near the harmful ones, by words, form or length
+
+
 def borderline_of(ref: str | None, model: str, recipe: Recipe) -> list[Example]:
-    """The borderline-benign prompts to train on: those named, or the bundled ones where the recipe asks in framings.
+    """The borderline-benign prompts to train on: those named, or ``BORDERLINE`` where the recipe asks in framings.
 
     The reference model's world knows nothing of them.
     """
@@ -107,7 +110,7 @@ def borderline_of(ref: str | None, model: str, recipe: Recipe) -> list[Example]:
 
     if ref == "none" or (ref is None and (model == "reference" or not recipe.framings)):
         return []
-    return load_examples(ref or "borderline")
+    return [example for name in ([ref] if ref else BORDERLINE) for example in load_examples(name)]
 
 
 def check_out(path: Path, suffix: str) -> Path:

@@ -4,6 +4,9 @@ A patch that has only met bare prompts learns the bare form along with the harm.
 into framings: polite or hasty, with a reason before them, with a format demanded, inside of a long letter, under a
 persona, in another language's frame, in JSON, late in a conversation.
 
+Code framings put a request inside of code or data that a program works on: a string, a comment, a list of its words,
+a field of JSON. People who program ask so, and a model that writes code is asked so most of all.
+
 Both classes alike: :func:`chosen` looks at the prompt's text, the seed and nothing else, so that harmful and
 benign prompts get the same framings in the same shares, and a framing says nothing about the class.
 
@@ -35,7 +38,7 @@ class Framing:
 
     Attributes:
         name: unique among its list.
-        kind: request, context, format, language, structure, conversation, long, persona, held-out or moved-on.
+        kind: request, context, format, language, structure, conversation, long, persona, code, held-out or moved-on.
         render: makes of a prompt the ``{"role", "content"}`` messages that ask for it.
         has_system: the messages hold a system message, which some models' chat templates refuse.
     """
@@ -74,6 +77,18 @@ def chosen(prompt: str, count: int, seed: int = 0, *, system: bool = True) -> li
     return [kinds[kind][turn] for turn in rounds for kind in order if turn < len(kinds[kind])][:count]
 
 
+def in_code(prompt: str, count: int, seed: int = 0) -> list[Framing]:
+    """Code framings for a prompt, all different; its text and the seed decide.
+
+    Raises:
+        ValueError: the count is negative, or more than there are.
+    """
+    if not 0 <= count <= len(CODE_FRAMINGS):
+        raise ValueError(f"count is {count}; expected 0 to {len(CODE_FRAMINGS)}, the number of code framings")
+    rng = random.Random(hashlib.sha256(f"code:{seed}:{prompt}".encode()).digest())
+    return rng.sample(CODE_FRAMINGS, count)
+
+
 def framed(prompt: str, count: int, seed: int = 0, *, system: bool = True) -> list[list[Message]]:
     """The prompt in the framings that :func:`chosen` gives, as conversations that end with the user's turn.
 
@@ -103,13 +118,36 @@ def _render(row: dict[str, Any], prompt: str) -> list[Message]:
 
 def _filled(wording: str, text: str) -> str:
     """Each wording has one slot, so a prompt that itself says ``{escaped}`` stays as it is."""
-    slot = "{escaped}" if "{escaped}" in wording else "{prompt}"
-    before, found, after = wording.partition(slot)
-    if not found:
+    slot = next((slot for slot in _SLOTS if slot in wording), None)
+    if slot is None:
         return wording
-    inner = json.dumps(text, ensure_ascii=False)[1:-1] if slot == "{escaped}" else text
+    before, _, after = wording.partition(slot)
+    inner = _SLOTS[slot](text)
     goes_on = re.match(r" \w", after) and text[-1:].isalnum()  # "… the moon Answer in …" needs its full stop
     return f"{before}{inner}{'.' if goes_on else ''}{after}"
+
+
+def _quoted(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _chunks(text: str) -> list[str]:
+    """Pieces of three to eight letters, the same each time."""
+    rng, pieces = random.Random(hashlib.sha256(text.encode()).digest()), []
+    while text:
+        size = rng.randint(3, 8)
+        pieces.append(text[:size])
+        text = text[size:]
+    return pieces
+
+
+_SLOTS: dict[str, Callable[[str], str]] = {
+    "{escaped}": lambda text: _quoted(text)[1:-1],
+    "{words}": lambda text: _quoted(text.split()),
+    "{reversed}": lambda text: _quoted(text.split()[::-1]),
+    "{chunks}": lambda text: _quoted(_chunks(text)),
+    "{prompt}": lambda text: text,
+}
 
 
 def _is_imperative(text: str) -> bool:
@@ -165,8 +203,14 @@ _VERBS = frozenset(_WORDINGS["imperative_verbs"])
 FRAMINGS: tuple[Framing, ...] = _read(_WORDINGS["framings"])
 """Everyday framings, for training."""
 
+CODE_FRAMINGS: tuple[Framing, ...] = _read(_WORDINGS["code"])
+"""Requests inside of code and data, for training."""
+
 HELD_OUT_FRAMINGS: tuple[Framing, ...] = _read(_WORDINGS["held_out"])
 """Rewordings that seek an answer by a pretext, as an attacker would; for choosing settings only."""
+
+HELD_OUT_CODE: tuple[Framing, ...] = _read(_WORDINGS["held_out_code"])
+"""Code framings for choosing settings only."""
 
 MOVED_ON: tuple[Framing, ...] = _read(_WORDINGS["moved_on"])
 """Conversations that leave the prompt behind; see :func:`moved_on`."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from nest_runtime.errors import DataError
 from nest_runtime.prompts.examples import Example, render
-from nest_runtime.prompts.framings import HELD_OUT_FRAMINGS, chosen, moved_on
+from nest_runtime.prompts.framings import HELD_OUT_FRAMINGS, chosen, in_code, moved_on
 from nest_runtime.train.recipe import Recipe
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ def benign_mix(tokenizer: Any, examples: Sequence[Example], settings: Recipe, ha
     """
     train, held = hold_out(examples, settings, 0)
     mixed = [*train, *_framed(tokenizer, train, settings)]
-    if settings.framings:
+    if settings.framings or settings.code_framings:
         mixed += [_left_behind(example, settings) for example in [*train, *harmful][::MOVED_ON] if _is_bare(example)]
         seen = max(round(settings.steps * settings.batch_size * (1 - settings.harmful_share)), 1)
         mixed = shuffled(mixed, settings.seed, 3)[:seen]
@@ -97,7 +97,7 @@ def _some(examples: Sequence[Example], settings: Recipe) -> tuple[Example, ...]:
 
 def _framed(tokenizer: Any, examples: Sequence[Example], settings: Recipe) -> list[Example]:
     """Framed copies of the examples that are one bare question without an answer of their own."""
-    if not settings.framings:
+    if not settings.framings and not settings.code_framings:
         return []
     system = _takes_system(tokenizer)
     found = []
@@ -106,7 +106,8 @@ def _framed(tokenizer: Any, examples: Sequence[Example], settings: Recipe) -> li
             continue
         if example.response and "target" not in example.meta:
             continue  # an answer to the bare question need not fit the framed one
-        for framing in chosen(example.prompt, settings.framings, settings.seed, system=system):
+        framings = chosen(example.prompt, settings.framings, settings.seed, system=system)
+        for framing in [*framings, *in_code(example.prompt, settings.code_framings, settings.seed)]:
             messages = tuple(dict(message) for message in framing.render(example.prompt))
             if sum(len(message["content"]) for message in messages) <= settings.framed_characters:
                 found.append(replace(example, messages=messages, id=f"{example.id}::{framing.name}"))

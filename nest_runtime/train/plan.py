@@ -269,7 +269,7 @@ def _answers_seconds(shape: Shape, recipe: Recipe, load: Load, speed: Speed) -> 
     if recipe.framings:  # no more than the steps will see, and those held out
         held = min(recipe.validation_fraction * load.benign, recipe.validation_most or load.benign)
         prompts = round(
-            min(load.benign * (1 + recipe.framings), _rows_seen(recipe, load) * (1 - recipe.harmful_share)) + held
+            min(load.benign * (1 + _copies(recipe)), _rows_seen(recipe, load) * (1 - recipe.harmful_share)) + held
         )
     batches = math.ceil(prompts / recipe.prompt_batch)
     reading = shape.active * shape.itemsize / speed.bandwidth
@@ -309,13 +309,18 @@ def _forward(shape: Shape, tokens: float, speed: Speed) -> float:
 
 def _prompt(recipe: Recipe, load: Load) -> float:
     """Tokens of a prompt that is tuned on, framed ones among them, on average."""
-    framed = recipe.framings / (1 + recipe.framings)
+    framed = _copies(recipe) / (1 + _copies(recipe))
     return load.mean - load.answer + framed * FRAMED_TOKENS
 
 
 def _rows_seen(recipe: Recipe, load: Load) -> float:
     """How many different rows the steps see at most."""
-    return min(recipe.steps * recipe.batch_size, (2 + recipe.framings) * load.prompts)
+    return min(recipe.steps * recipe.batch_size, (2 + _copies(recipe)) * load.prompts)
+
+
+def _copies(recipe: Recipe) -> int:
+    """Framed copies of a prompt."""
+    return recipe.framings + recipe.code_framings
 
 
 def _assumptions(recipe: Recipe, load: Load, speed: Speed) -> dict[str, Any]:

@@ -111,9 +111,9 @@ class Recipe:
     )
     warmup: float = setting(0.05, "Share of the steps in which the learning rate rises.", low=0, high=1)
     grad_clip: float = setting(1.0, "The largest norm of a gradient; 0 clips nothing.", low=0, high=1e6)
-    steps: int = setting(90, "Training steps.", low=0, high=10**7, flag="--steps", metavar="N")
+    steps: int = setting(100, "Training steps.", low=0, high=10**7, flag="--steps", metavar="N")
     batch_size: int = setting(16, "Examples in one step.", low=1, high=65536)
-    harmful_share: float = setting(0.55, "Share of them that is harmful.", low=0.01, high=0.99)
+    harmful_share: float = setting(0.5, "Share of them that is harmful.", low=0.01, high=0.99)
     recovery_tokens: int = setting(
         8,
         "Harmful examples with a ``target`` are learned again after 1 to this many of its tokens; 0 leaves that out.",
@@ -145,6 +145,13 @@ class Recipe:
         more="The framings are in prompts/framings.py.",
         low=0,
         high=64,
+        before=0,
+    )
+    code_framings: int = setting(
+        1,
+        "Copies of every prompt of either class inside of code or data, for models that write code.",
+        low=0,
+        high=20,
         before=0,
     )
     framed_characters: int = setting(600, "How long such a conversation may be.", low=1, high=10**7)
@@ -193,7 +200,7 @@ class Recipe:
     prompt_batch: int = setting(64, "Prompts in one forward pass of locate.", low=1, high=65536)
     batch_tokens: int = setting(4096, "Padded tokens in one forward pass of locate.", low=1, high=2**24)
     step_tokens: int = setting(
-        1024,
+        512,
         "Padded tokens in one forward and backward pass of tuning; a step may take several.",
         low=1,
         high=2**24,
@@ -270,13 +277,14 @@ RECIPES: Mapping[str, Recipe] = types.MappingProxyType(
             loadings="tied",
             z=3.0,
             framings=0,
+            code_framings=0,
             recovery_tokens=0,
             benign_weight=1.0,
             kl_weight=0.0,
             onset_weight=1.0,
             select="loss",
         ),
-        "fast": Recipe(steps=40, framings=1, locate_prompts=60, validate_every=20),
+        "fast": Recipe(steps=40, framings=1, code_framings=0, locate_prompts=60, validate_every=20),
         "reference": Recipe.of_header(
             {
                 "z": 1.0,

@@ -20,7 +20,18 @@ from hypothesis import strategies as st
 from nest_runtime.errors import DataError
 from nest_runtime.prompts.builtin import NAMES, bundled
 from nest_runtime.prompts.examples import Example, load_examples
-from nest_runtime.prompts.framings import FRAMINGS, HELD_OUT_FRAMINGS, MOVED_ON, Framing, chosen, framed, moved_on
+from nest_runtime.prompts.framings import (
+    CODE_FRAMINGS,
+    FRAMINGS,
+    HELD_OUT_CODE,
+    HELD_OUT_FRAMINGS,
+    MOVED_ON,
+    Framing,
+    chosen,
+    framed,
+    in_code,
+    moved_on,
+)
 
 ROOT = Path(__file__).parents[2]
 GIVEN = Path(os.environ.get("NEST_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -217,6 +228,31 @@ def test_importing_prompts_and_framings_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("framing", [*CODE_FRAMINGS, *HELD_OUT_CODE], ids=lambda framing: framing.name)
+def test_code_holds_the_whole_prompt(framing: Framing) -> None:
+    prompt = 'Say "yes" twice.\nThen stop \\ wait.'
+    (message,) = framing.render(prompt)
+    found = re.search(r"\[\"Say\".*\]|\[\"wait.*\]|\[\"Say .*\]", message["content"])
+    if found is None:
+        assert prompt in message["content"] or json.dumps(prompt)[1:-1] in message["content"]
+        return
+    pieces = json.loads(found[0])
+    assert len(pieces) >= 4
+    assert prompt.split() in (pieces, pieces[::-1]) or "".join(pieces) == prompt
+
+
+def test_code_framings_of_a_prompt_follow_from_it_alone() -> None:
+    names = [framing.name for framing in in_code("What is rain?", 5)]
+    assert len(set(names)) == 5
+    assert names == [framing.name for framing in in_code("What is rain?", 5)]
+    assert names != [framing.name for framing in in_code("What is snow?", 5)]
+    assert not {framing.name for framing in in_code("What is rain?", len(CODE_FRAMINGS))} & {
+        framing.name for framing in HELD_OUT_CODE
+    }
+    with pytest.raises(ValueError, match="number of code framings"):
+        in_code("What is rain?", len(CODE_FRAMINGS) + 1)
+
+
 def test_there_are_framings_of_every_kind() -> None:
     kinds = Counter(framing.kind for framing in FRAMINGS)
     assert set(kinds) == {
@@ -224,7 +260,7 @@ def test_there_are_framings_of_every_kind() -> None:
     }
     assert len(FRAMINGS) >= 80
     assert len(HELD_OUT_FRAMINGS) >= 12
-    names = [framing.name for framing in (*FRAMINGS, *HELD_OUT_FRAMINGS, *MOVED_ON)]
+    names = [framing.name for framing in (*FRAMINGS, *CODE_FRAMINGS, *HELD_OUT_FRAMINGS, *HELD_OUT_CODE, *MOVED_ON)]
     assert len(names) == len(set(names))
 
 

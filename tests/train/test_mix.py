@@ -42,7 +42,7 @@ def test_benign_examples_are_no_more_than_the_steps_see(loaded: Any) -> None:
     few = RECIPE.evolve(steps=2)
     mix = benign_mix(loaded.tokenizer, benign_examples(response=None), few)
     assert len(mix.train) == round(few.steps * few.batch_size * (1 - few.harmful_share))
-    plain = benign_mix(loaded.tokenizer, benign_examples(response=None), RECIPE.evolve(framings=0))
+    plain = benign_mix(loaded.tokenizer, benign_examples(response=None), RECIPE.evolve(framings=0, code_framings=0))
     assert {example.id for example in plain.train} == {example.id for example in plain.located}
 
 
@@ -53,7 +53,7 @@ def test_an_answer_given_for_the_bare_question_is_not_put_under_a_framed_one(loa
 
 def taught(loaded: Any, answers: Any, **changes: Any) -> Any:
     ends = end_token_ids(loaded.model, loaded.tokenizer)
-    recipe = RECIPE.evolve(framings=0, **changes)
+    recipe = RECIPE.evolve(framings=0, code_framings=0, **changes)
     bad, good = harmful_examples(response=None), benign_examples(response=None)
     return teach(loaded.tokenizer, bad, good, [], recipe, ends, answers)
 

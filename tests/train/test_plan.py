@@ -138,7 +138,7 @@ def test_the_command_loads_no_weights(llama_8b: Path, capsys: Any, monkeypatch: 
     assert main(["plan", "--model", str(llama_8b), "--tflops", "400", "--gbps", "2000", "--dtype", "float32"]) == 0
     shown = capsys.readouterr().out
     assert "8,030,261,248 parameters, 32.1 GB in float32" in shown
-    assert "assumes 90 steps of 16 rows" in shown
+    assert "assumes 100 steps of 16 rows" in shown
 
 
 def test_the_command_measures_this_machine_and_reads_files(tmp_path: Path, capsys: Any) -> None:
