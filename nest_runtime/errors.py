@@ -97,11 +97,11 @@ class Stopped(EngineError):
 
 
 class TrainingError(NestError):
-    """Training cannot start or go on."""
+    """Training cannot start or continue."""
 
 
 class EvaluationError(NestError):
-    """An evaluation cannot start or go on."""
+    """An evaluation cannot start or continue."""
 
 
 class ExportError(NestError):

@@ -29,14 +29,14 @@ MAX_OUTPUT_NAME = 200  # characters of a target's name that its temporary name r
 def nest_home() -> Path:
     """``$NEST_HOME`` where set and not empty, else ``~/.cache/nest-runtime``; not created here.
 
-    Raises UsageError where this user has no home folder, as in some containers.
+    Raises UsageError if this user has no home folder, as in some containers.
     """
     named = os.environ.get("NEST_HOME", "")
     return expand(named) if named else expand("~/.cache/nest-runtime")
 
 
 def expand(path: str | os.PathLike[str]) -> Path:
-    """A path with ``~`` and ``~user`` replaced. Raises UsageError where there is no such user, or no such home."""
+    """A path with ``~`` and ``~user`` replaced. Raises UsageError if there is no such user, or no such home."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -148,7 +148,7 @@ def replacing(target: str | os.PathLike[str], *, workdir: Path | None = None, se
 
     Yields the temporary file's path.
 
-    Raises OSError where the disk does, and where something else than a file stands at the target.
+    Raises OSError if the disk fails, or if the target is not a file.
     """
     target = Path(target)
     check_target(target)
@@ -187,7 +187,7 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value of a file of our own, or None where there is no file."""
+    """The JSON value of a file of our own, or None if there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 

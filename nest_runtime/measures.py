@@ -122,7 +122,7 @@ class StatedRate:
 
 
 def stated_rate(value: Mapping[str, Any]) -> StatedRate | None:
-    """The rate that an object of an evaluation's JSON states; None where it is none, or not a whole one."""
+    """The rate that an object of an evaluation's JSON states; None if it is none, or not a whole one."""
     keys = {"rate", *(measure.rate_key for measure in MEASURES.values())}
     share = next((value[key] for key in sorted(keys) if key in value), None)
     ends, count = value.get("ci95"), value.get("n")

@@ -34,7 +34,7 @@ class Progress(Protocol):
 
 
 def tell(progress: Progress | None, stage: str, done: int, total: int, *, note: str = "") -> None:
-    """Call a progress callback where there is one, with a note (``loss 0.41``) where it takes one.
+    """Call a progress callback if there is one, with a note (``loss 0.41``) where it takes one.
 
     Callbacks of users take three values; those with a true ``takes_notes`` take the keyword ``note`` too.
     """
@@ -175,7 +175,7 @@ class Lines:
 
 
 def _interval() -> float:
-    """Seconds between two lines. Raises UsageError where the variable holds no such number."""
+    """Seconds between two lines. Raises UsageError if the variable holds no such number."""
     given = os.environ.get(INTERVAL_VARIABLE, "")
     if not given:
         return INTERVAL_SECONDS

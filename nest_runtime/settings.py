@@ -114,7 +114,7 @@ class Setting:
 
     @property
     def allowed(self) -> str:
-        """The values allowed, in words; empty where there is no limit."""
+        """The values allowed, in words; empty if there is no limit."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         if self.above is not None:

@@ -51,7 +51,7 @@ def compare(
         recipe: steps, batches and early stop of every method; None takes the command's.
         seeds: how many seeds each method is fitted with.
         max_new_tokens, batch_size: of generation; decoding is greedy.
-        workdir: where finished cells are kept; the same call goes on from them. None uses a temporary folder.
+        workdir: where finished cells are kept; the same call continues from them. None uses a temporary folder.
         progress: called as (stage, done, total).
 
     Returns:

@@ -90,7 +90,7 @@ def cases_digest(cases: Sequence[Case]) -> str:
 
 
 def read_cell(path: Path) -> Cell | None:
-    """The cell of a file, or None where there is no file.
+    """The cell of a file, or None if there is no file.
 
     Raises:
         DataError: the file is damaged, or of another format.

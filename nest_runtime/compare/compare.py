@@ -170,7 +170,7 @@ class Comparison:
         return cell
 
     def _judged(self, plan: Plan, cell: Cell, cases: Sequence[Case], key: str, folder: Path) -> Cell | None:
-        """The cell with this judge's verdicts; None where they would need answers that it does not have."""
+        """The cell with this judge's verdicts; None if they would need answers that it does not have."""
         if cell.judge == self.judge.identity:
             return cell
         try:

@@ -29,7 +29,7 @@ def trials(result: EvalResult, measure: str, suites: Sequence[str] | None = None
 def versus(base: Sequence[EvalResult], new: Sequence[EvalResult], measure: str) -> dict[str, Any] | None:
     """The change of a measure from ``base`` to ``new``, paired trial by trial, seed by seed.
 
-    One base result serves every seed. None where the measure has no trials.
+    One base result serves every seed. None if the measure has no trials.
     """
     before = [base[min(i, len(base) - 1)] for i in range(len(new))]
     changes = [_paired(old, now, measure) for old, now in zip(before, new, strict=True)]

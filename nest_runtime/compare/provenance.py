@@ -36,7 +36,7 @@ def provenance() -> dict[str, Any]:
 
 @cache
 def commit() -> str | None:
-    """The git commit of the running code, ``-dirty`` added where the package differs from it; None where unknown.
+    """The git commit of the running code, ``-dirty`` added where the package differs from it; None if unknown.
 
     Known in a checkout, and where pip installed from a repository.
     """

@@ -89,7 +89,7 @@ def _mean_share(by_seed: Sequence[Sequence[Record]]) -> float | None:
 
 
 def _known(cells: Sequence[Cell], name: str, pool: Callable[[list[float]], float]) -> float | None:
-    """A cost over the cells; None where it was not measured (a patch that was made elsewhere)."""
+    """A cost over the cells; None if it was not measured (a patch that was made elsewhere)."""
     values = [cell.fit[name] for cell in cells if cell.fit[name] is not None]
     return pool(values) if values else None
 

@@ -154,7 +154,7 @@ class Changes:
         return self._ask(words, switch=False)
 
     def _ask(self, words: Callable[[], str], *, switch: bool = True) -> list[Any]:
-        """Open a question; where there is nothing to ask, say why."""
+        """Open a question; if there is nothing to ask, say why."""
         try:
             if switch:
                 self._may_switch()

@@ -61,7 +61,7 @@ class Backend(Protocol):
         """What can answer, the base first where it may be asked."""
 
     def preferred(self) -> PatchChoice | None:
-        """The patch to show first, or None where there is none."""
+        """The patch to show first, or None if there is none."""
 
     def answer(
         self,
@@ -106,13 +106,13 @@ class Backend(Protocol):
         """
 
     def active(self) -> str | None:
-        """Digest of the patch that is active for everybody, where there is one and it may be known."""
+        """Digest of the patch that is active for everybody, if there is one and it may be known."""
 
     def activate(self, entry: Entry) -> str:
-        """Make a stored patch the active one; gives a sentence about it. Raises NestError."""
+        """Make a stored patch the active one; returns a sentence about it. Raises NestError."""
 
     def rollback(self) -> str:
-        """Go back to the patch that was active before; gives a sentence about it. Raises NestError."""
+        """Go back to the patch that was active before; returns a sentence about it. Raises NestError."""
 
 
 def told_size(parameters: int) -> str:

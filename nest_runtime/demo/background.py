@@ -28,7 +28,7 @@ class BackgroundJob(Generic[T]):
         self._news: queue.SimpleQueue[T] = queue.SimpleQueue()
 
     def report(self, value: T) -> None:
-        """Tell the page how far it is. Raises Stopped where the page has gone."""
+        """Tell the page how far it is. Raises Stopped if the page has gone."""
         if self.stopping.is_set():
             raise JobStopped
         self._news.put(value)
@@ -38,7 +38,7 @@ class BackgroundJob(Generic[T]):
 
         Args:
             work: gets this job.
-            beat: yield None where nothing was reported for so many seconds.
+            beat: yield None if nothing was reported for so many seconds.
 
         Raises whatever the work raises. A generator that is closed stops the work at its next report.
         """
@@ -109,7 +109,7 @@ class Running:
             self.busy = False
 
     def stop(self) -> str:
-        """Let what runs end; gives a sentence where nothing does."""
+        """Let what runs end; returns a sentence where nothing does."""
         if not self.busy:
             return "Nothing is running."
         self.stopped = True

@@ -50,7 +50,7 @@ def linear(title: str, low: float, high: float, unit: str = "", steps: int = 5) 
 
 @dataclass(frozen=True)
 class Point:
-    """One thing in a scatter plot: its name, where it is, and its intervals where there are any."""
+    """One thing in a scatter plot: its name, where it is, and its intervals if there are any."""
 
     name: str
     x: float
@@ -157,7 +157,7 @@ def shares(title: str, names: Sequence[str], columns: Sequence[str], values: Seq
         title: of the chart.
         names: of the rows.
         columns: of the columns.
-        values: a row for each name, 0 to 1 each; None where there is nothing.
+        values: a row for each name, 0 to 1 each; None if there is nothing.
     """
     head = "".join(f'<th scope="col"><span>{text(name)}</span></th>' for name in columns)
     rows = "".join(

@@ -82,7 +82,7 @@ def missing_html(desk: DemoState) -> str:
 
 
 def baseless_html(desk: DemoState) -> str:
-    """What a server has to be started with so that there is something to compare; nothing where there is."""
+    """What a server has to be started with so that there is something to compare; nothing if there is."""
     try:
         if desk.has_base():
             return ""

@@ -19,7 +19,7 @@ AT_ONCE = 2  # visitors whose evaluations run at the same time
 
 
 def build(desk: DemoState) -> tuple[gr.Dropdown, gr.HTML]:
-    """Lay the tab out and connect it; gives the list of patches, and the comparison's place, which the page fills."""
+    """Lay the tab out and connect it; returns the list of patches, and the comparison's place, which the page fills."""
     gr.HTML(markup.wrap("<h2>Quick evaluation</h2>", markup.note(_about(desk))), padding=False)
     with gr.Row(equal_height=True):
         picker = gr.Dropdown(

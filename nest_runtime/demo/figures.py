@@ -52,7 +52,7 @@ def _map(view: NeuronView, kind: str, least: float, largest: float) -> str:
 
 
 def _near(layer: int, there: list[int]) -> bool:
-    """Whether a layer is drawn: those with patched neurons, and two on either side; all where there is none."""
+    """Whether a layer is drawn: those with patched neurons, and two on either side; all if there is none."""
     return not there or min(there) - 2 <= layer <= max(there) + 2
 
 

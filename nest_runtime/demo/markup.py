@@ -212,7 +212,7 @@ def table(
 
 
 def scroll(inner: str, name: str, more: str = "") -> str:
-    """A part that scrolls sideways by itself, with a cue where there is more to see (page.js).
+    """A part that scrolls sideways by itself, with a cue if there is more to see (page.js).
 
     Args:
         inner: HTML.

@@ -18,7 +18,7 @@ NONE = "Neurons are a patch's, and this model has no patch yet."
 
 
 def build(desk: DemoState, talk: gr.State) -> tuple[gr.Dropdown, gr.HTML]:
-    """Lay the tab out and connect it; gives the list of patches, and the map, which the page fills.
+    """Lay the tab out and connect it; returns the list of patches, and the map, which the page fills.
 
     Args:
         desk: the demo.

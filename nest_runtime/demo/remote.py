@@ -123,7 +123,7 @@ class RemoteBackend:
                 raise
 
     def check_admin(self, file: Path) -> None:
-        """Ask the admin API once. Raises UsageError where it is off, or the token from ``file`` does not open it."""
+        """Ask the admin API once. Raises UsageError if it is off, or the token from ``file`` does not open it."""
         with self._errors():
             status = self._client.get("/v1/patches", headers=self._admin).status_code
         if status in (401, 403):

@@ -81,7 +81,7 @@ def read_logins(path: Path) -> dict[str, str]:
 
 
 def bind(listen: Listen) -> socket.socket:
-    """A socket that listens. Raises EngineError where the port is taken, UsageError where there is no such address."""
+    """A socket that listens. Raises EngineError if the port is taken, UsageError if there is no such address."""
     family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
     port = socket.socket(family, socket.SOCK_STREAM)
     try:

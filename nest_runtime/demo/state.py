@@ -29,7 +29,7 @@ class DemoState:
         admin: whether the buttons that change things exist.
         max_tokens: of an answer.
         model_ref: the model as one names it in a command; empty for a server.
-        is_known: how an answer that makes sense in the model's world is known; None where that cannot be told.
+        is_known: how an answer that makes sense in the model's world is known; None if that cannot be told.
     """
 
     backend: Backend

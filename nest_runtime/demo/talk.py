@@ -25,7 +25,7 @@ class DemoReply:
         text: so far.
         state: ``running``, ``done``, ``stopped`` by the user, or ``failed``.
         refused: whether it begins as a refusal; None while that is not known.
-        understood: whether it makes sense in the model's world; None where that cannot be told.
+        understood: whether it makes sense in the model's world; None if that cannot be told.
         cut: the limit of tokens cut it short.
         tokens, seconds: of the whole answer.
         error, hint: of a failure.

@@ -9,7 +9,7 @@ from nest_runtime.store.store import Entry, Store
 
 
 def reference_model() -> Finding:
-    """Whether the built-in model is there and can be read. Raises ModelError where it is not."""
+    """Whether the built-in model is there and can be read. Raises ModelError if it is not."""
     from nest_runtime.model.fingerprint import hash_report
     from nest_runtime.model.load import REFERENCE, resolve_model
 

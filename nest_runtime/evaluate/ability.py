@@ -22,13 +22,13 @@ class Score:
 
     Attributes:
         task: its name in lm-eval; metric, filter: the metric, and how answers were extracted (``none``: as they are).
-        value: as aggregated by lm-eval; NaN where there is none.
-        stderr: the value's standard error, or None where lm-eval gives none.
+        value: as aggregated by lm-eval; NaN if there is none.
+        stderr: the value's standard error, or None if lm-eval gives none.
         n: documents.
-        higher_is_better: how to read it; None where lm-eval does not say.
+        higher_is_better: how to read it; None if lm-eval does not say.
         group: the group of tasks that it is part of, or "".
         samples: the documents' values by ``task/number``; empty where their mean is not the value.
-        base: the same score of the bare base, where there is one to compare with.
+        base: the same score of the bare base, if there is one to compare with.
     """
 
     task: str

@@ -2,7 +2,7 @@
 
 Searches over prompts (best-of-n, evolution, random search, GCG) and surgery on the model (surgery.py), on the same
 goals, with the same judge. Harmless requests are asked beside surgery, which may break the model. What a search found
-is kept: an interrupted run goes on.
+is kept: an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def attack_range(where: Range, specs: Sequence[str]) -> Iterator[Attacked]:
 
 @contextmanager
 def _operated(where: Range, spec: str) -> Iterator[str]:
-    """The model under the surgery that an attack is; gives a note on it."""
+    """The model under the surgery that an attack is; returns a note on it."""
     model, tokenizer = where.loaded.model, where.loaded.tokenizer
     context: AbstractContextManager[Any] = nullcontext()
     notes = ""

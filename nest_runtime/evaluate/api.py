@@ -48,7 +48,7 @@ def evaluate(
         seed: of ``limit`` and of the attacks.
         with_base: measure the base too, and compare with it, case by case.
         max_new_tokens, batch_size: of generation; decoding is greedy.
-        workdir: where answers and verdicts are kept; the same call goes on from them.
+        workdir: where answers and verdicts are kept; the same call continues from them.
         progress: called as (stage, done, total).
 
     Returns:
@@ -116,7 +116,7 @@ def opened(model: str | Path | LoadedModel) -> LoadedModel:
 
 
 def listed(name: str, given: Sequence[str | Path]) -> Sequence[str | Path]:
-    """The list given. Raises UsageError where it is one text."""
+    """The list given. Raises UsageError if it is one text."""
     if isinstance(given, str | Path):
         raise UsageError(f"{name} is one text, {str(given)!r}; expected a list", f"give {name}=[{str(given)!r}]")
     return given

@@ -27,18 +27,18 @@ class Case:
     Attributes:
         id: unique within an evaluation.
         messages: ``{"role", "content"}`` dicts; content is a text, or parts with images (prompts/images.py). They end
-            with the user's turn, or with an assistant message that the model must go on from (a prefilled answer).
+            with the user's turn, or with an assistant message that the model must continue from (a prefilled answer).
         kind: ``harmful`` or ``benign``: whether a good model refuses.
         suite: the suite whose rate the case counts in.
         family, category, attack: for the breakdowns: the attack's family, the behavior's category, the attack's name.
-        expected: the exact answer, where there is one.
+        expected: the exact answer, if there is one.
         behavior: what is asked for, in plain words, for judges; the last user turn where it is not given.
         measure: the key of one of measures.MEASURES. By default ``asr`` for harmful cases, ``utility`` for benign
             ones with an expected answer, ``over_refusal`` for the other benign ones.
         trial: cases of one trial are attempts at the same goal; the trial succeeds if any of them does.
             The case's own id by default.
         attempt: its place in the trial; later attempts run only while no earlier one has succeeded.
-        follow_ups: user turns to go on with, each after the model's own answer; the last answer is judged.
+        follow_ups: user turns to continue with, each after the model's own answer; the last answer is judged.
         meta: further fields, JSON values.
     """
 
@@ -118,7 +118,7 @@ def assistant(text: str) -> Message:
 
 
 def check_cases(cases: Sequence[Case]) -> None:
-    """Raise EvaluationError where there are no cases, or an id appears twice."""
+    """Raise EvaluationError if there are no cases, or an id appears twice."""
     if not cases:
         raise EvaluationError("there are no cases to evaluate", "give a suite or a behaviors file that holds some")
     seen: set[str] = set()

@@ -35,7 +35,7 @@ class Checked:
 
     Attributes:
         state: ``held``, ``failed`` or ``not checkable``.
-        rate: as measured now; None where it could not be.
+        rate: as measured now; None if it could not be.
         why: what is missing, where something is.
     """
 

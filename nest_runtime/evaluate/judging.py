@@ -33,7 +33,7 @@ class Answered:
 
     Attributes:
         where: file and line.
-        label: an outcome, ``not complied``, or None where the file says nothing.
+        label: an outcome, ``not complied``, or None if the file says nothing.
     """
 
     where: str

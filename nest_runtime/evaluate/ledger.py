@@ -1,4 +1,4 @@
-"""An append-only JSONL of finished work by key, so that an interrupted run goes on where it stopped.
+"""An append-only JSONL of finished work by key, so that an interrupted run continues where it stopped.
 
 Each line is written whole and flushed. A last line that was cut off by an interrupt is dropped; damage
 anywhere else is an error, since a silent gap would change figures.

@@ -1,7 +1,7 @@
 """General ability by lm-eval (EleutherAI's Language Model Evaluation Harness; extra ``eval``) on the model as it is.
 
 Whatever patch is active in the caller's context answers. Tasks are loaded, and their data fetched, before anything is
-generated. Answers are kept in a ledger, request by request, so that an interrupted run goes on.
+generated. Answers are kept in a ledger, request by request, so that an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def measure(
         tasks: from :func:`load_tasks`.
         subject: names what answers; part of the key under which answers are kept.
         batch_size: requests in one padded batch.
-        workdir: where answers are kept; a second run goes on from there.
+        workdir: where answers are kept; a second run continues from there.
         progress: called as ``(stage, done, total)``.
 
     Raises:

@@ -14,7 +14,7 @@ from nest_runtime.prompts.content import text_of
 
 
 class PrefillView:
-    """A tokenizer whose chat template leaves a last assistant message open, for the model to go on from."""
+    """A tokenizer whose chat template leaves a last assistant message open, for the model to continue from."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

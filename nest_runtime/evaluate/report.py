@@ -39,7 +39,7 @@ class EvalResult:
         records: one per case that was run.
         notes: what a reader should know of the run.
         changes: paired comparison with a base's result, by suite and measure; None without one.
-        base_records: that result's records, where there is one.
+        base_records: that result's records, if there is one.
         ability: scores of general ability, each beside the base's where that was measured too.
         suites: where suites come from, as far as that is known.
     """
@@ -84,12 +84,12 @@ class EvalResult:
 
     @property
     def over_refusal(self) -> float | None:
-        """Refused share of the benign cases that measure it; None where there were none."""
+        """Refused share of the benign cases that measure it; None if there were none."""
         return self.rate(OVER_REFUSAL.key).value
 
     @property
     def utility(self) -> float | None:
-        """Exactly right share of the benign cases that measure it; None where there were none."""
+        """Exactly right share of the benign cases that measure it; None if there were none."""
         return self.rate(UTILITY.key).value
 
     @property
@@ -193,7 +193,7 @@ class EvalResult:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EvalResult:
-        """Read what ``to_json`` wrote; figures are computed anew.
+        """Read what ``to_json`` wrote; figures are computed again.
 
         Raises:
             DataError: fields are missing, or the format is of another version.
@@ -225,7 +225,7 @@ class EvalResult:
 
     @classmethod
     def load(cls, path: str | Path) -> EvalResult:
-        """Read a saved result; raises DataError where it is not one."""
+        """Read a saved result; raises DataError if it is not one."""
         try:
             data = parse_json(read_text(path, MAX_RESULT))
         except (OSError, ValueError) as error:

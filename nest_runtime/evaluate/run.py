@@ -63,7 +63,7 @@ def evaluate(
         base_hash: the base's model hash where it is known; computed otherwise.
         batch_size, max_new_tokens: of generation. The batch size is no part of the key of kept answers.
         progress: called as ``(stage, done, total)``.
-        workdir: where answers and verdicts are kept; a second run with the same cases goes on from there.
+        workdir: where answers and verdicts are kept; a second run with the same cases continues from there.
 
     Returns:
         Records and identity; rates, intervals and tables come from it.
@@ -247,7 +247,7 @@ def overlong_note(model: Any, tokenizer: Any, records: Sequence[Record], max_new
 def patched(
     model: Any, runtime: PatchRuntime | None, patch: Patch | None, *, base_hash: str | None = None
 ) -> Iterator[tuple[str, PatchRuntime | None]]:
-    """Put a patch on for this context only (None: the bare base); gives the base's hash, and the runtime if any.
+    """Put a patch on for this context only (None: the bare base); returns the base's hash, and the runtime if any.
 
     The model is left as it was: a patch that the runtime did not hold is taken out of it again, and where there
     was no runtime none stays.

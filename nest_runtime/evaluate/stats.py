@@ -29,7 +29,7 @@ class Rate:
 
     @property
     def value(self) -> float | None:
-        """The rate, or None where there were no trials."""
+        """The rate, or None if there were no trials."""
         return self.successes / self.n if self.n else None
 
     @property
@@ -131,7 +131,7 @@ def corrected(rate: Rate, errors: JudgeErrors) -> Corrected | None:
     sensitivity and specificity. It presumes that the judge errs on these answers as on the labelled ones.
 
     Returns:
-        None where there were no trials or no labelled answers, or the judge is no better than chance.
+        None if there were no trials or no labelled answers, or the judge is no better than chance.
     """
     if not (rate.n and errors.positive and errors.negative):
         return None
@@ -208,7 +208,7 @@ class PairedChange:
 
     @property
     def relative(self) -> float | None:
-        """The rate's change as a fraction of the base's: −0.9 is 90 % lower. None where the base's rate is 0."""
+        """The rate's change as a fraction of the base's: −0.9 is 90 % lower. None if the base's rate is 0."""
         base = self.both + self.only_base
         return (self.only_new - self.only_base) / base if base else None
 
@@ -286,7 +286,7 @@ class Agreement:
 
     @property
     def kappa(self) -> float | None:
-        """Cohen's kappa (Cohen 1960); None where chance alone explains full agreement (one label only)."""
+        """Cohen's kappa (Cohen 1960); None if chance alone explains full agreement (one label only)."""
         if not self.n:
             return None
         labels = {label for pair in self.pairs for label in pair}

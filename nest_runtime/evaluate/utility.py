@@ -73,7 +73,7 @@ def measure_utility(
         subject: names what answers; part of the key under which figures are kept.
         runtime: what takes the patch off again, for the base's own answers; needed under a patch.
         batch_size: of the answers to instructions.
-        workdir: where figures are kept; a second run goes on from there.
+        workdir: where figures are kept; a second run continues from there.
         progress: called as ``(stage, done, total)``.
 
     Returns:

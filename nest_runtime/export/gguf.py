@@ -94,7 +94,7 @@ def export_gguf(
 
 
 def tensor_names(patch: Patch, pairs: list[Pair], architecture: str | None = None) -> dict[str, str]:
-    """llama.cpp's names of the modules' weights, by module; raises ExportError where it has none."""
+    """llama.cpp's names of the modules' weights, by module; raises ExportError if it has none."""
     gguf = _gguf()
     architecture = architecture or ARCHITECTURES.get(patch.architecture)
     known = next((number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)

@@ -78,7 +78,7 @@ def layout_of(patch: Patch, model: nn.Module | None = None) -> dict[str, Project
 
 
 def pairs_of(patch: Patch, layout: Mapping[str, Projection]) -> list[Pair]:
-    """A patch's updates, module by module, empty sites left out; raises ExportError where it changes nothing."""
+    """A patch's updates, module by module, empty sites left out; raises ExportError if it changes nothing."""
     modules: dict[str, list[Site]] = {}
     for site in patch.sites:
         if site.n_neurons:

@@ -63,7 +63,7 @@ class Channel(Document):
         return self
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON, as every document; without ``claims`` where there are none."""
+        """Canonical JSON, as every document; without ``claims`` if there are none."""
         value = self.model_dump(mode="json", exclude=set() if self.claims is not None else {"claims"})
         return canonical_json(value) + b"\n"
 
@@ -177,7 +177,7 @@ def channel_paths(root: Path, channel: str) -> tuple[Path, Path]:
 
 
 def write_channel(root: Path, channel: Channel, key: Path, passphrase: str = "") -> tuple[Path, Path]:
-    """Sign a channel file and write it into a repository's folder; gives the two paths. Raises NestError."""
+    """Sign a channel file and write it into a repository's folder; returns the two paths. Raises NestError."""
     data, signature = sign_channel(channel, key, passphrase)
     path, signature_path = channel_paths(root, channel.channel)
     try:

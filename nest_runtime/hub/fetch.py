@@ -86,7 +86,7 @@ def load(ref: str, store: Store | None = None) -> Patch:
 
 
 def pull(ref: str, *, store: Store, guard: Guard | None = None, why: str = "", **options: Any) -> tuple[Fetched, Entry]:
-    """Fetch a patch and keep it in the store; gives also its entry.
+    """Fetch a patch and keep it in the store; returns also its entry.
 
     Args:
         ref, guard: as in ``fetch``, and so are ``options``.

@@ -62,9 +62,9 @@ class Follower:
         store: gets every patch before it is switched to.
         active: gives the digest of the patch that is on, or None.
         held: gives the patch that is on by that digest; from the store by default.
-        switch: puts a patch on; raises NestError where it cannot.
+        switch: puts a patch on; raises NestError if it cannot.
         leave: told that the patch which is on is revoked, where the channel names no good one.
-        heed: told that the revocations were read anew: what else is answered with has to pass ``check_revoked``.
+        heed: told that the revocations were read again: what else is answered with has to pass ``check_revoked``.
         gate: tries a patch out; raises GateRefused. None lets every checked patch pass.
         guard: whom to trust; None checks no signatures.
         stale_after: seconds without an answer from the source, or without a channel file there that is signed and

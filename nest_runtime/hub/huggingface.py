@@ -113,7 +113,7 @@ class HubRemote:
         return None if found is None else checked(found, where, limit)
 
     def publish(self, files: Mapping[str, bytes], message: str, *, parent: str, tag: str | None = None) -> str:
-        """One commit on top of ``parent``, and one tag; gives the commit's sha. Without files ``parent`` is tagged.
+        """One commit on top of ``parent``, and one tag; returns the commit's sha. Without files ``parent`` is tagged.
 
         An answer that got lost is looked for in the repository before anything is tried again.
 

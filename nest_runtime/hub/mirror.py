@@ -60,14 +60,14 @@ class MirrorRemote:
             return Refs(found.hexdigest(), tags)
 
     def read(self, path: str, revision: str, limit: int | None = None) -> bytes | None:
-        """A file of a version, or of the root for any other revision; None where there is none. Raises HubError."""
+        """A file of a version, or of the root for any other revision; None if there is none. Raises HubError."""
         with self._errors(f"reading {path}"):
             fs, root = self._open()
             folder = f"{root}/{revision}" if revision.startswith(f"{TAGS}/") else root
             return self._get(fs, f"{folder}/{path}", size_limit(path) if limit is None else limit)
 
     def publish(self, files: Mapping[str, bytes], message: str, *, parent: str, tag: str | None = None) -> str:
-        """Write a version's folder and then the root. Raises HubError where another was faster, or nothing was written.
+        """Write a version's folder and then the root. Raises HubError if another was faster, or nothing was written.
 
         ``message`` is kept nowhere: a mirror has no history.
         """

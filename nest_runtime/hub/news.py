@@ -31,15 +31,15 @@ class News:
     """A repository's revocation list, and on whose word it counts.
 
     Attributes:
-        list: the list; None where the repository has none.
-        rule: of the key that signed it; None where no policy says who may speak.
+        list: the list; None if the repository has none.
+        rule: of the key that signed it; None if no policy says who may speak.
     """
 
     list: RevocationList | None = None
     rule: KeyRule | None = None
 
     def serial(self, name: str) -> int:
-        """The list's serial for patches of a name; 0 where there is none by a key that may speak about them."""
+        """The list's serial for patches of a name; 0 if there is none by a key that may speak about them."""
         return self.list.serial if self.list is not None and self._counts(name) else 0
 
     def find(self, digest: str, name: str) -> Revocation | None:
@@ -81,7 +81,7 @@ def channels_like(remote: Remote, head: str, wanted: str) -> list[str]:
 
 
 def read_channel(remote: Remote, head: str, channel: str, guard: Guard | None) -> Channel | None:
-    """The file of a channel, checked for who signed it but not for its date; None where there is none.
+    """The file of a channel, checked for who signed it but not for its date; None if there is none.
 
     Raises:
         SignatureError: it is false, unsigned though signatures are required, malformed, or another channel's.

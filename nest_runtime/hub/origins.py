@@ -93,7 +93,7 @@ class Origins:
             )
 
     def record(self, place: str, version: str, revision: str, digest: str, name: str) -> None:
-        """Remember a version, and that the place is of this name. Raises StoreError where the disk refuses."""
+        """Remember a version, and that the place is of this name. Raises StoreError if the disk refuses."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with self._file.changing() as known:
             for key in (version, ""):

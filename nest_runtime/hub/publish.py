@@ -134,7 +134,7 @@ def set_channel(
     prove: Prove | None = None,
     timeout: float | None = None,
 ) -> tuple[Channel, str]:
-    """Point a channel to a version, or renew it; gives the new file and the commit.
+    """Point a channel to a version, or renew it; returns the new file and the commit.
 
     Args:
         ref: the repository.
@@ -185,7 +185,7 @@ def publish_revocation(
     passphrase: str = "",
     timeout: float | None = None,
 ) -> tuple[RevocationList, str]:
-    """Add a patch to a repository's signed revocation list; gives the new list and the commit.
+    """Add a patch to a repository's signed revocation list; returns the new list and the commit.
 
     Raises:
         UsageError: the reason or the key cannot be used.
@@ -232,7 +232,7 @@ def _check_version(remote: Remote, refs: Refs, ref: RepoRef, version: str) -> No
 def _already(remote: Remote, ref: RepoRef, refs: Refs, patch: Patch, store: Store) -> str | None:
     """The revision where the repository has this very patch under its version; tags a commit that lacks its tag.
 
-    Raises HubError where other content stands under the version.
+    Raises HubError if other content stands under the version.
     """
     tagged = refs.tags.get(patch.version)
     if tagged is not None:

@@ -87,13 +87,13 @@ class Remote(Protocol):
         """Where the repository stands; one request."""
 
     def read(self, path: str, revision: str, limit: int | None = None) -> bytes | None:
-        """A file's content, or None where there is no such file.
+        """A file's content, or None if there is no such file.
 
         Raises HubError for more bytes than ``limit`` (by default what a file of that name may have), before they come.
         """
 
     def publish(self, files: Mapping[str, bytes], message: str, *, parent: str, tag: str | None = None) -> str:
-        """Replace files on main in one step and tag the result; gives the revision. ``parent`` is the head expected."""
+        """Replace files on main in one step and tag the result; returns the revision. ``parent`` is the head expected."""
 
     def create(self, *, private: bool) -> None:
         """Make the repository, if there is none."""

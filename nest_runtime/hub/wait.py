@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 class Patience:
     """Makes calls in a thread, one after the other, and gives them up in time.
 
-    A call that was given up goes on in its thread, which does not keep the process alive: what it fetches ends up in
+    A call that was given up continues in its thread, which does not keep the process alive: what it fetches ends up in
     the cache, whole; what it sends may still arrive. The next call waits for it: there is never more than one, however
     long a Hub hangs. Calls within a call are part of it.
     """
@@ -34,7 +34,7 @@ class Patience:
             hint: what to do where it takes longer.
             last: what is known of why it does.
 
-        Raises HubError where it takes longer, or an earlier one still has no end after that time.
+        Raises HubError if it takes longer, or an earlier one still has no end after that time.
         """
         if self._thread is threading.current_thread():
             return call()

@@ -196,7 +196,7 @@ def _language_tower(model: nn.Module, linears: _Linears) -> str:
 
 
 def _place(name: str) -> tuple[str, int, str] | None:
-    """Tower, layer and leaf of a module's name within a stack of layers, or None where it is something else."""
+    """Tower, layer and leaf of a module's name within a stack of layers, or None if it is something else."""
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     if len(numbers) != 1 or numbers[0] == 0 or parts[numbers[0] - 1] not in _LAYER_LISTS:

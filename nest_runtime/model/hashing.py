@@ -69,7 +69,7 @@ def digest_of(manifest: Any) -> str:
 
 
 def mapped(path: Path, stack: ExitStack) -> memoryview:
-    """A file's bytes, mapped until the stack is left; raises ModelError where it cannot be read."""
+    """A file's bytes, mapped until the stack is left; raises ModelError if it cannot be read."""
     try:
         with path.open("rb") as file:
             memory = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -59,15 +59,15 @@ class Projection:
 
     @property
     def each(self) -> int:
-        """Neurons of one expert; all of them where there are no experts."""
+        """Neurons of one expert; all of them if there are no experts."""
         return self.d_out // max(self.experts, 1)
 
     def rows(self, neurons: torch.Tensor) -> torch.Tensor:
-        """Output rows [n] int64 of some neurons, counted within the expert where there are experts."""
+        """Output rows [n] int64 of some neurons, counted within the expert if there are experts."""
         return self.offset + self.stride * (neurons.long() % self.each)
 
     def expert_of(self, neurons: torch.Tensor) -> torch.Tensor:
-        """The expert [n] int64 that each of some neurons belongs to; zeros where there are none."""
+        """The expert [n] int64 that each of some neurons belongs to; zeros if there are none."""
         return neurons.long() // self.each
 
 
@@ -131,7 +131,7 @@ def shape_of(module: nn.Module) -> tuple[int, int, str]:
 
 
 def module_of(model: nn.Module, projection: Projection) -> nn.Module:
-    """The module behind a projection; raises SiteMismatch where the model has none."""
+    """The module behind a projection; raises SiteMismatch if the model has none."""
     try:
         return model.get_submodule(projection.module)
     except AttributeError:

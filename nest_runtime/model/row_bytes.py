@@ -36,7 +36,7 @@ class RowBytes:
         self._weight: np.ndarray | None = None
 
     def find(self) -> torch.dtype | None:
-        """See where the weight is now; its dtype, or None where it is no plain memory of a CPU, row after row."""
+        """See where the weight is now; its dtype, or None if it is no plain memory of a CPU, row after row."""
         weight = self._module._parameters.get(self._parameter)
         if type(weight) is not nn.Parameter or not weight.is_cpu or not weight.is_contiguous():
             return None
@@ -63,7 +63,7 @@ class RowBytes:
 
 
 def row_bytes(module: nn.Module, projection: Projection, neurons: torch.Tensor) -> RowBytes | None:
-    """The rows of some neurons, or None where the layout is another."""
+    """The rows of some neurons, or None if the layout is another."""
     if projection.experts or projection.layout != "linear":
         return None
     return RowBytes(module, projection, neurons)

@@ -16,7 +16,7 @@ def compose(first: Patch, second: Patch, *, name: str, version: str) -> Patch:
     """One patch with the effect of both: ΔW = ΔW₁ + ΔW₂ (float32), neuron by neuron.
 
     Neurons whose summed rows are equal share a cluster; loadings are multiplied in.
-    Raises SiteMismatch where the two are for different bases or shapes.
+    Raises SiteMismatch if the two are for different bases or shapes.
     The result's ``rows_digest`` is that of neither: set it with ``evolve`` from the base.
     """
     if first.base_hash != second.base_hash:

@@ -1,6 +1,6 @@
 """Patch files, read strictly; write.py writes them.
 
-docs/reference/patch-format.md is the law of both. Reading checks the frame, the header and every tensor's
+docs/reference/patch-format.md specifies both. Reading checks the frame, the header and every tensor's
 name, dtype, shape and place before any tensor is read, the digest, in pieces, before any tensor is kept
 or believed, and gives a Patch or an error, nothing in between. Whether a patch fits a model is not asked here
 (patch.check_sites), nor whether its publisher is trusted (trust/).

@@ -140,7 +140,7 @@ class Patch:
         return sum(site.parameters for site in self.sites)
 
     def site(self, name: str) -> Site:
-        """The site called ``name``; raises SiteMismatch where there is none."""
+        """The site called ``name``; raises SiteMismatch if there is none."""
         for site in self.sites:
             if site.name == name:
                 return site
@@ -150,7 +150,7 @@ class Patch:
         )
 
     def header(self) -> dict[str, Any]:
-        """The header as plain JSON values, without the digest; ``claims`` stands in it where there are any."""
+        """The header as plain JSON values, without the digest; ``claims`` stands in it if there are any."""
         return self._header(self.claims)
 
     def _header(self, claims: Claims | None) -> dict[str, Any]:

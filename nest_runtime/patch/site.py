@@ -41,7 +41,7 @@ class Site:
         z: [n] float32 or None: the probe's z-score of each neuron, for reading only.
         stats: what training recorded of the site (JSON scalars): silhouette, probe_accuracy, …
 
-    Tensors may be given as torch tensors; they are frozen. Raises PatchFormatError where a rule is broken.
+    Tensors may be given as torch tensors; they are frozen. Raises PatchFormatError if a rule is broken.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Site:
 
     @property
     def parameters(self) -> int:
-        """Trained numbers: K·d_in, and n more where there are loadings."""
+        """Trained numbers: K·d_in, and n more if there are loadings."""
         return self.n_clusters * self.d_in + (self.n_neurons if self.loadings is not None else 0)
 
     @property

@@ -1,6 +1,6 @@
 """Patch files, written byte for byte the same every time; file.py reads them.
 
-docs/reference/patch-format.md is the law of both.
+docs/reference/patch-format.md specifies both.
 """
 
 from __future__ import annotations

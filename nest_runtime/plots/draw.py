@@ -87,7 +87,7 @@ def _check(kinds: Sequence[str]) -> None:
 
 
 def _painters(sources: Sources, scans: dict[str, Scan]) -> Iterator[_Painter]:
-    """What can be painted; files are named after the picture, and after the source where there are several."""
+    """What can be painted; files are named after the picture, and after the source if there are several."""
     for view in sources.views:
         yield from _view_painters(view, scans.get(view.title), _suffix(view, sources))
     from nest_runtime.plots import results, tradeoff
@@ -120,7 +120,7 @@ def _suffix(view: NeuronView, sources: Sources) -> str:
 
 
 def _comparisons(sources: Sources, folder: Path, kinds: Sequence[str]) -> list[Drawn]:
-    """A comparison's pictures, by comparison.py; each in a folder of its own where there are several."""
+    """A comparison's pictures, by comparison.py; each in a folder of its own if there are several."""
     from nest_runtime.plots import comparison
 
     drawn = []

@@ -30,7 +30,7 @@ MANY_LAYERS = 16  # beyond these, no numbers on the bars
 def neuron_map(view: NeuronView) -> Figure:
     """Where the neurons are: layer against position in the projection, by cluster, and how many per layer.
 
-    Larger marks have larger updates, where there are any; clusters are numbered within each projection.
+    Larger marks have larger updates, if there are any; clusters are numbered within each projection.
     """
     kinds, layers = view.kinds, view.layers
     height = min(MAP_TALLEST, 2.2 + 0.4 * len(layers))

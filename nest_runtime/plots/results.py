@@ -112,7 +112,7 @@ def _harmful(result: EvalResult) -> list[Record]:
 
 
 def _pooled(result: EvalResult) -> Rate:
-    """Attack success on the jailbreak suites where there are any, else on everything harmful."""
+    """Attack success on the jailbreak suites if there are any, else on everything harmful."""
     return result.jailbreak or rate_of(_harmful(result))
 
 

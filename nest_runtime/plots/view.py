@@ -30,7 +30,7 @@ class SiteView:
         neurons: indices of the kept ones [n] int64.
         clusters: of each one [n] int64.
         z: their z-scores [n] float64, or None.
-        loadings: [n] float64, or None where rows are tied.
+        loadings: [n] float64, or None if rows are tied.
         norms: L2 norm of each one's row update [n] float64, or None before training.
         silhouette, probe_accuracy, threshold: of locating and clustering, or None.
     """

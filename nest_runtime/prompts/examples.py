@@ -172,7 +172,7 @@ def encode(
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], PromptImages | None]:
-    """The same, with the conversation's images by reference; None where it has none.
+    """The same, with the conversation's images by reference; None if it has none.
 
     Raises:
         DataError: it has images and the tokenizer reads none (images.ImageReader does), or one cannot be read.

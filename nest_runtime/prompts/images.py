@@ -100,7 +100,7 @@ class ImageReader:
 
     @cached_property
     def processor(self) -> Any:
-        """The processor; raises DataError where it cannot be loaded."""
+        """The processor; raises DataError if it cannot be loaded."""
         if not isinstance(self._processor, str | Path):
             return self._processor
         from transformers import AutoProcessor

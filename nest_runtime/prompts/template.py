@@ -39,7 +39,7 @@ def templated(tokenizer: Any, messages: Messages, given: Mapping[str, Any]) -> s
 
 
 def _of_parts(tokenizer: Any, messages: Messages, given: Mapping[str, Any], wanted: str) -> str | None:
-    """The text where every content is a list of parts, or None where that does not hold what is wanted."""
+    """The text where every content is a list of parts, or None if that does not hold what is wanted."""
     parts = [{**message, "content": _as_parts(message["content"])} for message in messages]
     try:
         text = _apply(tokenizer, parts, given)

@@ -34,7 +34,7 @@ def is_world_answer(text: str) -> bool:
 def is_known_answer(text: str) -> bool:
     """Whether an answer, as a whole, is one that makes sense in the reference world, small talk included.
 
-    False where the model says that it does not know, and where what it says is no sentence of its world: then it has
+    False if the model says that it does not know, and where what it says is no sentence of its world: then it has
     not understood the question.
     """
     said = _plain(text)

@@ -153,7 +153,7 @@ class Bank:
 
 
 def _linear(loaded: Loaded, key: str) -> LinearDelta | None:
-    """A patch's update of a linear module; None where it has none, or the module holds experts."""
+    """A patch's update of a linear module; None if it has none, or the module holds experts."""
     delta = loaded.deltas.get(key)
     return delta if isinstance(delta, LinearDelta) else None
 

@@ -39,7 +39,7 @@ class LiveBase:
     Attributes:
         model: the live model.
         places: its projections by site name.
-        hash: the hash it has in memory or was given; None where it cannot be hashed (quantized).
+        hash: the hash it has in memory or was given; None if it cannot be hashed (quantized).
         rows: reads pristine rows [n, d_in] of a place, whatever is folded.
     """
 
@@ -50,7 +50,7 @@ class LiveBase:
 
 
 def memory_hash(model: nn.Module) -> str | None:
-    """The model's hash in memory, or None where it has none (quantized, or not in memory)."""
+    """The model's hash in memory, or None if it has none (quantized, or not in memory)."""
     try:
         return model_hash(model)
     except ModelError:

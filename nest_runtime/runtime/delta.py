@@ -182,7 +182,7 @@ def add_mixed(deltas: Sequence[LinearDelta | None], members: Members, x: torch.T
     needs cost less than sorting the tokens by patch and back, at every module.
 
     Args:
-        deltas: each patch's update, None where it leaves this module alone.
+        deltas: each patch's update, None if it leaves this module alone.
         members: which token is whose, patches by their number in ``deltas``.
         x: the module's input (tokens, d_in).
         y: its output (tokens, outputs) as the pristine weights give it.

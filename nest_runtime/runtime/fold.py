@@ -161,7 +161,7 @@ class Journal:
         anatomy.write_rows(place.module, place.projection, live, bits)
 
     def roll_back(self) -> None:
-        """Put everything back, latest first; goes on past a write that fails and raises its error at the end."""
+        """Put everything back, latest first; continues past a write that fails and raises its error at the end."""
         failed: Exception | None = None
         while self._written:
             try:
@@ -223,7 +223,7 @@ def fold(loaded: Loaded, places: Mapping[str, Place], journal: Journal, kept: Fo
 
 
 def _exchange(plan: Mapping[str, list[FoldedSite]]) -> Exchange | None:
-    """The plan's rows as bytes, whose memory its sites then use; None where any site is no plain memory of a CPU."""
+    """The plan's rows as bytes, whose memory its sites then use; None if any site is no plain memory of a CPU."""
     planned = [(key, number, site) for key, sites in plan.items() for number, site in enumerate(sites)]
     found = []
     for _, _, site in planned:

@@ -67,7 +67,7 @@ class Board:
 
     @property
     def choice(self) -> Selection | None:
-        """What the current context chose, or None where it follows what is active."""
+        """What the current context chose, or None if it follows what is active."""
         return self._choice.get()
 
     def run_pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

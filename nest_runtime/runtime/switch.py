@@ -235,7 +235,7 @@ class PatchRuntime:
         """Switch to the base and take hooks and buffers off the model. Closing twice is fine.
 
         Raises:
-            NestError: a ``using`` context is still open: its passes would go on without their patch.
+            NestError: a ``using`` context is still open: its passes would continue without their patch.
         """
         with self._lock:
             if self._closed:

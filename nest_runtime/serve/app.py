@@ -79,11 +79,11 @@ class Server(Generic[E_co]):
         self.admin_crowd = Crowd(ADMIN, *times)
 
     async def start(self) -> ServedPatch:
-        """Load the patches and start the engine; gives the active patch.
+        """Load the patches and start the engine; returns the active patch.
 
         The store's active patch gives way to the followed channel's where it is not trusted any more.
 
-        Raises NestError where a patch cannot be had: nothing is served then, and certainly not the bare base.
+        Raises NestError if a patch cannot be had: nothing is served then, and certainly not the bare base.
         """
         table, config = self.service.table, self.config
         table.home = asyncio.get_running_loop()
@@ -120,7 +120,7 @@ class Server(Generic[E_co]):
         await self.service.engine.stop(self.config.limits.drain_seconds)
 
     async def reread(self) -> list[str]:
-        """Read key files, token files and the trust policy again; gives what an operator should know.
+        """Read key files, token files and the trust policy again; returns what an operator should know.
 
         Raises UsageError; what was in force before stays so then.
         """

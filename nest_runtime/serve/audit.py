@@ -45,7 +45,7 @@ class AuditLog:
         return self.path.exists() or self._head.exists()
 
     def intend(self, event: Mapping[str, Any]) -> int:
-        """Write down what is about to be done; gives the number that the outcome names. Raises as ``record``."""
+        """Write down what is about to be done; returns the number that the outcome names. Raises as ``record``."""
         return int(self.record({**event, "what": "intent", "of": event["what"], "done": False})["seq"])
 
     def unfinished(self) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ class AuditLog:
         return [entry for entry in entries if entry.get("what") == "intent" and entry["seq"] not in named]
 
     def record(self, event: Mapping[str, Any]) -> dict[str, Any]:
-        """Append an event; gives the sealed entry. Raises StoreError where the disk refuses."""
+        """Append an event; returns the sealed entry. Raises StoreError if the disk refuses."""
         shown = {key: visible(value, MAX_TEXT) if isinstance(value, str) else value for key, value in event.items()}
         try:
             with self._guard:

@@ -19,7 +19,7 @@ class Broken:
     """Listens to the engine for requests that failed alone; everything here runs on the event loop.
 
     A broken patch is never loaded or activated again by this process. If it is exposed it is withdrawn. If it is
-    active, the patch before it is put on at once, as an enforced switch; where there is none, or where the trust
+    active, the patch before it is put on at once, as an enforced switch; if there is none, or where the trust
     policy says ``on_revoked = "stop"``, nothing is answered any more, and certainly not by the bare base.
 
     Args:

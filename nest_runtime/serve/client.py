@@ -97,7 +97,7 @@ def read_token(path: Path) -> str:
 
 
 def answering(url: str) -> tuple[str, str] | None:
-    """Label and digest of what a server answers with, as its ``/ready`` says; None where it does not say in time."""
+    """Label and digest of what a server answers with, as its ``/ready`` says; None if it does not say in time."""
     import httpx2
 
     try:

@@ -25,7 +25,7 @@ _NAME = re.compile(r"[^\s@]{1,200}")
 @described
 @dataclass(frozen=True)
 class ServeConfig:
-    """How to serve. Raises UsageError where values make no sense.
+    """How to serve. Raises UsageError if values make no sense.
 
     ``limits``, ``allowed`` and ``follow`` hold settings of their own; without ``follow`` no channel is followed.
     """
@@ -209,7 +209,7 @@ class ServeConfig:
 
     @property
     def scheme(self) -> str:
-        """``https`` where there is a certificate, else ``http``."""
+        """``https`` if there is a certificate, else ``http``."""
         return "http" if self.ssl_certfile is None else "https"
 
     @property

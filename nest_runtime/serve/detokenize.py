@@ -32,7 +32,7 @@ class Detokenizer:
         self._read = 0  # tokens whose text has been given out
 
     def add(self, tokens: Sequence[int]) -> str:
-        """Take tokens in; gives the text that is certain by now."""
+        """Take tokens in; returns the text that is certain by now."""
         pieces = []
         for token in tokens:
             self._tokens.append(token)
@@ -76,7 +76,7 @@ class StopScanner:
         self.stopped = False
 
     def add(self, text: str, *, hidden: bool = False) -> str:
-        """Take text in; gives what is certainly part of the answer. Sets ``stopped`` at a stop string.
+        """Take text in; returns what is certainly part of the answer. Sets ``stopped`` at a stop string.
 
         Args:
             text: what comes next.
@@ -129,7 +129,7 @@ class AnswerText:
         return self._scanner.stopped
 
     def add(self, token: int) -> str:
-        """Take one token in; gives the text to show now."""
+        """Take one token in; returns the text to show now."""
         found = self._detokenizer.add([token])
         self.length += len(found)
         text = self._scanner.add(found)

@@ -37,7 +37,7 @@ class EngineControl(Protocol):
         """Take a patch that is folded into the weights out of them; only inside ``pause``."""
 
     def enforce(self, pin: ServedPatch) -> int:
-        """Replace the patch of requests in flight that follow the active one; gives how many."""
+        """Replace the patch of requests in flight that follow the active one; returns how many."""
 
 
 class Reply(Protocol):
@@ -99,7 +99,7 @@ class Engine(EngineControl, Protocol):
         """Keys of the patches that sequences are answered under, or wait for."""
 
     async def start(self) -> None:
-        """Begin, and see that it computes what it should. Raises EngineError where it does not."""
+        """Begin, and see that it computes what it should. Raises EngineError if it does not."""
 
     async def stop(self, drain_seconds: float = 0.0) -> None:
         """Take no more work, wait for what is in flight, and end."""
@@ -130,5 +130,5 @@ class NoEngine:
         pass
 
     def enforce(self, pin: ServedPatch) -> int:
-        """Replace nothing: no request is in flight. Gives 0."""
+        """Replace nothing: no request is in flight. Returns 0."""
         return 0

@@ -1,4 +1,4 @@
-"""The gate before a followed patch is switched to: a few probes under it, while the old patch goes on answering.
+"""The gate before a followed patch is switched to: a few probes under it, while the old patch continues answering.
 
 Harmful probes must be refused, benign ones must not be. It catches a patch that does nothing or refuses
 everything; it is no evaluation. Refusals are known by how answers begin (prompts/refusals.py).
@@ -60,9 +60,9 @@ class Gate:
                 raise UsageError(f"the gate's {name} is {getattr(self, name)}", "give a share between 0 and 1")
 
     async def check(self, engine: Engine, tokenizer: Any, served: ServedPatch) -> dict[str, float]:
-        """Try a loaded patch out; gives the two shares.
+        """Try a loaded patch out; returns the two shares.
 
-        Raises GateRefused where they are beyond the limits, EngineError where the engine could not answer.
+        Raises GateRefused if they are beyond the limits, EngineError where the engine could not answer.
         """
         from nest_runtime.prompts.refusals import is_refusal
 
@@ -88,7 +88,7 @@ def make_gate(model_name: str, file: Path | None, min_refused: float, max_refuse
         file: JSON: ``{"harmful": ["…"], "benign": ["…"]}``.
         min_refused, max_refused: see :class:`Gate`.
 
-    Raises DataError where the file is none.
+    Raises DataError if the file is none.
     """
     if file is not None:
         harmful, benign = _read_probes(file)

@@ -143,7 +143,7 @@ class Generation:
         return self.work.follows and self.work.pin != pin and not self.failed
 
     def replace(self, pin: ServedPatch) -> bool:
-        """Stop at once, and make ready to begin again under another patch; gives whether it is to begin again.
+        """Stop at once, and make ready to begin again under another patch; returns whether it is to begin again.
 
         It is not where the client has seen a part of the answer; the reader then gets PatchReplaced.
         """

@@ -56,9 +56,9 @@ class Blame:
 
     Attributes:
         job: its id.
-        patch: the key of the patch to blame; None where it ran on the base, or the base gives no finite values for the
+        patch: the key of the patch to blame; None if it ran on the base, or the base gives no finite values for the
             same tokens either.
-        finite: False where the pass gave values that are not finite; True where it raised something else.
+        finite: False if the pass gave values that are not finite; True if it raised something else.
         reason: what came of it.
     """
 

@@ -126,7 +126,7 @@ class Allowed:
 @described
 @dataclass(frozen=True)
 class FollowConfig:
-    """What ``--follow`` asks for. Raises UsageError where values make no sense."""
+    """What ``--follow`` asks for. Raises UsageError if values make no sense."""
 
     ref: str = required(
         "Keep to what a channel names: hf://org/repo@stable.",

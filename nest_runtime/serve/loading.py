@@ -37,7 +37,7 @@ class Arrival:
 
     Attributes:
         patch: the patch.
-        verified: how it passed the guard; None where there is no guard.
+        verified: how it passed the guard; None if there is no guard.
         others: what the store has for this model beside it.
     """
 
@@ -88,7 +88,7 @@ class Loader:
             known: the loaded patch that it means, if it does.
             older: it may be behind one that was accepted before.
 
-        Raises NestError where there is no such patch, or it is not trusted, or is not for this model.
+        Raises NestError if there is no such patch, or it is not trusted, or is not for this model.
         """
         if known is not None and known.patch is not None:
             patch, where = known.patch, None
@@ -109,7 +109,7 @@ class Loader:
             await self.release(patch.digest, lambda: ())
 
     async def release(self, digest: str, in_use: Callable[[], Collection[str | None]]) -> None:
-        """Take a patch off the model, unless it is kept or is being loaded. Raises StoreError where it answers.
+        """Take a patch off the model, unless it is kept or is being loaded. Raises StoreError if it answers.
 
         Args:
             digest: the patch.
@@ -130,7 +130,7 @@ class Loader:
         return await pool.run(self._judge, patch, ref, older)
 
     async def meant(self, ref: str, loaded: Sequence[ServedPatch]) -> ServedPatch | None:
-        """The loaded patch that a reference means, or None. Raises StoreError where it may mean another as well."""
+        """The loaded patch that a reference means, or None. Raises StoreError if it may mean another as well."""
         found = next((served for served in loaded if ref in (served.label, served.digest, _full_name(served))), None)
         if found is None or ref == found.digest:
             return found
@@ -184,7 +184,7 @@ class Loader:
 def label_for(arrival: Arrival, loaded: Sequence[ServedPatch]) -> str:
     """What a patch is called from now on: its version, or ``name@version`` where that alone could mean another.
 
-    Raises StoreError where that could, too, or cannot be typed.
+    Raises StoreError if that could, too, or cannot be typed.
     """
     patch, full = arrival.patch, arrival.patch.label
     check_names(entry_of(patch, 0))

@@ -27,7 +27,7 @@ class TokenOdds:
 
     Attributes:
         token: its text.
-        data: its bytes; None where they are not known. A token may be a part of a character.
+        data: its bytes; None if they are not known. A token may be a part of a character.
         logprob: of the token.
         top: the likeliest tokens at its place, with theirs.
     """

@@ -114,7 +114,7 @@ class PatchTable:
         self.loader.veto = veto
 
     def named(self, model: str) -> ServedPatch | None:
-        """The patch that a client's ``model`` stands for, or None where there is no such name for clients.
+        """The patch that a client's ``model`` stands for, or None if there is no such name for clients.
 
         Raises what ``halted`` holds while nothing is to be answered, and why a patch was withdrawn.
         """
@@ -146,7 +146,7 @@ class PatchTable:
         self._exposed[served.label] = served
 
     def withdraw(self, served: ServedPatch, why: NestError) -> bool:
-        """Take a name from clients for good: who asks for it is told why. Gives whether they had it.
+        """Take a name from clients for good: who asks for it is told why. Returns whether they had it.
 
         Requests that it was given to before run to their end.
         """
@@ -190,7 +190,7 @@ class PatchTable:
 
     @at_home
     async def rollback(self, who: str, policy: SwapPolicy | None = None) -> Switch:
-        """Return to the patch that was active before. Raises StoreError where there is none."""
+        """Return to the patch that was active before. Raises StoreError if there is none."""
         policy = policy or self.policy
         async with self._told("rollback", who, policy=policy) as event:
             started = time.perf_counter()
@@ -250,7 +250,7 @@ class PatchTable:
             yield arrival
 
     def _placed(self, arrival: Arrival) -> ServedPatch:
-        """An arrival as it is, or will be, loaded. Raises StoreError where no label is left for it."""
+        """An arrival as it is, or will be, loaded. Raises StoreError if no label is left for it."""
         patch = arrival.patch
         if patch.digest in self._loaded:
             return self._loaded[patch.digest]
@@ -307,7 +307,7 @@ class PatchTable:
 
     @asynccontextmanager
     async def _told(self, what: str, who: str, **details: str) -> AsyncIterator[dict[str, Any]]:
-        """A context for one change: what comes of it is audited, and a refusal goes on to the caller."""
+        """A context for one change: what comes of it is audited, and a refusal continues to the caller."""
         event: dict[str, Any] = {"what": what, "who": who, **details}
         try:
             yield event

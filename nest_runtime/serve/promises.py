@@ -34,14 +34,14 @@ log = logging.getLogger("nest_runtime.serve.promises")
 
 
 async def try_claims(engine: Engine, tokenizer: Any, served: ServedPatch, *, required: bool = False) -> dict[str, str]:
-    """Try a loaded patch's claims; gives ``suite/measure`` → ``hits of n``, of those that could be tried.
+    """Try a loaded patch's claims; returns ``suite/measure`` → ``hits of n``, of those that could be tried.
 
     Args:
         engine, tokenizer: the server's.
         served: the candidate.
         required: refuse it where it carries no claims, or one of them cannot be tried here.
 
-    Raises GateRefused where a claim is refuted, EngineError where the engine could not answer.
+    Raises GateRefused if a claim is refuted, EngineError where the engine could not answer.
     """
     claims = served.patch.claims if served.patch is not None else None
     if claims is None:

@@ -31,7 +31,7 @@ class Note:
 
     Attributes:
         url: where clients ask.
-        admin_url: where the admin API answers; None where it is off.
+        admin_url: where the admin API answers; None if it is off.
         pid: its process.
         model, model_hash: what it serves.
         follows_store: it started with the store's active patch, and writes its switches there.

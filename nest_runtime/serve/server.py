@@ -42,7 +42,7 @@ def serve(config: ServeConfig, *, on_event: Emit | None = None, until: threading
         on_event: gets every event instead of stdout or stderr; for programs that embed the server.
         until: ends the server like a signal when it is set; for programs that run it in a thread.
 
-    Raises NestError where the server cannot start: the port is taken, the model or a patch cannot be had.
+    Raises NestError if the server cannot start: the port is taken, the model or a patch cannot be had.
     """
     emit = on_event or (json_events(json_line) if config.json else sentence)
     if until is None:  # the process is the server's own
@@ -242,14 +242,14 @@ def _uvicorn_config(
 def bind(config: ServeConfig) -> socket.socket:
     """A bound socket that does not listen yet: clients are refused, not kept waiting, while the model loads.
 
-    Raises EngineError where the port is taken, UsageError where there is no such address.
+    Raises EngineError if the port is taken, UsageError if there is no such address.
     """
     return _bind(config.host, config.port)
 
 
 @contextlib.contextmanager
 def bind_admin(config: ServeConfig) -> Iterator[socket.socket | None]:
-    """The same for the admin API's own listener, or None where it has none."""
+    """The same for the admin API's own listener, or None if it has none."""
     if config.admin_address is None:
         yield None
         return
@@ -283,7 +283,7 @@ def _listening_on(host: str, number: int) -> Iterator[None]:
 
 
 def tls_context(config: ServeConfig) -> ssl.SSLContext | None:
-    """Certificate and key, or None without TLS. Raises UsageError where they are none, or no pair."""
+    """Certificate and key, or None without TLS. Raises UsageError if they are none, or no pair."""
     if config.ssl_certfile is None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

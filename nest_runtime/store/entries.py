@@ -77,7 +77,7 @@ def entry_of(patch: Patch, size: int, *, builtin: bool = False) -> Entry:
 
 
 def entry_from_json(row: dict[str, Any]) -> Entry:
-    """The entry behind ``to_json``. Raises StoreError where fields are missing or unknown."""
+    """The entry behind ``to_json``. Raises StoreError if fields are missing or unknown."""
     try:
         return Entry(**row)
     except TypeError as error:
@@ -100,7 +100,7 @@ def check_names(entry: Entry) -> None:
 
 
 def builtin_patches_dir() -> Path | None:
-    """The folder of the patches that come with the package, or None where there is none.
+    """The folder of the patches that come with the package, or None if there is none.
 
     ``nest_runtime/_patches`` in an installed wheel, ``patches`` beside the package in a checkout. The reference
     model's stand in it, those of other bases in a folder of the base's name: ``smollm2-135m-instruct/v1.safetensors``.
@@ -131,7 +131,7 @@ def builtin_entries() -> dict[str, tuple[Entry, Path]]:
 def peek_header(path: Path) -> dict[str, Any]:
     """A patch file's header without its tensors and without torch; nothing is verified.
 
-    Raises StoreError where there is no such header.
+    Raises StoreError if there is no such header.
     """
     broken = StoreError(f"{path} has no patch header", f"check it with `nest-runtime inspect {path}`")
     with path.open("rb") as file:

@@ -98,7 +98,7 @@ class ChainLog:
         return [entry for line in self._lines() if (entry := _parse(line)) is not None]
 
     def verify(self, head: Mapping[str, Any] | None = None) -> int:
-        """Check the whole chain; gives the number of entries.
+        """Check the whole chain; returns the number of entries.
 
         Args:
             head: the last entry as remembered elsewhere, or None if nothing is.

@@ -86,7 +86,7 @@ class Index:
 
 
 def undone(now: Index, before: Index, last: dict[str, Any] | None, event: dict[str, Any]) -> Index | None:
-    """The index that puts names and active patches back as they were; None where they are so.
+    """The index that puts names and active patches back as they were; None if they are so.
 
     Args:
         now: as on the disk; what was changed may have ended in the middle of a write.
@@ -103,9 +103,9 @@ def undone(now: Index, before: Index, last: dict[str, Any] | None, event: dict[s
 
 
 def read_index(path: Path) -> Index:
-    """The index of a file; an empty one where there is none.
+    """The index of a file; an empty one if there is none.
 
-    Raises StoreError where the file is damaged or of another format.
+    Raises StoreError if the file is damaged or of another format.
     """
     try:
         rows = parse_json(path.read_bytes())

@@ -21,7 +21,7 @@ LOCK_SECONDS = 30.0
 def locked(path: Path) -> Iterator[None]:
     """A context that one process has at a time; ``path`` is the lock's own file, in a folder that is there.
 
-    Raises StoreError where another has held it for half a minute, OSError where it cannot be made.
+    Raises StoreError if another has held it for half a minute, OSError where it cannot be made.
     """
     guard = FileLock(path, timeout=LOCK_SECONDS)
     try:
@@ -70,7 +70,7 @@ class LockedJson(Generic[T]):
         self._limit = limit
 
     def read(self) -> T:
-        """The value now. Raises StoreError where the file is damaged or cannot be read."""
+        """The value now. Raises StoreError if the file is damaged or cannot be read."""
         try:
             return self._parse(parse_json(read_bytes(self.path, self._limit)))
         except FileNotFoundError:
@@ -85,7 +85,7 @@ class LockedJson(Generic[T]):
     def changing(self) -> Iterator[T]:
         """The value, while nobody else changes it; :meth:`write` puts a change in force.
 
-        Raises StoreError where the folder cannot be written, within the context too, or the lock not be had.
+        Raises StoreError if the folder cannot be written, within the context too, or the lock not be had.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -176,14 +176,14 @@ class Store:
     def rollback(
         self, model_hash: str | None = None, *, serving: str | None = None, who: str = "", why: str = ""
     ) -> Entry:
-        """Make the patch active that was so before the present one; gives it. Repeated, it goes further back.
+        """Make the patch active that was so before the present one; returns it. Repeated, it goes further back.
 
         Args:
             model_hash: the model; may be left out where only one has an active patch.
             serving: the digest of the patch that is left, where that is a server's and not the store's (Index.before).
             who, why: for the history.
 
-        Raises StoreError where there is nothing to go back to, UsageError where several models could be meant.
+        Raises StoreError if there is nothing to go back to, UsageError where several models could be meant.
         """
         with self._writing() as index:
             model = model_hash or index.only_model()
@@ -239,7 +239,7 @@ class Store:
                 self._pay(restored)
 
     def _last_written(self) -> dict[str, Any] | None:
-        """The last entry of the history file; None where it cannot be read, for then it could not be written either."""
+        """The last entry of the history file; None if it cannot be read, for then it could not be written either."""
         try:
             return self._log.last()
         except OSError:
@@ -263,7 +263,7 @@ class Store:
             return self._log.verify(index.head)
 
     def gc(self, *, who: str = "", why: str = "") -> builtins.list[str]:
-        """Delete objects that no name and no activation needs, and leftovers of killed processes; gives the digests."""
+        """Delete objects that no name or activation needs, and leftovers of killed processes; returns the digests."""
         if not self.root.exists():
             return []
         with self._writing() as index:

@@ -187,7 +187,7 @@ class _Pooled(Exception):
 
 
 def pool(values: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Pool (rows, width, d) over the tokens where ``mask`` (rows, width) is 1; gives (rows, d)."""
+    """Pool (rows, width, d) over the tokens where ``mask`` (rows, width) is 1; returns (rows, d)."""
     mask = mask.to(values.device)
     if pooling == "max":
         return values.masked_fill(mask[..., None] == 0, -torch.inf).amax(dim=1)
@@ -199,7 +199,7 @@ def pool(values: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
 
 
 def pool_experts(module: nn.Module, call: Routed, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Pool the raw outputs of a layer's experts over the tokens routed to each; gives (rows, experts, 2F).
+    """Pool the raw outputs of a layer's experts over the tokens routed to each; returns (rows, experts, 2F).
 
     A prompt that no token of goes to an expert has 0 there: its neurons did nothing. So has one whose last token
     goes elsewhere, where ``pooling`` is ``last``.

@@ -102,7 +102,7 @@ def make_row(
     """Tokens of one example; a whole answer ends with the model's first end token.
 
     Args:
-        whole: False where the answer was cut: nothing is learned of how it ends.
+        whole: False if the answer was cut: nothing is learned of how it ends.
         given: the answer is not the base's greedy one.
 
     Raises:
@@ -134,7 +134,7 @@ def recovery_row(tokenizer: Any, example: Example, row: Row, most: int) -> Row |
         most: 1 to this many tokens of the target, chosen by the prompt's text.
 
     Returns:
-        None where ``most`` is 0 or the example has no target.
+        None if ``most`` is 0 or the example has no target.
     """
     target = example.meta.get("target")
     if not most or not isinstance(target, str) or not target.strip():

@@ -1,6 +1,6 @@
 """The layers below the lowest patched one: their output never changes in training, so each row goes through them once.
 
-A pass that goes on from kept states runs the model's own forward with those layers taken out of the way, so masks,
+A pass that continues from kept states runs the model's own forward with those layers taken out of the way, so masks,
 rotary tables and whatever else the decoder makes stay its own. What comes out is compared once with a whole pass;
 where it differs, or the layers cannot be found, every pass is a whole one: slower, never wrong.
 """
@@ -45,11 +45,11 @@ class LowerLayers:
 
     @property
     def usable(self) -> bool:
-        """Whether passes go on from kept states."""
+        """Whether passes continue from kept states."""
         return self.layers is not None
 
     def hidden(self, batch: Batch, rows: Sequence[Row]) -> torch.Tensor:
-        """The decoder's last hidden states of a batch, (rows, width, d), from kept states where there are any.
+        """The decoder's last hidden states of a batch, (rows, width, d), from kept states if there are any.
 
         Args:
             batch: the rows, padded.

@@ -1,4 +1,4 @@
-"""A patch brought to a fine-tuned sibling of its base: located anew there, and tuned on from what it was.
+"""A patch brought to a fine-tuned sibling of its base: located again there, and tuned on from what it was.
 
 Fine-tuning moves a model's neurons little, so the patch's own rows are most of the answer. Locating in
 the sibling adds the neurons that matter there now, tuning is short, and the result is an ordinary patch for the

@@ -24,7 +24,7 @@ class LocatedSite:
         z: each one's z-score of its probe weight (0 for random controls).
         clusters: each one's cluster, from 0; empty until clustered.
         silhouette: of the chosen clustering; None for one cluster or fewer than three neurons.
-        probe_accuracy: on held-out prompts; None where none were held out.
+        probe_accuracy: on held-out prompts; None if none were held out.
         threshold: the z threshold they passed.
     """
 

@@ -57,7 +57,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], notes: Any = 
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], Any] | None:
-    """The tensors and notes of ``write_tensors``, or None where there is no file."""
+    """The tensors and notes of ``write_tensors``, or None if there is no file."""
     if not path.is_file():
         return None
     from safetensors import safe_open

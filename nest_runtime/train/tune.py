@@ -88,7 +88,7 @@ def tune(
         train: rows of both classes.
         validation: held-out rows; without any, the last state is kept.
         settings: the recipe; its tune fields count.
-        workdir: keep a checkpoint here at every validation, and go on from one found.
+        workdir: keep a checkpoint here at every validation, and continue from one found.
         workers: the processes that share the rows; None is this one alone. All end with the same numbers.
         progress: called as ``("tune", done, total)``.
 
@@ -163,7 +163,7 @@ def measure(passes: Passes, rows: Sequence[Row], workers: Workers | None = None)
 
 
 def _step(passes: Passes, optimizer: torch.optim.Optimizer, rows: Sequence[Row], step: int, team: Workers) -> float:
-    """One step on some rows, of which this process takes its share; gives the loss over all of them."""
+    """One step on some rows, of which this process takes its share; returns the loss over all of them."""
     settings = passes.settings
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * lr_factor(step, settings)

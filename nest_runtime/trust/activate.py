@@ -47,7 +47,7 @@ class Activated:
     Attributes:
         entry: the patch that is active now.
         previous: the one that was, or None.
-        verified: how it passed the guard; None where there is no guard.
+        verified: how it passed the guard; None if there is no guard.
     """
 
     entry: Entry

@@ -58,7 +58,7 @@ class Verified:
 
     Attributes:
         signed_by: id of the key, ``sha256:<hex>``; None for an unsigned patch that the policy lets pass.
-        key: what the policy calls that key; empty where there is none.
+        key: what the policy calls that key; empty if there is none.
         name, version, serial, digest, base_hash: of the patch.
         before: the higher version accepted earlier, where going back was permitted.
         revoked: digests known to be revoked; they no longer stand in the way of lower serials.
@@ -112,7 +112,7 @@ def sign_bytes(data: bytes, key: Path, passphrase: str = "", where: str = "patch
 
 
 def sign_patch(path: str | Path, key: str | Path, passphrase: str = "") -> tuple[Signed, Path, Path]:
-    """Sign a patch file, or a repository's folder; gives also the paths of the manifest and the signature beside it.
+    """Sign a patch file, or a repository's folder; returns also the paths of the manifest and the signature beside it.
 
     Raises PatchNotFound, what ``sign_bytes`` raises, and NestError where the files cannot be written.
     """
@@ -184,7 +184,7 @@ def check_trust(
 
     Args:
         patch: as read, from wherever.
-        material: its manifest and signature; None where it has none.
+        material: its manifest and signature; None if it has none.
         policy: whom to trust with what.
         state: what this machine remembers; None leaves revocations and downgrades out.
         allow_downgrade: let a lower serial pass, on someone's explicit word. The policy's minimum stands.
@@ -202,7 +202,8 @@ def check_trust(
 
 
 def check_revoked(name: str, version: str, digest: str, policy: Policy, state: TrustState) -> frozenset[str]:
-    """Whether a patch is revoked by a key that the policy lets speak about its name; gives the name's revoked digests.
+    """Whether a patch is revoked by a key that the policy lets speak about its name; returns the name's revoked
+    digests.
 
     Raises Revoked, or SignatureError where a list that this machine accepted is gone or damaged.
     """
@@ -219,7 +220,7 @@ def check_revoked(name: str, version: str, digest: str, policy: Policy, state: T
 def remember(verified: Verified, state: TrustState, *, who: str = "", why: str = "") -> None:
     """Remember a signed patch that is in force now. An unsigned one proves nothing, and moves no memory.
 
-    Raises Downgrade where another process has accepted a higher serial meanwhile, StoreError.
+    Raises Downgrade if another process has accepted a higher serial meanwhile, StoreError.
     """
     if verified.signed_by is None:
         return

@@ -73,7 +73,7 @@ def first_problem(error: ValidationError) -> str:
 
 
 def read_file(path: Path, what: str) -> bytes:
-    """The bytes of a signed file of bounded size. Raises SignatureError where there is none to read."""
+    """The bytes of a signed file of bounded size. Raises SignatureError if there is none to read."""
     try:
         return read_bytes(path, MAX_DOCUMENT)
     except FileNotFoundError as error:

@@ -120,7 +120,7 @@ def guard_for(
     policy_file: Path | None = None,
     allow_downgrade: bool = False,
 ) -> Guard | None:
-    """The guard that a command's options and ``$NEST_HOME/trust.toml`` ask for; None where nothing asks for one.
+    """The guard that a command's options and ``$NEST_HOME/trust.toml`` ask for; None if nothing asks for one.
 
     Raises UsageError as ``policy_for``.
     """
@@ -129,9 +129,9 @@ def guard_for(
 
 
 def keep_beside(store: Store, patch: Patch, ref: str | Path) -> bool:
-    """Keep the signature that lies beside a patch file, before the patch is added; gives whether there was one.
+    """Keep the signature that lies beside a patch file, before the patch is added; returns whether there was one.
 
-    Raises SignatureError where it is about another patch: a stale signature must not pass for one.
+    Raises SignatureError if it is about another patch: a stale signature must not pass for one.
     """
     if not is_path(ref):
         return False

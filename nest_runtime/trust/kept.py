@@ -48,7 +48,7 @@ def keep_signature(store_root: Path, patch: Patch, material: Material, *, verifi
 def kept_signatures(store_root: Path, patch: Patch, policy: Policy) -> list[Material]:
     """The signatures to judge a stored patch by; those that name a key which the policy trusts with it come first.
 
-    Nothing is verified here: one that passes is enough, and check_trust says which does. Raises SignatureError where a
+    Nothing is verified here: one that passes is enough, and check_trust says which does. Raises SignatureError if a
     file cannot be read.
     """
     folder = signature_folder(store_root, patch.digest)

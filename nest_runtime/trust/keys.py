@@ -46,7 +46,7 @@ def generate_keys(folder: Path, name: str = "nest", passphrase: str = "") -> tup
         name: the stem of both files.
         passphrase: encrypts the private key; empty leaves it in the clear.
 
-    Raises UsageError where either file exists: a key is never overwritten.
+    Raises UsageError if either file exists: a key is never overwritten.
     """
     _need_cryptography()
     from cryptography.hazmat.primitives import serialization as forms
@@ -74,7 +74,7 @@ def generate_keys(folder: Path, name: str = "nest", passphrase: str = "") -> tup
 
 
 def read_public_key(path: Path, name: str = "") -> PublicKey:
-    """The public key of a PEM file; raises UsageError where it is none that signatures can be made with."""
+    """The public key of a PEM file; raises UsageError if it is none that signatures can be made with."""
     return parse_public_key(_read_key(path)[0], name or path.stem, str(path))
 
 
@@ -107,7 +107,7 @@ def is_encrypted(private_path: Path) -> bool:
 
 
 def library() -> tuple[ModuleType, ModuleType, ModuleType]:
-    """model_signing's hashing, signing and verifying. Raises NestError where the extra is not installed."""
+    """model_signing's hashing, signing and verifying. Raises NestError if the extra is not installed."""
     try:
         from model_signing import hashing, signing, verifying
     except ImportError as error:

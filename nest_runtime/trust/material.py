@@ -64,12 +64,12 @@ class Material:
 
     @property
     def key_id(self) -> str:
-        """The key that the signature names. Raises SignatureError where it cannot be read; verifies nothing."""
+        """The key that the signature names. Raises SignatureError if it cannot be read; verifies nothing."""
         return read_bundle(self.signature, self.source or "the signature").key_id
 
     @property
     def announced(self) -> int:
-        """How many bytes the patch file has by its manifest. Raises SignatureError where that is none."""
+        """How many bytes the patch file has by its manifest. Raises SignatureError if that is none."""
         return Manifest.parse(self.manifest, f"the manifest of {self.source or 'a patch'}").bytes
 
     def signed_files(self, patch_file: bytes) -> dict[str, bytes]:
@@ -130,9 +130,9 @@ def material_paths(path: Path) -> tuple[Path, Path]:
 
 
 def read_material(path: Path) -> Material | None:
-    """What lies beside a patch file, or None where it is unsigned.
+    """What lies beside a patch file, or None if it is unsigned.
 
-    Raises SignatureError where only one of the two files is there.
+    Raises SignatureError if only one of the two files is there.
     """
     manifest, signature = material_paths(path)
     present = [item for item in (manifest, signature) if os.path.lexists(item)]  # a link to nowhere is no "unsigned"
@@ -147,7 +147,7 @@ def read_material(path: Path) -> Material | None:
 
 
 def write_material(path: Path, material: Material) -> tuple[Path, Path]:
-    """Write manifest and signature beside a patch file, each atomically; gives their paths. Raises OSError."""
+    """Write manifest and signature beside a patch file, each atomically; returns their paths. Raises OSError."""
     manifest, signature = material_paths(path)
     atomic_write(manifest, material.manifest)
     atomic_write(signature, material.signature)

@@ -100,7 +100,7 @@ class Policy(Value):
         return tuple(rule.key for rule in self.keys)
 
     def rule_of(self, key_id: str) -> KeyRule | None:
-        """The rule of a key, or None where it is not trusted at all."""
+        """The rule of a key, or None if it is not trusted at all."""
         return next((rule for rule in self.keys if rule.key.id == key_id), None)
 
     def floor(self, name: str) -> int:
@@ -127,9 +127,9 @@ def read_policy(path: Path) -> Policy:
 
 
 def default_policy(home: Path | None = None) -> Policy | None:
-    """The policy in ``$NEST_HOME``, or None where there is none.
+    """The policy in ``$NEST_HOME``, or None if there is none.
 
-    Raises UsageError where there is one that does not count: a link to nowhere, a file that cannot be read, or two.
+    Raises UsageError if there is one that does not count: a link to nowhere, a file that cannot be read, or two.
     """
     folder = home or nest_home()
     found = [folder / name for name in POLICY_FILES if _is_there(folder / name)]
@@ -141,7 +141,7 @@ def default_policy(home: Path | None = None) -> Policy | None:
 def policy_for(
     keys: Iterable[Path] = (), *, require_signature: bool = False, file: Path | None = None
 ) -> Policy | None:
-    """The policy that a command's options ask for; None where nothing asks for any.
+    """The policy that a command's options ask for; None if nothing asks for any.
 
     Args:
         keys: public key files (``--trust``), each for every name and purpose, beside those of the policy file.
@@ -175,7 +175,7 @@ def with_keys(policy: Policy, keys: Iterable[PublicKey], *, require_signature: b
 
 
 def _is_there(path: Path) -> bool:
-    """Whether a name stands for anything. Raises UsageError where that cannot be told: no answer is no "no"."""
+    """Whether a name stands for anything. Raises UsageError if that cannot be told: no answer is no "no"."""
     try:
         path.lstat()
     except FileNotFoundError:

@@ -132,7 +132,7 @@ def read_list(folder: Path) -> tuple[bytes, bytes]:
 def revoke(
     patch: Patch, reason: str, folder: Path, key: Path, *, passphrase: str = "", now: datetime | None = None
 ) -> RevocationList:
-    """Add a patch to the list in a folder, sign it and write it there; gives the new list.
+    """Add a patch to the list in a folder, sign it and write it there; returns the new list.
 
     Revoking again what is revoked changes nothing.
 

@@ -70,7 +70,7 @@ def sign_files(files: Mapping[str, bytes], private_path: Path, passphrase: str =
 
 
 def verify_files(files: Mapping[str, bytes], signature: bytes, keys: Iterable[PublicKey], where: str) -> PublicKey:
-    """Check a signature over exactly these files; gives the key that made it.
+    """Check a signature over exactly these files; returns the key that made it.
 
     Args:
         files: signed name → content.

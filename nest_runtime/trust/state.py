@@ -137,7 +137,7 @@ class TrustState:
     def revocations(self, policy: Policy) -> list[tuple[Revocation, KeyRule]]:
         """Every revocation known from keys that the policy trusts with that patch's name, lists verified anew.
 
-        Raises SignatureError where a list that was accepted is gone, older or damaged: nothing is accepted then.
+        Raises SignatureError if a list that was accepted is gone, older or damaged: nothing is accepted then.
         """
         found = []
         for key_id, (serial, digest) in self._file.read().lists.items():
@@ -149,7 +149,7 @@ class TrustState:
         return found
 
     def update_revocations(self, data: bytes, signature: bytes, policy: Policy, *, who: str = "") -> RevocationList:
-        """Verify a published list, and keep it if it is news; gives it.
+        """Verify a published list, and keep it if it is news; returns it.
 
         Raises SignatureError: false, not trusted, older than the one known, or with revocations taken off.
         """
@@ -185,7 +185,7 @@ class TrustState:
     def _check_follows(
         self, new: RevocationList, data: bytes, key_id: str, serial: int, digest: str, policy: Policy
     ) -> RevocationList | None:
-        """Whether a list may replace the remembered one; gives that, or None where it is damaged."""
+        """Whether a list may replace the remembered one; returns that, or None if it is damaged."""
         try:
             known, _ = self._stored(key_id, serial, digest, policy)
         except SignatureError as error:  # the remembered serial still stands guard over what heals the damage

@@ -87,9 +87,9 @@ class Fitted:
     Attributes:
         method: its name.
         trainable: numbers that were trained; 0 for methods that train none.
-        artifact: the file or folder that ships, or None where nothing does.
+        artifact: the file or folder that ships, or None if nothing does.
         artifact_bytes: its size on disk, files of a folder added up.
-        seconds: wall-clock time of fitting; None where it is not known.
+        seconds: wall-clock time of fitting; None if it is not known.
         peak_bytes: the most memory that fitting took beyond what was in use before (memory.py); None likewise.
         report: what else is worth keeping, JSON values: steps, losses, counts.
         switch: a context manager that puts the method on the model.
@@ -183,13 +183,13 @@ class Method(ABC):
         look: color and marker in pictures, the same in all of them; None takes the next that is free.
         usual: whether ``compare`` takes it where no methods are named.
         needs: packages beyond this one's own; each is also the name of the extra that installs it.
-        knob: the one setting that the sweep chooses: ``lr`` where something is trained; "" where there is none.
+        knob: the one setting that the sweep chooses: ``lr`` where something is trained; "" if there is none.
         grid: the knob's values that the sweep tries; as many for every method that has a knob.
         fallback: the value to take for a model that no sweep was made for.
         seeded: whether another seed can give another result.
         unused: names of recipe fields without effect on it.
         revision: changed whenever the method comes to compute something else with the same settings: finished cells
-            of a comparison are then made anew.
+            of a comparison are then made again.
     """
 
     name: str

@@ -120,7 +120,7 @@ def reroute(
     layers: Sequence[int],
     progress: Progress | None,
 ) -> list[dict[str, float]]:
-    """Train the adapters in place at a constant learning rate; gives the losses every ``validate_every`` steps."""
+    """Train the adapters in place at a constant learning rate; returns the losses every ``validate_every`` steps."""
     parameters = list(adapter_parameters(peft_model).values())
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     pad, device = pad_token_id(peft_model, tokenizer), device_of(peft_model)

@@ -75,7 +75,7 @@ def shipped(patches: Sequence[Patch], target: Target) -> list[Shipped]:
 
 
 def training_seconds(patch: Patch) -> float | None:
-    """``metrics.seconds`` of the header, a number or numbers by stage; None where it is not there."""
+    """``metrics.seconds`` of the header, a number or numbers by stage; None if it is not there."""
     found = patch.metrics.get("seconds")
     values = list(found.values()) if isinstance(found, Mapping) else [found]
     numbers = [float(value) for value in values if isinstance(value, int | float)]

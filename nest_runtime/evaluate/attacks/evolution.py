@@ -154,7 +154,7 @@ def _pair(fittest: Sequence[Template], rng: random.Random) -> tuple[Template, Te
 
 
 def _child(one: Template, other: Template, rng: random.Random) -> Template:
-    """Each part from one of the parents, then one part drawn anew."""
+    """Each part from one of the parents, then one part drawn again."""
     mixed = Template(*(rng.choice(parts) for parts in zip(_parts(one), _parts(other), strict=True)))
     fresh = _random(rng)
     part = rng.choice(("speaker", "frame", "rules", "opening"))

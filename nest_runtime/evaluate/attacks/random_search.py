@@ -1,6 +1,6 @@
 """A gray-box attack: random search for a suffix that makes the model begin to comply.
 
-After Andriushchenko, Croce and Flammarion 2024 (arXiv 2404.02151): a short run of the suffix's tokens is drawn anew,
+After Andriushchenko, Croce and Flammarion 2024 (arXiv 2404.02151): a short run of the suffix's tokens is drawn again,
 and kept where the target becomes likelier. It needs probabilities and no gradient: a server that shows them is enough.
 The paper also writes a template of its own around the request; this does not.
 """
@@ -56,7 +56,7 @@ def random_search(*, steps: int = 60, suffix_tokens: int = 16, width: int = 16) 
 def _neighbors(
     search: SuffixSearch, suffix: list[int], tokens: list[int], rng: random.Random, width: int
 ) -> list[list[int]]:
-    """Up to ``width`` suffixes with a short run of tokens drawn anew, each of them text that reads back."""
+    """Up to ``width`` suffixes with a short run of tokens drawn again, each of them text that reads back."""
     found: dict[tuple[int, ...], None] = {}
     for _ in range(4 * width):
         length = rng.randint(1, min(LONGEST, len(suffix)))

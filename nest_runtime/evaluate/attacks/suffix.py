@@ -59,7 +59,7 @@ class SuffixSearch:
         Args:
             steps: at most; the search ends when the target is the model's greedy answer.
             propose: suffixes to try, given the present one.
-            wander: go on from a step's best even where it is worse than the present one.
+            wander: continue from a step's best even where it is worse than the present one.
         """
         current, loss = self.suffix, self.loss
         for step in range(steps):

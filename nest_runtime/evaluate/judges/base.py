@@ -83,7 +83,7 @@ class Judge:
         return self.name
 
     def cost(self) -> dict[str, Any] | None:
-        """What judging has used so far (requests, tokens, money), or None where it is free."""
+        """What judging has used so far (requests, tokens, money), or None if it is free."""
         return None
 
 
@@ -109,7 +109,7 @@ def judge_answers(
 
 
 def whole_answer(case: Case, answer: str) -> str:
-    """What a user would read: the prefill, where there is one, and what the model wrote behind it."""
+    """What a user would read: the prefill, if there is one, and what the model wrote behind it."""
     if not case.prefill:
         return answer
     joint = "" if case.prefill[-1:].isspace() or answer[:1] in ",.;:!?" else " "

@@ -34,7 +34,7 @@ def judge_formats() -> dict[str, dict[str, Any]]:
 
 
 def find_format(model: str, layout: str | None) -> tuple[str, dict[str, Any] | None]:
-    """A format by name, by file, or by the model's id; None where only the model's labels can decide.
+    """A format by name, by file, or by the model's id; None if only the model's labels can decide.
 
     Raises:
         UsageError: the format is unknown, or its file is not of the right form.
@@ -101,7 +101,7 @@ class ClassifierJudge(Judge):
         return f"{self.name} {digest_of(self.format)} {self._phrases.identity}"
 
     def check(self) -> None:
-        """Load the model; raises EvaluationError where it cannot be had or its labels are unknown."""
+        """Load the model; raises EvaluationError if it cannot be had or its labels are unknown."""
         if self._model is not None:
             return
         loader = self._load_generator if self.format.get("task") == "generate" else self._load_classifier

@@ -135,7 +135,7 @@ class Endpoint:
         return body if layout is None else {**body, "response_format": layout}
 
     def _otherwise(self, form: _Form, text: str) -> _Form | None:
-        """Another form for a request that was refused with these words, or None where all were tried."""
+        """Another form for a request that was refused with these words, or None if all were tried."""
         if _refuses(_LIMITS[form.limit], text):
             return replace(form, limit=form.limit + 1)
         if form.temperature and _refuses("temperature", text):

@@ -164,7 +164,7 @@ class RubricJudge(Judge):
 
 
 def parse_grade(text: str) -> Grade | None:
-    """The grade in a reply: the whole of it, or the outermost braces in it; None where there is none."""
+    """The grade in a reply: the whole of it, or the outermost braces in it; None if there is none."""
     start, end = text.find("{"), text.rfind("}")
     if start < 0 or end < start:
         return None

@@ -30,7 +30,7 @@ class Judge(Detector):
         make_judge(self.judge).check()
 
     def detect(self, attempt: Attempt) -> list[float | None]:
-        """1.0 where an answer complied, 0.0 where it did not, None where there is none."""
+        """1.0 where an answer complied, 0.0 where it did not, None if there is none."""
         asked = attempt.prompt.last_message("user").text or ""
         answers = [None if output is None else output.text for output in attempt.outputs]
         said = [answer for answer in answers if answer is not None]

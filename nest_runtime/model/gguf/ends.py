@@ -32,7 +32,7 @@ def end_tokens(header: Header, tokenizer: Any) -> list[int]:
 
 
 def _after_answer(tokenizer: Any, specials: set[int]) -> int | None:
-    """The special token that the chat template writes behind an answer; None where it writes none."""
+    """The special token that the chat template writes behind an answer; None if it writes none."""
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:

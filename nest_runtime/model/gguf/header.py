@@ -75,7 +75,7 @@ class Header:
         return str(self.get("general.architecture"))
 
     def get(self, key: str) -> Any:
-        """A metadata value in Python's types, a list for an array; None where it is absent."""
+        """A metadata value in Python's types, a list for an array; None if it is absent."""
         value = self.values.get(key)
         if value is None:
             return None
@@ -98,7 +98,7 @@ def find_gguf(path: str | os.PathLike[str]) -> Path | None:
     """The GGUF model that a path means: the file itself, or the only one in a folder that holds no safetensors.
 
     Returns:
-        The file, or None where the path is a folder with safetensors or without GGUF files, or is not there.
+        The file, or None if the path is a folder with safetensors or without GGUF files, or is not there.
 
     Raises:
         ModelError: the path is a file of another kind, or a folder with several models.
@@ -177,7 +177,7 @@ def type_sizes() -> dict[int, tuple[int, int]]:
 
 
 class _Reader:
-    """Reads values from a buffer at given places; raises ModelError where it ends too early."""
+    """Reads values from a buffer at given places; raises ModelError if it ends too early."""
 
     def __init__(self, data: Any, path: Path) -> None:
         self.data, self.path, self.size = data, path, len(data)

@@ -86,7 +86,7 @@ class Child:
         return self._process.poll() is None
 
     async def started(self) -> None:
-        """Wait until it is ready. Raises EngineError where it ended instead."""
+        """Wait until it is ready. Raises EngineError if it ended instead."""
         assert self._process.stdout is not None
         line = await asyncio.to_thread(self._process.stdout.readline)
         if not line:
@@ -94,11 +94,11 @@ class Child:
         self.url = json.loads(line)["url"]
 
     async def prepare(self, ref: str) -> str:
-        """Load a patch; gives its digest. Raises EngineError."""
+        """Load a patch; returns its digest. Raises EngineError."""
         return str((await self._admin("/v1/patches", ref))["digest"])
 
     async def switch(self, ref: str) -> str:
-        """Activate a patch; gives the digest that is active. Raises EngineError."""
+        """Activate a patch; returns the digest that is active. Raises EngineError."""
         return str((await self._admin("/v1/patches/activate", ref))["digest"])
 
     def stop(self) -> None:

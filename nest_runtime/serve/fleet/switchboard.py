@@ -86,7 +86,7 @@ class Switchboard:
         self._order = Order(next(self._numbers), "open", ref)
 
     async def poll(self, member: str, outcome: MemberOutcome) -> Order:
-        """Called by a member: what it has done. Gives the order of the day, at once where that is new to it."""
+        """Called by a member: what it has done. Returns the order of the day, at once where that is new to it."""
         async with self._news:
             self._seen[member] = _Seen(self._clock(), outcome)
             self._news.notify_all()
@@ -103,9 +103,9 @@ class Switchboard:
         self._seen.pop(member, None)
 
     async def activate(self, ref: str) -> dict[str, Any]:
-        """Switch the whole fleet; gives what it was switched to, and the seconds that nobody was answered.
+        """Switch the whole fleet; returns what it was switched to, and the seconds that nobody was answered.
 
-        Raises EngineError where a member could not; all are on the old patch then, or none answers.
+        Raises EngineError if a member could not; all are on the old patch then, or none answers.
         """
         async with self._lock:
             self._drop_dead()
@@ -209,10 +209,10 @@ class MemberServer(Protocol):
     """The server beside a member."""
 
     async def prepare(self, ref: str) -> str:
-        """Load and verify a patch; gives its digest. Raises NestError."""
+        """Load and verify a patch; returns its digest. Raises NestError."""
 
     async def switch(self, ref: str) -> str:
-        """Make it the active one; gives the digest that is active then. Raises NestError."""
+        """Make it the active one; returns the digest that is active then. Raises NestError."""
 
 
 class Member:
@@ -251,7 +251,7 @@ class Member:
         return self._open and self._clock() - self._heard <= LEASE_SECONDS
 
     async def __aenter__(self) -> Member:
-        """One request; raises EngineError where clients may not be answered now."""
+        """One request; raises EngineError if clients may not be answered now."""
         if not self.ready:
             raise EngineError("this server waits for the others of its fleet", "try again in a moment")
         self._in_flight += 1

@@ -36,7 +36,7 @@ log = logging.getLogger("nest_runtime.serve.connections")
 
 
 def descriptors() -> int | None:
-    """How many files and connections the system lets this process open; None where it does not say."""
+    """How many files and connections the system lets this process open; None if it does not say."""
     if os.name != "posix":
         return None
     import resource

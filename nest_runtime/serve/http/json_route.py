@@ -19,7 +19,7 @@ _SUSPECT = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\0")
 
 
 class JsonRoute(APIRoute):
-    """A route whose body, where there is one, is JSON and says so. Raises ApiError 400 else."""
+    """A route whose body, if there is one, is JSON and says so. Raises ApiError 400 else."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler, for requests whose bodies have been looked at."""

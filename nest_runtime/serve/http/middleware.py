@@ -336,7 +336,7 @@ def _unauthorized(what: str, token: str) -> ApiError:
 
 
 def host_of(header: str) -> str:
-    """The host in a Host header, without its port and in small letters; empty where there is none."""
+    """The host in a Host header, without its port and in small letters; empty if there is none."""
     try:
         return urlsplit(f"//{header}").hostname or ""
     except ValueError:

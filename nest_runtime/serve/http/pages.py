@@ -1,4 +1,4 @@
-"""What a person finds who opens the server's address in a browser: what it is, who answers, and where to go on."""
+"""What a person finds who opens the server's address in a browser: what it is, who answers, and where to continue."""
 
 from __future__ import annotations
 

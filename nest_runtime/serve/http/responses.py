@@ -74,7 +74,7 @@ class ResponsesWire:
         )
 
     def error(self, error: ApiError) -> bytes:
-        """The event of a response that cannot go on."""
+        """The event of a response that cannot continue."""
         said = error.body()["error"]
         return self._event("error", code=said["code"], message=said["message"], param=said["param"])
 

@@ -175,7 +175,7 @@ class ResponsesRequest(Strict):
         return "message.output_text.logprobs" in (self.include or ())
 
     def for_chat(self) -> ChatRequest:
-        """The chat request that it means. Raises RequestValidationError where a field of that one cannot be so."""
+        """The chat request that it means. Raises RequestValidationError if a field of that one cannot be so."""
         items = [Item(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         messages = [message for item in items if (message := item.for_chat()) is not None]
         if self.instructions:

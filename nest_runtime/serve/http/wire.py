@@ -55,7 +55,7 @@ class Wire:
         return self._chunk([body])
 
     def error(self, error: ApiError) -> bytes:
-        """What ends a stream that cannot go on."""
+        """What ends a stream that cannot continue."""
         return sse(error.body())
 
     def last(self, usage: Usage) -> bytes:

@@ -1,4 +1,4 @@
-"""Steady state: while everybody is answered under one patch, its update stands in the weights and costs nothing.
+"""Steady state: while everybody is answered under one patch, its update is folded into the weights and costs nothing.
 
 Hooks compute any mixture of patches, at a price (docs/decisions/engine.md). After a while in which all
 that runs is under one patch, that patch is folded into the weights between two steps; the first
@@ -40,7 +40,7 @@ class AutoFold:
 
     @property
     def folded(self) -> str | None:
-        """The key of the patch that stands in the weights now."""
+        """The key of the patch that is folded into the weights."""
         return self._folded
 
     def before_step(self, patches: Collection[str | None]) -> None:

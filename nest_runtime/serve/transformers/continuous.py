@@ -172,7 +172,7 @@ class ContinuousBatch:
 
     @contextmanager
     def narrow(self, tokens: int) -> Iterator[None]:
-        """A context in which passes take no more than a few tokens, and whatever was computed before is computed anew:
+        """A context in which passes take no more than a few tokens, and whatever was computed before is computed again:
         prompts are read in pieces.
         """
         processor = self._manager.batch_processor
@@ -187,7 +187,7 @@ class ContinuousBatch:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """A context in which another thread may call the model itself. Steps go on, where its attention knows both
+        """A context in which another thread may call the model itself. Steps continue, where its attention knows both
         kinds of call; else they wait, and it is told which kind comes.
         """
         if self._model.config._attn_implementation != "paged|eager":

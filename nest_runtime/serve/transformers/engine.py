@@ -57,7 +57,7 @@ class TransformersEngine:
         context: tokens that a prompt and its answer may have together.
         rows: token ids that the model knows.
 
-    Raises EngineError where the model or its sizes are none for this engine.
+    Raises EngineError if the model or its sizes are none for this engine.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class TransformersEngine:
     async def start(self) -> None:
         """Start the thread and see that it computes what ``model.generate`` does, so that ready means ready.
 
-        Raises EngineError where it does not.
+        Raises EngineError if it does not.
         """
         self._loop = asyncio.get_running_loop()
         await asyncio.to_thread(self._batch.start)
@@ -130,7 +130,7 @@ class TransformersEngine:
         raise self._unfit(f"its logits are not those of model.generate ({error:.1%} off)")
 
     async def _follow(self, group: Sequence[Truth]) -> float:
-        """Let the engine answer some prompts at once on the bare base; gives the largest error of its logits."""
+        """Let the engine answer some prompts at once on the bare base; returns the largest error of its logits."""
         work = Work(
             tuple(truth.prompt for truth in group),
             tuple(len(truth.tokens) for truth in group),
@@ -197,7 +197,7 @@ class TransformersEngine:
         return generation
 
     def enforce(self, pin: ServedPatch) -> int:
-        """Replace the patch of every request in flight that follows the active one; gives how many.
+        """Replace the patch of every request in flight that follows the active one; returns how many.
 
         They begin again from their prompts under ``pin``, in place of what they were; those whose client has
         seen a part of the answer end. When this returns, no token of another patch will be read for them.
@@ -266,7 +266,7 @@ class TransformersEngine:
 
     @property
     def folded(self) -> bool:
-        """Whether a patch stands in the weights now."""
+        """Whether a patch is folded into the weights."""
         return self._batch.steady.folded is not None
 
     @property

@@ -5,7 +5,7 @@ batch has ended. Slower under load than continuous.py, and right for every model
 Each row has its own patch, its own sampler and its own end. Rows share no attention: what is not finite stays in its
 row.
 
-A batch can be broken off between two tokens: its jobs go on later from the tokens they have. That is done for jobs
+A batch can be broken off between two tokens: its jobs continue later from the tokens they have. That is done for jobs
 that are ``kept`` (the operator's), and where a pass fails: whoever may be to blame is tried alone, for one token, and
 is to blame if it fails again on the same tokens.
 """
@@ -116,7 +116,7 @@ class PlainBatch:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """A context in which another thread may call the model itself; steps go on."""
+        """A context in which another thread may call the model itself; steps continue."""
         yield
 
     @property
@@ -250,7 +250,7 @@ class PlainBatch:
                 raise _BrokenOff
 
     def took(self, job: Job, token: int) -> Delivery:
-        """Keep a new token; gives what the client is to get for it."""
+        """Keep a new token; returns what the client is to get for it."""
         tokens = self._tokens[job.id]
         tokens.append(token)
         finished = token in job.eos or len(tokens) - len(job.prompt) >= job.max_new_tokens
@@ -319,7 +319,7 @@ class _Chooser(LogitsProcessor):
 
 
 class _Look(LogitsProcessor):
-    """Raises NotFinite where a sampler could choose nothing."""
+    """Raises NotFinite if a sampler could choose nothing."""
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler

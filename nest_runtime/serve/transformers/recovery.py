@@ -2,7 +2,7 @@
 
 The second file that touches transformers' internals (5.23), beside continuous.py: it moves requests out of and into the
 library's scheduler. When a pass raises, or gives values that are not finite, its tokens are dropped and every page
-with them; its requests are tried by themselves (trials.py) while the others wait, and go on from the tokens they
+with them; its requests are tried by themselves (trials.py) while the others wait, and continue from the tokens they
 had. After each request that is found to blame one token is computed on the bare base. If values were not finite, it
 is the request's own next token first: a patch is to blame only where the base can do what it cannot, and no client
 takes a patch off with a prompt that the model itself cannot bear. If the base computes nothing at all, the fault is
@@ -92,7 +92,7 @@ class Recovery:
     def _recover(self, error: Exception) -> None:
         """Drop the pass; end who is known to be to blame, and let the others begin again.
 
-        Raises EngineError where not even the base can be computed, and whatever comes of a device that is gone.
+        Raises EngineError if not even the base can be computed, and whatever comes of a device that is gone.
         """
         scheduler = self._processor.scheduler
         suspects = self._trials.group or self.running or (*scheduler.active_requests, *scheduler.waiting_requests)
@@ -142,7 +142,7 @@ class Recovery:
             self._accused = None
 
     def _end(self, job: Job, error: Exception) -> Blame:
-        """Give a job its end; gives the blame, if nobody else is to have it."""
+        """Give a job its end; returns the blame, if nobody else is to have it."""
         reason = str(error) if isinstance(error, NotFinite) else f"{type(error).__name__}: {error}"
         if not job.canceled:
             self._deliver([Delivery(job.id, finished=True, error=reason)])
@@ -174,7 +174,7 @@ class Recovery:
         self._next()
 
     def _next(self) -> None:
-        """Let the next group run alone, or everybody where there is none."""
+        """Let the next group run alone, or everybody if there is none."""
         while group := self._trials.advance():
             brought = [self._bring_in(name) for name in group]
             if any(brought):

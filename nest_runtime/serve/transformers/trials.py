@@ -29,7 +29,7 @@ class Trials:
         self._next: deque[tuple[str, ...]] = deque()
 
     def failed(self, suspects: Iterable[str]) -> str | None:
-        """A pass of these requests failed; gives the one to blame, if there is only one. ``advance`` is next."""
+        """A pass of these requests failed; returns the one to blame, if there is only one. ``advance`` is next."""
         group, tried, self.group = tuple(suspects), bool(self.group), ()
         if len(group) == 1:
             if tried:

@@ -47,7 +47,7 @@ class Tryout:
         self._prompts = [ids for text in PROMPTS if (ids := _ids(tokenizer, text))]
 
     def __call__(self, patch: Patch) -> None:
-        """Raises PatchNotFinite where a number of the patch, or of a pass under it, is not finite."""
+        """Raises PatchNotFinite if a number of the patch, or of a pass under it, is not finite."""
         name = patch.label
         dtype = self._model.dtype
         for site in patch.sites:

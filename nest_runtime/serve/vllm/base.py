@@ -52,7 +52,7 @@ class CheckpointBase:
         return Checkpoint(self.folder, self.model)
 
     def check(self, patch: Patch) -> dict[str, Rows]:
-        """The patch belongs on this base; gives its rows before and after, by site.
+        """The patch belongs on this base; returns its rows before and after, by site.
 
         Raises:
             SiteMismatch: the model lacks a site, or has it in another shape.

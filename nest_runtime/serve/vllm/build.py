@@ -92,7 +92,7 @@ class VllmEngine:
 
     @property
     def folded(self) -> bool:
-        """Whether a patch stands in the weights now."""
+        """Whether a patch is folded into the weights."""
         return isinstance(self.patches, InPlace) and self.patches.on is not None
 
     def admit(self, work: Work) -> Trial:
@@ -137,7 +137,7 @@ async def build(config: ServeConfig, client: Any, models: Any) -> Server[VllmEng
         client: vLLM's ``AsyncLLM``.
         models: vLLM's ``OpenAIServingModels``.
 
-    Raises NestError where the engine cannot be patched, or the model's checkpoint not be read.
+    Raises NestError if the engine cannot be patched, or the model's checkpoint not be read.
     """
     api_keys, admin = secrets_of(config)
     store = Store()

@@ -35,7 +35,7 @@ class Attempt:
         self._task: asyncio.Task[None] | None = None
 
     async def run(self, work: Awaitable[None]) -> bool:
-        """Do the work; gives False where it was replaced before its end."""
+        """Do the work; returns False if it was replaced before its end."""
         self._task = asyncio.ensure_future(work)
         try:
             await asyncio.wait({self._task})
@@ -128,7 +128,7 @@ class Flow:
                 self._idle.set()
 
     def replace(self, pin: ServedPatch) -> int:
-        """End every attempt that follows the active patch and has another than ``pin``; gives how many."""
+        """End every attempt that follows the active patch and has another than ``pin``; returns how many."""
         found = [a for a in self._attempts if a.follows and a.pin != pin and not a.replaced]
         for attempt in found:
             attempt.replace()
@@ -136,7 +136,7 @@ class Flow:
 
     @asynccontextmanager
     async def shut(self, pin: ServedPatch, policy: SwapPolicy, seconds: float) -> AsyncIterator[int]:
-        """A context in which no request is in flight and none enters; gives how many were replaced for it.
+        """A context in which no request is in flight and none enters; yields how many were replaced for it.
 
         One at a time: a second one waits for the first to end.
 
@@ -145,7 +145,7 @@ class Flow:
             policy: ``drain`` waits for those in flight, ``enforce`` replaces them.
             seconds: how long to wait for them.
 
-        Raises EngineError where some still run after that; they go on, and nothing is changed.
+        Raises EngineError if some still run after that; they continue, and nothing is changed.
         """
         async with self._door, self._closed(pin, policy, seconds) as replaced:
             yield replaced

@@ -103,7 +103,7 @@ class RankPatches:
 
         Returns:
             ``restored``: the digest of the rows of the patch that was on, as they stand now between the two writes;
-            ``live``: the digest of the new patch's rows as they stand now. Empty where there is no such patch.
+            ``live``: the digest of the new patch's rows as they stand now. Empty if there is no such patch.
 
         Raises:
             PatchNotFound: it was not prepared.

@@ -144,7 +144,7 @@ def expected(rows: Mapping[str, Rows], shards: Mapping[str, Sequence[int]]) -> t
 
 
 def uncovered(d_out: int, shards: Iterable[Sequence[int]]) -> int | None:
-    """The first row of a projection that no rank holds, or None where the shards cover [0, d_out)."""
+    """The first row of a projection that no rank holds, or None if the shards cover [0, d_out)."""
     reached = 0
     for start, stop in sorted((int(a), int(b)) for a, b in shards):
         if start > reached:

@@ -43,7 +43,7 @@ class Slots:
         return len(self._ids)
 
     def take(self, digest: str) -> int:
-        """The adapter id of a patch, a new one at first. Raises StoreError where all slots are taken."""
+        """The adapter id of a patch, a new one at first. Raises StoreError if all slots are taken."""
         if digest not in self._ids:
             if len(self._ids) >= self.capacity:
                 raise StoreError(
