@@ -93,7 +93,7 @@ class Remote(Protocol):
         """
 
     def publish(self, files: Mapping[str, bytes], message: str, *, parent: str, tag: str | None = None) -> str:
-        """Replace files on main in one step and tag the result; returns the revision. ``parent`` is the head expected."""
+        """Replace files on main in one step and tag the result; returns the revision. ``parent``: the expected head."""
 
     def create(self, *, private: bool) -> None:
         """Make the repository, if there is none."""
