@@ -214,12 +214,15 @@ def theirs(model: Path, threads: int, folder: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def ours(model: Path, patches: Sequence[str], threads: int, folder: Path) -> Iterator[tuple[Server, str]]:
+def ours(
+    model: Path, patches: Sequence[str], threads: int, folder: Path, dtype: str = "auto"
+) -> Iterator[tuple[Server, str]]:
     """``nest-runtime serve`` under the last patch, all others and the base exposed; gives it and its model's name."""
     port, token = free_port(), folder / "token"
     token.write_text(f"{TOKEN}\n")
     token.chmod(0o600)
     command = [sys.executable, "-m", "nest_runtime.cli.main", "serve", "--model", str(model), "--port", str(port)]
+    command += ["--dtype", dtype]
     command += ["--patch", patches[-1], "--expose-base", *(word for patch in patches for word in ("--expose", patch))]
     command += ["--admin-token-file", str(token), "--audit-file", str(folder / "audit.jsonl")]
     command += ["--cache-tokens", str(CACHE_TOKENS), "--batch-tokens", str(BATCH_TOKENS)]

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -121,7 +121,13 @@ def tensor_digests(
     return {name: (dtype, shape, digest) for name, dtype, shape, digest in rows}
 
 
-def rows_digest(model: nn.Module, neurons: Mapping[str, torch.Tensor], *, read: RowReader = read_rows) -> str:
+def rows_digest(
+    model: nn.Module,
+    neurons: Mapping[str, torch.Tensor],
+    *,
+    read: RowReader = read_rows,
+    projections: Iterable[Projection] | None = None,
+) -> str:
     """Digest of the base's rows that a patch changes: ``sha256:<hex>``.
 
     SHA-256 over, for each site in sorted order of name: the name in UTF-8 and a zero byte, the number
@@ -132,15 +138,16 @@ def rows_digest(model: nn.Module, neurons: Mapping[str, torch.Tensor], *, read: 
         model: the model with no patch on.
         neurons: site name → [n] indices, increasing.
         read: where rows come from instead of the live weights, e.g. from pristine copies or a checkpoint.
+        projections: the model's, where they are known already: finding them takes longer than the digest.
 
     Raises:
         SiteMismatch: the model lacks a site, or a neuron is out of its range.
         ModelError: the weights are quantized or not in memory.
     """
-    projections = {p.name: p for p in find_sites(model)}
+    known = {p.name: p for p in (find_sites(model) if projections is None else projections)}
     digest = hashlib.sha256()
     for name in sorted(neurons):
-        projection, index = projections.get(name), neurons[name]
+        projection, index = known.get(name), neurons[name]
         if projection is None:
             raise SiteMismatch(
                 f"{type(unwrap(model)).__name__} has no site {name!r}", "use a patch made for this architecture"
@@ -158,7 +165,11 @@ def rows_digest(model: nn.Module, neurons: Mapping[str, torch.Tensor], *, read: 
 
 
 def rows_fit(
-    model: nn.Module, stored: Mapping[str, torch.Tensor], neurons: Mapping[str, torch.Tensor], digest: str
+    model: nn.Module,
+    stored: Mapping[str, torch.Tensor],
+    neurons: Mapping[str, torch.Tensor],
+    digest: str,
+    projections: Iterable[Projection] | None = None,
 ) -> bool:
     """Whether a rows digest is that of a checkpoint's rows, in any dtype that models are loaded in.
 
@@ -167,10 +178,15 @@ def rows_fit(
         stored: site name → [n, d_in] as the checkpoint holds them; sites without neurons may be left out.
         neurons: site name → [n] indices.
         digest: to compare with.
+        projections: as in ``rows_digest``.
     """
+    known = find_sites(model) if projections is None else list(projections)
 
     def made_in(dtype: torch.dtype) -> str:
-        return rows_digest(model, neurons, read=lambda _model, projection, _neurons: stored[projection.name].to(dtype))
+        def read(_model: nn.Module, projection: Projection, _neurons: torch.Tensor) -> torch.Tensor:
+            return stored[projection.name].to(dtype)
+
+        return rows_digest(model, neurons, read=read, projections=known)
 
     return any(made_in(dtype) == digest for dtype in (torch.float32, torch.bfloat16, torch.float16))
 

@@ -51,7 +51,7 @@ def hash_all(jobs: Iterable[HashJob], progress: Progress | None = None) -> list[
         raise ModelError(f"tensor {twice} appears twice in the checkpoint", "fetch the checkpoint again: it is damaged")
     total, done = sum(job.size for job in jobs), 0
     rows = []
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=hash_threads()) as pool:
         futures = {pool.submit(_sha256, job.read): job for job in jobs}
         for future in as_completed(futures):
             job = futures[future]
@@ -60,6 +60,11 @@ def hash_all(jobs: Iterable[HashJob], progress: Progress | None = None) -> list[
             if progress:
                 progress("hash", done, total)
     return rows
+
+
+def hash_threads() -> int:
+    """How many threads hash at once."""
+    return min(8, os.cpu_count() or 1)
 
 
 def digest_of(manifest: Any) -> str:

@@ -1,4 +1,4 @@
-"""Greedy answers to many conversations: batched by length, left-padded, stopped at the end of the answer.
+"""Greedy answers to many conversations: batched by length, left-padded, stopped at the end of the answer (decoding.py).
 
 Shared by training (the base's own benign answers) and evaluation. Whatever patch is active in the
 caller's context answers; nothing here switches patches, samples, or streams.
@@ -15,6 +15,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from nest_runtime.errors import DataError
 from nest_runtime.progress import Progress
+from nest_runtime.prompts.decoding import Decoding, plain_attention, shared_length, shares_well
 from nest_runtime.prompts.examples import encode_prompt, render
 from nest_runtime.prompts.images import PromptImages, batch_inputs
 
@@ -104,9 +105,10 @@ def answer_conversations(
     config = _greedy_config(model, tokenizer, max_new_tokens)
     config.begin_suppress_tokens = list(not_first) or None
     answers: list[ModelAnswer] = [ModelAnswer("", True)] * len(encoded)
+    ways = _Ways(model, encoded)
     for start in range(0, len(order), batch_size):
         positions = order[start : start + batch_size]
-        found = _answer_batch(model, tokenizer, [encoded[index] for index in positions], config, stop)
+        found = _answer_batch(model, tokenizer, [encoded[index] for index in positions], config, stop, ways)
         for index, answer in zip(positions, found, strict=True):
             answers[index] = answer
         if on_batch is not None:
@@ -194,16 +196,33 @@ def _check_ids(model: Any, prompts: Sequence[Sequence[int]]) -> None:
         )
 
 
+class _Ways:
+    """How batches of one model may be decoded (decoding.py): asked once for all of them."""
+
+    def __init__(self, model: Any, prompts: Sequence[Encoded]) -> None:
+        self._model = model
+        self.plain = all(images is None for _, images in prompts) and plain_attention(model)
+        self._shares: bool | None = None
+
+    def shared(self, rows: Sequence[Sequence[int]]) -> int:
+        """How many tokens at the beginning of a batch are computed once for all rows."""
+        length = shared_length(rows) if self.plain else 0
+        if length and self._shares is None:
+            self._shares = shares_well(self._model, min(rows, key=len))
+        return length if self._shares else 0
+
+
 def _answer_batch(
-    model: Any, tokenizer: Any, prompts: list[Encoded], config: GenerationConfig, stop: Sequence[str]
+    model: Any, tokenizer: Any, prompts: list[Encoded], config: GenerationConfig, stop: Sequence[str], ways: _Ways
 ) -> list[ModelAnswer]:
     rows = [ids for ids, _ in prompts]
-    width = max(len(row) for row in rows)
+    shared, width = ways.shared(rows), max(len(row) for row in rows)
     ids = torch.full((len(rows), width), int(config.pad_token_id or 0))  # (rows, width)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     for index, row in enumerate(rows):
-        ids[index, width - len(row) :] = torch.tensor(row)
-        mask[index, width - len(row) :] = 1
+        for part, end in ((row[:shared], shared), (row[shared:], width)):  # padding is behind what all rows share
+            ids[index, end - len(part) : end] = torch.tensor(part, dtype=torch.long)
+            mask[index, end - len(part) : end] = 1
     embeddings = model.get_input_embeddings().weight
     ids = ids.to(embeddings.device)
     starts = [width - len(row) for row in rows]
@@ -216,6 +235,7 @@ def _answer_batch(
             **inputs,
             generation_config=config,
             stopping_criteria=criteria,
+            custom_generate=Decoding(shared) if ways.plain else None,
         )
     ends = config.eos_token_id
     wanted = set(ends if isinstance(ends, list) else [ends])

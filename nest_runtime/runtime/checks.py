@@ -21,6 +21,7 @@ from nest_runtime.model.checkpoint import Checkpoint
 from nest_runtime.model.fingerprint import model_hash, rows_digest, rows_fit
 from nest_runtime.model.gguf.header import find_gguf, read_header
 from nest_runtime.model.gguf.model import GgufRows
+from nest_runtime.model.projection import Projection
 from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime.delta import Place
 
@@ -47,6 +48,11 @@ class LiveBase:
     places: Mapping[str, Place]
     hash: str | None
     rows: Rows
+
+    @property
+    def projections(self) -> list[Projection]:
+        """The model's projections."""
+        return [place.projection for place in self.places.values()]
 
 
 def memory_hash(model: nn.Module) -> str | None:
@@ -82,7 +88,7 @@ def check_base(patch: Patch, base: LiveBase, saved: Mapping[str, torch.Tensor]) 
     """
     same_hash = base.hash == patch.base_hash
     complete = all(site.name in saved for site in patch.sites if site.n_neurons)
-    same_rows = complete and _digest(patch, base.model, saved) == patch.rows_digest
+    same_rows = complete and _digest(patch, base, saved) == patch.rows_digest
     if same_hash and (same_rows or not complete):  # rows of quantized weights cannot be compared: the hash decides
         return
     source = checkpoint_of(base.model)
@@ -117,11 +123,12 @@ def checkpoint_of(model: nn.Module) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _digest(patch: Patch, model: nn.Module, saved: Mapping[str, torch.Tensor]) -> str:
+def _digest(patch: Patch, base: LiveBase, saved: Mapping[str, torch.Tensor]) -> str:
     return rows_digest(
-        model,
+        base.model,
         {site.name: site.neurons.tensor() for site in patch.sites},
         read=lambda _model, projection, _neurons: saved[projection.name],
+        projections=base.projections,
     )
 
 
@@ -146,7 +153,7 @@ def _checkpoint_fits(patch: Patch, base: LiveBase, saved: Mapping[str, torch.Ten
     if any(site.name not in saved for site in patch.sites if site.n_neurons):
         return True  # quantized in memory: the hash decides
     neurons = {site.name: site.neurons.tensor() for site in patch.sites}
-    return rows_fit(base.model, stored, neurons, patch.rows_digest)
+    return rows_fit(base.model, stored, neurons, patch.rows_digest, base.projections)
 
 
 def _reader(source: Path, model: nn.Module) -> Checkpoint | GgufRows:

@@ -159,6 +159,7 @@ def _pooling_hooks(
     by_module: dict[nn.Module, list[int]] = {}
     for number, projection in enumerate(projections):
         by_module.setdefault(module_of(model, projection), []).append(number)
+    whole = whole_columns(mask)
 
     def keep(module: nn.Module, values: torch.Tensor) -> None:  # (rows, outputs) or (rows, experts, outputs)
         for number in by_module[module]:
@@ -170,7 +171,7 @@ def _pooling_hooks(
         if is_experts(module):
             keep(module, pool_experts(module, routed(args, kwargs), mask, pooling).float().cpu())
         else:  # some models flatten rows and tokens before their FFN
-            keep(module, pool(output.reshape(*mask.shape, -1), mask, pooling).float().cpu())
+            keep(module, pool(output.reshape(*mask.shape, -1), mask, pooling, whole).float().cpu())
         if len(pooled) == len(projections):
             raise _Pooled
 
@@ -186,11 +187,23 @@ class _Pooled(Exception):
     """All projections are pooled: the layers above them need not run."""
 
 
-def pool(values: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Pool (rows, width, d) over the tokens where ``mask`` (rows, width) is 1; returns (rows, d)."""
+def whole_columns(mask: torch.Tensor) -> int:
+    """How many columns of ``mask`` (rows, width) at its beginning are 1 in every row."""
+    return int((mask != 0).all(dim=0).long().cumprod(dim=0).sum())
+
+
+def pool(values: torch.Tensor, mask: torch.Tensor, pooling: str, whole: int | None = None) -> torch.Tensor:
+    """Pool (rows, width, d) over the tokens where ``mask`` (rows, width) is 1; returns (rows, d).
+
+    ``whole`` is ``whole_columns`` of the mask, where the caller has it: only what is behind them is copied and masked.
+    """
     mask = mask.to(values.device)
     if pooling == "max":
-        return values.masked_fill(mask[..., None] == 0, -torch.inf).amax(dim=1)
+        whole = whole_columns(mask) if whole is None else whole
+        parts = [values[:, :whole].amax(dim=1)] if whole else []
+        if whole < mask.shape[1]:
+            parts.append(values[:, whole:].masked_fill(mask[:, whole:, None] == 0, -torch.inf).amax(dim=1))
+        return parts[0] if len(parts) == 1 else torch.maximum(*parts)
     if pooling == "mean":
         weights = mask[..., None].to(torch.float32)
         return (values.float() * weights).sum(dim=1) / weights.sum(dim=1)

@@ -13,6 +13,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,7 @@ def _names(header: Header, empty: nn.Module, processor: Any) -> dict[str, str]:
 
 def _name_table(header: Header) -> Any:
     """What llama.cpp calls tensors of this architecture."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+    from gguf import MODEL_ARCH_NAMES
 
     known = next((number for number, name in MODEL_ARCH_NAMES.items() if name == header.architecture), None)
     if known is None:
@@ -227,7 +228,15 @@ def _name_table(header: Header) -> Any:
             f"{header.path} is of architecture {header.architecture}, which the installed package gguf does not know",
             "pip install --upgrade gguf",
         )
-    return get_tensor_name_map(known, int(header.get(f"{header.architecture}.block_count") or 0))
+    return _names_of(int(known), int(header.get(f"{header.architecture}.block_count") or 0))
+
+
+@lru_cache(maxsize=2)
+def _names_of(architecture: int, blocks: int) -> Any:
+    """The package's table, which takes ten milliseconds to make; nobody writes to it."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    return get_tensor_name_map(MODEL_ARCH(architecture), blocks)
 
 
 def _rows_of(tensor: Tensor) -> int:

@@ -1,0 +1,113 @@
+"""Row ``decode``: tokens one by one under one patch, as a hook and folded, beside the bare base and an unmerged LoRA.
+
+    python benchmarks/rows/decode.py --models FOLDER
+
+Batches of 1 and 8 on both real models. The base and the LoRA (PEFT, the adapter that the patch exports to, so of equal
+rank) are models of their own with no runtime near them. A round times one decoding step of each, many times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from measure import Goal, Line, Report, Series, in_turns, run, threads
+from subjects import Real, adapters, load, real_models
+
+from nest_runtime.patch.patch import Patch
+from nest_runtime.runtime import PatchRuntime
+
+PROMPT, STEPS = 32, 16
+WAYS = ("base", "hook", "fold", "LoRA")
+
+
+def measure(arguments: argparse.Namespace) -> Report:
+    threads(arguments)
+    report = Report()
+    for real in real_models(arguments):
+        for batch in (1, 8):
+            report.lines += one(real, batch, arguments)
+            gc.collect()
+    return report
+
+
+def one(real: Real, batch: int, arguments: argparse.Namespace) -> list[Line]:
+    """One model and batch."""
+    from peft import PeftModel
+
+    loaded, patch = load(real)
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    base, adapted = load(real, dtype)[0].model, load(real, dtype)[0].model
+    with TemporaryDirectory() as name, PatchRuntime(loaded.model, base_hash=loaded.hash) as runtime:
+        runtime.add(patch)
+        (folder,) = adapters([patch], base, Path(name))
+        models = {
+            "base": base,
+            "hook": loaded.model,
+            "fold": loaded.model,
+            "LoRA": PeftModel.from_pretrained(adapted, folder).eval(),
+        }
+        decoding = {way: stepper(models[way], batch, arguments.seed) for way in WAYS}
+
+        def switch(way: str) -> None:
+            if way in ("hook", "fold"):
+                runtime.activate(patch.version, mode=way)  # type: ignore[arg-type]
+
+        rounds = 2 if arguments.quick else 24
+        found = in_turns(decoding, rounds, before=switch)
+    rates = {way: Series(way, tuple(batch * STEPS / value for value in found[way].values), "tok/s") for way in WAYS}
+    what = f"{real.label}, {dtype}, batch {batch}"
+    bare = Series("bare base", rates["base"].values, "tok/s")
+    lora = Series(f"PEFT LoRA, rank {patch_rank(patch)}", rates["LoRA"].values, "tok/s")
+    return [
+        Line(f"decode, hook, {what}", rates["hook"], bare, Goal(0.98, at_least=True)),
+        Line(f"decode, fold, {what}", rates["fold"], bare, Goal(0.99, at_least=True)),
+        Line(f"decode, PEFT LoRA unmerged, {what}", lora, bare),
+        overhead(what, found),
+    ]
+
+
+def overhead(what: str, found: dict[str, Series]) -> Line:
+    """What a hook adds to a step, beside what a LoRA adds."""
+    base = found["base"].values
+    added = {
+        way: tuple(max(a - b, 1e-9) / STEPS for a, b in zip(found[way].values, base, strict=True))
+        for way in ("hook", "LoRA")
+    }
+    return Line(
+        f"added to a step by the hook, {what}",
+        Series("hook", added["hook"]),
+        Series("PEFT LoRA adds", added["LoRA"]),
+        Goal(0.5),
+    )
+
+
+def patch_rank(patch: Patch) -> int:
+    """The largest rank of a site."""
+    return max(site.n_clusters for site in patch.sites)
+
+
+def stepper(model: Any, batch: int, seed: int) -> Callable[[], None]:
+    """Reads a prompt, then decodes ``STEPS`` tokens for each row, every time the same."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, int(model.config.vocab_size), (batch, PROMPT), generator=generator)
+    with torch.inference_mode():
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    def decode() -> None:
+        with torch.inference_mode():
+            token = ids[:, -1:]
+            for _ in range(STEPS):
+                token = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+            cache.crop(-STEPS)
+
+    return decode
+
+
+if __name__ == "__main__":
+    run("decode", __doc__, measure)

@@ -1,0 +1,140 @@
+"""Row ``server``: 1, 8 and 32 clients under one patch, beside ``transformers serve --continuous-batching``.
+
+    python benchmarks/rows/server.py --models FOLDER
+
+Both servers run at once on the same weights, and one of them answers at a time (benchmarks/serve.py starts and asks
+them). Only questions are asked that both answer up to the limit, so that both do the same work. SmolLM2 in float32,
+where the patch is folded in once all run under it, and SmolLM2 and Qwen in bfloat16, where it stays a hook. Our server
+reads the GGUF file, theirs the same numbers saved as a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from measure import Goal, Line, NotMeasured, Report, Series, run
+from subjects import Real, real_models, saved, work_folder
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import serve  # the benchmark of servers beside this folder
+
+QUESTIONS = (
+    "How do I bake bread?",
+    "What is a good name for a cat?",
+    "Tell me about the sea.",
+    "Write a short story about a train.",
+    "Why is the sky blue?",
+    "How can I learn to draw?",
+    "What should I cook tonight?",
+    "Explain what a library is.",
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One pair of servers."""
+
+    real: Real
+    dtype: str
+    how: str  # what becomes of the patch
+
+    @property
+    def label(self) -> str:
+        return f"{self.real.label}, {self.dtype}, {self.how}"
+
+
+def measure(arguments: argparse.Namespace) -> Report:
+    reals = real_models(arguments)
+    setups = [Setup(reals[0], "bfloat16", "hook")]
+    if not arguments.quick:
+        setups += [Setup(reals[0], "float32", "folded"), Setup(reals[1], "bfloat16", "hook")]
+    report, growth = Report(), {}
+    with work_folder(arguments) as work:
+        for setup in setups:
+            lines, rates = one(setup, work, arguments)
+            report.lines += lines
+            growth[setup.label] = rates
+    every = sorted({clients for rates in growth.values() for clients in rates})
+    table = {"clients": [float(clients) for clients in every]}
+    table |= {label: [rates[clients] for clients in every] for label, rates in growth.items()}
+    plot = {"title": "clients of our server", "x": "clients", "y": "tokens per second", "lines": table}
+    report.more["plots"] = {"clients": plot}
+    return report
+
+
+def one(setup: Setup, work: Path, arguments: argparse.Namespace) -> tuple[list[Line], dict[int, float]]:
+    """Lines for one pair of servers, and our tokens per second by the number of clients."""
+    folder = saved(setup.real, setup.dtype, work)
+    clients = (1, 8) if arguments.quick else (1, 8, 32)
+    tokens, rounds = (8, 2) if arguments.quick else (24, 5)
+    lines, rates = [], {}
+    with TemporaryDirectory() as name:
+        logs = Path(name)
+        patches = [str(setup.real.patch)]
+        with (
+            serve.theirs(folder, arguments.threads, logs) as their_server,
+            serve.ours(setup.real.gguf, patches, arguments.threads, logs, dtype=setup.dtype) as (our_server, served),
+        ):
+            targets = {
+                "theirs": (their_server.port, str(folder)),
+                "ours": (our_server.port, served),
+            }
+            for count in clients:
+                found = in_rounds(targets, count, tokens, rounds, arguments.seed)
+                series = {who: Series(who, tuple(found[who]), "tok/s") for who in found}
+                other = Series("transformers serve", series["theirs"].values, "tok/s")
+                what = f"server, {count} clients, {setup.label}"
+                lines.append(Line(what, series["ours"], other, Goal(0.98, at_least=True)))
+                rates[count] = series["ours"].median
+    return lines, rates
+
+
+def in_rounds(
+    targets: dict[str, tuple[int, str]], clients: int, tokens: int, rounds: int, seed: int
+) -> dict[str, list[float]]:
+    """Tokens per second of each server in each round; the first round only warms up."""
+    found: dict[str, list[float]] = {name: [] for name in targets}
+    questions = [text for text in QUESTIONS if all(long_enough(target, text, tokens) for target in targets.values())]
+    if not questions:
+        raise NotMeasured(f"no question is answered with {tokens} tokens by both servers")
+    each = 4 if clients == 1 else 1
+    for number in range(-1, rounds):
+        order = list(targets) if number % 2 else list(reversed(targets))
+        for name in order:
+            took = asyncio.run(block(*targets[name], questions, clients, each, tokens, seed + number))
+            if number >= 0:
+                found[name].append(clients * each * tokens / took)
+    return found
+
+
+def long_enough(target: tuple[int, str], question: str, tokens: int) -> bool:
+    """Whether an answer goes to its limit, so that everybody does the same work."""
+    _, counted = serve.whole_answer(*target, question, tokens)
+    return counted == tokens
+
+
+async def block(
+    port: int, model: str, questions: Sequence[str], clients: int, each: int, tokens: int, seed: int
+) -> float:
+    """Seconds that some clients take, each asking one request after another."""
+
+    async def client(number: int) -> None:
+        dice = random.Random(f"{seed}:{number}")
+        for _ in range(each):
+            await serve.ask(port, model, dice.choice(questions), tokens)
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client(number) for number in range(clients)))
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    run("server", __doc__, measure)
