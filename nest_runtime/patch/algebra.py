@@ -1,4 +1,4 @@
-"""What patches are to each other: their sum, and their difference."""
+"""The sum of two patches, and the difference between two."""
 
 from __future__ import annotations
 
@@ -13,11 +13,19 @@ from nest_runtime.patch.values import FrozenTensor
 
 
 def compose(first: Patch, second: Patch, *, name: str, version: str) -> Patch:
-    """One patch with the effect of both: ΔW = ΔW₁ + ΔW₂ (float32), neuron by neuron.
+    """One patch with the effect of two: ΔW = ΔW₁ + ΔW₂ (float32), neuron by neuron.
 
     Neurons whose summed rows are equal share a cluster; loadings are multiplied in.
-    Raises SiteMismatch if the two are for different bases or shapes.
-    The result's ``rows_digest`` is that of neither: set it with ``evolve`` from the base.
+
+    Args:
+        first, second: patches of one base.
+        name, version: of the new patch.
+
+    Returns:
+        The patch. Its ``rows_digest`` is that of neither: set it with ``evolve`` from the base.
+
+    Raises:
+        SiteMismatch: the two are for different bases or shapes.
     """
     if first.base_hash != second.base_hash:
         raise SiteMismatch(
@@ -41,10 +49,12 @@ def compose(first: Patch, second: Patch, *, name: str, version: str) -> Patch:
 
 
 def diff(old: Patch, new: Patch) -> dict[str, Any]:
-    """What changed from ``old`` to ``new``, as JSON values.
+    """What changed from ``old`` to ``new``.
 
-    ``sites`` lists only the sites that differ: neurons added, removed and kept, and of the kept
-    ones the L2 norm of the change of their row updates and the cosine between them.
+    Returns:
+        JSON values. ``sites`` lists only the sites that differ: neurons added, removed and kept. For the kept neurons
+        it
+        gives the L2 norm of the change of their row updates, and the cosine between them.
     """
     before, after = {s.name: s for s in old.sites}, {s.name: s for s in new.sites}
     names = list(dict.fromkeys([*before, *after]))
@@ -108,5 +118,5 @@ def _diff_site(name: str, old: Site | None, new: Site | None) -> dict[str, Any] 
 
 
 def _rows_of(site: Site | None) -> dict[int, int]:
-    """Neuron → its row in ``row_deltas``."""
+    """Each neuron's row number in ``row_deltas``."""
     return {neuron: row for row, neuron in enumerate(site.neurons.tensor().tolist())} if site else {}

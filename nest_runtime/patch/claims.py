@@ -1,8 +1,8 @@
-"""The claims of a patch: what its publisher promises of it, and how anyone can measure that again.
+"""The claims of a patch: what its publisher promises about it, in a form that anyone can measure again.
 
-A contract in the patch's header: suites by the digest of their cases, the judge by the digest of its rules, and a
-limit for each rate, beside what was measured when the claims were made. It covers what a header can say and no more:
-whether claims hold is measured in evaluate/contract.py, whether to believe who makes them is a matter of signatures.
+Claims are in the patch's header: suites by the digest of their cases, the judge by the digest of its rules, a limit
+for each rate, and what was measured when the claims were made. evaluate/contract.py measures whether they hold.
+Signatures say whether to believe the publisher (trust/).
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ class Claim:
         return MEASURES[self.measure].bound(self.limit)
 
     def holds(self, value: float) -> bool:
-        """Whether a rate keeps the limit; a rate at the limit does."""
+        """Whether a rate keeps the limit; a rate equal to the limit does."""
         return MEASURES[self.measure].keeps(self.limit, value)
 
     def as_strict_as(self, limit: float) -> bool:
-        """Whether whoever keeps this claim also keeps a limit."""
+        """Whether keeping this claim implies keeping a limit."""
         return MEASURES[self.measure].keeps(limit, self.limit)
 
 
@@ -135,7 +135,7 @@ class Claims:
         return cls(**known, attacks=tuple(attacks), rows=tuple(Claim(**_object(row, Claim, "a row")) for row in rows))
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the header."""
+        """The claims as JSON values, as they are in the header."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**own, "attacks": list(self.attacks), "rows": [asdict(row) for row in self.rows]}
 

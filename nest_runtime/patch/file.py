@@ -1,9 +1,8 @@
-"""Patch files, read strictly; write.py writes them.
+"""Patch files, read strictly; write.py writes them. docs/reference/patch-format.md specifies both.
 
-docs/reference/patch-format.md specifies both. Reading checks the frame, the header and every tensor's
-name, dtype, shape and place before any tensor is read, the digest, in pieces, before any tensor is kept
-or believed, and gives a Patch or an error, nothing in between. Whether a patch fits a model is not asked here
-(patch.check_sites), nor whether its publisher is trusted (trust/).
+Reading checks the frame, the header, and every tensor's name, dtype, shape and place before it reads any tensor. It
+checks the digest in pieces before it keeps any tensor. It gives a Patch or an error, nothing in between. Whether a
+patch fits a model is checked elsewhere (patch.check_sites), and so is whether its publisher is trusted (trust/).
 """
 
 from __future__ import annotations
@@ -76,7 +75,11 @@ def read_patch(path: str | os.PathLike[str]) -> Patch:
 
 
 def from_bytes(data: bytes | bytearray | memoryview, source: str = "") -> Patch:
-    """The patch in some bytes; ``source`` names them in messages.
+    """Read and check a patch from bytes.
+
+    Args:
+        data: a whole patch file.
+        source: names the bytes in messages.
 
     Raises:
         PatchFormatError, DigestMismatch: as ``read_patch``.
@@ -161,7 +164,7 @@ def _check_types(fields: Mapping[str, Any], wanted: Mapping[str, tuple[type, ...
 
 
 def _match_tensors(sites: list[dict[str, Any]], frame: Frame) -> list[dict[str, str]]:
-    """For each site of the header, part → tensor name; every tensor must belong to a site, in the right form."""
+    """For each site of the header, part → tensor name. Every tensor must belong to a site and have the right form."""
     left = {entry.name: entry for entry in frame.entries}
     result = []
     for site in sites:

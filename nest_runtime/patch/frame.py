@@ -1,8 +1,8 @@
 """The outer frame of a safetensors file: 8 bytes of length, a JSON header, then data.
 
-Reads and checks where each tensor's bytes lie; copies none of them and knows no tensor's meaning.
-Kept apart from the safetensors package because a patch needs every breach told apart, before
-anything is allocated. Errors come out as ``FramingError``; callers raise their own from it.
+Reads and checks where each tensor's bytes are. Copies none of them and knows no tensor's meaning. It does not use the
+safetensors package, because a patch needs a separate error for each broken rule, before anything is allocated.
+Errors are ``FramingError``; callers raise their own from it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ class Frame:
 
 
 def header_length(prefix: bytes, file_size: int, limit: int) -> int:
-    """The header's length from a file's first 8 bytes, checked against the file's size and ``limit``."""
+    """The header's length from the first 8 bytes of a file, checked against the file's size and ``limit``.
+
+    Raises:
+        FramingError: the length does not fit.
+    """
     if len(prefix) < 8:
         raise FramingError(f"truncated: {file_size} bytes, less than the 8 of the header's length")
     length = int.from_bytes(prefix[:8], "little")
@@ -78,8 +82,11 @@ def header_length(prefix: bytes, file_size: int, limit: int) -> int:
 def parse_frame(header: bytes, data_size: int) -> Frame:
     """Check a header against the size of the data area that follows it.
 
-    Every entry must have exactly dtype, shape and data_offsets, agree with its own size, and the
-    entries must tile the data area: no gap, no overlap, no byte before, between or behind.
+    Every entry must have exactly dtype, shape and data_offsets, and agree with its own size. The entries must tile the
+    data area without gaps or overlaps.
+
+    Raises:
+        FramingError: a rule is broken; the message says which.
     """
     fields = parse_object(header, "header")
     metadata = fields.pop("__metadata__", {})
@@ -100,7 +107,11 @@ def parse_frame(header: bytes, data_size: int) -> Frame:
 
 
 def parse_object(text: bytes, what: str) -> dict[str, Any]:
-    """Strict JSON: UTF-8, one object, no key twice, no NaN or infinity, numbers of sane length."""
+    """Parse strict JSON: UTF-8, one object, no key twice, no NaN or infinity, numbers of limited length.
+
+    Raises:
+        FramingError: it is not that.
+    """
     try:
         value = json.loads(
             text.decode("utf-8"),

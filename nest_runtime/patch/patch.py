@@ -116,7 +116,7 @@ class Patch:
 
     @cached_property
     def bare_digest(self) -> str:
-        """The digest of this patch without its claims; what they are about."""
+        """The digest of this patch without its claims: what the claims are about."""
         return self.digest if self.claims is None else content_digest(self._header(None), self.tensors)
 
     @property
@@ -140,7 +140,11 @@ class Patch:
         return sum(site.parameters for site in self.sites)
 
     def site(self, name: str) -> Site:
-        """The site called ``name``; raises SiteMismatch if there is none."""
+        """The site called ``name``.
+
+        Raises:
+            SiteMismatch: there is none.
+        """
         for site in self.sites:
             if site.name == name:
                 return site
@@ -150,7 +154,7 @@ class Patch:
         )
 
     def header(self) -> dict[str, Any]:
-        """The header as plain JSON values, without the digest; ``claims`` stands in it if there are any."""
+        """The header as plain JSON values, without the digest; with ``claims`` if there are any."""
         return self._header(self.claims)
 
     def _header(self, claims: Claims | None) -> dict[str, Any]:
@@ -174,11 +178,11 @@ class Patch:
 
     @property
     def label(self) -> str:
-        """``name@version``, as people call it."""
+        """``name@version``, for people."""
         return f"{self.name}@{self.version}"
 
     def evolve(self, **changes: Any) -> Patch:
-        """A copy with other header fields or sites; the digest follows, and claims about this one do not."""
+        """A copy with other header fields or sites. The digest follows; claims about this patch are dropped."""
         return replace(self, **({"claims": None, **changes} if changes else {}))
 
     def save(self, path: str | Path) -> Path:
@@ -200,7 +204,11 @@ class Patch:
 
 
 def check_sites(patch: Patch, projections: Iterable[Projection]) -> None:
-    """Whether every site of a patch fits a model's projections (``anatomy.find_sites``).
+    """Check that every site of a patch fits a model's projections.
+
+    Args:
+        patch: the patch.
+        projections: of the model, from ``anatomy.find_sites``.
 
     Raises:
         SiteMismatch: the model lacks a site, or its d_in or d_out differ; the message names the first.

@@ -83,12 +83,12 @@ class Site:
 
     @property
     def tensors(self) -> dict[str, FrozenTensor]:
-        """Tensors by file key (``<site>.<part>``), absent parts left out."""
+        """Frozen tensors by file key (``<site>.<part>``), shapes as in ``Site``; absent parts are left out."""
         parts = {key: getattr(self, key) for key in PARTS}
         return {f"{self.name}.{key}": value for key, value in parts.items() if value is not None}
 
     def row_deltas(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The update of each patched row: [n, d_in] in ``dtype`` (float32), on the CPU."""
+        """The update of each patched row: [n, d_in] in ``dtype`` (float32 by default), on the CPU."""
         import torch
 
         dtype = dtype or torch.float32
@@ -98,7 +98,7 @@ class Site:
         return rows
 
     def membership(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """M [d_out, K] in ``dtype`` (float32) with ΔW = M·D: 0/1, or the loadings."""
+        """M [d_out, K] in ``dtype`` (float32 by default) with ΔW = M·D: 0 and 1, or the loadings."""
         import torch
 
         dtype = dtype or torch.float32
@@ -108,7 +108,7 @@ class Site:
         return matrix
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """ΔW [d_out, d_in] in ``dtype`` (float32), for checks and exports of small models."""
+        """ΔW [d_out, d_in] in ``dtype`` (float32 by default), for checks and exports of small models."""
         import torch
 
         dtype = dtype or torch.float32
@@ -128,7 +128,7 @@ class Site:
 
 
 def check_parts(where: str, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Dtypes and ranks of a site's parts, before any content is looked at.
+    """Check the dtypes and ranks of a site's parts, before any content is read.
 
     Args:
         where: how messages name the site.

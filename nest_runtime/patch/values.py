@@ -1,7 +1,7 @@
 """Immutable values that patches are made of: tensors, JSON, and the digest over both.
 
-Knows dtypes and bytes; knows nothing of sites, files or models. Torch is imported only where a torch tensor
-is taken or given: to fetch, verify, sign or publish a patch nobody waits for it.
+Knows dtypes and bytes, but not sites, files or models. Torch is imported only to take or give a torch tensor, so that
+fetching, verifying, signing and publishing a patch start fast.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ MAX_INT = 2**53  # the largest whole number that every JSON reader keeps exactly
 
 
 class FrozenTensor:
-    """A tensor's dtype, shape and bytes, which nobody can change.
+    """A tensor's dtype, shape and bytes, immutable.
 
-    ``tensor()`` gives a fresh CPU copy every time: writing to it changes nothing here.
+    ``tensor()`` gives a fresh CPU copy each time: writing to it changes nothing here.
 
     Attributes:
         data: the elements' bytes, little-endian, in row-major order.
@@ -80,7 +80,11 @@ class FrozenTensor:
 
     @classmethod
     def of(cls, value: torch.Tensor | FrozenTensor) -> FrozenTensor:
-        """Freeze a tensor (any device, any stride); frozen ones pass through. Raises PatchFormatError: its dtype."""
+        """Freeze a tensor of any shape, device and stride; a frozen one is returned as it is.
+
+        Raises:
+            PatchFormatError: a patch cannot hold its dtype.
+        """
         if isinstance(value, FrozenTensor):
             return value
         import torch
@@ -96,7 +100,7 @@ class FrozenTensor:
         return torch_dtype(self.dtype_name)
 
     def tensor(self) -> torch.Tensor:
-        """A fresh, writable CPU tensor with this content."""
+        """A fresh, writable CPU tensor of the same shape, dtype and content."""
         import torch
 
         if not self.data:
@@ -104,11 +108,11 @@ class FrozenTensor:
         return torch.frombuffer(bytearray(self.data), dtype=self.dtype).reshape(self.shape)
 
     def integers(self) -> npt.NDArray[np.int64]:
-        """The content of an I32 tensor, as a fresh array of int64."""
+        """The content of an I32 tensor as a fresh int64 array of the same shape."""
         return np.frombuffer(self.data, "<i4").reshape(self.shape).astype(np.int64)
 
     def is_finite(self) -> bool:
-        """No NaN and no infinity: no number whose exponent bits are all ones. Reads in place, a piece at a time."""
+        """Whether there is no NaN and no infinity. Reads in place, a piece at a time."""
         if self.dtype_name not in _EXPONENTS:
             return True
         unsigned, exponent = _EXPONENTS[self.dtype_name]
@@ -141,7 +145,11 @@ class FrozenTensor:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Torch's dtype of a safetensors name. Raises KeyError for an unknown one."""
+    """The torch dtype of a safetensors name.
+
+    Raises:
+        KeyError: the name is unknown.
+    """
     import torch
 
     found: torch.dtype = getattr(torch, TORCH_NAMES[name])
@@ -149,7 +157,15 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def content_digest(header: Mapping[str, Any], tensors: Mapping[str, FrozenTensor]) -> str:
-    """The patch digest of docs/reference/patch-format.md: over content, whatever the layout of the file."""
+    """The patch digest of docs/reference/patch-format.md; it covers content, not the file's layout.
+
+    Args:
+        header: the patch header without its digest.
+        tensors: frozen tensors by file key, of any shape.
+
+    Returns:
+        ``sha256:<hex>``.
+    """
     rows = [
         (name, tensor.dtype_name, tensor.shape, hashlib.sha256(tensor.data).hexdigest())
         for name, tensor in tensors.items()
@@ -158,7 +174,7 @@ def content_digest(header: Mapping[str, Any], tensors: Mapping[str, FrozenTensor
 
 
 def digest_of(header: Mapping[str, Any], tensors: Iterable[tuple[str, str, Sequence[int], str]]) -> str:
-    """The patch digest, from each tensor's name, dtype's name, shape, and SHA-256 in hex."""
+    """The patch digest from each tensor's name, dtype name, shape and SHA-256 in hex."""
     manifest = {
         "header": {key: value for key, value in header.items() if key != "digest"},
         "tensors": [[name, dtype, list(shape), sha256] for name, dtype, shape, sha256 in sorted(tensors)],

@@ -1,6 +1,5 @@
-"""Patch files, written byte for byte the same every time; file.py reads them.
-
-docs/reference/patch-format.md specifies both.
+"""Patch files, written byte for byte the same each time; file.py reads them. docs/reference/patch-format.md specifies
+both.
 """
 
 from __future__ import annotations
@@ -24,7 +23,10 @@ _ORDER = ("F32", "I32", "BF16", "F16")  # of tensors in the file, as the safeten
 
 
 def save_patch(patch: Patch, path: str | os.PathLike[str]) -> Path:
-    """Write a patch file atomically: whoever looks sees the old file or the whole new one.
+    """Write a patch file atomically: a reader sees the old file or the whole new one.
+
+    Returns:
+        The path that was written.
 
     Raises:
         PatchFormatError: the patch cannot be a file (no rows digest, header or file too large).
@@ -40,7 +42,7 @@ def save_patch(patch: Patch, path: str | os.PathLike[str]) -> Path:
 
 
 def to_bytes(patch: Patch) -> bytes:
-    """The file of a patch; the same bytes for the same content, on any machine.
+    """The file of a patch as bytes: the same bytes for the same content, on any machine.
 
     Raises:
         PatchFormatError: ``rows_digest`` is missing, or the header or file would be too large.

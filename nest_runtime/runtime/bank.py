@@ -1,14 +1,14 @@
-"""Deltas for compiled models: fixed-capacity buffers, and one small tensor that says which is on.
+"""Deltas for compiled models: buffers of fixed capacity, and one small tensor that says which is active.
 
-A graph made by torch.compile must neither break nor be compiled again when patches switch, so it
-cannot look patches up in Python. Each patched module carries non-persistent buffers with a slot
-for every patch in the table (slot 0 is the base: all zeros), and the trunk one integer, the active
-slot. A pass reads that integer once (``snapshot``), so that it cannot mix two patches.
+A graph made by torch.compile must neither break nor be compiled again when patches switch. So it cannot look patches
+up in Python. Each patched module carries non-persistent buffers with a slot for every patch in the table (slot 0 is
+the base: all zeros). The trunk carries one integer, the active slot. A pass reads that integer once (``snapshot``),
+so that it cannot mix two patches.
 
-Experts have no place here: a model with a patch on them runs eagerly.
+Experts have no slots: a model with a patch on them runs eagerly.
 
-Floats are stored as the bits of float32 in int32 buffers: they follow the model to another device
-and are not rounded when it is converted to another dtype. Eager passes do not use any of this.
+Floats are stored as the bits of float32 in int32 buffers. So they follow the model to another device, and are not
+rounded when it is converted to another dtype. Eager passes do not use any of this.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SLOT = "_nest_slot"
 
 @torch.library.custom_op("nest_runtime::snapshot", mutates_args=())
 def snapshot(slot: torch.Tensor) -> torch.Tensor:
-    """A copy of the active slot that the compiler cannot elide: read once, at the start of a pass."""
+    """A copy [1] int64 of the active slot that the compiler cannot elide; read once, at the start of a pass."""
     return slot.clone()
 
 
@@ -46,7 +46,17 @@ def active_slot(trunk: nn.Module) -> torch.Tensor:
 
 
 def add_from_bank(module: nn.Module, x: torch.Tensor, y: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-    """``y`` [..., outputs] plus the update that the module's bank holds in ``slot`` [1]; traced, not run eagerly."""
+    """Add the update that the module's bank holds in a slot; traced, not run eagerly.
+
+    Args:
+        module: the patched linear module.
+        x: its input [..., d_in].
+        y: its output [..., outputs].
+        slot: [1] int64, from ``snapshot``.
+
+    Returns:
+        A new tensor [..., outputs] in y's dtype.
+    """
     buffers: dict[str, torch.Tensor] = module._buffers  # type: ignore[assignment]
     slot = slot.to(buffers[_DELTAS].device)
     deltas = _floats(buffers[_DELTAS], slot).to(x)  # (K, d_in)
@@ -86,7 +96,7 @@ class Bank:
         _register(trunk, _SLOT, torch.zeros(1, dtype=torch.int64, device=device))
 
     def add(self, loaded: Loaded, modules: Mapping[str, nn.Module]) -> None:
-        """Give a patch a slot and write it there; buffers grow (and graphs recompile) only where it does not fit."""
+        """Give a patch a slot and write it there. Buffers grow, and graphs recompile, only if it does not fit."""
         self._modules.update({key: modules[key] for key in loaded.deltas if _linear(loaded, key)})
         if not self._free:
             self._free.extend(range(self._size, 2 * self._size))
@@ -101,13 +111,13 @@ class Bank:
                 self._rebuild(key, module)
 
     def remove(self, loaded: Loaded) -> None:
-        """Free a patch's slot, if it has one; the caller sees to it that it is not active."""
+        """Free a patch's slot, if it has one. The caller makes sure that it is not active."""
         slot = self._slots.pop(loaded, None)
         if slot is not None:
             self._free.append(slot)
 
     def select(self, loaded: Loaded | None) -> None:
-        """Switch: one write, which passes that already began do not see."""
+        """Switch with one write; passes that have begun do not see it."""
         active_slot(self._trunk).fill_(0 if loaded is None else self._slots[loaded])
 
     def close(self) -> None:

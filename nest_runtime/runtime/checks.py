@@ -40,7 +40,7 @@ class LiveBase:
     Attributes:
         model: the live model.
         places: its projections by site name.
-        hash: the hash it has in memory or was given; None if it cannot be hashed (quantized).
+        hash: its hash in memory, or a given one; None if it cannot be hashed (quantized).
         rows: reads pristine rows [n, d_in] of a place, whatever is folded.
     """
 
@@ -64,7 +64,10 @@ def memory_hash(model: nn.Module) -> str | None:
 
 
 def saved_rows(patch: Patch, base: LiveBase) -> dict[str, torch.Tensor]:
-    """CPU copies of the pristine rows a patch changes, by site; quantized sites are left out."""
+    """CPU copies of the pristine rows that a patch changes, by site: [n, d_in] in the weight's dtype. Quantized sites
+        are
+    left out.
+    """
     saved = {}
     for site in patch.sites:
         if site.n_neurons:
@@ -76,15 +79,15 @@ def saved_rows(patch: Patch, base: LiveBase) -> dict[str, torch.Tensor]:
 
 
 def check_base(patch: Patch, base: LiveBase, saved: Mapping[str, torch.Tensor]) -> None:
-    """The model is the patch's base, by hash and by rows.
+    """Check that the model is the patch's base, by hash and by rows.
 
     Args:
-        patch: whose sites were checked.
+        patch: its sites have been checked.
         base: the model.
-        saved: from ``saved_rows``.
+        saved: rows [n, d_in] by site, from ``saved_rows``.
 
     Raises:
-        BaseMismatch: it is not; the message holds both hashes, or says that rows differ.
+        BaseMismatch: it is not the base; the message has both hashes, or says that rows differ.
     """
     same_hash = base.hash == patch.base_hash
     complete = all(site.name in saved for site in patch.sites if site.n_neurons)
@@ -106,7 +109,7 @@ def check_base(patch: Patch, base: LiveBase, saved: Mapping[str, torch.Tensor]) 
 
 
 def checkpoint_of(model: nn.Module) -> Path | None:
-    """The local folder or GGUF file a model was loaded from, if it is known and still there; nothing is downloaded."""
+    """The local folder or GGUF file that a model was loaded from, if it is known and still there. Downloads nothing."""
     config = getattr(unwrap(model), "config", None)
     name = getattr(config, "_name_or_path", "") or ""
     if not name:

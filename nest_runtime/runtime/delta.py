@@ -1,9 +1,9 @@
-"""What a patch does to one linear module, in the form a forward pass uses.
+"""What a patch does to one linear module, in the form that a forward pass uses.
 
-A module's sites (two where gate and up are fused) are merged into one :class:`LinearDelta`. It is
-built from the patch's frozen tensors and cached for one device and dtype at a time; after a model
-has moved, the next pass builds it anew from the frozen tensors, so no rounding accumulates.
-Nothing here knows of tables, modes or weights; updates of experts are in expert_delta.py.
+A module's sites (two if gate and up are fused) are merged into one :class:`LinearDelta`. It is built from the patch's
+frozen tensors, and cached for one device and dtype at a time. After a model has moved, the next pass builds it again
+from the frozen tensors, so that no rounding accumulates. Nothing here knows of tables, modes or weights. Updates of
+experts are in expert_delta.py.
 """
 
 from __future__ import annotations
@@ -44,13 +44,17 @@ class Place:
 
 
 def find_places(model: nn.Module) -> dict[str, Place]:
-    """Every patchable projection of a model by site name; raises UnknownArchitecture."""
+    """Every patchable projection of a model, by site name.
+
+    Raises:
+        UnknownArchitecture: no FFN projections are known for it.
+    """
     return {p.name: Place(module_of(model, p), replace(p, module="")) for p in find_sites(model)}
 
 
 @dataclass(frozen=True)
 class DeltaTensors:
-    """A module's update on one device: D [K, d_in], and per patched output row, cluster, loading."""
+    """A module's update on one device: D [K, d_in], and the row, cluster and loading of each patched output."""
 
     deltas: torch.Tensor  # (K, d_in)
     rows: torch.Tensor  # (n,) int64, rows of the module's output
@@ -62,13 +66,16 @@ class ModuleDelta(Protocol):
     """The update of one module, linear or of experts."""
 
     def apply(self, module: nn.Module, call: Call, y: torch.Tensor, fold: FoldRecord | None) -> torch.Tensor:
-        """The module's output with the update added; ``y`` itself is left alone.
+        """The module's output with the update added; ``y`` itself is not changed.
 
         Args:
             module: the module.
             call: its inputs.
-            y: its output as the pristine weights give it.
-            fold: what is folded into the weights besides.
+            y: its output [..., outputs] as the pristine weights give it.
+            fold: what is folded into the weights, or None.
+
+        Returns:
+            A new tensor of y's shape and dtype.
         """
         ...
 
@@ -85,7 +92,7 @@ class StackedTensors:
 
 
 class Members:
-    """Which token of a flat batch is computed under which patch; good for one pass.
+    """Which token of a flat batch is computed under which patch; valid for one pass.
 
     Args:
         owners: each token's patch by number, -1 for the base.
@@ -160,12 +167,14 @@ class LinearDelta:
         return cached[2]
 
     def apply(self, module: nn.Module, call: Call, y: torch.Tensor, fold: FoldRecord | None) -> torch.Tensor:
-        """As ``ModuleDelta.apply``; ``call`` is (x,) with x [..., d_in], ``y`` [..., outputs].
+        """Add the update; see ``ModuleDelta.apply``. ``call`` is (x,) with x [..., d_in], ``y`` is [..., outputs].
 
         Returns:
             A new tensor like ``y``. Products are taken in x's dtype (the weight's, autocast aside), with the
-            accumulation of the backend's matmul, and rounded to y's dtype before they are added: in bfloat16
-            the update is computed apart from W's and keeps bits that adding it to W would lose.
+            accumulation of
+            the backend's matmul. They are rounded to y's dtype before they are added. In bfloat16 the update is
+            computed
+            separately from W, and keeps bits that adding it to W would lose.
         """
         x = call[0]
         delta = self.on(x.device, x.dtype)
@@ -176,16 +185,19 @@ class LinearDelta:
 
 
 def add_mixed(deltas: Sequence[LinearDelta | None], members: Members, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """A linear module's outputs where every token has a patch of its own; ``y`` itself is never written to.
+    """A linear module's outputs when every token has its own patch; ``y`` is never written to.
 
-    Each patch's update is computed for all tokens and kept where it is theirs: a few rows of arithmetic that nobody
-    needs cost less than sorting the tokens by patch and back, at every module.
+    Each patch's update is computed for all tokens and kept for its own tokens. These few extra rows of arithmetic cost
+    less than sorting the tokens by patch and back at every module.
 
     Args:
         deltas: each patch's update, None if it leaves this module alone.
-        members: which token is whose, patches by their number in ``deltas``.
+        members: which token belongs to which patch, by number in ``deltas``.
         x: the module's input (tokens, d_in).
         y: its output (tokens, outputs) as the pristine weights give it.
+
+    Returns:
+        (tokens, outputs) in y's dtype.
     """
     first = next((delta for delta in deltas if delta is not None), None)
     if first is None:

@@ -1,12 +1,12 @@
-"""Folding: a patch written into the weights, from pristine rows, and taken out again bit for bit.
+"""Folding: writing a patch into the weights from pristine rows, and taking it out again bit for bit.
 
-Every write goes through a :class:`Journal`, so that an error half-way puts all rows back. Before a
-row is written, it is compared with the copy made when the patch was added (or with what folding
-wrote): an edit by somebody else is reported, not overwritten. Callers keep forward passes out.
+Every write goes through a :class:`Journal`, so that an error half-way restores all rows. Before a row is written, it
+is compared with the copy made when the patch was added, or with what folding wrote. An edit by other code is
+reported, not overwritten. Callers keep forward passes out.
 
-What a patch's fold has read and computed is kept with its record. To fold it again, or to take it out, is to compare
-bytes and to copy them (:class:`Exchange`), where the weights are plain memory of a CPU; where they are not, or any
-byte is not what it should be, the longer way decides.
+What a patch's fold has read and computed is kept with its record. Folding it again, or taking it out, then compares
+and copies bytes (:class:`Exchange`), if the weights are plain memory of a CPU. If they are not, or a byte differs,
+the slower way decides.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class FoldedSite:
         raise _edited(self.place, loaded, "while it was folded in")
 
     def undo(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """``y`` with this site's rows computed from the pristine weights."""
+        """``y`` [..., outputs] with this site's rows computed from the pristine weights; x is [..., d_in]."""
         rows = self.place.projection.rows(self.neurons).to(y.device)
         bias = module.bias[rows].to(x.dtype) if isinstance(module.bias, torch.Tensor) else None
         base = F.linear(x, self.pristine.to(x.device, x.dtype), bias)  # (..., n)
@@ -108,7 +108,7 @@ class FoldRecord:
     exchange: Exchange | None = None  # where all rows are plain memory
 
     def undo(self, key: str, module: nn.Module, call: Call, y: torch.Tensor) -> torch.Tensor:
-        """A module's output as the pristine weights give it; ``y`` itself is left alone."""
+        """A module's output [..., outputs] as the pristine weights give it; ``y`` itself is not changed."""
         if key in self.halves:
             return self._undo_experts(key, module, call, y)
         for site in self.sites.get(key, ()):
@@ -125,7 +125,9 @@ class FoldRecord:
         return y + added.reshape(y.shape).to(y.dtype)
 
     def rows(self, place: Place, neurons: torch.Tensor) -> torch.Tensor:
-        """Rows [n, d_in] of the live weights, those that are folded replaced by their pristine values."""
+        """Rows [n, d_in] of the live weights, with folded ones replaced by their pristine values; ``neurons`` is [n]
+        int64.
+        """
         current, neurons = read_rows(place, neurons), neurons.cpu()
         for site in self.sites.get(place.key, ()):
             if site.place.projection.name == place.projection.name:
@@ -137,7 +139,7 @@ class FoldRecord:
 
 
 class Journal:
-    """Writes rows and remembers what stood there, so that all of it can be put back."""
+    """Writes rows and remembers the old ones, so that all of them can be restored."""
 
     def __init__(self) -> None:
         self._written: list[tuple[Place, torch.Tensor, torch.Tensor]] = []
@@ -161,7 +163,7 @@ class Journal:
         anatomy.write_rows(place.module, place.projection, live, bits)
 
     def roll_back(self) -> None:
-        """Put everything back, latest first; continues past a write that fails and raises its error at the end."""
+        """Restore all rows, latest first. Continues past a write that fails, and raises its error at the end."""
         failed: Exception | None = None
         while self._written:
             try:
@@ -173,13 +175,19 @@ class Journal:
 
 
 def read_rows(place: Place, neurons: torch.Tensor) -> torch.Tensor:
-    """A normal-tensor copy [n, d_in] of live rows, even of weights made in inference mode."""
+    """A normal-tensor copy [n, d_in] of live rows, even of weights made in inference mode; ``neurons`` is [n] int64."""
     with torch.inference_mode(False), torch.no_grad():
         return anatomy.read_rows(place.module, place.projection, neurons)
 
 
 def write_rows(place: Place, neurons: torch.Tensor, rows: torch.Tensor) -> None:
-    """Overwrite live rows in place, those of weights made in inference mode too."""
+    """Overwrite live rows in place, even of weights made in inference mode.
+
+    Args:
+        place: the projection on the model.
+        neurons: [n] int64 row numbers.
+        rows: [n, d_in] in any floating-point dtype.
+    """
     weight = anatomy.weight_of(place.module, place.projection)
     with torch.inference_mode(weight is not None and weight.is_inference()):
         anatomy.write_rows(place.module, place.projection, neurons, rows)
@@ -246,13 +254,12 @@ def _exchange(plan: Mapping[str, list[FoldedSite]]) -> Exchange | None:
 
 
 def unfold(record: FoldRecord, journal: Journal) -> None:
-    """Put the pristine rows back.
+    """Restore the pristine rows.
 
-    A model converted to another dtype while folded gets what its pristine rows would be after the
-    same conversion.
+    A model converted to another dtype while folded gets its pristine rows after the same conversion.
 
     Raises:
-        BaseMismatch: somebody else changed the folded rows.
+        BaseMismatch: other code changed the folded rows.
     """
     if record.exchange is not None and record.exchange.unfold(journal):
         return

@@ -1,9 +1,8 @@
-"""What is put on the model, and the board it reads: what is on, for whom, in which pass.
+"""The hooks on the model, and the state they read: what is active, for whom, in which pass.
 
-Each patched module has one forward hook. The trunk (the module that runs the decoder layers) has
-its ``forward`` wrapped, so that a pass has one patch from its first layer to its last and is over
-whatever happens in it; forward hooks are skipped by KeyboardInterrupt. Under torch.compile both
-are traced: see bank.py. Nothing here decides what is switched on (switch.py does).
+Each patched module has one forward hook. The trunk (the module that runs the decoder layers) has its ``forward``
+wrapped. So a pass has one patch from its first layer to its last, and always ends properly; KeyboardInterrupt would
+skip forward hooks. Under torch.compile both are traced: see bank.py. switch.py decides what is active.
 """
 
 from __future__ import annotations
@@ -67,11 +66,11 @@ class Board:
 
     @property
     def choice(self) -> Selection | None:
-        """What the current context chose, or None if it follows what is active."""
+        """What the current context chose, or None if it follows the active patch."""
         return self._choice.get()
 
     def run_pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the trunk's forward as one pass, which waits while weights are being written."""
+        """Call the trunk's forward as one pass; waits while weights are being written."""
         passes = self._passes
         self.gate.enter()
         try:
@@ -122,7 +121,7 @@ class Board:
 
 
 class _LiveOnly:
-    """Belongs to one live model: a copy of it elsewhere would patch the wrong one, or none."""
+    """Bound to one live model: a copy would patch the wrong model, or none."""
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         self._refuse()
@@ -173,7 +172,7 @@ class ExpertsHook(SiteHook):
 
 
 class PassForward(_LiveOnly):
-    """Stands in for the trunk's ``forward``."""
+    """Replaces the trunk's ``forward``."""
 
     def __init__(self, board: Board) -> None:
         self._board = board

@@ -1,7 +1,4 @@
-"""Who is inside the model: forward passes share it, a change of weights has it alone.
-
-A readers-writer gate. It knows nothing of patches.
-"""
+"""A readers-writer gate: forward passes share the model, a change of weights has it alone. Knows no patches."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Active:
 
     @cached_property
     def view(self) -> View:
-        """That of every pass in which nobody chose otherwise."""
+        """The view of every pass in which nobody chose otherwise."""
         return View(self, Selection.whole(self.loaded))
 
 
@@ -50,20 +50,21 @@ class Selection:
 
     @classmethod
     def of(cls, unit: str, runs: Iterable[Run]) -> Selection:
-        """Neighboring runs of the same patch are joined, runs of nothing dropped."""
+        """Runs under one patch each; neighboring runs of the same patch are joined, empty runs dropped."""
         kept = [run for run in runs if run[1]]
         joined = [(loaded, sum(n for _, n in group)) for loaded, group in groupby(kept, key=lambda run: run[0])]
         return cls(unit, tuple(joined))
 
     @property
     def size(self) -> int:
-        """Rows or tokens it speaks of."""
+        """How many rows or tokens the selection covers."""
         return sum(count for _, count in self.runs)
 
     def tokens_of(self, x: torch.Tensor) -> tuple[Run, ...]:
         """The runs in tokens of one input [..., d_in].
 
-        Where a model flattens rows and tokens into one dimension before its FFN (OPT, mixtures of experts), rows are
+        Some models flatten rows and tokens into one dimension before their FFN (OPT, mixtures of experts); then rows
+        are
         counted by dividing.
 
         Raises:
@@ -107,7 +108,15 @@ class View:
         self._members: dict[tuple[int, torch.device], tuple[list[Loaded], Members]] = {}
 
     def apply(self, key: str, module: nn.Module, call: Call, y: torch.Tensor) -> torch.Tensor:
-        """The output [..., outputs] that the chosen patches give; ``y`` where nothing changes, never written to."""
+        """The output [..., outputs] that the chosen patches give. It is ``y`` itself if nothing changes; ``y`` is never
+        written to.
+
+        Args:
+            key: the module's canonical name.
+            module: the module.
+            call: its inputs.
+            y: its output [..., outputs].
+        """
         if self._still:
             return y
         if self._whole:

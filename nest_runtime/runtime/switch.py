@@ -65,24 +65,24 @@ class PatchRuntime:
 
     @property
     def patches(self) -> dict[str, Patch]:
-        """The patches held, by the key that finds them: ``v3``, or ``name@v3`` where versions collide."""
+        """The patches in the table, by key: ``v3``, or ``name@v3`` if two names have the same version."""
         return {self._table.key(entry): entry.patch for entry in self._table}
 
     @property
     def active(self) -> str | None:
-        """Key of the patch that is on for everybody; None is the base."""
+        """The key of the patch that is active for everybody; None is the base."""
         loaded = self._board.active.loaded
         return None if loaded is None else self._table.key(loaded)
 
     @property
     def active_patch(self) -> Patch | None:
-        """The patch that is on for everybody."""
+        """The patch that is active for everybody; None is the base."""
         loaded = self._board.active.loaded
         return None if loaded is None else loaded.patch
 
     @property
     def mode(self) -> str | None:
-        """``hook`` or ``fold`` while a patch is on."""
+        """``hook`` or ``fold`` while a patch is active, else None."""
         return self._board.active.mode
 
     @property
@@ -95,7 +95,7 @@ class PatchRuntime:
 
     @property
     def forced(self) -> tuple[str, ...]:
-        """Digests of the patches that were added against a failed check of the base."""
+        """Digests of the patches that were added although the check of the base failed."""
         return tuple(entry.patch.digest for entry in self._table if entry.forced)
 
     def add(
@@ -179,7 +179,7 @@ class PatchRuntime:
             self._switch(self._table.find(version), "hook" if mode == "auto" else mode)
 
     def deactivate(self) -> None:
-        """Switch to the base; folded rows get their pristine bits back. Raises as ``activate`` does."""
+        """Switch to the base; folded rows get their pristine bits back. Raises the same errors as ``activate``."""
         with self._lock:
             self._switch(None, None)
 
@@ -187,22 +187,24 @@ class PatchRuntime:
     def using(self, version: str | None) -> Iterator[None]:
         """Use one patch, or the base for None, in this thread or asyncio task only.
 
-        Threads started inside do not inherit the choice; asyncio tasks and ``asyncio.to_thread`` do.
-        Contexts nest. Raises PatchNotFound.
+        Contexts nest. Asyncio tasks and ``asyncio.to_thread`` inherit the choice; threads started inside do not.
+
+        Raises:
+            PatchNotFound: the patch is not in the table.
         """
         with self._override(Selection.whole(self._find(version))):
             yield
 
     @contextmanager
     def using_rows(self, versions: Iterable[str | None]) -> Iterator[None]:
-        """Use a patch of its own for each row of the batches run inside.
+        """Use a separate patch for each row of the batches that run inside.
 
         Args:
             versions: a key, or None for the base, for every row of the batch [rows, tokens]. Beams and
                 several returned sequences are rows too.
 
         Raises:
-            PatchNotFound: a patch is not here.
+            PatchNotFound: a patch is not in the table.
             UsageError: in the forward pass, if its batch has another number of rows.
         """
         with self._override(Selection.of("rows", [(self._find(version), 1) for version in versions])):

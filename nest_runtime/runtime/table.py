@@ -8,9 +8,9 @@ from nest_runtime.runtime.delta import Loaded
 
 
 class Table:
-    """Patches by name and version, in the order they were added.
+    """Patches by name and version, in the order in which they were added.
 
-    A patch's key is its version (``v3``); where two names have the same version, ``name@v3``.
+    A patch's key is its version (``v3``), or ``name@v3`` if two names have the same version.
     """
 
     def __init__(self) -> None:
@@ -20,10 +20,10 @@ class Table:
         return iter(self._entries)
 
     def same(self, patch: Patch) -> Loaded | None:
-        """The entry with the same content as ``patch``, if any.
+        """The entry with the same content as ``patch``, if there is one.
 
         Raises:
-            NestError: another content stands under the same name and version.
+            NestError: there is other content under the same name and version.
         """
         for entry in self._entries:
             if entry.patch.digest == patch.digest:
