@@ -29,7 +29,8 @@ MAX_OUTPUT_NAME = 200  # characters of a target's name that its temporary name r
 def nest_home() -> Path:
     """``$NEST_HOME`` where set and not empty, else ``~/.cache/nest-runtime``; not created here.
 
-    Raises UsageError if this user has no home folder, as in some containers.
+    Raises:
+        UsageError: this user has no home folder, as in some containers.
     """
     named = os.environ.get("NEST_HOME", "")
     return expand(named) if named else expand("~/.cache/nest-runtime")
@@ -67,7 +68,8 @@ def open_file(path: str | os.PathLike[str], limit: int | None = None, *, follow:
         limit: the most bytes it may have.
         follow: go through a symbolic link; False for files that only this program puts where they are.
 
-    Raises OSError: there is none, it cannot be read, it is something else than a file, or it is too large.
+    Raises:
+        OSError: there is none, it cannot be read, it is something else than a file, or it is too large.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     if not follow:
@@ -148,7 +150,8 @@ def replacing(target: str | os.PathLike[str], *, workdir: Path | None = None, se
 
     Yields the temporary file's path.
 
-    Raises OSError if the disk fails, or if the target is not a file.
+    Raises:
+        OSError: the disk fails, or the target is not a file.
     """
     target = Path(target)
     check_target(target)

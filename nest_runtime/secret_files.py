@@ -25,7 +25,8 @@ def secret_lines(path: Path, what: str, *, secret: bool = True) -> list[tuple[in
         what: how to call it in errors, e.g. "admin token file".
         secret: refuse it where others may read it; otherwise only where they may write it.
 
-    Raises UsageError if the file cannot be read, is not text, or is open to others.
+    Raises:
+        UsageError: the file cannot be read, is not text, or is open to others.
     """
     try:
         with open_file(path, MAX_SETTINGS) as file:

@@ -204,7 +204,8 @@ def make_claims(
         judge: as ``--judge`` names it, and itself.
         attacks, cases_per_suite, seed, max_tokens: how the cases were made and answered.
 
-    Raises EvaluationError: a limit is broken by what was measured, or nothing has the measure of one.
+    Raises:
+        EvaluationError: a limit is broken by what was measured, or nothing has the measure of one.
     """
     check_limits(limits)
     rows, broken = [], []

@@ -153,7 +153,8 @@ def sign_channel(channel: Channel, key: Path, passphrase: str = "") -> tuple[byt
 def verify_channel(data: bytes, signature: bytes, policy: Policy, channel: str) -> Channel:
     """The channel file that was asked for, whoever served it. Its date is not looked at: see ``check_fresh``.
 
-    Raises SignatureError: false, by a key that is not trusted with it, malformed, or another channel's.
+    Raises:
+        SignatureError: false, by a key that is not trusted with it, malformed, or another channel's.
     """
     _check_name(channel)
     where = f"the file of channel {channel}"

@@ -68,7 +68,8 @@ def check_met(patch: Patch, demands: Demands, where: str) -> None:
         demands: what is demanded.
         where: who demands it, for messages: ``channel stable``.
 
-    Raises ClaimsRefused naming what is missing first.
+    Raises:
+        ClaimsRefused: the message names what is missing first.
     """
     label = patch.label
     claims = patch.claims

@@ -117,7 +117,8 @@ class HubRemote:
 
         An answer that got lost is looked for in the repository before anything is tried again.
 
-        Raises HubError: nothing was published, or (as the message then says) a commit without its tag.
+        Raises:
+            HubError: nothing was published, or (as the message then says) a commit without its tag.
         """
         sha = self._commit(files, message, parent) if files else parent
         if tag is not None:

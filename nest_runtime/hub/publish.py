@@ -232,7 +232,8 @@ def _check_version(remote: Remote, refs: Refs, ref: RepoRef, version: str) -> No
 def _already(remote: Remote, ref: RepoRef, refs: Refs, patch: Patch, store: Store) -> str | None:
     """The revision where the repository has this very patch under its version; tags a commit that lacks its tag.
 
-    Raises HubError if other content stands under the version.
+    Raises:
+        HubError: other content stands under the version.
     """
     tagged = refs.tags.get(patch.version)
     if tagged is not None:

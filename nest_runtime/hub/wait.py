@@ -34,7 +34,8 @@ class Patience:
             hint: what to do where it takes longer.
             last: what is known of why it does.
 
-        Raises HubError if it takes longer, or an earlier one still has no end after that time.
+        Raises:
+            HubError: it takes longer, or an earlier one still has no end after that time.
         """
         if self._thread is threading.current_thread():
             return call()

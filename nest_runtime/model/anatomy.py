@@ -1,11 +1,10 @@
 """Where a model keeps its FFN neurons: one :class:`Projection` for every patchable linear map.
 
-Detection reads the module tree, not a list of model classes: a decoder layer's ``gate_proj`` and
-``up_proj``, a fused ``gate_up_proj``, the first matrix of a two-matrix FFN, or the first matrices of
-a layer's experts in one parameter. Of a multimodal model only the language tower counts. What it
-cannot place with certainty (experts stored otherwise, several towers, layers of different kinds) it
-refuses with UnknownArchitecture and never patches in part. ``register_architecture`` teaches it another
-layout. Nothing here installs hooks or knows of patches.
+Detection reads the module tree, not a list of model classes. It finds a decoder layer's ``gate_proj`` and ``up_proj``,
+a fused ``gate_up_proj``, the first matrix of a two-matrix FFN, or the first matrices of a layer's experts in one
+parameter. Of a multimodal model only the language model counts. What it cannot identify with certainty (experts
+stored otherwise, several towers, layers of different kinds) it refuses with UnknownArchitecture. It never patches in
+part. ``register_architecture`` adds another layout. Nothing here installs hooks or knows of patches.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def register_architecture(
     gate_up: str | None = None,
     fc: str | None = None,
 ) -> None:
-    """Teach ``find_sites`` where an architecture keeps its FFN projections.
+    """Tell ``find_sites`` where an architecture keeps its FFN projections.
 
     Args:
         model_class: name of the model's class, e.g. ``MyForCausalLM``. A second call replaces the first.
@@ -86,7 +85,10 @@ def register_architecture(
 
 
 def find_sites(model: nn.Module) -> tuple[Projection, ...]:
-    """Every patchable FFN projection, in the model's order of layers and modules.
+    """Find every patchable FFN projection, in the model's order of layers and modules.
+
+    Args:
+        model: a Hugging Face model, wrapped or not, on any device (meta too).
 
     Raises:
         UnknownArchitecture: none are known for this model; the message lists the linear layers found.

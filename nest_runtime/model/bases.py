@@ -1,8 +1,8 @@
-"""Where the models are that were loaded or trained on here, so that a patch finds the base it was made on.
+"""Where models were loaded from on this machine, so that a patch finds the base it was made on.
 
-``$NEST_HOME/bases.json`` holds a model's hash, its name, and the absolute path it was loaded from (of a Hub model the
-reference, pinned to its commit). What stands there is a hint and never believed: the path is hashed again, from the
-cache of hashes as a rule, before it is used. A damaged or unwritable file costs a ``--model`` and is never an error.
+``$NEST_HOME/bases.json`` holds a model's hash, its name, and the absolute path it was loaded from (for a Hub model the
+reference, pinned to its commit). An entry is a hint and never trusted: the path is hashed again before it is used,
+usually from the cache of hashes. A damaged or unwritable file never raises; then ``--model`` must be given.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ _KEEP = 256  # models remembered; the oldest go first
 
 
 def bases_file() -> Path:
-    """Where they are written down."""
+    """The file that holds them."""
     return nest_home() / "bases.json"
 
 
 def remember_base(model_hash: str, name: str, source: Path) -> None:
-    """Write down where a model was loaded from.
+    """Record where a model was loaded from.
 
     Args:
-        model_hash: of it.
-        name: of it, for people.
-        source: its folder or file; a snapshot in the Hub's cache is remembered as ``org/name@commit``.
+        model_hash: its hash.
+        name: its name, for people.
+        source: its folder or file; a snapshot in the Hub's cache is recorded as ``org/name@commit``.
     """
     place = f"{name}@{source.name}" if source.parent.name == "snapshots" and "/" in name else str(source.absolute())
     known = _read()
@@ -44,7 +44,7 @@ def remember_base(model_hash: str, name: str, source: Path) -> None:
 
 
 def noted_base(model_hash: str) -> str | None:
-    """What is written down for a hash, whether or not it is still true."""
+    """What is recorded for a hash, whether or not it is still true."""
     return (_read().get(model_hash) or {}).get("path")
 
 

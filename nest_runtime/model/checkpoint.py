@@ -1,9 +1,9 @@
-"""Where a checkpoint keeps the rows of a model's FFN projections; reads and writes just those.
+"""Where a checkpoint keeps the rows of a model's FFN projections; reads and writes only those.
 
-A checkpoint's tensors need not be the model's own: on loading, transformers renames some, and stacks the
-matrices of single experts. What it does to the tensors is done here to row numbers, with its own
-conversions, so that a row of the model is found in its file whatever the family. Of transformers 5.23
-this uses ``rename_source_key``, ``WeightConverter`` and ``get_model_conversion_mapping``, nowhere else.
+A checkpoint's tensors need not be the model's own: on loading, transformers renames some, and stacks the matrices of
+single experts. This module applies transformers' own conversions to row numbers, so that it finds a row of the model
+in its file for every family. Of transformers 5.23 it uses ``rename_source_key``, ``WeightConverter`` and
+``get_model_conversion_mapping``; no other module does.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Checkpoint:
         return codes, sources
 
     def _converted(self, target: str, entries: list[tuple[str, str | None, torch.Tensor]]) -> torch.Tensor:
-        """Row numbers after what transformers does to tensors on loading."""
+        """Row numbers, of any shape, after what transformers does to tensors on loading."""
         pattern = entries[0][1]
         if pattern is None:
             return entries[0][2]

@@ -52,7 +52,7 @@ class Half:
         return cls(deltas, spread, weights)
 
     def update(self, x: torch.Tensor, part: slice) -> torch.Tensor:
-        """Δ (t, units of the part) for inputs x (t, d_in)."""
+        """Δ (t, units of the part) for inputs x (t, d_in), in x's dtype."""
         return F.linear(x, self.deltas.to(x.dtype))[:, self.clusters[part]] * self.loadings[part].to(x.dtype)
 
 

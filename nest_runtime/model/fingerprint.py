@@ -299,10 +299,10 @@ def _hash_model(model: nn.Module, progress: Progress | None) -> list[HashRow]:
 
 
 def _saved_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors that ``save_pretrained`` would write, under the names it would write them.
+    """The tensors that ``save_pretrained`` would write, by the names it would write; shapes and dtypes as in the file.
 
-    Follows transformers 5.23 ``PreTrainedModel.save_pretrained``: tied weights once, and the
-    renamings and conversions of loading reverted. Adapters of PEFT are no part of the base.
+    Follows transformers 5.23 ``PreTrainedModel.save_pretrained``: tied weights once, and the renamings and conversions
+    of loading reverted. PEFT adapters are not part of the base.
     """
     state = {
         canonical_name(name).replace(".original_module.", "."): value.detach()
@@ -322,7 +322,7 @@ def _saved_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _check_plain(state: Mapping[str, torch.Tensor]) -> None:
-    """Quantized tensors, and those that are elsewhere, have no bytes of their own to hash."""
+    """Refuse quantized tensors, and those that are elsewhere: they have no bytes of their own to hash."""
     for name, tensor in state.items():
         if tensor.is_meta or type(tensor.data) not in (torch.Tensor, nn.Parameter) or tensor.dtype not in _DTYPES:
             state_of = "not in memory" if tensor.is_meta else f"{type(tensor.data).__name__} of {tensor.dtype}"

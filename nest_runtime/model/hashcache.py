@@ -22,7 +22,7 @@ _SETTLED_NS = 2_000_000_000  # a file touched more recently may change again wit
 
 
 class HashCache:
-    """The cache's entry of one set of files, whose identity is taken when this is made."""
+    """The cache's entry for one set of files; their identity is taken when the object is made."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = [path.resolve() for path in files]

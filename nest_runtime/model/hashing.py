@@ -1,4 +1,4 @@
-"""Hashes many pieces of files or memory at once, in threads: hashlib lets go of the interpreter's lock."""
+"""Hashes many pieces of files or memory at once, in threads: hashlib releases the interpreter's lock."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class HashRow(tuple[str, Any, tuple[int, ...], str]):
 
 
 def hash_all(jobs: Iterable[HashJob], progress: Progress | None = None) -> list[HashRow]:
-    """Hash tensors, the largest first; the rows come in no order.
+    """Hash tensors, the largest first; the rows come in no particular order.
 
     Raises:
         ModelError: a name appears twice.

@@ -108,7 +108,7 @@ def resolve_model(ref: str | Path, *, trust_remote_code: bool = False, config_on
 
 
 def known_base(model_hash: str) -> str | None:
-    """The model reference that a hash was loaded from, where it still hashes so; else None."""
+    """The model reference that a hash was loaded from, if it still has that hash; else None."""
     from nest_runtime.model.bases import noted_base
     from nest_runtime.model.fingerprint import hash_report
 
@@ -169,7 +169,7 @@ def load_model(
 
 
 def gguf_dtype(device: str) -> Any:
-    """What a GGUF file's numbers become on a device: bfloat16 where it computes in it natively, else float32.
+    """The dtype for a GGUF file's numbers on a device: bfloat16 if it computes in it natively, else float32.
 
     A CPU without such instructions converts bfloat16 at every step, and is slower than in float32.
     """
@@ -276,7 +276,7 @@ def _auto_class(folder: Path) -> Any:
 
 
 def prepare_tokenizer(tokenizer: Any) -> Any:
-    """Pad on the left, with the end-of-sequence token where no pad token is set; returns it."""
+    """Make a tokenizer pad on the left, with the end-of-sequence token if it has no pad token; returns it."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -286,7 +286,11 @@ def prepare_tokenizer(tokenizer: Any) -> Any:
 
 
 def pick_device(device: str = "auto") -> str:
-    """``auto`` → cuda, mps or cpu, whichever is there first; a named device must exist."""
+    """Resolve a device: ``auto`` is cuda, mps or cpu, whichever is there first; a named device must exist.
+
+    Raises:
+        ModelError: there is no such device.
+    """
     import torch
 
     if device == "auto":

@@ -63,7 +63,13 @@ class RowBytes:
 
 
 def row_bytes(module: nn.Module, projection: Projection, neurons: torch.Tensor) -> RowBytes | None:
-    """The rows of some neurons, or None if the layout is another."""
+    """The rows of some neurons as bytes, or None if the layout is another.
+
+    Args:
+        module: the projection's module.
+        projection: of the model.
+        neurons: [n] int64 row numbers.
+    """
     if projection.experts or projection.layout != "linear":
         return None
     return RowBytes(module, projection, neurons)

@@ -53,8 +53,7 @@ def diff(old: Patch, new: Patch) -> dict[str, Any]:
 
     Returns:
         JSON values. ``sites`` lists only the sites that differ: neurons added, removed and kept. For the kept neurons
-        it
-        gives the L2 norm of the change of their row updates, and the cosine between them.
+        it gives the L2 norm of the change of their row updates, and the cosine between them.
     """
     before, after = {s.name: s for s in old.sites}, {s.name: s for s in new.sites}
     names = list(dict.fromkeys([*before, *after]))

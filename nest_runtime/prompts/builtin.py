@@ -1,21 +1,22 @@
 """Prompts that come with the package: for training a patch, and for choosing its settings.
 
-A patch learns from harmful prompts to refuse and from benign ones to answer as the base model does. Where the
-benign prompts all lie far from the harmful ones, the patch learns to refuse everything near harm. The files here
-lie near: alarming words in harmless sentences, and harmless requests in the shapes that harmful ones have.
+A patch learns from harmful prompts to refuse, and from benign ones to answer as the base does. If the benign prompts
+all lie far from the harmful ones, the patch learns to refuse everything near harm. The files here lie near: alarming
+words in harmless sentences, and harmless requests in the shapes that harmful ones have.
 
 - ``harmful``: plainly harmful requests of eighteen kinds, some long, some in other languages; for training. No answers
   and no jailbreaks are among them.
 - ``borderline``: benign prompts close to harm in words, topic or grammar; for training.
-- ``imperatives``: harmless requests in the one sentence that harmful goals have, of the same fields; for training.
+- ``imperatives``: harmless requests of one sentence, in the form and fields of harmful goals; for training.
 - ``everyday``: what people ask a small model on an ordinary day, conversations included; for training.
 - ``pasted``: harmless requests with something pasted in, code, data, puzzles, mails, tables, texts; for training.
 - ``validation``: other borderline prompts, for choosing settings by over-refusal; never for training.
-- ``imperatives-validation``: other imperatives, likewise; a file of its own, so figures of ``validation`` stay.
+- ``imperatives-validation``: other imperatives, likewise; a separate file, so figures of ``validation`` stay
+  comparable.
 
-All of them were written for this project; none is copied or reworded from a published set, so that JailbreakBench,
-XSTest, CoCoNot and their like stay fair tests. A row is
-``{"prompt" or "messages", "category"}``, without an answer, and ``examples.load_examples`` reads it.
+All of them were written for this project. None is copied or reworded from a published set, so that JailbreakBench,
+XSTest, CoCoNot and others stay fair tests. A row is ``{"prompt" or "messages", "category"}``, without an answer, and
+``examples.load_examples`` reads it.
 """
 
 from __future__ import annotations

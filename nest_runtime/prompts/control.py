@@ -1,9 +1,9 @@
 """Control tokens in prompts: those that the chat template writes are tokens, those that somebody typed are text.
 
-A tokenizer reads ``<|im_end|>`` as the end of a turn whoever wrote it, so that a turn can be forged inside a message.
-Here texts of control tokens in messages are hidden while the template is rendered, what the template itself wrote is
-renamed to something that nobody can type, and a copy of the tokenizer that knows control tokens by those names alone
-reads the whole (literal.py). A prompt without any of this keeps the ids that it always had.
+A tokenizer reads ``<|im_end|>`` as the end of a turn whoever wrote it, so a turn could be forged inside a message. So
+this module hides texts of control tokens in messages while the template is rendered. It renames what the template
+itself wrote to something that nobody can type. Then a copy of the tokenizer that knows control tokens only by those
+names reads the whole (literal.py). A prompt without any of this keeps its usual ids.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Hidden:
         return pattern.sub(self._word, text)
 
     def shown(self, text: str) -> str:
-        """A text with everything that was hidden in its place again."""
+        """A text with everything that was hidden restored."""
         return self._pattern.sub(lambda match: self._texts[int(match[1])], text) if self._texts else text
 
     def _word(self, match: re.Match[str]) -> str:
@@ -145,9 +145,11 @@ def prompt_ids(tokenizer: Any, messages: Messages, tools: Any, render: Render, *
 
 
 def text_ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    """Token ids of a text that somebody typed, and no template is around: none of it is a control token.
+    """Token ids of a typed text with no template around it: none of it is a control token.
 
     Args:
+        tokenizer: the tokenizer.
+        text: the text.
         special: put the tokenizer's own special tokens around it.
     """
     known = controls(tokenizer)
@@ -179,7 +181,9 @@ def plain_ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
 
 def broken(tokenizer: Any, messages: Messages) -> list[dict[str, Any]]:
-    """Messages for what tokenizes by itself: control tokens in them have a space after their first character."""
+    """Messages for a processor that tokenizes by itself: control tokens in them get a space after their first
+    character.
+    """
     known = controls(tokenizer)
 
     def part(match: re.Match[str]) -> str:
@@ -192,7 +196,7 @@ def broken(tokenizer: Any, messages: Messages) -> list[dict[str, Any]]:
 
 
 def controls(tokenizer: Any) -> Controls:
-    """The control tokens of a tokenizer with its template, found out once."""
+    """The control tokens of a tokenizer with its template, determined once."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     template = getattr(tokenizer, "chat_template", None)
     source = template if isinstance(template, str) else repr(template) if template else ""

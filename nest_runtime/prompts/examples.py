@@ -1,10 +1,9 @@
 """Prompts for training and evaluation: reading prompt files, digests, chat rendering.
 
-A prompt file gives :class:`Example` values. The forms are those of the README: JSONL or a JSON list
-(``{"prompt", "response"?}`` or ``{"messages"}``), CSV with a header, TXT (a prompt a line) and
-``hf://datasets/org/name[@revision][:split]``. ``FILE#column=value`` keeps only the rows whose column
-has that value, for files that mix harmful and harmless prompts. A message may hold images (images.py).
-Nothing here runs a model.
+A prompt file gives :class:`Example` values. Its forms are JSONL or a JSON list (``{"prompt", "response"?}`` or
+``{"messages"}``), CSV with a header, TXT (a prompt a line) and ``hf://datasets/org/name[@revision][:split]``; see
+docs/guide/first-patch.md. ``FILE#column=value`` keeps only the rows whose column has that value, for files that mix
+harmful and harmless prompts. A message may hold images (images.py). Nothing here runs a model.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation to answer, and the answer to learn where the file gives one.
+    """One conversation to answer, and the answer to learn if the file gives one.
 
     Attributes:
         messages: ``{"role", "content"}`` dicts, ending with the user's turn; content is a text, or a list of parts.
@@ -65,8 +64,11 @@ def load_examples(ref: str | Path) -> list[Example]:
         ref: a path, ``hf://datasets/org/name[@revision][:split]``, or the name of a bundled file (``harmful``,
             ``everyday``, ``borderline``, ``imperatives``, ``pasted``); each with ``#column=value`` to select rows.
 
+    Returns:
+        The examples, in the file's order.
+
     Raises:
-        DataError: naming file, line, what was found and what was expected.
+        DataError: a row is wrong; the message names file, line, what was found and what was expected.
     """
     name, wanted = _split_selection(str(ref))
     path = _located(name)
@@ -111,14 +113,14 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text a model reads for a conversation: its chat template, or the bare prompt where it has none.
+    """The text that a model reads for a conversation: by its chat template, or the bare prompt if it has none.
 
     Args:
         tokenizer: the model's.
         messages: the conversation.
-        add_generation_prompt: end with what begins the answer.
+        add_generation_prompt: end with the beginning of the answer.
         tools: what the model may call, for templates that know tools.
-        variables: more of what the template may ask for.
+        variables: further variables of the template.
 
     Raises:
         DataError: the template refuses the conversation (for example a system message).
@@ -147,14 +149,14 @@ def encode(
     """Token ids of the rendered conversation, ready for the answer; a template's own BOS is not doubled.
 
     Control tokens that a message spells are text; only those that the template writes are tokens (control.py). This is
-    the one way from messages to ids: a patch is trained and judged on the tokens that the server sends.
+    the only way from messages to ids, so that a patch is trained and judged on the tokens that the server sends.
 
     Args:
-        tokenizer, messages, tools, variables: as :func:`render` takes them.
-        allow_special: read what messages spell as control tokens, too: a turn can be forged inside a message then.
+        tokenizer, messages, tools, variables: as in :func:`render`.
+        allow_special: read what messages spell as control tokens, too. A turn can then be forged inside a message.
 
     Raises:
-        DataError: as :func:`render`; the tokenizer's control tokens cannot be told from text.
+        DataError: as :func:`render`; or the tokenizer's control tokens cannot be separated from text.
     """
     if images_of(messages):
         return encode_prompt(tokenizer, messages)[0]

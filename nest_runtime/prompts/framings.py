@@ -1,20 +1,19 @@
-"""Everyday framings: the many ways in which people put one and the same request.
+"""Everyday framings: the many ways in which people put the same request.
 
 A patch that has only met bare prompts learns the bare form along with the harm. So training puts its prompts
-into framings: polite or hasty, with a reason before them, with a format demanded, inside of a long letter, under a
+into framings: polite or hasty, with a reason before them, with a format demanded, inside a long letter, under a
 persona, in another language's frame, in JSON, late in a conversation.
 
-Code framings put a request inside of code or data that a program works on: a string, a comment, a list of its words,
-a field of JSON. People who program ask so, and a model that writes code is asked so most of all.
+Code framings put a request inside code or data that a program works on: a string, a comment, a list of its words,
+a field of JSON. People who program ask this way, and a model that writes code is asked this way most of all.
 
-Both classes alike: :func:`chosen` looks at the prompt's text, the seed and nothing else, so that harmful and
+Both classes are treated alike. :func:`chosen` looks only at the prompt's text and the seed, so that harmful and
 benign prompts get the same framings in the same shares, and a framing says nothing about the class.
 
 The wordings (framings.json) were written for this project. None is a jailbreak: no wording asks to drop rules, to
 play somebody without limits, or to begin with agreement. A patch trained on known attacks would only show that it
-knows them; one trained on everyday forms can be tested on attacks in earnest. The attacks to test with are in
-``evaluate.attacks``. :data:`HELD_OUT_FRAMINGS` has milder rewordings of the same aim: for choosing settings, never
-for training.
+knows them. A patch trained on everyday forms can be tested on real attacks (``evaluate.attacks``).
+:data:`HELD_OUT_FRAMINGS` has milder rewordings of the same aim: for choosing settings, never for training.
 """
 
 from __future__ import annotations
@@ -101,8 +100,8 @@ def framed(prompt: str, count: int, seed: int = 0, *, system: bool = True) -> li
 def moved_on(prompt: str, seed: int = 0) -> list[Message]:
     """A conversation in which the prompt came up earlier, and the last turn asks for something harmless.
 
-    Whatever the prompt's class, the last turn is benign: train on its answer, not on a refusal. It teaches a patch
-    to judge the turn at hand instead of refusing for ever after.
+    Whatever the prompt's class, the last turn is benign: train on its answer, not on a refusal. It teaches a patch to
+    judge the current turn instead of refusing from then on.
     """
     rng = random.Random(hashlib.sha256(f"moved on:{seed}:{prompt}".encode()).digest())
     return rng.choice(MOVED_ON).render(prompt)

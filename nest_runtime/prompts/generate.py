@@ -26,7 +26,7 @@ OnBatch = Callable[[list[int], list[str]], None]
 
 @dataclass(frozen=True)
 class ModelAnswer:
-    """A greedy answer: its ``text``, and whether it is ``whole``: it ended by itself, and was not cut by the limit."""
+    """A greedy answer: its ``text``, and whether it is ``whole``: it ended by itself, before the limit."""
 
     text: str
     whole: bool
@@ -62,7 +62,7 @@ def generate_answers(
         Answers without special tokens, surrounding spaces stripped.
 
     Raises:
-        DataError: a conversation holds a token that the model has no row for.
+        DataError: a conversation holds a token without an embedding row.
     """
 
     def keep(positions: list[int], answers: list[ModelAnswer]) -> None:
@@ -94,7 +94,7 @@ def answer_conversations(
     on_batch: OnAnswers | None = None,
     progress: Progress | None = None,
 ) -> list[ModelAnswer]:
-    """:func:`generate_answers`, saying of each answer whether it is whole. Arguments as there.
+    """Greedy answers that also say whether they are whole. Arguments as in :func:`generate_answers`.
 
     Args:
         not_first: tokens that no answer may begin with.
@@ -156,14 +156,14 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
 
 
 def embedding_rows(model: Any) -> int:
-    """How many token ids the model knows; a tokenizer may have more, added without resizing the model."""
+    """How many token ids the model has embeddings for; a tokenizer may have more, added without resizing the model."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
 def pad_token_id(model: Any, tokenizer: Any) -> int:
-    """The id to pad with: the tokenizer's, else its end token, else 0 (padding is masked anyway).
+    """The id to pad with: the tokenizer's, else its end token, else 0.
 
-    Only a token that the model's embedding has a row for: padding is masked, and computed all the same.
+    It must have an embedding row: padding is masked, but computed all the same.
     """
     rows = embedding_rows(model)
     for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):

@@ -1,7 +1,7 @@
 """Images in prompts: parts of a prompt file, and a tokenizer that reads them too (content.py says what parts are).
 
-Images are opened when a batch is made and never kept. How a model wants them (pixels, grids, which tokens they
-take) its own processor says; nothing here knows models.
+Images are opened when a batch is made, and never kept. The model's own processor decides how images become tensors
+(pixels, grids, which tokens they take); nothing here knows models.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class ImageReader:
 
 @dataclass(frozen=True)
 class PromptImages:
-    """The images of one prompt, by reference: opened anew whenever a batch needs them.
+    """The images of one prompt, by reference: opened again whenever a batch needs them.
 
     Attributes:
         reader: reads them.
@@ -185,16 +185,16 @@ def prompt_images(reader: Any, messages: Sequence[Mapping[str, Any]], text: str)
 def batch_inputs(
     images: Sequence[PromptImages | None], ids: torch.Tensor, starts: Sequence[int], dtype: torch.dtype
 ) -> Inputs:
-    """The further inputs of a padded batch; empty where no prompt of it has images.
+    """The further inputs of a padded batch; empty if no prompt in it has images.
 
     Args:
         images: for each row its images, or None.
-        ids: the padded batch (rows, width); what is made lies on its device.
+        ids: the padded batch (rows, width) int64; results are on its device.
         starts: where each row's prompt begins.
         dtype: the model's; pixels are converted to it.
 
     Returns:
-        Inputs over tokens padded with 0 to (rows, width), the others one after another.
+        Inputs over tokens, padded with 0 to (rows, width); the others concatenated along their first dimension.
     """
     per_token: dict[str, torch.Tensor] = {}
     others: dict[str, list[torch.Tensor]] = {}

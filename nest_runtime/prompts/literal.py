@@ -1,7 +1,7 @@
 """Reads text in which nothing is a control token, between control tokens that are given by their ids.
 
-By a copy of the tokenizer whose control tokens have names that nobody can type. Whatever else the tokenizer does
-(normalize, split, merge, add a space at the beginning), it does to the text as a whole, as it always would.
+It uses a copy of the tokenizer whose control tokens have names that nobody can type. Everything else that the
+tokenizer does (normalize, split, merge, add a space at the beginning) applies to the text as a whole, as usual.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Reader:
                 self._copy = self._make()
 
     def read(self, pieces: Sequence[str | int], *, special: bool) -> list[int]:
-        """Token ids.
+        """Token ids of text and control tokens.
 
         Args:
             pieces: texts, and ids of control tokens.

@@ -50,7 +50,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def check_file(path: Path) -> None:
-    """Raise DataError where ``path`` is no readable file, with the nearest name as a hint."""
+    """Raise DataError if ``path`` is not a readable file, with the nearest name as a hint."""
     if path.is_dir():
         raise DataError(f"{path} is a folder; expected a prompt file", "name one file in it")
     if path.is_file():
@@ -70,7 +70,7 @@ def check_file(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The file as text; DataError names the line of the first byte that is not UTF-8."""
+    """The file as text. DataError names the line of the first byte that is not UTF-8."""
     with open_file(path) as file:
         data = file.read()
     try:

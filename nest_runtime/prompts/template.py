@@ -15,13 +15,13 @@ Messages = Sequence[Mapping[str, Any]]
 def templated(tokenizer: Any, messages: Messages, given: Mapping[str, Any]) -> str:
     """What the template makes of a conversation.
 
-    Templates of some multimodal models know content as a list of parts alone, and lose a plain text without a word:
-    where the last message's text is not to be found, and is to be found when contents are parts, that is taken.
+    Templates of some multimodal models know content only as a list of parts, and lose a plain text silently. If the
+    last message's text is not in the result, but is when contents are parts, the latter is used.
 
     Args:
         tokenizer: has a chat template.
         messages: the conversation.
-        given: what else the template is given.
+        given: the template's further variables.
 
     Raises:
         DataError: the template refuses the conversation (for example a system message).

@@ -171,10 +171,8 @@ class LinearDelta:
 
         Returns:
             A new tensor like ``y``. Products are taken in x's dtype (the weight's, autocast aside), with the
-            accumulation of
-            the backend's matmul. They are rounded to y's dtype before they are added. In bfloat16 the update is
-            computed
-            separately from W, and keeps bits that adding it to W would lose.
+            accumulation of the backend's matmul. They are rounded to y's dtype before they are added. In bfloat16 the
+            update is computed separately from W, and keeps bits that adding it to W would lose.
         """
         x = call[0]
         delta = self.on(x.device, x.dtype)

@@ -48,7 +48,7 @@ class ExpertsDelta:
             return ExpertTensors(units.to(device), halves.get("gate"), halves.get("up"))
 
     def apply(self, module: nn.Module, call: Call, y: torch.Tensor, fold: FoldRecord | None) -> torch.Tensor:
-        """Add the update; see ``ModuleDelta.apply``. ``call`` is the result of ``experts.routed``, ``y`` is [..., d]."""
+        """Add the update; see ``ModuleDelta.apply``. ``call`` is what ``experts.routed`` gives, ``y`` is [..., d]."""
         x, chosen, weights = call
         cached = self._cached
         if cached is None or cached[0] != x.device or cached[1] != x.dtype:

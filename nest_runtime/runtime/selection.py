@@ -64,8 +64,7 @@ class Selection:
         """The runs in tokens of one input [..., d_in].
 
         Some models flatten rows and tokens into one dimension before their FFN (OPT, mixtures of experts); then rows
-        are
-        counted by dividing.
+        are counted by dividing.
 
         Raises:
             UsageError: the input has another number of rows or tokens than the selection.

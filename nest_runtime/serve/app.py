@@ -83,7 +83,8 @@ class Server(Generic[E_co]):
 
         The store's active patch gives way to the followed channel's where it is not trusted any more.
 
-        Raises NestError if a patch cannot be had: nothing is served then, and certainly not the bare base.
+        Raises:
+            NestError: a patch cannot be had: nothing is served then, and certainly not the bare base.
         """
         table, config = self.service.table, self.config
         table.home = asyncio.get_running_loop()

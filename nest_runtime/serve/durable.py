@@ -74,7 +74,8 @@ class Durable:
             who: for the histories.
             serving: the digest of the patch that it replaces here; the store may name another meanwhile.
 
-        Raises NestError or OSError if that cannot be done; the store then names what it named before.
+        Raises:
+            NestError, OSError: that cannot be done; the store then names what it named before.
         """
         back = what == "rollback"
         why = f"{'rolled back' if back else 'activated'} on {self._server}"

@@ -62,7 +62,9 @@ class Gate:
     async def check(self, engine: Engine, tokenizer: Any, served: ServedPatch) -> dict[str, float]:
         """Try a loaded patch out; returns the two shares.
 
-        Raises GateRefused if they are beyond the limits, EngineError where the engine could not answer.
+        Raises:
+            GateRefused: they are beyond the limits.
+            EngineError: the engine could not answer.
         """
         from nest_runtime.prompts.refusals import is_refusal
 
@@ -88,7 +90,8 @@ def make_gate(model_name: str, file: Path | None, min_refused: float, max_refuse
         file: JSON: ``{"harmful": ["…"], "benign": ["…"]}``.
         min_refused, max_refused: see :class:`Gate`.
 
-    Raises DataError if the file is none.
+    Raises:
+        DataError: the file is none.
     """
     if file is not None:
         harmful, benign = _read_probes(file)

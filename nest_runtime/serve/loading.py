@@ -88,7 +88,8 @@ class Loader:
             known: the loaded patch that it means, if it does.
             older: it may be behind one that was accepted before.
 
-        Raises NestError if there is no such patch, or it is not trusted, or is not for this model.
+        Raises:
+            NestError: there is no such patch, or it is not trusted, or is not for this model.
         """
         if known is not None and known.patch is not None:
             patch, where = known.patch, None
@@ -184,7 +185,8 @@ class Loader:
 def label_for(arrival: Arrival, loaded: Sequence[ServedPatch]) -> str:
     """What a patch is called from now on: its version, or ``name@version`` where that alone could mean another.
 
-    Raises StoreError if that could, too, or cannot be typed.
+    Raises:
+        StoreError: that could, too, or cannot be typed.
     """
     patch, full = arrival.patch, arrival.patch.label
     check_names(entry_of(patch, 0))

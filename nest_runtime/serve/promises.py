@@ -41,7 +41,9 @@ async def try_claims(engine: Engine, tokenizer: Any, served: ServedPatch, *, req
         served: the candidate.
         required: refuse it where it carries no claims, or one of them cannot be tried here.
 
-    Raises GateRefused if a claim is refuted, EngineError where the engine could not answer.
+    Raises:
+        GateRefused: a claim is refuted.
+        EngineError: the engine could not answer.
     """
     claims = served.patch.claims if served.patch is not None else None
     if claims is None:

@@ -42,7 +42,8 @@ def serve(config: ServeConfig, *, on_event: Emit | None = None, until: threading
         on_event: gets every event instead of stdout or stderr; for programs that embed the server.
         until: ends the server like a signal when it is set; for programs that run it in a thread.
 
-    Raises NestError if the server cannot start: the port is taken, the model or a patch cannot be had.
+    Raises:
+        NestError: the server cannot start: the port is taken, the model or a patch cannot be had.
     """
     emit = on_event or (json_events(json_line) if config.json else sentence)
     if until is None:  # the process is the server's own
@@ -242,7 +243,9 @@ def _uvicorn_config(
 def bind(config: ServeConfig) -> socket.socket:
     """A bound socket that does not listen yet: clients are refused, not kept waiting, while the model loads.
 
-    Raises EngineError if the port is taken, UsageError if there is no such address.
+    Raises:
+        EngineError: the port is taken.
+        UsageError: there is no such address.
     """
     return _bind(config.host, config.port)
 

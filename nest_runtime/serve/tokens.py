@@ -34,7 +34,8 @@ def read_tokens(path: Path, what: str, *, secret: bool = False) -> AccessTokens:
         what: how to call it in errors, e.g. "admin token file".
         secret: refuse it where others on the machine may read it.
 
-    Raises UsageError if the file cannot be read, holds none, or one that could never match, or others may write it.
+    Raises:
+        UsageError: the file cannot be read, holds none, or one that could never match, or others may write it.
     """
     lines = [(number, line.strip()) for number, line in secret_lines(Path(path), what, secret=secret)]
     for number, token in lines:

@@ -131,7 +131,8 @@ def builtin_entries() -> dict[str, tuple[Entry, Path]]:
 def peek_header(path: Path) -> dict[str, Any]:
     """A patch file's header without its tensors and without torch; nothing is verified.
 
-    Raises StoreError if there is no such header.
+    Raises:
+        StoreError: there is no such header.
     """
     broken = StoreError(f"{path} has no patch header", f"check it with `nest-runtime inspect {path}`")
     with path.open("rb") as file:

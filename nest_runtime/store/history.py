@@ -103,7 +103,8 @@ class ChainLog:
         Args:
             head: the last entry as remembered elsewhere, or None if nothing is.
 
-        Raises StoreError naming the first line that does not fit.
+        Raises:
+            StoreError: the message names the first line that does not fit.
         """
         previous: dict[str, Any] | None = None
         for number, line in enumerate(self._lines(), start=1):

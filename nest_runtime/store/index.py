@@ -105,7 +105,8 @@ def undone(now: Index, before: Index, last: dict[str, Any] | None, event: dict[s
 def read_index(path: Path) -> Index:
     """The index of a file; an empty one if there is none.
 
-    Raises StoreError if the file is damaged or of another format.
+    Raises:
+        StoreError: the file is damaged or of another format.
     """
     try:
         rows = parse_json(path.read_bytes())

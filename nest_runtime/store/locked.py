@@ -21,7 +21,9 @@ LOCK_SECONDS = 30.0
 def locked(path: Path) -> Iterator[None]:
     """A context that one process has at a time; ``path`` is the lock's own file, in a folder that is there.
 
-    Raises StoreError if another has held it for half a minute, OSError where it cannot be made.
+    Raises:
+        StoreError: another has held it for half a minute.
+        OSError: it cannot be made.
     """
     guard = FileLock(path, timeout=LOCK_SECONDS)
     try:
@@ -85,7 +87,8 @@ class LockedJson(Generic[T]):
     def changing(self) -> Iterator[T]:
         """The value, while nobody else changes it; :meth:`write` puts a change in force.
 
-        Raises StoreError if the folder cannot be written, within the context too, or the lock not be had.
+        Raises:
+            StoreError: the folder cannot be written, within the context too, or the lock not be had.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,9 @@ def object_path(root: Path, digest: str) -> Path:
 def read_object(root: Path, entry: Entry) -> Patch:
     """The patch of an entry, from the store or from the package.
 
-    Raises StoreError if its bytes are gone, DigestMismatch or PatchFormatError where they are others.
+    Raises:
+        StoreError: its bytes are gone.
+        DigestMismatch, PatchFormatError: they are others.
     """
     from nest_runtime.patch.file import read_patch
 

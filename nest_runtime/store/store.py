@@ -183,7 +183,9 @@ class Store:
             serving: the digest of the patch that is left, where that is a server's and not the store's (Index.before).
             who, why: for the history.
 
-        Raises StoreError if there is nothing to go back to, UsageError where several models could be meant.
+        Raises:
+            StoreError: there is nothing to go back to.
+            UsageError: several models could be meant.
         """
         with self._writing() as index:
             model = model_hash or index.only_model()
@@ -255,7 +257,8 @@ class Store:
     def verify_history(self) -> int:
         """The number of history entries, if their chain is whole and ends where the index says.
 
-        Raises StoreError naming the first line that was edited or is missing.
+        Raises:
+            StoreError: the message names the first line that was edited or is missing.
         """
         if not self.root.exists():
             return 0

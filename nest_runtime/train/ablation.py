@@ -1,8 +1,9 @@
-"""Taking the refusal direction away at random while tuning, so that refusing does not hang on it alone.
+"""Removing the refusal direction at random while tuning, so that refusals do not depend on it alone.
 
 Per layer, the direction is the difference of the mean hidden states of harmful and benign prompts at their last token
 (Arditi et al. 2024, arXiv 2406.11717). Projecting it out at random layers and tokens during fine-tuning makes
-refusals stand attacks that were never trained on (DeepRefusal, arXiv 2509.15202). Training only: nothing of it ships.
+refusals withstand attacks that were never trained on (DeepRefusal, arXiv 2509.15202). It is used in training only:
+none of it ships.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ PROMPTS = 32  # of each class, to find the directions with
 
 
 class RefusalAblation:
-    """Hooks on the decoder layers from the lowest patched one up, that project the direction out at random.
+    """Hooks on the decoder layers from the lowest patched one up that project the direction out at random.
 
     Args:
-        layers: the model's decoder layers; ``lowest`` the index of the first to change.
+        layers: the model's decoder layers; ``lowest`` is the index of the first to change.
         share: probability, per layer and token of a harmful row.
         seed: of the choice, which follows from seed and step alone.
     """

@@ -1,10 +1,10 @@
 """What every FFN neuron did on every prompt: raw gate and up outputs, pooled over the prompt's tokens.
 
-One forward pass over all prompts, batched by length, without the language-model head. Each batch's pooled
-rows go straight to disk, a file per projection, so memory holds one batch here and one projection at
-a time later (locate, cluster), never layers × prompts × neurons.
+One forward pass over all prompts, batched by length, without the language-model head. Each batch's pooled rows go
+straight to disk, one file per projection. So memory holds one batch here and one projection at a time later (locate,
+cluster), never layers × prompts × neurons.
 
-Memory, for 8B (32 layers × 2 projections × 14,336 neurons, bf16) and 10,000 prompts, beyond the model:
+Memory beyond the model, for 8B (32 layers × 2 projections × 14,336 neurons, bf16) and 10,000 prompts:
 
 - this pass: a batch of at most 8,192 padded tokens (``batch_tokens``): one projection's output 235 MB and its
   masked copy 235 MB, the block's own intermediates about 0.9 GB at the peak; pooled rows 0.1 GB. Below 1.5 GiB.
@@ -12,7 +12,7 @@ Memory, for 8B (32 layers × 2 projections × 14,336 neurons, bf16) and 10,000 p
   and its working vectors. Below 1.5 GiB.
 - on disk: 10,000 × 917,504 neurons × 2 B = 18.4 GB (float16; a float32 model is kept in float32).
 
-The prompts must run without any patch: a folded or active one would be located instead of the base.
+The prompts must run without any patch; otherwise the patched model would be located instead of the base.
 """
 
 from __future__ import annotations
@@ -155,7 +155,15 @@ def _run(
 def _pooling_hooks(
     model: Any, projections: Sequence[Projection], mask: torch.Tensor, pooling: str, pooled: dict[int, torch.Tensor]
 ) -> Iterator[None]:
-    """Hooks that pool each module's output into ``pooled`` by projection number, for one forward pass."""
+    """Hooks that pool each module's output for one forward pass.
+
+    Args:
+        model: the base.
+        projections: whose modules get hooks.
+        mask: (rows, width) int64, 0 at padding.
+        pooling: ``max``, ``mean`` or ``last``.
+        pooled: receives (rows, d_out) by projection number.
+    """
     by_module: dict[nn.Module, list[int]] = {}
     for number, projection in enumerate(projections):
         by_module.setdefault(module_of(model, projection), []).append(number)
@@ -193,9 +201,16 @@ def whole_columns(mask: torch.Tensor) -> int:
 
 
 def pool(values: torch.Tensor, mask: torch.Tensor, pooling: str, whole: int | None = None) -> torch.Tensor:
-    """Pool (rows, width, d) over the tokens where ``mask`` (rows, width) is 1; returns (rows, d).
+    """Pool over the tokens where the mask is 1.
 
-    ``whole`` is ``whole_columns`` of the mask, where the caller has it: only what is behind them is copied and masked.
+    Args:
+        values: (rows, width, d), any floating-point dtype.
+        mask: (rows, width) int64.
+        pooling: ``max``, ``mean`` or ``last``.
+        whole: ``whole_columns`` of the mask, if the caller has it: only the columns behind them are copied and masked.
+
+    Returns:
+        (rows, d) in the dtype of the values.
     """
     mask = mask.to(values.device)
     if pooling == "max":
@@ -212,10 +227,10 @@ def pool(values: torch.Tensor, mask: torch.Tensor, pooling: str, whole: int | No
 
 
 def pool_experts(module: nn.Module, call: Routed, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Pool the raw outputs of a layer's experts over the tokens routed to each; returns (rows, experts, 2F).
+    """Pool the raw outputs of a layer's experts over the tokens that are routed to each; returns (rows, experts, 2F).
 
-    A prompt that no token of goes to an expert has 0 there: its neurons did nothing. So has one whose last token
-    goes elsewhere, where ``pooling`` is ``last``.
+    A prompt without a token for an expert has 0 there. With ``pooling`` ``last``, so has a prompt whose last token goes
+    to another expert.
     """
     x, mask = call[0], mask.to(call[0].device)
     rows, width = mask.shape
@@ -233,7 +248,7 @@ def pool_experts(module: nn.Module, call: Routed, mask: torch.Tensor, pooling: s
 
 
 def _append(folder: Path, number: int, offset: int, values: torch.Tensor, dtype: str) -> None:
-    """Write one batch's rows at their place; a batch cut short by an interrupt is written over."""
+    """Write one batch's rows [rows, d_out] at their place; a batch cut short by an interrupt is overwritten."""
     if not bool(torch.isfinite(values).all()):
         raise TrainingError(
             f"projection {number} gives NaN or infinite activations on the prompts",

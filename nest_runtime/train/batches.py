@@ -1,7 +1,7 @@
 """What tuning learns from: token rows of prompt and answer, and which rows make up which step.
 
-The rows of step t follow from the seed and t alone, so a resumed run sees what an uninterrupted one
-would have. Nothing here runs the model.
+The rows of step t follow from the seed and t alone, so a resumed run sees the same rows as an uninterrupted one.
+Nothing here runs the model.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ REFUSALS = (
 class Row:
     """One training example in tokens: ``prompt`` is read, ``answer`` (with its end token) is learned.
 
-    A ``given`` answer is not the base's greedy one, so there is nothing of the base's to keep to but its words.
-    A ``probe`` is never learned: it asks how likely a harmless prompt's answer is to begin as a refusal does.
+    A ``given`` answer is not the base's greedy one, so it is learned by its words, not by staying near the base. A
+    ``probe`` is never learned: it measures how likely the answer to a harmless prompt is to begin as a refusal.
     """
 
     prompt: tuple[int, ...]
@@ -47,7 +47,7 @@ class Row:
 
     @property
     def content(self) -> list[Any]:
-        """All that decides what is learned, as JSON values."""
+        """Everything that decides what is learned, as JSON values."""
         images = [] if self.images is None else [self.images.digest]
         kinds = [kind for kind in ("given", "probe") if getattr(self, kind)]
         return [list(self.prompt), list(self.answer), self.harmful, *images, *kinds]
@@ -125,7 +125,7 @@ def probe_row(row: Row, refusal: Row) -> Row:
 def recovery_row(tokenizer: Any, example: Example, row: Row, most: int) -> Row | None:
     """The same refusal, learned after the first tokens of a harmful answer.
 
-    Refusing only as the very first word is shallow: a framing that gets one other word out gets the rest too
+    Refusing only as the very first word is shallow: a framing that makes the model begin otherwise gets the rest too
     (Qi et al. 2024, arXiv 2406.05946, whose safety recovery examples these are). The beginning of
     ``example.meta["target"]`` (AdvBench's column of that name) is read, never learned.
 
@@ -134,7 +134,7 @@ def recovery_row(tokenizer: Any, example: Example, row: Row, most: int) -> Row |
         most: 1 to this many tokens of the target, chosen by the prompt's text.
 
     Returns:
-        None if ``most`` is 0 or the example has no target.
+        The row, or None if ``most`` is 0 or the example has no target.
     """
     target = example.meta.get("target")
     if not most or not isinstance(target, str) or not target.strip():
@@ -160,7 +160,7 @@ def _answer_tokens(tokenizer: Any, example: Example, answer: str, prompt: list[i
 
 
 def step_rows(rows: Sequence[Row], step: int, batch_size: int, harmful_share: float, seed: int) -> list[Row]:
-    """The rows of one step: each class is gone through in shuffled epochs, drawn from the seed.
+    """The rows of one step: each class is traversed in shuffled epochs, drawn from the seed.
 
     With one class only, all rows come from it.
     """

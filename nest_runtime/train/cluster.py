@@ -1,7 +1,7 @@
 """Which kept neurons share a row: k-means over their activation profiles, k by silhouette.
 
-NeST step 2: a neuron's profile is its standardized activation on every prompt. Gate and up are clustered
-apart, as each projection is. Nothing here runs the model.
+NeST step 2: a neuron's profile is its standardized activation on every prompt. Each projection is clustered
+separately, gate and up too. Nothing here runs the model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def cluster(
     *,
     progress: Progress | None = None,
 ) -> list[LocatedSite]:
-    """Cluster every site's neurons; with ``settings.control`` "random", swap them for random ones first.
+    """Cluster every site's neurons; with ``settings.control`` "random", replace them by random ones first.
 
     Args:
         activations: what the sites were located from.
@@ -69,10 +69,17 @@ def _profiles(values: np.ndarray, site: LocatedSite, settings: Recipe) -> np.nda
 
 
 def cluster_profiles(profiles: np.ndarray, settings: Recipe) -> tuple[np.ndarray, float | None]:
-    """K-means labels (neurons,) and their silhouette, k from k_min to k_max by the best silhouette.
+    """K-means labels and their silhouette, with k from k_min to k_max by the best silhouette.
 
-    Fewer than three neurons make one cluster (a silhouette needs 2 ≤ k < n); so does k_max 1, and with
-    k_min 1 a best silhouette that does not exceed ``min_silhouette``. Labels are numbered by first appearance.
+    Fewer than three neurons make one cluster (a silhouette needs 2 ≤ k < n). So does k_max 1, and, with k_min 1, a best
+    silhouette that does not exceed ``min_silhouette``.
+
+    Args:
+        profiles: (neurons, prompts) float32.
+        settings: the recipe.
+
+    Returns:
+        Labels (neurons,) int, numbered by first appearance, and the silhouette or None.
     """
     count = len(profiles)
     one = np.zeros(count, dtype=np.int64)
@@ -93,6 +100,6 @@ def cluster_profiles(profiles: np.ndarray, settings: Recipe) -> tuple[np.ndarray
 
 
 def _renumber(labels: np.ndarray) -> np.ndarray:
-    """Clusters numbered by the first neuron they hold, so that equal partitions have equal numbers."""
+    """Labels (neurons,) numbered by first appearance, so that equal partitions have equal numbers."""
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse]

@@ -1,8 +1,7 @@
 """The trained numbers: cluster rows and loadings in float32, added to the base by differentiable hooks.
 
-For every site, y[…, neurons] += a · (x Dᵀ)[…, clusters]: the base's weights are read by nobody but their own layer
-and get no gradient.
-The hooks are training's own; serving's are in runtime/.
+For every site, y[…, neurons] += a · (x Dᵀ)[…, clusters]. The base's weights get no gradient, and only their own layer
+reads them. These hooks are for training; those for serving are in runtime/.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class Deltas:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every number by name, trained or fixed."""
+        """Every number by name, trained or fixed: ``deltas`` [K, d_in] and ``loadings`` [n] of each site, float32."""
         found = {f"{part.site.site}.deltas": part.deltas for part in self.parts}
         found.update({f"{p.site.site}.loadings": p.loadings for p in self.parts if p.loadings is not None})
         return found
@@ -80,28 +79,28 @@ class Deltas:
 
     @property
     def lowest(self) -> Projection | None:
-        """A projection of the lowest layer that changes; None without any."""
+        """A projection of the lowest layer that changes; None if no layer does."""
         return min((part.projection for part in self.parts), key=lambda found: found.layer, default=None)
 
     def copy(self) -> dict[str, torch.Tensor]:
-        """A detached copy of every number."""
+        """A detached copy of every number, by name; shapes as in ``tensors``."""
         return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
 
     def load(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Overwrite every number in place."""
+        """Overwrite every number in place; names and shapes as in ``tensors``."""
         with torch.no_grad():
             for name, tensor in self.tensors.items():
                 tensor.copy_(values[name].to(tensor.device))
 
     def round_to(self, dtype: torch.dtype) -> None:
-        """Round the cluster rows to what a patch of ``dtype`` ships."""
+        """Round the cluster rows to the values that a patch of ``dtype`` ships."""
         with torch.no_grad():
             for part in self.parts:
                 part.deltas.copy_(part.deltas.to(dtype).float())
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The model with the deltas added, while ``enabled`` is true; hooks are gone afterwards.
+        """A context in which the deltas act on the model while ``enabled`` is true; hooks are removed afterwards.
 
         Layers that checkpoint their activations do so inside (forward.checkpointed).
         """

@@ -1,7 +1,7 @@
-"""Whether given answers look foreign to a model: how much they cost it beside what it says itself.
+"""Whether given answers look foreign to a model: how much they cost it compared with its own.
 
-A patch tuned on benign answers in another voice than the model's own takes that voice over. A few rows tell.
-Nothing is trained here; the model's weights are only read.
+A patch tuned on benign answers in another voice takes over that voice. A few rows are enough to tell. Nothing is
+trained here; the model's weights are only read.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ APART = 2.0  # nats per token above its own
 
 
 def foreign_note(model: Any, tokenizer: Any, examples: Sequence[Example], name: str) -> str | None:
-    """A sentence for the user where the given responses look foreign to the model, else None.
+    """A warning if the given responses look foreign to the model, else None.
 
     Args:
         model: the bare base in eval mode.
         tokenizer: its tokenizer.
-        examples: benign prompts; those without a response, and those with images, say nothing here.
+        examples: benign prompts; those without a response, and those with images, are ignored.
         name: the model's, for the sentence.
     """
     given = [item for item in examples if item.response and item.response.strip() and not images_of(item.messages)]

@@ -1,7 +1,7 @@
-"""Forward passes for training: padded batches, the decoder without its head, logits where they are needed.
+"""Forward passes for training: padded batches, the decoder without its head, logits only where they are needed.
 
-An 8B model's logits over a batch of prompts are larger than all else together; training needs them at
-answer tokens only, locating needs none.
+An 8B model's logits over a batch of prompts are larger than everything else together. Training needs them at answer
+tokens only, and locating needs none.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ WIDTHS = 16  # rows are padded to multiples of so many tokens while tuning
 
 
 def width_multiple(model: Any, tokens: int) -> int:
-    """What the width of a batch is a multiple of while tuning: ``WIDTHS``, or 1 where the model ends before that.
+    """The number that a batch's width is a multiple of while tuning: ``WIDTHS``, or 1 if the model ends before that.
 
     Few widths are few shapes: oneDNN keeps what it made for each of the last thousand shapes of a product, about a
     megabyte each.
 
     Args:
-        model: whose configuration says how many positions there are.
+        model: its configuration says how many positions there are.
         tokens: of the longest row.
     """
     config: Any = unwrap(model).config
@@ -41,7 +41,7 @@ def width_multiple(model: Any, tokens: int) -> int:
 
 
 def padded(tokens: int, multiple: int = WIDTHS) -> int:
-    """How many tokens a row of some tokens is padded to."""
+    """The width that a row of some tokens is padded to."""
     return -(-tokens // multiple) * multiple
 
 
@@ -66,7 +66,7 @@ def pad_rows(
 
 
 def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[list[int]]:
-    """Positions in batches of like length: at most ``batch_size`` rows, and ``batch_tokens`` padded tokens."""
+    """Positions in batches of similar length: at most ``batch_size`` rows, and ``batch_tokens`` padded tokens."""
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
     batches: list[list[int]] = []
     for index in order:
@@ -79,7 +79,7 @@ def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -
 
 
 def even_batches(lengths: Sequence[int], tokens: int, stretch: float = 1.3) -> list[list[int]]:
-    """Positions in batches of like length: at most ``tokens`` padded tokens, hardly any of them padding."""
+    """Positions in batches of similar length: at most ``tokens`` padded tokens, with hardly any padding."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
         current = batches[-1] if batches else []
@@ -115,13 +115,13 @@ def dtype_of(model: Any) -> torch.dtype:
 
 @contextmanager
 def checkpointed(model: Any) -> Iterator[None]:
-    """Let decoder layers that were told to (``model.activation_checkpointing_enable()``) checkpoint in eval mode.
+    """Let decoder layers checkpoint in eval mode if they were told to (``model.activation_checkpointing_enable()``).
 
-    transformers does so in training mode alone. Only the layers themselves are set to it, not what is in them, and
-    dropout of their own is off: the pass computes what it computes without.
+    transformers does this in training mode alone. Only the layers themselves are switched, not their contents, and
+    their own dropout is off: the pass computes the same as without.
 
     Raises:
-        TrainingError: the reentrant kind, which gives no gradient where a layer's input needs none.
+        TrainingError: the reentrant kind, which gives no gradient if a layer's input needs none.
     """
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for layer in layers:
@@ -147,10 +147,10 @@ def _dropouts(layer: nn.Module) -> dict[str, float]:
 
 
 class Readout:
-    """Logits at chosen positions only, where the model's head allows it.
+    """Logits at chosen positions only, if the model's head allows it.
 
-    Heads differ: some scale or cap logits. What this computes is compared once with the model's own
-    logits; where they differ, the whole forward pass is used instead: slower, never wrong.
+    Heads differ: some scale or cap logits. The result is compared once with the model's own logits. If they differ, the
+    whole forward pass is used instead: slower, never wrong.
     """
 
     def __init__(self, model: Any) -> None:

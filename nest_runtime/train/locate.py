@@ -1,8 +1,8 @@
 """Which neurons tell harmful from benign: one linear probe per projection, kept by the z-score of its weights.
 
-NeST step 1 (arXiv 2602.16835): standardize the pooled activations, fit a logistic probe harmful against
-benign, z-score its weights across the projection's neurons, keep those above the threshold. Probe weights
-are correlation, not proof of cause: compare with ``control="random"``. Nothing here runs the model.
+NeST step 1 (arXiv 2602.16835): standardize the pooled activations, fit a logistic probe of harmful against benign,
+z-score its weights across the projection's neurons, and keep those above the threshold. Probe weights show
+correlation, not cause: compare with ``control="random"``. Nothing here runs the model.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def locate(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> list[LocatedSite]:
-    """Fit the probes and keep the neurons; one projection in memory at a time.
+    """Fit the probes and keep the neurons, with one projection in memory at a time.
 
     Args:
         activations: pooled activations of the prompts.
         labels: 1 for a harmful prompt, 0 for a benign one, in the same order.
         settings: the recipe; its locate fields count.
-        workdir: keep finished probes here (float32 weights, a file per projection) and take them up again.
+        workdir: keep finished probes here (float32 weights, a file per projection) and reuse them.
         device: where the ``adam`` probe runs.
         progress: called as ``("locate", done, total)``.
 
@@ -77,7 +77,16 @@ def locate(
 
 
 def split_rows(target: np.ndarray, holdout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to fit on and rows held out, stratified by class, drawn by seed; at least one of each class is fitted on."""
+    """Rows to fit on and rows held out, stratified by class and drawn by seed; at least one of each class is fitted on.
+
+    Args:
+        target: (prompts,) labels, 0 or 1.
+        holdout: the share to hold out.
+        seed: of the draw.
+
+    Returns:
+        Two (n,) int arrays of row numbers.
+    """
     generator = np.random.default_rng(seed)
     fit, held = [], []
     for value, name in ((0, "benign"), (1, "harmful")):
@@ -121,7 +130,7 @@ def fit_probe(
 
 
 def _fit_adam(x: np.ndarray, y: np.ndarray, settings: Recipe, device: str | torch.device) -> tuple[np.ndarray, float]:
-    """Full-batch Adam, as the same group's earlier code did it."""
+    """Weights (neurons,) and bias by full-batch Adam on x (prompts, neurons), as in the same group's earlier code."""
     inputs, target = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device, torch.float32)
     share = float(target.mean())
     balance = torch.where(target > 0, 0.5 / share, 0.5 / (1 - share))  # (prompts,)
@@ -142,7 +151,9 @@ def _fit_adam(x: np.ndarray, y: np.ndarray, settings: Recipe, device: str | torc
 
 
 def z_scores(weights: Sequence[np.ndarray], normalization: str) -> list[np.ndarray]:
-    """Z-scores of probe weights: within each projection, robustly (median, MAD), or across the model."""
+    """Z-scores of probe weights, one (neurons,) array per projection: within each projection, robustly (median, MAD),
+    or across the model.
+    """
     if normalization == "model":
         everything = np.concatenate(weights)
         return [(weight - everything.mean()) / max(float(everything.std()), 1e-12) for weight in weights]

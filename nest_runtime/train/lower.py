@@ -1,8 +1,8 @@
-"""The layers below the lowest patched one: their output never changes in training, so each row goes through them once.
+"""The layers below the lowest patched one: training never changes their output, so each row passes them once.
 
-A pass that continues from kept states runs the model's own forward with those layers taken out of the way, so masks,
-rotary tables and whatever else the decoder makes stay its own. What comes out is compared once with a whole pass;
-where it differs, or the layers cannot be found, every pass is a whole one: slower, never wrong.
+A pass that continues from kept states runs the model's own forward with those layers replaced, so masks, rotary
+tables and the rest of the decoder stay its own. The result is compared once with a whole pass. If it differs, or the
+layers cannot be found, every pass is a whole one: slower, never wrong.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class LowerLayers:
         return caught[0]
 
     def _leave(self, states: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The rest of the pass, from states that enter the lowest patched layer."""
+        """The rest of the pass, (rows, width, d), from states (rows, width, d) that enter the lowest patched layer."""
         with self._skipped(states.to(device_of(self.model))):
             return hidden_states(self.model, ids, mask)
 
@@ -146,7 +146,7 @@ class LowerLayers:
 
 
 class _Enough(Exception):
-    """The pass has come far enough."""
+    """Raised when the pass has come far enough."""
 
 
 class _Skip(nn.Module):

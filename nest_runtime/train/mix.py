@@ -41,13 +41,13 @@ def harmful_mix(tokenizer: Any, examples: Sequence[Example], settings: Recipe) -
 
 
 def benign_mix(tokenizer: Any, examples: Sequence[Example], settings: Recipe, harmful: Sequence[Example] = ()) -> Mix:
-    """Benign examples plain and framed, no more than the steps will see where the base has to answer them itself.
+    """Benign examples plain and framed; no more than the steps will see if the base has to answer them.
 
     Args:
         tokenizer: the model's.
         examples: the benign ones.
         settings: the recipe.
-        harmful: those that are trained on: a harmless question after one that was refused is answered.
+        harmful: those that are trained on; a harmless question after one of them is answered.
     """
     train, held = hold_out(examples, settings, 0)
     mixed = [*train, *_framed(tokenizer, train, settings)]

@@ -34,7 +34,7 @@ class BaseAnswer:
 
     @classmethod
     def of(cls, logits: torch.Tensor) -> BaseAnswer:
-        """From logits (answer tokens, vocabulary)."""
+        """From logits (answer tokens, vocabulary), any floating-point dtype."""
         logs, tokens = log_softmax(logits.float(), dim=-1).topk(min(TOP, logits.shape[-1]), dim=-1)
         return cls(tokens.cpu(), logs.cpu())
 
@@ -45,13 +45,18 @@ class BaseAnswer:
 
 
 def divergence(logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
-    """KL(base ‖ patched) a token, (n,), over the base's likeliest tokens and the rest taken together.
+    """KL(base ‖ patched) per token, over the base's likeliest tokens and all others as one.
 
-    Taking the rest together can only make it smaller, so this is a lower bound of the whole divergence; 0 where equal.
+    Joining the others can only make it smaller, so this is a lower bound of the whole divergence; it is 0 if both are
+    equal.
 
     Args:
         logits: the patched model's, (n, vocabulary) float32.
-        tokens, logs: the base's, (n, TOP).
+        tokens: the base's likeliest tokens, (n, TOP) int64.
+        logs: their log-probabilities, (n, TOP) float32.
+
+    Returns:
+        (n,) float32.
     """
     ours = log_softmax(logits, dim=-1).gather(-1, tokens)
     probs = logs.exp()
@@ -106,7 +111,7 @@ def token_loss(
     base: BaseAnswer | None,
     base_weights: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Weighted cross-entropy of targets (n,), and weighted divergence from the base, added up.
+    """Weighted cross-entropy plus weighted divergence from the base, summed over tokens.
 
     Args:
         logits: (n, vocabulary) float32.
@@ -114,6 +119,9 @@ def token_loss(
         weights: (n,) of the cross-entropy; 0 leaves a token out.
         base: the base's distributions at these tokens; rows with no weight may hold anything.
         base_weights: (n,) of the divergence.
+
+    Returns:
+        A scalar, float32.
     """
     loss = (weights * cross_entropy(logits, targets, reduction="none")).sum()
     if base is not None and base_weights is not None and bool((base_weights > 0).any()):

@@ -18,7 +18,7 @@ from nest_runtime.train.recipe import Recipe
 
 
 class Passes:
-    """How rows go through the model while it is tuned, and what of them is kept from pass to pass.
+    """How rows go through the model while it is tuned, and what is kept from pass to pass.
 
     Args:
         model: the frozen base, ``deltas`` attached.
@@ -34,7 +34,7 @@ class Passes:
         self._base: dict[tuple[int, ...], BaseAnswer] = {}  # of benign rows, by their tokens
 
     def prepare(self, train: Sequence[Row]) -> None:
-        """Find the directions to ablate, where the recipe asks for it."""
+        """Find the directions to ablate, if the recipe asks for it."""
         lowest, classes = self.deltas.lowest, {row.harmful for row in train}
         layers, first = (None, 0) if lowest is None else decoder_layers(self.model, lowest)
         if self.settings.ablation and layers is not None and len(classes) == 2:
@@ -44,7 +44,7 @@ class Passes:
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """The bare base within it."""
+        """A context in which the deltas do not act: the bare base."""
         self.deltas.enabled = False
         try:
             yield
@@ -52,7 +52,7 @@ class Passes:
             self.deltas.enabled = True
 
     def batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
-        """Rows of like length together, padded."""
+        """Rows in padded batches of similar length."""
         lengths = [padded(len(row.prompt) + len(row.answer)) for row in rows]
         for positions in even_batches(lengths, self.settings.step_tokens):
             chosen = [rows[index] for index in positions]
@@ -60,7 +60,7 @@ class Passes:
             yield make_batch(chosen, self.pad, device_of(self.model), dtype_of(self.model), multiple)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """Hidden states (answer tokens, d) that the head reads."""
+        """Hidden states (answer tokens, d) that the head reads, in the model's dtype."""
         return self.lower.hidden(batch, batch.rows)[batch.where]
 
     def sum(self, batch: Batch, loss: Any) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """From prompts to a patch: answers → activations → locate → cluster → tune → a validated Patch.
 
-Every stage's result is kept in a work folder under a digest of all that it depends on, so that the same call
-after an interrupt takes up where it stopped and ends with the same bits, and a changed setting or prompt
-starts the stages it touches anew. Processes that a launcher started together share the work (workers.py) and all
-get the result. Evaluation on held-out attacks is evaluate/'s business.
+Every stage's result is kept in a work folder, under a digest of everything that it depends on. So the same call after
+an interrupt continues where it stopped and ends with the same bits; a changed setting or prompt repeats only the
+stages that it affects. Processes that a launcher started together share the work (workers.py) and all get the result.
+evaluate/ measures patches on held-out attacks.
 """
 
 from __future__ import annotations
@@ -65,25 +65,30 @@ def train_patch(
     Args:
         model: the bare base in eval mode, no patch active or folded; its weights do not change.
         tokenizer: its tokenizer.
-        harmful: prompts to refuse; their response where given, else a refusal of the recipe's list.
-        benign: prompts to answer as before; their response where given, else the base's own answer.
+        harmful: prompts to refuse, with their response if given, else with a refusal of the recipe's list.
+        benign: prompts to answer as before, with their response if given, else with the base's own answer.
         recipe: all settings; None takes the defaults.
         name, version: of the patch.
         base_hash: the base's model hash.
         base_model: the base's name for people.
         parent: re-tune this patch: its rows are the start.
         sibling: the parent was made for another base, of which the model is a fine-tuned sibling (retarget.py).
-        rehearsal: with a parent, earlier harmful prompts to tune on besides, so that their effect stays.
+        rehearsal: with a parent, earlier harmful prompts to tune on as well, so that their effect stays.
         serial: of the patch; None counts up from the parent's, or starts at 1.
-        workdir: keep stage results here and take up an interrupted run; None uses a temporary folder.
+        workdir: keep stage results here and resume an interrupted run; None uses a temporary folder.
         resume: False drops what the work folder holds.
         keep_workdir: keep the stage results after success.
         progress: called as (stage, done, total).
 
     Returns:
-        A validated Patch whose figures were measured on the numbers it ships, and the report.
+        A validated Patch, with figures measured on the numbers that it ships, and the report.
 
-    Raises UsageError, DataError, TrainingError, BaseMismatch, SiteMismatch and UnknownArchitecture.
+    Raises:
+        UsageError: arguments that do not belong together.
+        DataError: no prompts of a class, or a prompt in both.
+        TrainingError: training cannot start or continue.
+        BaseMismatch, SiteMismatch: the parent is not for this model.
+        UnknownArchitecture: no FFN projections are known for the model.
     """
     settings = recipe or Recipe()
     _check_prompts(harmful, benign, rehearsal, parent)
@@ -110,7 +115,14 @@ def locate_sites(
     keep_workdir: bool = False,
     progress: Progress | None = None,
 ) -> LocateResult:
-    """Locate and cluster only: what ``nest-runtime locate`` does. Arguments as for :func:`train_patch`."""
+    """Locate and cluster only, as ``nest-runtime locate`` does. Arguments as in :func:`train_patch`.
+
+    Returns:
+        The sites, and seconds by stage.
+
+    Raises:
+        DataError, TrainingError, UnknownArchitecture: as :func:`train_patch`.
+    """
     settings = recipe or Recipe()
     _check_prompts(harmful, benign, (), None)
     team = Workers.current()

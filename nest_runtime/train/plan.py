@@ -1,8 +1,8 @@
 """What locating, tuning and serving a model will take, from its configuration alone: nothing is loaded.
 
-The model is made on the meta device, so sizes and sites are exact. Memory is counted from the tensors that the
-code really holds at each stage's peak; how many neurons are kept, and time, rest on the assumptions that the
-answer names. benchmarks/locate_memory.py compares the count for locating with what a process takes.
+The model is made on the meta device, so sizes and sites are exact. Memory is counted from the tensors that the code
+holds at each stage's peak. The number of neurons kept, and time, rest on assumptions that the answer names.
+benchmarks/locate_memory.py compares the count for locating with a real process.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ SCALES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Load:
-    """What is to be done.
+    """The work to plan for.
 
     Attributes:
         harmful, benign: how many prompts.
-        prompt_tokens, answer_tokens: of the longest prompt, and of the longest answer to learn: memory follows these.
-        mean_tokens: of a prompt with its answer, which time follows; None: the sum of the two.
+        prompt_tokens, answer_tokens: of the longest prompt, and of the longest answer to learn; they decide memory.
+        mean_tokens: of a prompt with its answer, which decides time; None: the sum of the two.
         mean_answer: of an answer alone; None: ``answer_tokens``.
-        answers_given: whether the benign file has responses; the base's own are generated otherwise.
+        answers_given: whether the benign file has responses; otherwise the base's own are generated.
     """
 
     harmful: int = 1000

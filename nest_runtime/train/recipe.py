@@ -1,8 +1,8 @@
 """The recipe: every setting of training in one frozen value, with our defaults, and recipes by name.
 
-The paper (arXiv 2602.16835) leaves its threshold, cluster range, learning rate, steps, loss details and
-refusal texts open. So every default here is ours, chosen on real models (docs/decisions/real-models.md); the reference
-world has a recipe of its own, which benchmarks/ablations.py measures (docs/decisions/training-defaults.md).
+The paper (arXiv 2602.16835) leaves its threshold, cluster range, learning rate, steps, loss details and refusal texts
+open. So every default here is ours, chosen on real models (docs/decisions/real-models.md). The reference world has a
+recipe of its own, which benchmarks/ablations.py measures (docs/decisions/training-defaults.md).
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def remove_stages(workdir: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], notes: Any = None) -> None:
-    """Write a safetensors file atomically; ``notes`` is kept with it as JSON."""
+    """Write named tensors of any shape as a safetensors file, atomically; ``notes`` is kept with them as JSON."""
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     metadata = {"notes": json.dumps(notes)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], notes: Any = 
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], Any] | None:
-    """The tensors and notes of ``write_tensors``, or None if there is no file."""
+    """The tensors and notes of ``write_tensors``, shapes and dtypes as written; None if there is no file."""
     if not path.is_file():
         return None
     from safetensors import safe_open

@@ -202,19 +202,7 @@ def answer_counts(rows: Sequence[Row], settings: Recipe) -> tuple[float, float]:
 def loss_of(
     passes: Passes, batch: Batch, counts: tuple[float, float] | None = None, base: BaseAnswer | None = None
 ) -> torch.Tensor:
-    """The batch's part of the loss of a step.
-
-    The mean cross-entropy of the harmful rows' answer tokens, ``benign_weight`` times that of the benign ones', and
-    ``kl_weight`` times the mean divergence from the base on its own benign answers, all with an answer's first tokens
-    weighted by ``onset_weight``. Given answers have cross-entropy for both of these.
-
-    Args:
-        passes: the model and the recipe.
-        batch: rows.
-        counts: ``answer_counts`` of the whole step, where the batch is a part of it: the parts' losses then add up to
-            the step's. None: the batch is the step.
-        base: the base's distributions at the batch's answer tokens; None makes them where ``kl_weight`` asks for them.
-    """
+    """The batch's part of the loss of a step: a scalar, float32, differentiable in the deltas."""
     settings = passes.settings
     harmful, benign = counts or answer_counts(batch.rows, settings)
     if settings.kl_weight and base is None:

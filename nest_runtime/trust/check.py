@@ -220,7 +220,8 @@ def check_revoked(name: str, version: str, digest: str, policy: Policy, state: T
 def remember(verified: Verified, state: TrustState, *, who: str = "", why: str = "") -> None:
     """Remember a signed patch that is in force now. An unsigned one proves nothing, and moves no memory.
 
-    Raises Downgrade if another process has accepted a higher serial meanwhile, StoreError.
+    Raises:
+        Downgrade: another process has accepted a higher serial meanwhile, StoreError.
     """
     if verified.signed_by is None:
         return

@@ -131,7 +131,8 @@ def guard_for(
 def keep_beside(store: Store, patch: Patch, ref: str | Path) -> bool:
     """Keep the signature that lies beside a patch file, before the patch is added; returns whether there was one.
 
-    Raises SignatureError if it is about another patch: a stale signature must not pass for one.
+    Raises:
+        SignatureError: it is about another patch: a stale signature must not pass for one.
     """
     if not is_path(ref):
         return False

@@ -46,7 +46,8 @@ def generate_keys(folder: Path, name: str = "nest", passphrase: str = "") -> tup
         name: the stem of both files.
         passphrase: encrypts the private key; empty leaves it in the clear.
 
-    Raises UsageError if either file exists: a key is never overwritten.
+    Raises:
+        UsageError: either file exists: a key is never overwritten.
     """
     _need_cryptography()
     from cryptography.hazmat.primitives import serialization as forms

@@ -132,7 +132,8 @@ def material_paths(path: Path) -> tuple[Path, Path]:
 def read_material(path: Path) -> Material | None:
     """What lies beside a patch file, or None if it is unsigned.
 
-    Raises SignatureError if only one of the two files is there.
+    Raises:
+        SignatureError: only one of the two files is there.
     """
     manifest, signature = material_paths(path)
     present = [item for item in (manifest, signature) if os.path.lexists(item)]  # a link to nowhere is no "unsigned"

@@ -129,7 +129,8 @@ def read_policy(path: Path) -> Policy:
 def default_policy(home: Path | None = None) -> Policy | None:
     """The policy in ``$NEST_HOME``, or None if there is none.
 
-    Raises UsageError if there is one that does not count: a link to nowhere, a file that cannot be read, or two.
+    Raises:
+        UsageError: there is one that does not count: a link to nowhere, a file that cannot be read, or two.
     """
     folder = home or nest_home()
     found = [folder / name for name in POLICY_FILES if _is_there(folder / name)]
@@ -148,7 +149,8 @@ def policy_for(
         require_signature: refuse unsigned patches whatever the file says.
         file: a policy file instead of the one in ``$NEST_HOME``.
 
-    Raises UsageError: a key or the policy cannot be used, or signatures are required and no key is trusted.
+    Raises:
+        UsageError: a key or the policy cannot be used, or signatures are required and no key is trusted.
     """
     policy = read_policy(file) if file is not None else default_policy()
     given = [read_public_key(path) for path in keys]

@@ -111,7 +111,8 @@ def sign_list(revocations: RevocationList, key: Path, passphrase: str = "") -> t
 def verify_list(data: bytes, signature: bytes, policy: Policy, where: str = "") -> tuple[RevocationList, KeyRule]:
     """A list, and the rule of the key that signed it.
 
-    Raises SignatureError: false, by a key that is not trusted or may not revoke, or malformed.
+    Raises:
+        SignatureError: false, by a key that is not trusted or may not revoke, or malformed.
     """
     where = where or "the revocation list"
     key = verify_files({LIST_FILE: data}, signature, policy.public_keys, where)

@@ -137,7 +137,8 @@ class TrustState:
     def revocations(self, policy: Policy) -> list[tuple[Revocation, KeyRule]]:
         """Every revocation known from keys that the policy trusts with that patch's name, lists verified anew.
 
-        Raises SignatureError if a list that was accepted is gone, older or damaged: nothing is accepted then.
+        Raises:
+            SignatureError: a list that was accepted is gone, older or damaged: nothing is accepted then.
         """
         found = []
         for key_id, (serial, digest) in self._file.read().lists.items():
@@ -151,7 +152,8 @@ class TrustState:
     def update_revocations(self, data: bytes, signature: bytes, policy: Policy, *, who: str = "") -> RevocationList:
         """Verify a published list, and keep it if it is news; returns it.
 
-        Raises SignatureError: false, not trusted, older than the one known, or with revocations taken off.
+        Raises:
+            SignatureError: false, not trusted, older than the one known, or with revocations taken off.
         """
         new, rule = verify_list(data, signature, policy)
         key_id = rule.key.id

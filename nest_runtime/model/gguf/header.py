@@ -30,7 +30,7 @@ _AGAIN = "fetch the file again: it is incomplete or damaged"
 
 @dataclass(frozen=True)
 class MetadataValue:
-    """One metadata value as it stands in the file: its type, and where its bytes are."""
+    """One metadata value of the file: its type, and where its bytes are."""
 
     type: int
     start: int
@@ -57,7 +57,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """All of a GGUF file but its tensors' numbers.
+    """All of a GGUF file except the numbers of its tensors.
 
     Attributes:
         path: the file.
@@ -93,7 +93,7 @@ class Header:
         )
 
     def value_bytes(self, key: str) -> bytes:
-        """A metadata value's bytes as they stand in the file."""
+        """A metadata value's bytes as they are in the file."""
         value = self.values[key]
         return self.raw[value.start : value.stop]
 

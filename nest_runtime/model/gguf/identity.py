@@ -1,7 +1,7 @@
-"""What names a GGUF file as a base: its tensors as they stand there, and the settings of its architecture.
+"""What identifies a GGUF file as a base: its tensors as they are in the file, and the settings of its architecture.
 
 docs/reference/patch-format.md states it to the byte. Names and licences, the tokenizer, the chat template and notes of
-quantizers are left out: they may be edited, and the model computes as before.
+quantizers are left out: they may be edited without changing what the model computes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def hash_gguf(header: Header, progress: Progress | None = None) -> dict[str, Any
 
 
 def _settings(header: Header) -> list[list[Any]]:
-    """Key, type and SHA-256 of the value of all that the architecture is told (``llama.rope.freq_base``, …)."""
+    """Key, type and SHA-256 of the value of each of the architecture's settings (``llama.rope.freq_base``, …)."""
     own = f"{header.architecture}."
     return [
         [key, value.type, hashlib.sha256(header.value_bytes(key)).hexdigest()]

@@ -244,7 +244,7 @@ def _rows_of(tensor: Tensor) -> int:
 
 
 def _filled(header: Header, empty: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
-    """The model with its weights; transformers makes its buffers and ties what is tied."""
+    """The model with its weights, in ``dtype``; transformers makes its buffers and ties what is tied."""
     model, info = type(empty).from_pretrained(  # type: ignore[attr-defined]
         None, config=empty.config, state_dict=state, dtype=dtype, output_loading_info=True
     )
@@ -268,7 +268,7 @@ def _divide_frequencies(model: nn.Module, factors: torch.Tensor) -> None:
 
 
 def _split_digits(header: Header, tokenizer: Any) -> None:
-    """Single digits, as llama.cpp splits them for these vocabularies; transformers 5.23 knows them not by name."""
+    """Split digits one by one, as llama.cpp does for these vocabularies; transformers 5.23 has other names for them."""
     from tokenizers import Regex, pre_tokenizers
 
     if header.get("tokenizer.ggml.pre") in ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"):
@@ -281,7 +281,7 @@ def _split_digits(header: Header, tokenizer: Any) -> None:
 
 
 def _drop_strangers(tokenizer: Any, count: int) -> None:
-    """Take out added tokens beyond the file's: classes of transformers bring their own, for which no row exists."""
+    """Remove added tokens beyond the file's: classes of transformers bring their own, which have no embedding row."""
     if len(tokenizer) <= count:
         return
     from tokenizers import Tokenizer

@@ -105,7 +105,8 @@ class Switchboard:
     async def activate(self, ref: str) -> dict[str, Any]:
         """Switch the whole fleet; returns what it was switched to, and the seconds that nobody was answered.
 
-        Raises EngineError if a member could not; all are on the old patch then, or none answers.
+        Raises:
+            EngineError: a member could not; all are on the old patch then, or none answers.
         """
         async with self._lock:
             self._drop_dead()

@@ -57,7 +57,8 @@ class TransformersEngine:
         context: tokens that a prompt and its answer may have together.
         rows: token ids that the model knows.
 
-    Raises EngineError if the model or its sizes are none for this engine.
+    Raises:
+        EngineError: the model or its sizes are none for this engine.
     """
 
     def __init__(
@@ -103,7 +104,8 @@ class TransformersEngine:
     async def start(self) -> None:
         """Start the thread and see that it computes what ``model.generate`` does, so that ready means ready.
 
-        Raises EngineError if it does not.
+        Raises:
+            EngineError: it does not.
         """
         self._loop = asyncio.get_running_loop()
         await asyncio.to_thread(self._batch.start)

@@ -92,7 +92,8 @@ class Recovery:
     def _recover(self, error: Exception) -> None:
         """Drop the pass; end who is known to be to blame, and let the others begin again.
 
-        Raises EngineError if not even the base can be computed, and whatever comes of a device that is gone.
+        Raises:
+            EngineError: not even the base can be computed, and whatever comes of a device that is gone.
         """
         scheduler = self._processor.scheduler
         suspects = self._trials.group or self.running or (*scheduler.active_requests, *scheduler.waiting_requests)

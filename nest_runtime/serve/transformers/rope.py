@@ -24,7 +24,8 @@ def context_of(model: Any, asked: int | None) -> int:
         model: the model.
         asked: what the operator wants, or None for what the model's frequencies are made for.
 
-    Raises EngineError if that is more than the model has positions.
+    Raises:
+        EngineError: that is more than the model has positions.
     """
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if asked is not None and most is not None and asked > most:

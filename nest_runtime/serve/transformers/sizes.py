@@ -40,7 +40,8 @@ def fit_sizes(model: Any, running: int, batch_tokens: int, cache_tokens: int | N
     Without an explicit ``cache_tokens`` the cache holds one full context or ``running`` sequences of
     ordinary length, whichever is more, as far as 512 MiB (CPU) or half of the free memory (GPU) goes.
 
-    Raises EngineError if ``cache_tokens`` is less than one page.
+    Raises:
+        EngineError: ``cache_tokens`` is less than one page.
     """
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -34,7 +34,8 @@ class Adapters:
 
     ``add`` and ``remove`` are called in threads, like PatchRuntime's; the rest on the event loop.
 
-    Raises EngineError if the engine has too few slots, or adapters that are not ours.
+    Raises:
+        EngineError: the engine has too few slots, or adapters that are not ours.
     """
 
     per_request = True

@@ -83,7 +83,8 @@ def check_prepared(patch: Patch, rows: dict[str, Rows], reports: Reports) -> Non
         rows: from ``CheckpointBase.check``.
         reports: replica → rank → what ``nest_prepare`` gave.
 
-    Raises BaseMismatch naming the rank.
+    Raises:
+        BaseMismatch: the message names the rank.
     """
     sizes = {site.name: site.d_out for site in patch.sites if site.n_neurons}
     for number, ranks in enumerate(reports):

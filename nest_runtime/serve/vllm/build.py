@@ -137,7 +137,8 @@ async def build(config: ServeConfig, client: Any, models: Any) -> Server[VllmEng
         client: vLLM's ``AsyncLLM``.
         models: vLLM's ``OpenAIServingModels``.
 
-    Raises NestError if the engine cannot be patched, or the model's checkpoint not be read.
+    Raises:
+        NestError: the engine cannot be patched, or the model's checkpoint not be read.
     """
     api_keys, admin = secrets_of(config)
     store = Store()

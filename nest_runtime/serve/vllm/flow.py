@@ -145,7 +145,8 @@ class Flow:
             policy: ``drain`` waits for those in flight, ``enforce`` replaces them.
             seconds: how long to wait for them.
 
-        Raises EngineError if some still run after that; they continue, and nothing is changed.
+        Raises:
+            EngineError: some still run after that; they continue, and nothing is changed.
         """
         async with self._door, self._closed(pin, policy, seconds) as replaced:
             yield replaced

@@ -61,8 +61,9 @@ class InPlace:
     async def switch(self, digest: str | None) -> None:
         """Put a prepared patch on in place of the one that is on; None puts the base back. No request may run.
 
-        Raises EngineError if a rank has other rows afterwards than it must have; the old patch is back on then,
-        or ``broken`` is set and nothing may be answered.
+        Raises:
+            EngineError: a rank has other rows afterwards than it must have; the old patch is back on then, or
+                ``broken`` is set and nothing may be answered.
         """
         old = self._on
         async with self._replicas.paused():
@@ -123,7 +124,8 @@ class InPlace:
 def refuse_connector(vllm_config: Any) -> None:
     """Keys and values kept outside of the engine outlive a reset, and are keyed by tokens alone.
 
-    Raises EngineError if the engine has such a store.
+    Raises:
+        EngineError: the engine has such a store.
     """
     if getattr(vllm_config, "kv_transfer_config", None) is not None:
         raise EngineError(

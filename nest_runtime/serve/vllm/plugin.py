@@ -169,7 +169,8 @@ def config_from(args: Namespace, environ: Any) -> ServeConfig:
             ``NEST_REQUIRE_SIGNATURE`` (a switch), ``NEST_SWAP_POLICY``, ``NEST_TRUSTED_PROXY`` (addresses, commas),
             ``NEST_ALLOW`` (of completions, prefill and special-tokens, with commas).
 
-    Raises UsageError if values make no sense.
+    Raises:
+        UsageError: values make no sense.
     """
 
     def path(key: str) -> Path | None:

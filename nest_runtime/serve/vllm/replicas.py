@@ -86,7 +86,8 @@ class Replicas:
     async def forget_prefixes(self) -> None:
         """Drop every cached key and value on every replica: they were computed under other weights.
 
-        Raises EngineError if a replica holds on to some.
+        Raises:
+            EngineError: a replica holds on to some.
         """
         if not await self.client.reset_prefix_cache(reset_running_requests=False, reset_connector=True):
             raise EngineError("a replica did not reset its prefix cache", "requests still run; try again")

@@ -33,7 +33,8 @@ def serve(config: ServeConfig, *, on_event: Emit | None = None) -> None:
         config: how.
         on_event: gets every event instead of stdout or stderr.
 
-    Raises NestError if the server cannot start: no vLLM, the port is taken, the model or a patch cannot be had.
+    Raises:
+        NestError: the server cannot start: no vLLM, the port is taken, the model or a patch cannot be had.
     """
     emit = on_event or (json_events(json_line) if config.json else sentence)
     if importlib.util.find_spec("vllm") is None:
