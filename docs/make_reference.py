@@ -203,8 +203,9 @@ def cell(text: str) -> str:
 
 
 def prose(text: str) -> str:
-    """A paragraph that fits; words with hyphens stay whole."""
-    return textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
+    """A paragraph that fits. Words with hyphens stay whole, and no line begins as a list does ("1.", "-")."""
+    bound = re.sub(r" (?=(?:\d+\.|[-+*#])(?: |$))", "\0", text)
+    return textwrap.fill(bound, WIDTH, break_on_hyphens=False, break_long_words=False).replace("\0", " ")
 
 
 def write(made: Mapping[str, str]) -> None:

@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
+from nest_runtime.cli.case_options import (
+    BatchSizeOption,
+    CaseFilesOption,
+    ClaimedAttacksOption,
+    JudgeOption,
+    LimitOption,
+    SampleSeedOption,
+    SuiteOption,
+)
 from nest_runtime.cli.common import base_hash_of, examples, model_for, where_is, writable_file
-from nest_runtime.cli.measuring import cases_of, interval, with_limits
+from nest_runtime.cli.measuring import LimitFlags, cases_of, interval
+from nest_runtime.cli.options import with_flags
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output, percent
 from nest_runtime.errors import BaseMismatch, ClaimsRefused, EvaluationError, SiteMismatch, UsageError
 from nest_runtime.escape import short
@@ -52,7 +62,7 @@ def register(app: typer.Typer) -> None:
             "  --max-asr 0.05 --max-over-refusal 0.1 --out v3.safetensors",
             "nest-runtime verify v3.safetensors --claims",
         ),
-    )(with_limits(claim))
+    )(with_flags(claim))
 
 
 def claim(
@@ -61,41 +71,13 @@ def claim(
         str, typer.Argument(metavar="PATCH", autocompletion=complete.patches, help="v3, name@v3, or a file.")
     ],
     out_file: Annotated[Path, typer.Option("--out", metavar="FILE", help="The new patch file, with its claims.")],
-    limits: dict[str, float],
-    suite: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--suite",
-            metavar="NAME",
-            autocompletion=complete.suites,
-            help="plain, jailbreak-held-out, over-refusal, utility, …; repeat it.",
-        ),
-    ] = None,
-    behaviors: Annotated[
-        list[str] | None, typer.Option("--behaviors", metavar="FILE", help="Cases of a file, as in eval; repeat it.")
-    ] = None,
-    attacks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--attacks",
-            metavar="NAME",
-            autocompletion=complete.attacks,
-            help="Attack the harmful cases too: all, NAME, NAME:N; repeat it.",
-        ),
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            "--judge",
-            metavar="NAME",
-            autocompletion=complete.judges,
-            help="reference, local, phrases, hf:MODEL, openai:MODEL.",
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", min=1, help="At most N cases of each suite, drawn by seed.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of --limit and --attacks.")] = 0,
+    limits: Annotated[dict[str, float], LimitFlags()],
+    suite: SuiteOption = None,
+    behaviors: CaseFilesOption = None,
+    attacks: ClaimedAttacksOption = None,
+    judge: JudgeOption = None,
+    limit: LimitOption = None,
+    seed: SampleSeedOption = 0,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", metavar="N", min=1, max=65536, help="Longest answer, in tokens.")
     ] = 64,
@@ -104,7 +86,7 @@ def claim(
         typer.Option("--version", metavar="NAME", help="A new version's name, with the next serial; the same without."),
     ] = None,
     model: ModelOption = "reference",
-    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Prompts in one batch.")] = 64,
+    batch_size: BatchSizeOption = 64,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from nest_runtime.cli.options import parameter_name, parameter_of
 from nest_runtime.errors import UsageError
 from nest_runtime.measures import MEASURES, Measure
+from nest_runtime.settings import Setting
 
 if TYPE_CHECKING:
     from nest_runtime.evaluate import Case
@@ -32,33 +32,27 @@ def cases_of(model: str, suites: Sequence[str], behaviors: Sequence[str]) -> lis
     return [*load_suites(suites), *(case for file in behaviors for case in load_behaviors(file))]
 
 
-def with_limits(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each measure instead of its parameter ``limits``: a dict of those that are given.
+@dataclass(frozen=True)
+class LimitFlags:
+    """Marks a command's parameter that stands for an option of each measure: ``--max-asr``, ``--min-utility``.
 
-    The options are made of the table of measures (``--max-asr``, ``--min-utility``).
+    The command gets a dict of those that are given.
     """
-    own = inspect.signature(command, eval_str=True)
-    made = {f"limit_of_{measure.key}": measure for measure in MEASURES.values()}
 
-    @functools.wraps(command)
-    def called(**given: Any) -> None:
-        values = {measure.key: given.pop(name) for name, measure in made.items()}
-        command(**given, limits={key: value for key, value in values.items() if value is not None})
+    def parameters(self) -> list[inspect.Parameter]:
+        """The options, as typer reads them."""
+        return [parameter_of(_limit(measure)) for measure in MEASURES.values()]
 
-    parameters: list[inspect.Parameter] = []
-    for name, parameter in own.parameters.items():
-        parameters += [_limit(new, of) for new, of in made.items()] if name == "limits" else [parameter]
-    called.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return called
+    def gather(self, given: dict[str, Any]) -> dict[str, float]:
+        """Take the options' values out of what typer gave."""
+        values = {measure.key: given.pop(parameter_name(measure.option)) for measure in MEASURES.values()}
+        return {key: value for key, value in values.items() if value is not None}
 
 
-def _limit(name: str, measure: Measure) -> inspect.Parameter:
+def _limit(measure: Measure) -> Setting:
     title = measure.title[0].upper() + measure.title[1:]
     words = f"{title} at {'most' if measure.lower_is_better else 'least'}, 0 to 1."
-    option = typer.Option(measure.option, metavar="SHARE", min=0, max=1, help=words)
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return inspect.Parameter(name, kind, default=None, annotation=Annotated[float | None, option])
+    return Setting(words, low=0, high=1, flag=measure.option, metavar="SHARE", kind=float | None)
 
 
 def interval(ends: Sequence[float]) -> str:

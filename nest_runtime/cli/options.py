@@ -13,13 +13,24 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
 import typer
 
 from nest_runtime.cli import complete
 from nest_runtime.cli.common import seconds_of
 from nest_runtime.settings import Setting, settings_of
+
+
+@runtime_checkable
+class FlagGroup(Protocol):
+    """What stands for several options in a command's signature."""
+
+    def parameters(self) -> list[inspect.Parameter]:
+        """The options, as typer reads them."""
+
+    def gather(self, given: dict[str, Any]) -> Any:
+        """Take the options' values out of what typer gave, and make of them what the command gets."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +52,9 @@ class Flags:
     apart: tuple[str, ...] = ()
     unset: bool = False
 
-    def settings(self) -> list[Setting]:
-        """The settings that become options, those of classes within the class among them, in order."""
-        return [about for about, _ in self._walk()]
-
     def parameters(self) -> list[inspect.Parameter]:
         """The options, as typer reads them."""
-        return [parameter_of(about, unset=self.unset) for about in self.settings()]
+        return [parameter_of(about, unset=self.unset) for about, _ in self._walk()]
 
     def gather(self, given: dict[str, Any]) -> dict[str, Any]:
         """Take the options' values out of what typer gave, as values of the fields."""
@@ -93,7 +100,7 @@ class _Inner:
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """A command for typer, in which each parameter that ``Flags`` marks is its options instead."""
+    """A command for typer, in which each parameter that ``Flags`` or another group marks is its options instead."""
     signature = inspect.signature(command, eval_str=True)
     marks = {name: mark for name, each in signature.parameters.items() if (mark := _mark(each)) is not None}
     parameters: list[inspect.Parameter] = []
@@ -110,10 +117,10 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _mark(parameter: inspect.Parameter) -> Flags | None:
+def _mark(parameter: inspect.Parameter) -> FlagGroup | None:
     if get_origin(parameter.annotation) is not Annotated:
         return None
-    return next((item for item in get_args(parameter.annotation)[1:] if isinstance(item, Flags)), None)
+    return next((item for item in get_args(parameter.annotation)[1:] if isinstance(item, FlagGroup)), None)
 
 
 def parameter_name(flag: str) -> str:
