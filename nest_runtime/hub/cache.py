@@ -1,7 +1,6 @@
 """The Hub client's cache: a file counts only if its bytes have the hash that the Hub names for it.
 
-The client compares sizes, Xet's included, and a cache can be changed by anyone who writes there. Fetching is
-huggingface.py.
+The client compares only sizes, for Xet too, and anyone who can write to a cache can change it. huggingface.py fetches.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The card (README.md) of a repository of patches: metadata that the Hub reads, and a text for people.
 
-Made anew at every push from the patch and from what the last card says of earlier versions. What people
-wrote outside the two markers stays. A card is not signed and nothing is decided by it.
+Every push makes it again from the patch and from what the last card says of earlier versions. What people wrote
+outside the two markers stays. A card is not signed, and decides nothing.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Channels: a small signed file that says which version ``stable`` or ``canary`` is, and until when that holds.
+"""Channels: a small signed file that says which version ``stable`` or ``canary`` is, and until when.
 
     channels/stable.json + channels/stable.sig     in a repository
 
-A follower that sees no fresh file within its limit is being kept from the news, or the publisher has
-gone: it says so, and keeps its patch. Fetching and following is not done here.
+If a follower sees no fresh file within its limit, somebody withholds it, or the publisher has gone. The follower
+reports that, and keeps its patch. Fetching and following are elsewhere.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Channel(Document):
         return (now or datetime.now(UTC)) >= moment_of(self.expires, "expires")
 
     def check_fresh(self, now: datetime | None = None, *, revocations: int = 0) -> None:
-        """Whether to go by this file now.
+        """Check whether this file counts now.
 
         Args:
             now: the time.

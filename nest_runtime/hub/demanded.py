@@ -1,7 +1,7 @@
-"""Publishing to a channel that demands claims: nothing goes there that lacks them, or whose claims do not hold.
+"""Publishing to a channel that demands claims: refuses patches that lack them, or whose claims do not hold.
 
-The demand stands in the channel's present file, and stays from one file to the next. Measuring is the caller's: it
-needs a model, and nothing here loads one.
+The demand is in the channel's present file, and carries over to the next. Measuring is the caller's task: it needs a
+model, and nothing here loads one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Hub client's many exceptions as our few, each with what was asked for and what to do.
+"""The Hub client's many exceptions as our few, each with what was requested and what to do.
 
 Also says which of them may pass by themselves, and how long the Hub asks to wait.
 """

@@ -1,9 +1,9 @@
-"""Fetching patches from repositories: a reference becomes a commit, its files, and a Patch that was checked.
+"""Fetching patches from repositories: a reference becomes a commit, its files, and a checked Patch.
 
-The same for the Hub and for mirrors. A tag is resolved to a commit first and the commit is remembered;
-everything is verified after fetching, from the cache too: the bytes against the Hub's hash, the
-signature and the manifest by trust/check.py, the format and the digest by patch/file.py, the version against
-the tag. Nothing is put in the store before all of it holds. Publishing is publish.py.
+It works the same for the Hub and for mirrors. A tag is resolved to a commit first, and the commit is remembered.
+Everything is verified after fetching, from the cache too: the bytes against the Hub's hash, the signature and the
+manifest by trust/check.py, the format and the digest by patch/file.py, the version against the tag. Nothing enters
+the store before all of it holds. Publishing is in publish.py.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Following a channel: a poll that costs one request, and a switch only to what was checked and gated.
+"""Following a channel: a poll that costs one request, and a switch only to a checked and gated patch.
 
-A :class:`Follower` belongs to whoever serves a model; it needs no server. On any failure the last good
-patch stays on, and the status says why. It never goes to the bare base. How a patch is tried out (the
-gate) and put on (the switch) is the owner's, as is when to poll; all state is in memory, except what
-the trust memory and the store keep.
+A :class:`Follower` belongs to the code that serves a model; it needs no server. On any failure the last good patch
+stays active, and the status says why. It never falls back to the bare base. The owner decides how a patch is tried
+(the gate) and activated (the switch), and when to poll. All state is in memory, except what the trust memory and the
+store keep.
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ log = logging.getLogger("nest_runtime.follow")
 
 
 class Follower:
-    """Follows one channel of one repository for one model. Polls may come from any one thread at a time.
+    """Follows one channel of one repository for one model. Only one thread at a time may poll.
 
     Args:
-        ref: ``hf://org/repo@stable``, or a mirror's; ``stable`` where no channel is named. ``repo@name@stable`` says
-            what the patch must be called; else the name that the place was first seen with holds.
+        ref: ``hf://org/repo@stable``, or a mirror's; ``stable`` if no channel is named. ``repo@name@stable`` says what
+            the patch must be called; otherwise the name that the repository was first seen with counts.
         base_hash: the model that is served.
-        store: gets every patch before it is switched to.
-        active: gives the digest of the patch that is on, or None.
-        held: gives the patch that is on by that digest; from the store by default.
-        switch: puts a patch on; raises NestError if it cannot.
-        leave: told that the patch which is on is revoked, where the channel names no good one.
-        heed: told that the revocations were read again: what else is answered with has to pass ``check_revoked``.
-        gate: tries a patch out; raises GateRefused. None lets every checked patch pass.
+        store: gets every patch before the switch to it.
+        active: returns the digest of the active patch, or None.
+        held: returns the active patch by that digest; from the store by default.
+        switch: activates a patch; raises NestError if it cannot.
+        leave: called if the active patch is revoked and the channel names no good one.
+        heed: called after each refresh of the revocations; everything else that answers must pass ``check_revoked``.
+        gate: tries a patch; raises GateRefused. None lets every checked patch pass.
         guard: whom to trust; None checks no signatures.
-        stale_after: seconds without an answer from the source, or without a channel file there that is signed and
-            fresh, after which the status is stale; None for never.
+        stale_after: seconds without an answer from the source, or without a signed and fresh channel file there, after
+            which the status is stale; None for never.
         timeout: seconds for one step of a poll.
         now: the clock.
     """
@@ -111,7 +111,7 @@ class Follower:
 
     @property
     def status(self) -> Status:
-        """How following goes, as of now."""
+        """How following goes now."""
         channel, error = self._channel, self._passing or self._standing
         return Status(
             ref=str(self.ref),
@@ -125,7 +125,7 @@ class Follower:
         )
 
     def poll(self) -> PollOutcome:
-        """Ask once, and do what follows from the answer. Raises nothing that is a NestError: the outcome holds it."""
+        """Poll once, and act on the answer. Raises no NestError: the outcome holds it."""
         with self._lock:
             try:
                 outcome = self._poll()

@@ -1,4 +1,4 @@
-"""What following a channel reports: the outcome of one poll, and how it does on the whole."""
+"""What following a channel reports: the outcome of one poll, and the overall status."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""One repository on the Hub, through huggingface_hub and nothing else.
+"""One repository on the Hub, through huggingface_hub alone.
 
-Adds what the client lacks: retries where it has none, a bound on every wait (it has no timeout on most
-requests and obeys any Retry-After), and a check of every file's content (cache.py). Tokens, proxies,
-HF_ENDPOINT, HF_HUB_OFFLINE, the cache and Xet are the client's own. What the files mean is decided in fetch.py.
+Adds what the client lacks: retries where it has none, a limit on every wait (it has no timeout on most requests and
+obeys any Retry-After), and a check of every file's content (cache.py). Tokens, proxies, HF_ENDPOINT, HF_HUB_OFFLINE,
+the cache and Xet are the client's own. fetch.py decides what the files mean.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A repository in a folder or under an fsspec URL (``s3://…``, ``file://…``): for machines without the Hub.
 
-Same files as on the Hub (repository.py); a version is the folder ``tags/<version>``, and the root is the
-newest one. A plain download of a repository, without ``tags``, is a mirror of that one version.
-In a folder a push is atomic (a rename), and two pushers are kept apart by a lock. Object stores have
-neither: there, let one machine push. Nothing read from a mirror is trusted for where it lies.
+The files are those on the Hub (repository.py). A version is the folder ``tags/<version>``, and the root is the newest
+one. A plain download of a repository, without ``tags``, is a mirror of that one version. In a folder a push is atomic
+(a rename), and a lock keeps two pushers apart. Object stores have neither: let one machine push there. Nothing read
+from a mirror is trusted because of where it is.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a repository says beside its patches: revocations and channels, read and checked.
 
-With a guard, both count only if a key signed them that its policy trusts with that; unsigned channels
-pass where the policy lets unsigned patches pass. Without any trust policy nothing can be checked: a
-revocation list is obeyed all the same, because obeying one can only refuse patches.
+With a guard, both count only if they are signed by a key that its policy trusts for them; unsigned channels pass if
+the policy lets unsigned patches pass. Without a trust policy nothing can be checked. A revocation list is obeyed
+anyway, because obeying one can only refuse patches.
 """
 
 from __future__ import annotations

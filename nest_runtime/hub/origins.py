@@ -2,9 +2,9 @@
 
     $NEST_HOME/store/origins.json
 
-A version that later shows up elsewhere with other content was moved, and is refused. So is a patch of another name
-than the place was first seen with: a key may sign for several, and a repository holds one. Offline, the commit recorded
-here is how a version is found in the Hub client's cache.
+A version that later has other content was moved, and is refused. So is a patch of another name than the repository
+was first seen with: a key may sign for several patches, and a repository holds one. Offline, a version is found in
+the Hub client's cache by the commit recorded here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Publishing: versions, channels and revocations, to the Hub or to a mirror.
 
-A version is one commit and one tag. Nothing published is ever changed: other content under a version
-that is there, another base, another name or a lower serial is refused before anything is sent, and of
-two who push at once one wins and the other is told. Who may sign is asked by those who fetch.
+A version is one commit and one tag. Nothing published ever changes: other content under an existing version, another
+base, another name or a lower serial is refused before anything is sent. If two push at once, one wins and the other
+gets an error. Those who fetch decide who may sign.
 """
 
 from __future__ import annotations

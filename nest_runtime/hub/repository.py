@@ -1,12 +1,13 @@
-"""What a repository of patches is, wherever it lies: its layout, how it is named, and what can be asked of it.
+"""What a repository of patches is, wherever it is stored: its layout, how it is named, and what can be read and
+    written.
 
     patch.safetensors, manifest.json, patch.sig     the newest version, and its signature
     README.md                                       the card; not signed: the Hub changes it
     channels/stable.json + .sig                     which version a channel names
     revocations.json + .sig                         what must not be active any more
 
-On the Hub each version is a commit with a tag of the version's name; in a folder or under an fsspec URL
-(a mirror) it is a folder ``tags/<version>`` of the same files.
+On the Hub each version is a commit with a tag of the version's name. In a folder or under an fsspec URL (a mirror) it
+is a folder ``tags/<version>`` of the same files.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class RepoRef:
 
 @dataclass(frozen=True)
 class Refs:
-    """Where a repository stands.
+    """The state of a repository.
 
     Attributes:
         head: what changes whenever anything on main does: the commit's sha, or a digest of a mirror's files.
@@ -84,7 +85,7 @@ class Remote(Protocol):
     name: str
 
     def refs(self) -> Refs:
-        """Where the repository stands; one request."""
+        """The state of the repository; one request."""
 
     def read(self, path: str, revision: str, limit: int | None = None) -> bytes | None:
         """A file's content, or None if there is no such file.

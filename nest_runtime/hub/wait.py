@@ -1,4 +1,4 @@
-"""Waiting for the Hub no longer than one wants: its client has no timeout on most requests, and none on slow bytes."""
+"""Waiting for the Hub with a limit: its client has no timeout on most requests, and none on slow bytes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _T = TypeVar("_T")
 class Patience:
     """Makes calls in a thread, one after the other, and gives them up in time.
 
-    A call that was given up continues in its thread, which does not keep the process alive: what it fetches ends up in
-    the cache, whole; what it sends may still arrive. The next call waits for it: there is never more than one, however
-    long a Hub hangs. Calls within a call are part of it.
+    A call that was given up continues in its thread, which does not keep the process alive. What it fetches ends up
+    whole in the cache; what it sends may still arrive. The next call waits for it, so there is never more than one,
+    however long the Hub hangs. Calls within a call are part of it.
     """
 
     def __init__(self) -> None:

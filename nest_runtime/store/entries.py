@@ -1,7 +1,7 @@
-"""What the store lists: one entry per patch, those that come with the package among them.
+"""What the store lists: one entry per patch, including those that come with the package.
 
-Listing reads headers only, without torch, so that ``nest-runtime list`` is quick. Nothing listed
-is verified: the store checks the bytes against the digest whenever it gives a patch out.
+Listing reads headers only, without torch, so that ``nest-runtime list`` is quick. Nothing listed is verified: the
+store checks the bytes against the digest whenever it reads a patch.
 """
 
 from __future__ import annotations
@@ -102,8 +102,9 @@ def check_names(entry: Entry) -> None:
 def builtin_patches_dir() -> Path | None:
     """The folder of the patches that come with the package, or None if there is none.
 
-    ``nest_runtime/_patches`` in an installed wheel, ``patches`` beside the package in a checkout. The reference
-    model's stand in it, those of other bases in a folder of the base's name: ``smollm2-135m-instruct/v1.safetensors``.
+    It is ``nest_runtime/_patches`` in an installed wheel, ``patches`` beside the package in a checkout. It holds the
+    reference model's patches; those of other bases are in a folder of the base's name:
+    ``smollm2-135m-instruct/v1.safetensors``.
     """
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "_patches", package.parent / "patches"):
@@ -154,12 +155,12 @@ def match(ref: str, entries: Iterable[Entry], model_hash: str | None = None) -> 
 
     Args:
         ref: ``v3``, ``name@v3``, or ``sha256:`` with at least 8 hex digits.
-        entries: what there is to choose from.
+        entries: what to choose from.
         model_hash: keep to patches of this base (not for digests, which name one patch anyway).
 
     Raises:
-        PatchNotFound: nothing is called so; the message names what is.
-        UsageError: several are.
+        PatchNotFound: there is no such patch; the message names those that exist.
+        UsageError: several patches match.
     """
     everything = list(entries)
     if ref.startswith("sha256:"):

@@ -1,9 +1,8 @@
 """An append-only JSON-lines log in which every line carries the hash of the one before.
 
-Used by the store's history and by the server's audit log. ``verify`` finds an edited, inserted,
-reordered or missing line; a missing *last* line is found only against a head kept elsewhere
-(the store keeps it in its index). Someone who can rewrite the whole file can also rebuild the
-chain: this finds accidents and careless hands, it is no signature.
+The store's history and the server's audit log use it. ``verify`` finds an edited, inserted, reordered or missing
+line. It finds a missing *last* line only against a head kept elsewhere (the store keeps it in its index). Someone who
+can rewrite the whole file can also rebuild the chain: this finds accidents and careless edits, it is no signature.
 """
 
 from __future__ import annotations
@@ -68,7 +67,9 @@ class ChainLog:
         self.path = Path(path)
 
     def append(self, event: Mapping[str, Any]) -> dict[str, Any]:
-        """Seal ``event`` after the last line, write it, fsync, and give it back. Raises StoreError if locked out."""
+        """Seal ``event`` after the last line, write it, fsync, and return it. Raises StoreError if another process
+        holds the lock.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         guard = self.path.with_name(self.path.name + ".lock")
         with locked(guard):
@@ -77,7 +78,7 @@ class ChainLog:
             return entry
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Append a sealed entry. The caller holds a lock. A torn last line, left by a crash, goes first."""
+        """Append a sealed entry. The caller holds a lock. A torn last line, left by a crash, is removed first."""
         self._drop_torn_tail()
         with self.path.open("ab") as file:
             file.write(_canonical(entry) + b"\n")

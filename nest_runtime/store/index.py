@@ -36,7 +36,7 @@ class Index:
     pending: bool = False
 
     def copy(self) -> Index:
-        """The same, to be changed by itself."""
+        """A copy that can be changed independently."""
         active = {model: [*stack] for model, stack in self.active.items()}
         return Index([*self.patches], active, self.head, self.pending)
 

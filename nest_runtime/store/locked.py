@@ -1,4 +1,4 @@
-"""JSON files that several processes read and change: one at a time changes them, and readers see a whole one."""
+"""JSON files that several processes read and change. One process at a time changes them, and readers see a whole file."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ class LockedJson(Generic[T]):
 
     @contextmanager
     def changing(self) -> Iterator[T]:
-        """The value, while nobody else changes it; :meth:`write` puts a change in force.
+        """A context with the value, in which no other process changes it; :meth:`write` applies a change.
 
         Raises:
-            StoreError: the folder cannot be written, within the context too, or the lock not be had.
+            StoreError: the folder cannot be written, within the context too, or the lock cannot be had.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ def read_object(root: Path, entry: Entry) -> Patch:
 
 
 def write_object(root: Path, digest: str, data: bytes) -> None:
-    """Write an object, or write it anew: what a failing disk damaged is healed by adding it again. Raises OSError."""
+    """Write an object, or write it again: adding a patch again repairs what a failing disk damaged. Raises OSError."""
     path = object_path(root, digest)
     if path.is_file() and path.read_bytes() == data:
         return

@@ -4,7 +4,7 @@
     store/signatures/sha256/ab/abcd…/<key id>.sig       one signature per key
     store/signatures/sha256/ab/abcd…/<key id>.<hash>.sig   others that name the key, as they came
 
-Here is where they lie, whether there are any, and how they go. Keeping and reading them is trust/kept.py.
+This module knows where they are, whether there are any, and how to delete them. trust/kept.py writes and reads them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOLDER = "signatures"
 
 
 def signature_folder(store_root: Path, digest: str) -> Path:
-    """Where the signatures of a patch lie."""
+    """The folder for the signatures of a patch."""
     algorithm, _, digits = digest.partition(":")
     return store_root / FOLDER / algorithm / digits[:2] / digits
 

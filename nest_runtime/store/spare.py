@@ -1,7 +1,7 @@
-"""Room for one more write, taken while there is some: what has to be put back must not fail on a full disk.
+"""Room for one more write, reserved in advance, because restoring must not fail on a full disk.
 
-A file of the size that may be needed, written and synced before the work. Writing into it later takes no new space
-(file systems that copy on write may need some all the same), and renaming it over the target takes none either.
+A file of the size that may be needed is written and synced before the work. Writing into it later takes no new space
+(except on some file systems that copy on write), and neither does renaming it over the target.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ NAME = ".spare.tmp"  # removed by the store's gc, where a process was killed
 
 
 class Spare:
-    """A context in which ``write`` can replace one file, whatever has become of the disk.
+    """A context in which ``write`` can replace one file even if the disk is full.
 
     Args:
         target: the file.
-        folder: where the room is taken; on the same file system.
+        folder: where the room is reserved; on the same file system.
         size: the most bytes that will be written.
     """
 

@@ -1,14 +1,13 @@
-"""The local store of patches, under $NEST_HOME/store: content by digest, names on top, history beside.
+"""The local store of patches, under $NEST_HOME/store: content by digest, names for it, and the history.
 
     objects/sha256/ab/abcd….safetensors   patches by digest; written once, never changed
     index.json                            names and versions, what is active, the head of the history
     history.jsonl                         who did what, when and why; hash-chained (history.py)
 
-The replacement of index.json is the one moment at which a change happens: a process killed before
-it has changed nothing, one killed after it has changed everything; the history line that it still
-owed is written by the next command (``pending`` in the index). One lock file keeps writers apart;
-readers need none. Patches that come with the package are listed too, and are never written to.
-Signatures are kept beside (signatures.py), and not checked here.
+A change happens at one moment, when index.json is replaced. A process killed before it has changed nothing; one
+killed after it has changed everything, and the next command writes the missing history line (``pending`` in the
+index). One lock file keeps writers apart; readers need none. Patches that come with the package are listed too, and
+never written to. Signatures are kept beside the patches (signatures.py), and not checked here.
 """
 
 from __future__ import annotations
@@ -73,13 +72,21 @@ class Store:
         return sorted(chosen, key=lambda e: (e.base_model, e.base_hash, e.name, e.serial, e.version))
 
     def find(self, ref: str, *, model_hash: str | None = None) -> Entry:
-        """The entry of ``v3``, ``name@v3`` or ``sha256:…``; raises PatchNotFound or UsageError (ambiguous)."""
+        """The entry of ``v3``, ``name@v3`` or ``sha256:…``.
+
+        Raises:
+            PatchNotFound: there is none.
+            UsageError: several match.
+        """
         return match(ref, self.list(), model_hash)
 
     def get(self, ref: str, *, model_hash: str | None = None) -> Patch:
         """The patch that ``ref`` names, its bytes checked against its digest.
 
-        Raises PatchNotFound, UsageError (ambiguous), DigestMismatch or PatchFormatError.
+        Raises:
+            PatchNotFound: there is none.
+            UsageError: several match.
+            DigestMismatch, PatchFormatError: its file is damaged.
         """
         return self.read(self.find(ref, model_hash=model_hash))
 
@@ -176,11 +183,11 @@ class Store:
     def rollback(
         self, model_hash: str | None = None, *, serving: str | None = None, who: str = "", why: str = ""
     ) -> Entry:
-        """Make the patch active that was so before the present one; returns it. Repeated, it goes further back.
+        """Make the previously active patch active again; returns it. Repeated, it goes further back.
 
         Args:
-            model_hash: the model; may be left out where only one has an active patch.
-            serving: the digest of the patch that is left, where that is a server's and not the store's (Index.before).
+            model_hash: the model; may be left out if only one has an active patch.
+            serving: the digest of the patch to leave, if it is a server's and not the store's (Index.before).
             who, why: for the history.
 
         Raises:
@@ -204,12 +211,13 @@ class Store:
 
     @contextmanager
     def transaction(self, *, who: str = "", why: str = "") -> Iterator[None]:
-        """All changes of the block hold, or none does: an error puts names and active patches back as they were.
+        """A context whose changes all hold, or none: an error restores names and active patches.
 
-        Nobody else changes the store meanwhile. The history keeps what was done, and then has one entry more,
+        No other process changes the store meanwhile. The history keeps what was done, and gets one more entry,
         ``undo``. A process that is killed inside leaves what it had done.
 
-        Raises what the block raises, and StoreError where putting back fails as well: it then says what is active.
+        Raises:
+            StoreError: restoring fails as well; the message says what is active.
         """
         with self._writing() as index:
             before = index.copy()

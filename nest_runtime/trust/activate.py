@@ -1,9 +1,8 @@
-"""Putting a patch in force: check, store, activate, accept; or nothing of it.
+"""Activation with trust: check, store, activate, accept; all of it or nothing.
 
-The one way in which a patch becomes the store's active one where trust matters: the command line, the demo and
-the server all call it. Whatever step fails, the store names the patch that it named before, and the trust memory
-has not accepted the new one: accepting is the last step. Nothing is decided here: guard.py judges, store/store.py
-keeps.
+The command line, the demo and the server all make a patch the store's active one through this module. If a step
+fails, the store names the same patch as before, and the trust memory has not accepted the new one: accepting is the
+last step. Nothing is decided here: guard.py judges, store/store.py keeps.
 """
 
 from __future__ import annotations
@@ -67,17 +66,18 @@ def activate(
     """Make a patch the store's active one, and remember that it was accepted.
 
     Args:
-        store: gets the patch, where it has not got it.
+        store: gets the patch, if it does not have it.
         patch: the patch.
         guard: whom to trust; None trusts everything.
         asked: who and why.
-        ref: the reference that it was loaded by; what lies beside a file is what it is judged by, and is kept.
-        model_hash: the model it has to be for; None for whatever it is for.
+        ref: the reference that it was loaded by; the signature beside a file is what the patch is judged by, and is
+            kept.
+        model_hash: the model it has to be for; None for any.
 
     Raises:
         BaseMismatch: it is for another model.
         TrustError: as ``Guard.check``.
-        StoreError: name and version are taken by other content, or the disk refuses.
+        StoreError: name and version are taken by other content, or the disk fails.
     """
     if model_hash is not None and patch.base_hash != model_hash:  # before anything of it is kept
         raise BaseMismatch(
@@ -104,12 +104,12 @@ def roll_back(
     model_hash: str | None = None,
     to: Patch | None = None,
 ) -> Activated:
-    """Make the patch active that was so before, after the guard's checks; its lower serial is what is asked for.
+    """Make the previously active patch active again, after the guard's checks; a lower serial is allowed.
 
     Args:
         store, guard, asked: as in ``activate``.
-        model_hash: the model; may be left out where only one has an active patch.
-        to: the patch that it must be; None for whichever it is.
+        model_hash: the model; may be left out if only one has an active patch.
+        to: the patch that it must be; None for any.
 
     Raises:
         StoreError: there is nothing to go back to, or another patch than ``to``.
@@ -139,7 +139,7 @@ def roll_back(
 def accept(
     patch: Patch, guard: Guard | None, asked: SwitchRequest, *, ref: str | Path | None = None
 ) -> Verified | None:
-    """Check and remember a patch that is put in force without the store: on a server that was told its patch.
+    """Check and remember a patch that becomes active without the store, on a server started with ``--patch``.
 
     Raises TrustError, StoreError.
     """

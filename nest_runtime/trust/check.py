@@ -1,10 +1,16 @@
-"""Trust in a patch: signing it, and the one check that everything passes before it is active.
+"""Trust in a patch: signing it, and the one check that every patch passes before it is active.
 
-``check_trust`` asks, in this order: is the signature over exactly this patch and its manifest, and true;
-may that key sign patches of this name; is the serial above the policy's minimum; does it carry claims, if
-the policy asks for them; is the patch revoked; is it older than one already accepted here. It changes
-nothing: what was accepted is remembered by ``remember`` once the patch is in force. It does not ask
-whether the patch fits a model (runtime/), nor whether it does any good (evaluate/).
+``check_trust`` asks, in this order:
+
+- Is the signature true, and over exactly this patch and its manifest?
+- May that key sign patches of this name?
+- Is the serial at least the policy's minimum?
+- Does the patch carry claims, if the policy asks for them?
+- Is it revoked?
+- Is it older than one already accepted here?
+
+It changes nothing: ``remember`` records what was accepted once the patch is active. It does not ask whether the patch
+fits a model (runtime/), nor whether it does any good (evaluate/).
 """
 
 from __future__ import annotations
@@ -157,10 +163,10 @@ def open_patch(
     where: str = "patch",
     allow_downgrade: bool = False,
 ) -> tuple[Patch, Verified]:
-    """From a patch file's bytes, as downloaded, to a patch that may be used.
+    """Turn the bytes of a patch file, as downloaded, into a patch that may be used.
 
-    The signature is checked before the bytes are parsed, so that strangers' bytes never reach the parser.
-    Arguments and errors as ``check_trust``, and those of ``patch.file.from_bytes``.
+    The signature is checked before the bytes are parsed, so that untrusted bytes never reach the parser. Arguments and
+    errors as ``check_trust``, and those of ``patch.file.from_bytes``.
     """
     from nest_runtime.patch.file import from_bytes
 
@@ -180,14 +186,17 @@ def check_trust(
     *,
     allow_downgrade: bool = False,
 ) -> Verified:
-    """Whether a patch may be active here. The one entry for every activation and every server start.
+    """Check whether a patch may be active here. Every activation and every server start goes through this function.
 
     Args:
-        patch: as read, from wherever.
+        patch: as read, from anywhere.
         material: its manifest and signature; None if it has none.
         policy: whom to trust with what.
         state: what this machine remembers; None leaves revocations and downgrades out.
-        allow_downgrade: let a lower serial pass, on someone's explicit word. The policy's minimum stands.
+        allow_downgrade: let a lower serial pass, on someone's explicit word. The policy's minimum still holds.
+
+    Returns:
+        What was verified.
 
     Raises:
         SignatureError: missing though required, false, over another patch, or by a key that may not sign this name.

@@ -42,7 +42,7 @@ class Document(Value):
 
     @classmethod
     def parse(cls, data: bytes, where: str) -> Self:
-        """The document in some bytes; ``where`` names them. Raises SignatureError for any breach, naming the field."""
+        """The document in some bytes; ``where`` names them. Raises SignatureError that names the first wrong field."""
         try:
             if len(data) > MAX_DOCUMENT:
                 raise FramingError(f"{len(data)} bytes; expected at most {MAX_DOCUMENT}")
@@ -83,7 +83,7 @@ def read_file(path: Path, what: str) -> bytes:
 
 
 def stamp(moment: datetime | None = None) -> str:
-    """A moment (now by default) as it stands in documents: ISO 8601, UTC, whole seconds."""
+    """A moment (now by default) as documents write it: ISO 8601, UTC, whole seconds."""
     return (moment or datetime.now(UTC)).astimezone(UTC).strftime(_TIME)
 
 

@@ -1,8 +1,8 @@
-"""The guard that stands before every activation: one policy, this machine's memory, and the store's signatures.
+"""The guard before every activation: one policy, this machine's memory, and the store's signatures.
 
-Used alike by the command line and by the server. Finds the signature of a patch (beside its file, kept
-in the store, or beside a patch that comes with the package), asks trust.check_trust, and remembers what
-was put in force. Decides nothing itself.
+The command line and the server both use it. It finds the signature of a patch (beside its file, in the store, or
+beside a patch that comes with the package), calls trust.check_trust, and remembers what became active. It decides
+nothing itself.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class Guard:
         self._seen: dict[str, Material] = {}  # by digest: what lay beside files that were loaded
 
     def check(self, patch: Patch, ref: str | Path | None = None, *, allow_downgrade: bool = False) -> Verified:
-        """Whether a patch may be active; raises what ``check_trust`` raises.
+        """Check whether a patch may be active; raises what ``check_trust`` raises.
 
         Args:
             patch: the patch.
-            ref: the reference it was loaded by; where that is a path, what lies beside it is used.
+            ref: the reference it was loaded by; for a path, the signature beside it is used.
             allow_downgrade: somebody says that going back is meant.
         """
         first: SignatureError | None = None
@@ -74,7 +74,7 @@ class Guard:
         raise first
 
     def accept(self, patch: Patch, verified: Verified, *, who: str = "", why: str = "") -> None:
-        """Keep a patch's signature in the store for the next start, and remember that it is put in force now."""
+        """Keep a patch's signature in the store for the next start, and remember that the patch is active now."""
         if (material := self._seen.get(patch.digest)) is not None:
             keep_signature(self._store.root, patch, material, verified=True)
         remember(verified, self.state, who=who, why=why)
@@ -95,12 +95,12 @@ class Guard:
     def newest_good(self, base_hash: str, name: str, *, but: Iterable[str] = ()) -> tuple[Patch, Verified] | None:
         """The stored patch of that name with the highest serial that passes, or None.
 
-        What a server turns to when its patch is revoked. Versions that are refused are logged and skipped.
+        A server turns to it when its patch is revoked. Versions that are refused are logged and skipped.
 
         Args:
             base_hash: the model.
             name: the patches' name.
-            but: digests that are not wanted.
+            but: digests to leave out.
         """
         entries = [e for e in self._store.list(base_hash) if e.name == name and e.digest not in set(but)]
         for entry in sorted(entries, key=lambda e: e.serial, reverse=True):

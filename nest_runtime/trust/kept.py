@@ -1,7 +1,7 @@
-"""Signatures kept in the store beside its patches (store/signatures.py says where), and read to be checked again.
+"""Signatures kept in the store beside its patches (store/signatures.py says where), to be checked again.
 
-Keeping a signature checks that it is about that patch. Whether its key made it is asked when it is used, by the
-policy then in force, of all that are there. So one that nobody has verified replaces nothing: it stands beside.
+Keeping a signature checks that it is about that patch. Whether its key made it is checked when it is used, by the
+policy of that moment. So an unverified signature replaces nothing: it is kept beside the others.
 """
 
 from __future__ import annotations

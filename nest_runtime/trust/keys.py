@@ -1,7 +1,7 @@
-"""Key files: making them, and reading them with a word about everything that is wrong with one.
+"""Key files: making them, and reading them with an error for each thing that can be wrong.
 
-Elliptic curves in PEM: the private key as PKCS #8, the public one as SubjectPublicKeyInfo. Also the one
-place where model-signing (extra ``sign``) is imported, so that its absence is said in one way.
+Elliptic curves in PEM: the private key as PKCS #8, the public one as SubjectPublicKeyInfo. This is also the only
+place that imports model-signing (extra ``sign``), so that one error says that it is missing.
 """
 
 from __future__ import annotations

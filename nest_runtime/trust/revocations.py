@@ -84,7 +84,11 @@ class RevocationList(Document):
         return next((entry for entry in self.revoked if (entry.digest, entry.name) == (digest, name)), None)
 
     def check_follows(self, earlier: RevocationList) -> None:
-        """Whether this list may replace an earlier one. Raises SignatureError: older, or something was taken off."""
+        """Check that this list may replace an earlier one.
+
+        Raises:
+            SignatureError: it is older, or something was taken off.
+        """
         if self.serial < earlier.serial:
             raise SignatureError(
                 f"the revocation list has serial {self.serial}; {earlier.serial} was already accepted",

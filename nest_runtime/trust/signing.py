@@ -1,12 +1,12 @@
 """Signatures over named bytes, by OpenSSF model-signing 1.1 (extra ``sign``), offline.
 
-A signature is a sigstore bundle: a DSSE envelope around the SHA-256 of every signed file, made with an
-elliptic-curve key (ECDSA, P-256 by default). What the files mean, who may sign what, and whether a
-signed thing is still wanted is decided elsewhere (check.py, policy.py). A folder that holds the files
-under their signed names verifies with the ``model_signing`` command too.
+A signature is a sigstore bundle: a DSSE envelope around the SHA-256 of every signed file, made with an elliptic-curve
+key (ECDSA, P-256 by default). check.py and policy.py decide what the files mean, who may sign what, and whether a
+signed document is still current. A folder that holds the files under their signed names also verifies with the
+``model_signing`` command.
 
-The bundle is read strictly before the library sees it, so that no byte of it can change unnoticed.
-The libraries are imported where they are used.
+The bundle is read strictly before the library sees it, so that no byte of it can change unnoticed. The libraries are
+imported where they are used.
 """
 
 from __future__ import annotations

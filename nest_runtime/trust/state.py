@@ -4,9 +4,9 @@
     $NEST_HOME/trust/revocations/       the accepted lists and their signatures, one pair per publisher's key
     $NEST_HOME/trust/history.jsonl      acceptances, permitted downgrades, new lists; hash-chained (store/history.py)
 
-Replacing state.json is the one moment at which a change happens. Lists are verified again whenever they
-are asked for; one that is missing, older than remembered or damaged refuses everything until it is
-fetched again. Whoever can write this folder can make the machine forget: see docs/reference/threat-model.md.
+A change happens at one moment, when state.json is replaced. Lists are verified again whenever they are used. If one
+is missing, older than remembered or damaged, everything is refused until it is fetched again. Whoever can write this
+folder can make the machine forget: see docs/reference/threat-model.md.
 """
 
 from __future__ import annotations
