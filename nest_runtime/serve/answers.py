@@ -1,6 +1,6 @@
-"""From tokens back to answers: choices, text, usage, and the events of a stream.
+"""From tokens to answers: choices, text, usage, and the events of a stream.
 
-One path serves both forms, so that a stream joined together is the whole answer, to the character.
+Whole answers and streams take the same path, so that a joined stream equals the whole answer, to the character.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class Choice:
 
 @dataclass
 class Answer:
-    """One request on its way: its generation, its tokenizer, and what has been counted.
+    """One request in progress: its generation, its tokenizer, and what has been counted.
 
-    Use ``whole`` or ``stream``, once, unless it is ``stale``; after that, whatever happened, ``generation.cancel()``.
-    When either has brought something, ``generation.work.pin`` is the patch that it came from.
+    Use ``whole`` or ``stream`` once, unless the answer is ``stale``. Afterwards, whatever happened, call
+    ``generation.cancel()``. When either has given something, ``generation.work.pin`` is the patch that it came from.
     """
 
     generation: Generation
@@ -99,7 +99,7 @@ class Answer:
     def stale(self) -> bool:
         """Whether the patch was replaced after ``whole`` or ``stream`` last gave something, and before it was shown.
 
-        What they gave is to be thrown away then, and asked for again.
+        If so, throw away what they gave, and ask again.
         """
         return self._pin != self.generation.work.pin
 

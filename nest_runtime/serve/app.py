@@ -81,10 +81,10 @@ class Server(Generic[E_co]):
     async def start(self) -> ServedPatch:
         """Load the patches and start the engine; returns the active patch.
 
-        The store's active patch gives way to the followed channel's where it is not trusted any more.
+        If the store's active patch is not trusted any more, the followed channel's replaces it.
 
         Raises:
-            NestError: a patch cannot be had: nothing is served then, and certainly not the bare base.
+            NestError: a patch cannot be loaded. Then nothing is served, and never the bare base.
         """
         table, config = self.service.table, self.config
         table.home = asyncio.get_running_loop()
@@ -123,7 +123,8 @@ class Server(Generic[E_co]):
     async def reread(self) -> list[str]:
         """Read key files, token files and the trust policy again; returns what an operator should know.
 
-        Raises UsageError; what was in force before stays so then.
+        Raises:
+            UsageError: a file is wrong; the old values stay in force.
         """
         table, config = self.service.table, self.config
         api_keys, admin = await self._rereading.run(secrets_of, config)

@@ -1,10 +1,10 @@
 """The server's audit log: every load, activation, rollback, removal and refusal, and who asked.
 
-An append-only, hash-chained JSONL file (store/history.py). Beside it stands a small head file
-with the last line's number and hash, so that lines missing at the end are noticed as well. Before a change
-stands an ``intent``, on the disk; after it what came of it, which names the intent: a disk that is full in between
-leaves an intent without an outcome, never a word of something that did not happen. Words of others are escaped and
-cut to a length. Prompts and answers are never in it.
+An append-only, hash-chained JSONL file (store/history.py). A small head file beside it has the last line's number and
+hash, so that missing lines at the end are noticed as well. Before a change an ``intent`` is written to the disk;
+afterwards its outcome, which names the intent. A disk that fills up in between leaves an intent without an outcome,
+never a record of something that did not happen. Texts from others are escaped and cut to a length. Prompts and
+answers are never in it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class AuditLog:
         return self.path.exists() or self._head.exists()
 
     def intend(self, event: Mapping[str, Any]) -> int:
-        """Write down what is about to be done; returns the number that the outcome names. Raises as ``record``."""
+        """Record a change before it is made; returns the number that the outcome names. Raises as ``record``."""
         return int(self.record({**event, "what": "intent", "of": event["what"], "done": False})["seq"])
 
     def unfinished(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What becomes of a patch that gave values that are not finite while it answered: it is taken off, and counted."""
+"""What happens to a patch that gave values that are not finite while it answered: it is taken off, and counted."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ log = logging.getLogger("nest_runtime.serve.engine")
 
 
 class Broken:
-    """Listens to the engine for requests that failed alone; everything here runs on the event loop.
+    """Called by the engine for requests that failed alone; everything here runs on the event loop.
 
-    A broken patch is never loaded or activated again by this process. If it is exposed it is withdrawn. If it is
-    active, the patch before it is put on at once, as an enforced switch; if there is none, or where the trust
-    policy says ``on_revoked = "stop"``, nothing is answered any more, and certainly not by the bare base.
+    This process never loads or activates a broken patch again. If the patch is exposed, it is withdrawn. If it is
+    active, the patch before it is activated at once, as an enforced switch. If there is none, or if the trust policy
+    says ``on_revoked = "stop"``, nothing is answered any more, and never by the bare base.
 
     Args:
         table: the patches.

@@ -1,4 +1,4 @@
-"""The admin API of a running server, from another process: what it says, and its refusals as our own errors.
+"""The admin API of a running server, from another process; its refusals become our own errors.
 
 Loads no torch. The demo's own client (demo/remote.py) asks for answers; this one asks for changes.
 """
@@ -24,8 +24,9 @@ class AdminClient:
         url: where it listens, with or without ``/v1``.
         token: an admin token.
 
-    Every method raises what the server's refusal stands for: PatchNotFound, TrustError, StoreError and so on;
-    UsageError for a wrong token; EngineError where nobody answers, or no such server.
+    Every method raises the error behind the server's refusal: PatchNotFound, TrustError, StoreError and so on. It
+    raises
+    UsageError for a wrong token, and EngineError if nobody answers or there is no such server.
     """
 
     def __init__(self, url: str, token: str) -> None:
@@ -41,15 +42,15 @@ class AdminClient:
         return self._ask("GET", "/v1/patches")
 
     def load(self, ref: str) -> dict[str, Any]:
-        """Have a patch loaded and verified, and not switched on."""
+        """Load and verify a patch, without activating it."""
         return self._ask("POST", "/v1/patches", {"patch": ref})
 
     def activate(self, ref: str, policy: str | None = None) -> dict[str, Any]:
-        """Have a patch switched on."""
+        """Activate a patch."""
         return self._ask("POST", "/v1/patches/activate", {"patch": ref, "policy": policy})
 
     def rollback(self, policy: str | None = None) -> dict[str, Any]:
-        """Have the patch before switched on."""
+        """Activate the patch before."""
         return self._ask("POST", "/v1/patches/rollback", {"policy": policy})
 
     def audit(self, limit: int) -> dict[str, Any]:

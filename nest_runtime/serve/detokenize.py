@@ -1,7 +1,7 @@
-"""From tokens to text, piece by piece: a stream shows exactly what the whole answer would.
+"""From tokens to text, piece by piece: a stream shows exactly the same text as the whole answer.
 
-Two things are held back until they are certain: characters whose bytes are not all there yet, and
-text that may be the beginning of a stop string. Special tokens are never shown, and stop strings match them.
+Two things are held back until they are certain: characters whose bytes are not complete yet, and text that may be the
+beginning of a stop string. Special tokens are never shown, and stop strings match them.
 """
 
 from __future__ import annotations

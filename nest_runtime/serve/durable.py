@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Durable:
-    """Writes switches down for the next start.
+    """Records switches for the next start.
 
     Args:
         store: where references are looked up.
@@ -54,7 +54,7 @@ class Durable:
         }
 
     def parted(self, serving: str | None) -> str:
-        """The end of a sentence that says where store and server have parted; empty where they agree."""
+        """The end of a sentence that says how store and server differ; empty if they agree."""
         stored = self.stored(serving)
         if stored["agrees"] or stored["active"] is None:
             return ""
@@ -66,7 +66,7 @@ class Durable:
         return self._store.previous(self._hash, serving=serving)
 
     def write(self, what: str, new: Patch, who: str, serving: str) -> None:
-        """Write down that ``new`` is put in force: all of it, or nothing.
+        """Record that ``new`` becomes active: all of it, or nothing.
 
         Args:
             what: "activate" or "rollback".

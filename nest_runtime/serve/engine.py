@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class PatchHolder(Protocol):
-    """Whoever holds the loaded patches: PatchRuntime, or an engine of its own kind."""
+    """The holder of the loaded patches: PatchRuntime, or an engine's own."""
 
     def add(self, patch: Patch, *, pause: Callable[[], AbstractContextManager[Any]] = ...) -> str:
-        """Check a patch and take it in, switching nothing on."""
+        """Check a patch and add it, without activating it."""
 
     def remove(self, version: str) -> None:
-        """Forget a patch, by its digest."""
+        """Remove a patch, by its digest."""
 
 
 class EngineControl(Protocol):
@@ -31,23 +31,23 @@ class EngineControl(Protocol):
         """A context in which no step runs."""
 
     def hold(self) -> AbstractContextManager[Any]:
-        """A context in which steps run, and the engine leaves the runtime alone."""
+        """A context in which steps run, and the engine does not fold or unfold."""
 
     def unfold(self) -> None:
-        """Take a patch that is folded into the weights out of them; only inside ``pause``."""
+        """Take a folded patch out of the weights; only inside ``pause``."""
 
     def enforce(self, pin: ServedPatch) -> int:
         """Replace the patch of requests in flight that follow the active one; returns how many."""
 
 
 class Reply(Protocol):
-    """What comes back for one admitted piece of work."""
+    """The answer to one admitted piece of work."""
 
     def events(self) -> AsyncIterator[ChoiceTokens]:
         """New tokens, choice by choice, until every choice has ended. Raises EngineError."""
 
     def cancel(self) -> None:
-        """Stop whatever still runs; safe at any time, any number of times."""
+        """Stop what still runs; safe at any time, any number of times."""
 
 
 class Engine(EngineControl, Protocol):
@@ -59,7 +59,7 @@ class Engine(EngineControl, Protocol):
 
     @property
     def draining(self) -> bool:
-        """Whether the server is on its way out."""
+        """Whether the server is shutting down."""
 
     @property
     def live(self) -> int:
@@ -79,7 +79,7 @@ class Engine(EngineControl, Protocol):
 
     @property
     def folded(self) -> bool:
-        """Whether a patch is folded into the weights now."""
+        """Whether a patch is folded into the weights."""
 
     @property
     def failed_passes(self) -> int:
@@ -90,7 +90,13 @@ class Engine(EngineControl, Protocol):
         """Prompt tokens that were not computed again."""
 
     def admit(self, work: Work) -> Reply:
-        """Take work in. Raises QueueFull, Draining, or EngineError where the engine is dead."""
+        """Admit work.
+
+        Raises:
+            QueueFull: too much waits already.
+            Draining: the server is shutting down.
+            EngineError: the engine is dead.
+        """
 
     def in_flight(self) -> Counter[str]:
         """Sequences running or waiting, by the label of the patch that answers them."""
@@ -99,7 +105,7 @@ class Engine(EngineControl, Protocol):
         """Keys of the patches that sequences are answered under, or wait for."""
 
     async def start(self) -> None:
-        """Begin, and see that it computes what it should. Raises EngineError if it does not."""
+        """Start the engine, and check that it computes correctly. Raises EngineError if it does not."""
 
     async def stop(self, drain_seconds: float = 0.0) -> None:
         """Take no more work, wait for what is in flight, and end."""
@@ -113,7 +119,7 @@ class TokenEngine(Engine, Protocol):
         """Token ids that the model knows."""
 
     def admit(self, work: Work) -> Generation:
-        """As of every engine; a request can be replaced, too, and its choices be ended one by one."""
+        """Admit work, as every engine does; its request can also be replaced, and its choices ended one by one."""
 
 
 class NoEngine:

@@ -1,8 +1,8 @@
-"""``--follow`` in a running server: polls a channel, gates and activates what is new, and reports.
+"""``--follow`` in a running server: polls a channel, gates and activates new versions, and reports.
 
-The library does the following (hub/follow.py); here it meets the server: its table of patches, its
-engine for the gate, its audit log, metrics and readiness. Polls run in a thread; every change of
-the server happens on the event loop, one at a time, like an operator's.
+hub/follow.py does the following; this module connects it to the server: its table of patches, its engine for the
+gate, its audit log, metrics and readiness. Polls run in a thread. Every change of the server happens on the event
+loop, one at a time, like an operator's.
 """
 
 from __future__ import annotations
@@ -97,12 +97,12 @@ class Following:
         return outcome
 
     def start(self) -> None:
-        """Go on polling, and gate what comes, until ``stop``."""
+        """Keep polling, and gate new versions, until ``stop``."""
         self._running = True
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """Poll no more. A poll under way ends by itself, and changes nothing any more."""
+        """Stop polling. A poll under way ends by itself, and changes nothing any more."""
         self._running = False
         if self._task is not None:
             self._task.cancel()
@@ -189,7 +189,7 @@ class Following:
         await self._write_down({**entry, "error": type(error).__name__, "reason": error.message})
 
     def _leave(self, revoked: Revoked) -> None:
-        """Turn to the newest good patch, or stop answering, as the policy says; never to the base."""
+        """Switch to the newest good patch, or stop answering, as the policy says; never to the base."""
         table = self._service.table
         policy = self._guard.policy.on_revoked if self._guard is not None else "newest-good"
         tried = [table.active.digest]
@@ -207,7 +207,7 @@ class Following:
         log.error("%s", stopped)
 
     def _newest_good(self, but: list[str]) -> str | None:
-        """The digest of the stored patch to turn to; one that is revoked is refused when it is activated."""
+        """The digest of the stored patch to switch to; a revoked one is refused when it is activated."""
         table, active = self._service.table, self._service.table.active
         if active.patch is None:
             return None

@@ -1,7 +1,7 @@
-"""The gate before a followed patch is switched to: a few probes under it, while the old patch continues answering.
+"""The gate before a switch to a followed patch: a few probes under it, while the old patch keeps answering.
 
-Harmful probes must be refused, benign ones must not be. It catches a patch that does nothing or refuses
-everything; it is no evaluation. Refusals are known by how answers begin (prompts/refusals.py).
+Harmful probes must be refused, and benign ones must not be. The gate catches a patch that does nothing or refuses
+everything; it is no evaluation. Refusals are recognized by how answers begin (prompts/refusals.py).
 """
 
 from __future__ import annotations

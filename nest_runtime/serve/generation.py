@@ -18,7 +18,7 @@ from nest_runtime.serve.served_patch import ServedPatch
 
 
 class Restarted(Exception):
-    """No error, a signal: the request begins again under another patch; forget what came for it so far."""
+    """A signal, not an error: the request restarts under another patch; forget what came for it so far."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Work:
         params: how to sample.
         pin: the patch that answers.
         follows: whether it asked for the active patch, and not for one by name: an enforced switch restarts it.
-        kept: whether it has places of its own, beside the clients': the operator's probes.
-        makers: what makes the request's own rules for each sequence, from the tokens of its prompt; a rule may
-            remember its sequence. They come after the model's own.
+        kept: whether it uses the operator's reserved places instead of the clients': probes.
+        makers: make the request's own rules for each sequence, from the tokens of its prompt; a rule may remember its
+            sequence. They come after the model's own.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -70,7 +70,7 @@ class ChoiceTokens:
 
 
 class Working(Protocol):
-    """What a request tells the engine that works on it.
+    """The engine's side of a request.
 
     Attributes:
         eos: tokens that end an answer.
@@ -89,17 +89,17 @@ class Working(Protocol):
 
 
 class Generation:
-    """One request in the engine: its choices, and one queue of what comes back for them.
+    """One request in the engine: its choices, and one queue of results for them.
 
-    It can be replaced until ``cancel`` is called, when its answer is with the client or unwanted.
+    It can be replaced until ``cancel`` is called, when its answer has been sent or is unwanted.
 
     Attributes:
         work: what is being done; after a restart, with another patch.
         started: when it was admitted (``time.perf_counter``).
         canceled: whether it was given up before its end.
-        shown: set by the reader once the client has got a part of the answer: it cannot begin again then.
-        failed: whether all that is to come is an error: nothing that came before it is to be shown any more.
-        on_cut: called where an answer that the client has seen a part of is ended by a switch.
+        shown: set by the reader once the client has got a part of the answer: it cannot restart then.
+        failed: whether it ends with an error: nothing that came before is to be shown any more.
+        on_cut: called if a switch ends an answer of which the client has seen a part.
     """
 
     def __init__(self, engine: Working, work: Work, jobs: Sequence[str]) -> None:
@@ -114,10 +114,10 @@ class Generation:
         self._events: asyncio.Queue[ChoiceTokens | EngineError | Restarted] = asyncio.Queue()
 
     async def events(self) -> AsyncIterator[ChoiceTokens]:
-        """What the engine brings, until every choice has ended.
+        """New tokens, until every choice has ended.
 
-        Raises Restarted, after which ``events`` is to be called anew; EngineError if the engine fails;
-        PatchReplaced if the patch was replaced and ``shown`` is set.
+        Raises Restarted, after which ``events`` must be called again; EngineError if the engine fails; PatchReplaced if
+        the patch was replaced and ``shown`` is set.
         """
         while self._open or not self._events.empty():
             event = await self._events.get()
@@ -143,9 +143,9 @@ class Generation:
         return self.work.follows and self.work.pin != pin and not self.failed
 
     def replace(self, pin: ServedPatch) -> bool:
-        """Stop at once, and make ready to begin again under another patch; returns whether it is to begin again.
+        """Stop at once, and prepare to restart under another patch; returns whether it restarts.
 
-        It is not where the client has seen a part of the answer; the reader then gets PatchReplaced.
+        It does not if the client has seen a part of the answer; the reader then gets PatchReplaced.
         """
         if self.shown:
             old = self.work.pin.label
@@ -184,7 +184,7 @@ class Generation:
         self._events.put_nowait(error)
 
     def _forget(self) -> None:
-        """Throw away what came and was not read: it is the old patch's."""
+        """Throw away unread results: they are the old patch's."""
         while not self._events.empty():
             self._events.get_nowait()
 

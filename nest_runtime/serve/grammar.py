@@ -1,8 +1,8 @@
 """Answers that keep to a form: ``response_format`` as a rule on logits, by llguidance (the extra ``json``).
 
-A rule belongs to one sequence, and a batch may hold any mixture of sequences with rules and without. What a schema
-spells out, a client puts into the model's mouth: that is prefill by another door, and the operator's choice
-(``--allow-json-schema``). That an answer is some JSON object, nobody spells.
+A rule belongs to one sequence, and a batch may mix sequences with and without rules. With a schema, a client puts
+words into the model's mouth, as with a prefilled answer. So it is the operator's choice (``--allow-json-schema``).
+``json_object``, which asks for some JSON object, contains nobody's words.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ class Grammars:
 
 
 class Form:
-    """Keeps one sequence to a grammar: a logits processor that remembers how far it has come.
+    """Keeps one sequence to a grammar: a logits processor that remembers its position.
 
-    There is always a token left to choose: where the grammar and the rules before it agree on none, the grammar's own
-    are equal; where it is at its end, an end token.
+    There is always a token left to choose. If the grammar and the rules before it agree on none, the grammar's own
+    tokens are equally likely; at the grammar's end, an end token remains.
 
     Args:
         matcher: llguidance's, at its beginning.

@@ -1,4 +1,4 @@
-"""What the event loop and an engine's thread say to each other: jobs one way, deliveries the other.
+"""Messages between the event loop and an engine's thread: jobs one way, deliveries the other.
 
 Every kind of batch (transformers/continuous.py, transformers/plain.py) takes these jobs and gives these deliveries.
 Nothing here computes.

@@ -1,7 +1,7 @@
-"""Brings patches to the model: fetched, verified, checked against its rows and added, while nobody waits for it.
+"""Brings patches to the model: fetched, verified, checked against its rows and added, without holding anybody up.
 
-What is brought and then not kept is taken off again, so that a load that fails leaves nothing behind. Which patches
-are kept, and under which label, is the table's business (patches.py).
+A patch that is brought and then not kept is taken off again, so that a failed load leaves nothing behind. The table
+decides which patches are kept, and under which label (patches.py).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ THREADS = 4  # that wait for repositories, and as many for disks
 
 @dataclass(frozen=True)
 class Arrival:
-    """A patch that is trusted and on the model, for as long as it is wanted.
+    """A patch that is trusted and on the model, as long as it is needed.
 
     Attributes:
         patch: the patch.
         verified: how it passed the guard; None if there is no guard.
-        others: what the store has for this model beside it.
+        others: the store's other patches for this model.
     """
 
     patch: Patch
@@ -183,10 +183,10 @@ class Loader:
 
 
 def label_for(arrival: Arrival, loaded: Sequence[ServedPatch]) -> str:
-    """What a patch is called from now on: its version, or ``name@version`` where that alone could mean another.
+    """A patch's label from now on: its version, or ``name@version`` if the version alone could mean another patch.
 
     Raises:
-        StoreError: that could, too, or cannot be typed.
+        StoreError: the full name could mean another as well, or cannot be typed.
     """
     patch, full = arrival.patch, arrival.patch.label
     check_names(entry_of(patch, 0))

@@ -1,7 +1,7 @@
-"""Log probabilities as clients get them: one entry for each token of an answer, beside its text.
+"""Log probabilities for clients: one entry for each token of an answer, beside its text.
 
-They are the model's own, before temperature, penalties and rules. An answer's end token has none, nor have tokens that
-a stop string cut away.
+They are the model's own, before temperature, penalties and rules. The end token has none, nor do tokens that a stop
+string cut away.
 """
 
 from __future__ import annotations

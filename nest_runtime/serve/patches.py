@@ -1,7 +1,7 @@
-"""The patches a server holds: which one is active, which ones clients may name, and every change of that.
+"""The patches of a server: which one is active, which ones clients may name, and every change of that.
 
-A change either happens wholly or leaves the server as it was: a patch is read, verified and added to
-the runtime (loading.py) before one assignment makes it active. Every attempt goes into the audit log.
+A change happens completely or leaves the server as it was: a patch is read, verified and added to the runtime
+(loading.py) before one assignment makes it active. Every attempt goes into the audit log.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ log = logging.getLogger("nest_runtime.serve.patches")
 
 
 class PatchTable:
-    """The server's patches. They are loaded side by side, and switched one at a time; off the event loop where slow.
+    """The server's patches. They are loaded side by side and switched one at a time, in threads if that is slow.
 
     Args:
         runtime: holds the loaded patches.
-        model_name: what clients call the model.
+        model_name: the model's name for clients.
         model_hash: its base hash.
         store: where references are looked up.
         audit: where changes are written.
         guard: decides which patches are trusted, at every load and every activation; None trusts them all.
         follows_store: the active patch is the store's: activations are written there too, so that a restart finds them.
-        policy: what becomes of requests in flight at a switch that does not say it.
+        policy: what happens to requests in flight at a switch that does not say it.
     """
 
     def __init__(
@@ -114,9 +114,10 @@ class PatchTable:
         self.loader.veto = veto
 
     def named(self, model: str) -> ServedPatch | None:
-        """The patch that a client's ``model`` stands for, or None if there is no such name for clients.
+        """The patch behind a client's ``model``, or None if there is no such name for clients.
 
-        Raises what ``halted`` holds while nothing is to be answered, and why a patch was withdrawn.
+        Raises:
+            NestError: nothing is answered at the moment (``halted``), or the patch was withdrawn; the error says why.
         """
         if self.halted is not None:
             raise self.halted
@@ -146,9 +147,9 @@ class PatchTable:
         self._exposed[served.label] = served
 
     def withdraw(self, served: ServedPatch, why: NestError) -> bool:
-        """Take a name from clients for good: who asks for it is told why. Returns whether they had it.
+        """Take a name from clients for good; requests for it get the reason. Returns whether they had it.
 
-        Requests that it was given to before run to their end.
+        Earlier requests run to their end.
         """
         if self._exposed.pop(served.label, None) is None:
             return False
@@ -156,7 +157,7 @@ class PatchTable:
         return True
 
     def withdrawn(self) -> list[str]:
-        """What was exposed and is no more, by label."""
+        """The labels that were exposed and are no more."""
         return list(self._withdrawn)
 
     @at_home
@@ -170,10 +171,12 @@ class PatchTable:
 
     @at_home
     async def activate(self, ref: str, who: str, policy: SwapPolicy | None = None) -> Switch:
-        """Make a patch the active one, loading it first where needed; requests admitted from now on get it.
+        """Make a patch the active one, loading it first if needed; it answers requests admitted from now on.
 
-        Raises NestError; the old patch is then still on, and nothing more is loaded than before. StoreError, too,
-        where somebody rolled back meanwhile.
+        Raises:
+            NestError: it cannot be activated. The old patch is then still active, and nothing more is loaded than
+                before.
+            StoreError: somebody rolled back meanwhile.
         """
         policy = policy or self.policy
         async with self._told("activate", who, ref=ref, policy=policy) as event:
@@ -229,7 +232,7 @@ class PatchTable:
             return served
 
     async def recheck(self) -> list[str]:
-        """What of the loaded patches would not be loaded now that the trust policy is another; nothing is taken off."""
+        """Which loaded patches would not be loaded under the new trust policy; nothing is taken off."""
         found = []
         for served in self.loaded():
             assert served.patch is not None  # only patches are loaded
@@ -307,7 +310,7 @@ class PatchTable:
 
     @asynccontextmanager
     async def _told(self, what: str, who: str, **details: str) -> AsyncIterator[dict[str, Any]]:
-        """A context for one change: what comes of it is audited, and a refusal continues to the caller."""
+        """A context for one change: its outcome is audited, and a refusal is raised to the caller."""
         event: dict[str, Any] = {"what": what, "who": who, **details}
         try:
             yield event
@@ -333,16 +336,16 @@ class PatchTable:
             log.error("a refused %s could not be audited: %s", event["what"], unwritten)
 
     async def _done(self, event: dict[str, Any]) -> None:
-        """Write down that a change was made. Where the disk refuses, its intent stands there, and the log says more."""
+        """Record that a change was made. If the disk fails, its intent is there, and the log says more."""
         try:
             await self._pool.run(self._audit.record, {**event, "done": True})
         except StoreError as unwritten:
             log.error("a %s was made, and its outcome could not be audited: %s", event["what"], unwritten)
 
     async def _record(self, event: dict[str, Any], served: ServedPatch) -> None:
-        """Write down what is about to be done: nothing is changed without an audit entry.
+        """Record a change before it is made: nothing is changed without an audit entry.
 
-        What comes of it is an entry of its own, which names this one under ``intent``.
+        Its outcome is a separate entry, which names this one under ``intent``.
         """
         event |= {"version": served.label, "digest": served.digest}
         if event["what"] in ("activate", "rollback"):

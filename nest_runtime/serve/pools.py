@@ -1,7 +1,7 @@
 """Threads for one kind of work each, so that no kind waits for another: fetching, verifying, switching, tokenizing.
 
-The threads keep no process alive: what hangs in one, on a dead disk or a silent Hub, hangs there alone, and a server
-that was told to stop stops.
+The threads keep no process alive. What hangs in one, on a dead disk or a silent Hub, hangs there alone, and the
+server can still stop.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Pool:
-    """Threads that are started when there is work, and end when there is none.
+    """Threads that start when there is work, and end when there is none.
 
     Args:
         name: of the threads.

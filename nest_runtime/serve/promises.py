@@ -1,8 +1,8 @@
-"""What a candidate claims of itself, tried before it is switched to: a few of the claimed cases, through the engine.
+"""A candidate's claims, tried before the switch to it: a few of the claimed cases, through the engine.
 
-A sample cannot show that a claim holds; it can show that it does not. A claim is refuted where so many hits would be
-drawn with a probability under 1 % from a suite that keeps the limit (hypergeometric: the sample is drawn from the
-very cases that the claim is about). Measuring whole suites is done by ``nest-runtime verify --claims``.
+A sample cannot show that a claim holds, but it can show that it does not. A claim is refuted at a number of hits that
+a suite within the limit would give with a probability under 1 % (hypergeometric: the sample is drawn from the very
+cases that the claim is about). ``nest-runtime verify --claims`` measures whole suites.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Which servers of this home are running: each leaves a note that it is there, for commands on the same machine.
+"""Which servers of this home are running: each leaves a note for commands on the same machine.
 
     servers/PID-PORT.json   where it listens and what it serves
-    servers/PID-PORT.lock   held as long as it runs; the system lets go of it however the process ends
+    servers/PID-PORT.lock   held as long as it runs; the system releases it however the process ends
 
-A note whose lock is free is a dead server's, and is taken away. Nothing here asks a server anything, and no token is
-written down.
+A note whose lock is free belongs to a dead server, and is removed. Nothing here sends a request to a server, and no
+token is written.
 """
 
 from __future__ import annotations

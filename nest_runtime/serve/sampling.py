@@ -1,8 +1,8 @@
-"""Choosing the next token, row by row: every sequence of a batch has its own settings and its own dice.
+"""Choosing the next token, row by row: every sequence of a batch has its own settings and its own random numbers.
 
-A sequence draws one uniform number per token from its own generator, so its answer depends on its
-seed and on its own logits, and on nothing else in the batch. Pure functions over logits and one
-small class for the dice; nothing here knows the engine.
+A sequence draws one uniform number per token from its own generator. So its answer depends on its seed and on its own
+logits, and on nothing else in the batch. Pure functions over logits and one small class for the random numbers;
+nothing here knows the engine.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class NotFinite(Exception):
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether every number is finite; one sum, unless that is not."""
+    """Whether every number of a tensor of any shape is finite; one sum, unless that is not finite."""
     return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
 
 
@@ -134,10 +134,12 @@ def choose_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor
         logits: [rows, vocabulary] float32.
         samplers: one per row; each sampled one draws exactly one number.
 
-    Returns: [rows] int64, on the logits' device.
+    Returns:
+        [rows] int64, on the logits' device.
 
-    Raises NotFinite, before any sampler has drawn, for rows that hold NaN or no finite maximum. Logits of -inf are
-    tokens that a model rules out.
+    Raises:
+        NotFinite: rows hold NaN or no finite maximum; no sampler has drawn then. Logits of -inf are tokens that a model
+            rules out.
     """
     own, logits = logits, _penalize(logits, samplers)
     best, tokens = logits.max(dim=-1)  # (rows,); NaN is larger than anything
@@ -158,7 +160,9 @@ def choose_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor
 
 
 def _tell(logits: torch.Tensor, tokens: torch.Tensor, rows: list[int], samplers: list[Sampler]) -> None:
-    """Write down the log probabilities of the tokens chosen in some rows, and of the likeliest there."""
+    """Record the log probabilities of the chosen tokens [rows] in some rows of logits [rows, vocabulary], and of the
+    likeliest there.
+    """
     odds = torch.log_softmax(logits[rows].double(), dim=-1)  # (rows, vocabulary)
     chosen = odds.gather(-1, tokens[rows][:, None]).squeeze(-1).tolist()  # (rows,)
     most = min(max(samplers[row].params.logprobs or 0 for row in rows), odds.shape[-1])
@@ -170,7 +174,9 @@ def _tell(logits: torch.Tensor, tokens: torch.Tensor, rows: list[int], samplers:
 
 
 def _sample(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor:
-    """Inverse-transform sampling over the vocabulary's own order, so that near-ties cannot swap places."""
+    """Inverse-transform sampling of logits [rows, vocabulary], over the vocabulary's own order, so that near-ties
+    cannot swap places; returns [rows] int64.
+    """
     columns = [(s.params.temperature, s.params.top_p, s.draw()) for s in samplers]
     settings = torch.tensor(columns, dtype=torch.float64, device=logits.device)  # (rows, 3)
     temperature, top_p, uniform = settings[:, 0:1], settings[:, 1:2], settings[:, 2:3]
@@ -189,7 +195,9 @@ def _sample(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor:
 def _truncate(
     probabilities: torch.Tensor, top_p: torch.Tensor, top_ks: list[int | None], min_p: torch.Tensor
 ) -> torch.Tensor:
-    """Zero what lies outside top-k, the nucleus and min-p; the likeliest token always stays."""
+    """Probabilities [rows, vocabulary] with zeros outside top-k, the nucleus and min-p; the likeliest token always
+    stays.
+    """
     vocabulary = probabilities.shape[-1]
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)  # (rows, vocabulary)
     keep_k = torch.tensor([k or vocabulary for k in top_ks], device=probabilities.device)[:, None]

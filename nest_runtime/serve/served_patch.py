@@ -1,4 +1,4 @@
-"""What a request is pinned to, and what a change of it was: two frozen values."""
+"""What a request is pinned to, and a change of it: two frozen values."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class ServedPatch:
     """A patch as requests are pinned to it, or the bare base.
 
     Attributes:
-        key: what the runtime finds it by, its digest: a version may come to belong to two patches. None for the base.
-        label: what answers call it: the version (``name@version`` where the version was taken), or ``base``.
+        key: the runtime's key, which is the digest, because a version may come to belong to two patches. None for the
+            base.
+        label: its name in answers: the version (``name@version`` if the version was taken), or ``base``.
         digest: the patch digest, or ``none``.
         patch: the patch itself, or None for the base.
         since: when it was loaded, ISO 8601.
@@ -44,8 +45,8 @@ class Switch:
         what: "activate" or "rollback".
         active, previous: the patches.
         seconds: what it took, loading and checking included.
-        policy: what became of requests in flight.
-        replaced: how many of them were begun again, or ended.
+        policy: what happened to requests in flight.
+        replaced: how many of them were restarted, or ended.
     """
 
     what: str

@@ -1,7 +1,7 @@
-"""``serve``: take the port, load, answer until a signal comes, drain, and end.
+"""``serve``: bind the port, load, answer until a signal comes, drain, and end.
 
-Says what happens as events (events.py). Ports are taken first, so that a second server fails at once
-and not after loading a model.
+Reports its progress as events (events.py). Ports are bound first, so that a second server fails at once and not after
+loading a model.
 """
 
 from __future__ import annotations
@@ -178,9 +178,9 @@ def note_of(server: Server[Engine], url: str, admin_url: str | None) -> Note:
 
 @contextlib.asynccontextmanager
 async def admin_listener(server: Server[Engine], port: socket.socket | None) -> AsyncIterator[None]:
-    """The admin API on a socket, an event loop and connections of its own: nothing that clients do holds it up.
+    """The admin API on a socket, an event loop and connections of its own: clients cannot hold it up.
 
-    It is there before clients are answered, and until the last one was.
+    It runs from before clients are answered until after the last one was.
     """
     address = server.config.admin_address
     if port is None or address is None:
@@ -301,7 +301,7 @@ def tls_context(config: ServeConfig) -> ssl.SSLContext | None:
 
 
 def warn(config: ServeConfig, emit: Emit) -> None:
-    """Say what of a configuration is open to strangers."""
+    """Warn about settings that open the server to strangers."""
 
     def say(message: str) -> None:
         emit({"event": "warning", "message": message})

@@ -1,4 +1,4 @@
-"""JSON files that several processes read and change. One process at a time changes them, and readers see a whole file."""
+"""JSON files that several processes read and change. One at a time changes them, and readers see a whole file."""
 
 from __future__ import annotations
 
