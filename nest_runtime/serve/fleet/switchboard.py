@@ -1,10 +1,10 @@
 """A switch of patches over servers that share nothing: it reaches every one of them, or none answers.
 
-One :class:`Switchboard` for a fleet; one :class:`Member` beside each server. Members ask the board again and again for
-the order of the day, and do it: ``prepare`` a patch, ``hold`` (answer nobody, end what runs), ``switch``, ``open``.
-A switch holds all members before the first one changes, and opens them when the last has: no client sees two
-patches at once. A member that cannot reach the board closes by itself before the board gives it up.
-Needs neither vLLM nor Ray; ray_app.py joins it to Ray Serve.
+There is one :class:`Switchboard` for a fleet, and one :class:`Member` beside each server. Members poll the board for
+its current order, and execute it: ``prepare`` a patch, ``hold`` (answer nobody, end what runs), ``switch``, ``open``.
+A switch holds all members before the first one changes, and opens them when the last has changed. So no client sees
+two patches at once. A member that cannot reach the board closes by itself before the board gives it up. Needs neither
+vLLM nor Ray; ray_app.py connects it to Ray Serve.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Switchboard:
         self._order = Order(next(self._numbers), "open", ref)
 
     async def poll(self, member: str, outcome: MemberOutcome) -> Order:
-        """Called by a member: what it has done. Returns the order of the day, at once where that is new to it."""
+        """Called by a member with its outcome. Returns the current order, at once if it is new to the member."""
         async with self._news:
             self._seen[member] = _Seen(self._clock(), outcome)
             self._news.notify_all()
@@ -248,7 +248,7 @@ class Member:
 
     @property
     def ready(self) -> bool:
-        """Whether clients may be answered: by order, and not for longer than the lease without another word."""
+        """Whether clients may be answered: by order, and no longer than the lease after the last answer of the board."""
         return self._open and self._clock() - self._heard <= LEASE_SECONDS
 
     async def __aenter__(self) -> Member:
@@ -265,7 +265,7 @@ class Member:
             self._idle.set()
 
     async def run(self) -> None:
-        """Ask and do, for ever; a board that cannot be reached is asked again."""
+        """Poll and execute orders for ever; a board that cannot be reached is asked again."""
         doing: asyncio.Task[MemberOutcome] | None = None
         order = Order(0, "hold")
         while True:

@@ -1,4 +1,4 @@
-"""From a request that was understood to its answer, whole or streamed, or to nothing where the client leaves."""
+"""From a parsed request to its answer, whole or streamed, or to nothing if the client leaves."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ prompt_log = logging.getLogger("nest_runtime.serve.prompts")
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events, the first of which is there; whatever ends them, ``closed`` is called.
+    """Server-sent events, the first of which exists already; ``closed`` is called however they end.
 
-    An event is asked for when the client has taken all before it, so that none waits where nobody can take it back.
+    An event is asked for when the client has taken all before it. So none waits where nobody can take it back.
     """
 
     def __init__(self, content: AsyncIterator[bytes], closed: Callable[[], None]) -> None:
@@ -226,7 +226,7 @@ def check_choices(service: Service[TokenEngine], prompts: int, body: Sampling) -
 
 
 async def prepared(service: Service[TokenEngine], request: Request, tokenize: Callable[[], T]) -> T:
-    """Tokenize here, or in a thread where the body is so long that others would wait for it."""
+    """Tokenize here, or in a thread if the body is so long that others would wait for it."""
     if int(request.headers.get("content-length") or LONG_BODY) < LONG_BODY:
         return tokenize()
     return await service.tokenizing.run(tokenize)

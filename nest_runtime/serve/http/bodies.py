@@ -1,8 +1,8 @@
-"""A request's body before anything reads it: whole, in time, of bounded size, and of a bounded number of values.
+"""A request's body before anything reads it: complete, in time, of limited size, with a limited number of values.
 
 Reading JSON costs by the value, not by the byte: four megabytes of ``{},`` are a million objects, and a million errors
-where objects are not what was asked for. The count is made on the bytes, at the regular expression engine's speed,
-and ends where the limit is passed. It is right for UTF-8 alone, which is what JSON is sent in.
+if objects are not expected. The count is made on the bytes, at the speed of regular expressions, and ends at the
+limit. It is right for UTF-8 alone, which JSON is sent in.
 """
 
 from __future__ import annotations

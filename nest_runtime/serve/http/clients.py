@@ -1,7 +1,7 @@
-"""Who asks, by address: the peer of the connection, or what a proxy says that the operator trusts with it.
+"""The sender's address: the peer of the connection, or what a trusted proxy says.
 
-``X-Forwarded-For`` is a client's to write. It counts from a trusted proxy alone, read from its end, where that proxy
-wrote; and what is noted down says that a proxy said it.
+A client can write any ``X-Forwarded-For``. It counts only from a trusted proxy, read from its end, where that proxy
+wrote; and the log says that a proxy said it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The connections of one listener: how many there may be, how long one may keep us waiting, and how one is cut off.
 
-uvicorn's own protocol (h11) with what it lacks. A connection that nobody asks anything on gives way to a new one,
-the one that has waited longest first: connections cost a stranger nothing, and must not keep others out. Where all
-are at work, a few more are let in for operators alone (middleware.py). Nothing here knows of routes.
+uvicorn's own protocol (h11) with what it lacks. An idle connection gives way to a new one, the longest idle first:
+connections cost a stranger nothing, and must not keep others out. If all are in use, a few more are accepted for
+operators alone (middleware.py). Nothing here knows of routes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a body must be before its fields are looked at: JSON by its content type, in text that exists.
+"""What a body must be before its fields are read: JSON by its content type, in valid text.
 
 JSON can spell half of a surrogate pair, which is no character: nothing can encode it, not even an error that quotes it.
 """

@@ -1,7 +1,7 @@
-"""Around every request: who may ask, a request id, the patch headers, the body's size, metrics and one log line.
+"""Around every request: access, a request id, the patch headers, the body's size, metrics and one log line.
 
-A pure ASGI layer outside of FastAPI, so that errors of any kind pass through it as well. Prompts and
-answers are never logged.
+A pure ASGI layer outside of FastAPI, so that errors of any kind pass through it as well. Prompts and answers are
+never logged.
 """
 
 from __future__ import annotations

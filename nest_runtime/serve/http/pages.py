@@ -1,4 +1,4 @@
-"""What a person finds who opens the server's address in a browser: what it is, who answers, and where to continue."""
+"""The page that a browser shows at the server's address: what the server is, who answers, and where to read on."""
 
 from __future__ import annotations
 

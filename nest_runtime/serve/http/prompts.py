@@ -1,6 +1,6 @@
 """From what a client sent to token ids: the model's chat template, its tokenizer, its limits.
 
-By the function that training and evaluation use (prompts/examples.py). Nothing here generates.
+It uses the function of training and evaluation (prompts/examples.py). Nothing here generates.
 """
 
 from __future__ import annotations

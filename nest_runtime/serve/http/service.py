@@ -1,4 +1,4 @@
-"""What the routes need to know of one server, and what they say of its patches."""
+"""What the routes need to know about one server, and what they say about its patches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Service(Generic[E_co]):
     tokenizing: Pool = field(default_factory=lambda: Pool("tokenize", TOKENIZING))
 
     def pin(self, request: Request, model: str) -> ServedPatch:
-        """The patch a model name stands for now; the response's headers will name it. Raises ApiError 404."""
+        """The patch that a model name means now; the response's headers will name it. Raises ApiError 404."""
         served = self.table.named(model)
         if served is None:
             raise unknown_model(model)

@@ -99,7 +99,7 @@ _LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\u0085\u2028\u
 
 
 def escaped(line: str) -> str:
-    """JSON on one line, also for clients that take Unicode's ends of lines for ends of lines."""
+    """JSON on one line, even for clients that treat Unicode's line separators as line ends."""
     return line.translate(_LINE_ENDS)
 
 

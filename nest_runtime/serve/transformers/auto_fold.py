@@ -1,9 +1,9 @@
-"""Steady state: while everybody is answered under one patch, its update is folded into the weights and costs nothing.
+"""While everybody is answered under one patch, its update is folded into the weights and costs nothing.
 
-Hooks compute any mixture of patches, at a price (docs/decisions/engine.md). After a while in which all
-that runs is under one patch, that patch is folded into the weights between two steps; the first
-step in which anything else runs takes it out again. Answers are the same either way, in float32:
-in narrower formats folding rounds small updates away, and quantized weights cannot be folded.
+Hooks compute any mixture of patches, at a price (docs/decisions/engine.md). After a while in which everything runs
+under one patch, that patch is folded into the weights between two steps. The first step with anything else unfolds
+it. Answers are the same either way in float32. In narrower formats folding rounds small updates away, and quantized
+weights cannot be folded.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class AutoFold:
 
     @property
     def folded(self) -> str | None:
-        """The key of the patch that is folded into the weights."""
+        """The key of the folded patch, or None."""
         return self._folded
 
     def before_step(self, patches: Collection[str | None]) -> None:
@@ -72,7 +72,7 @@ class AutoFold:
                 self._holds -= 1
 
     def unfold(self) -> None:
-        """Take out what is folded; only while no step runs."""
+        """Unfold the folded patch; only while no step runs."""
         with self._lock:
             if self._folded is not None:
                 self._unfold()

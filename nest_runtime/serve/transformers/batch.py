@@ -1,4 +1,4 @@
-"""What the engine asks of a kind of batch: the thread that computes (continuous.py, plain.py)."""
+"""What the engine asks of a batch: the thread that computes (continuous.py, plain.py)."""
 
 from __future__ import annotations
 

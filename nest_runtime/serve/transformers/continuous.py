@@ -1,19 +1,19 @@
-"""transformers' continuous batching, held at arm's length: internals are touched here, in recovery.py and reserve.py.
+"""transformers' continuous batching. Its internals are touched only here, in recovery.py and in reserve.py.
 
 What is added to it (transformers 5.23):
 
-- each step runs under ``PatchRuntime.using_tokens``, so that every token of the flat batch
-  [1, tokens, d] is computed under the patch that its request was admitted with;
-- the next token of each row is chosen by that request's own sampler;
-- keys and values are shared between requests that begin alike only where their patch is the same
-  (prefixes.py), so that none computed under one patch is read under another;
-- a patch that everybody is answered under is folded into the weights (auto_fold.py);
-- results go to one callback instead of a queue that grows with requests nobody waits for;
-- jobs that are kept, the operator's, find room however full the cache is (reserve.py);
-- a pass that raises, or gives values that are not finite, ends nobody but the request to blame (recovery.py).
+- Each step runs under ``PatchRuntime.using_tokens``, so that every token of the flat batch [1, tokens, d] is computed
+  under the patch that its request was admitted with.
+- Each request's own sampler chooses the next token of its row.
+- Keys and values are shared between requests that begin alike only if their patch is the same (prefixes.py), so that
+  none computed under one patch is read under another.
+- A patch that everybody is answered under is folded into the weights (auto_fold.py).
+- Results go to one callback instead of a queue that grows with requests nobody waits for.
+- The operator's jobs find room however full the cache is (reserve.py).
+- A pass that raises, or gives values that are not finite, ends only the request to blame (recovery.py).
 
-Asynchronous batching and CUDA graphs stay off: both would move work out of reach of the hooks.
-Nothing here knows of HTTP, model names or asyncio.
+Asynchronous batching and CUDA graphs stay off: both would move work out of reach of the hooks. Nothing here knows of
+HTTP, model names or asyncio.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ class ContinuousBatch:
 
     @contextmanager
     def narrow(self, tokens: int) -> Iterator[None]:
-        """A context in which passes take no more than a few tokens, and whatever was computed before is computed again:
-        prompts are read in pieces.
+        """A context in which passes take at most ``tokens`` tokens, so that prompts are read in pieces, and cached
+        results are computed again.
         """
         processor = self._manager.batch_processor
         before = processor.max_batch_tokens
@@ -187,8 +187,10 @@ class ContinuousBatch:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """A context in which another thread may call the model itself. Steps continue, where its attention knows both
-        kinds of call; else they wait, and it is told which kind comes.
+        """A context in which another thread may call the model itself.
+
+        Steps continue if the model's attention knows both kinds of call. Otherwise they wait, and the attention is
+        switched.
         """
         if self._model.config._attn_implementation != "paged|eager":
             yield
@@ -256,7 +258,7 @@ class ContinuousBatch:
             yield patch, count
 
     def _sample(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
-        """Stands in for ModelRunner._sample. ``scores`` [1, rows, vocabulary]; rows of unfinished prompts come last."""
+        """Replaces ModelRunner._sample. ``scores`` is [1, rows, vocabulary]; rows of unfinished prompts come last."""
         batch = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         samplers = [self._jobs[future.state.request_id].sampler for future in batch if future.has_new_token]
         hidden = self._outputs.__dict__.pop("hidden", None)

@@ -102,7 +102,7 @@ class TransformersEngine:
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the thread and see that it computes what ``model.generate`` does, so that ready means ready.
+        """Start the thread and check that it computes what ``model.generate`` does, so that ready means ready.
 
         Raises:
             EngineError: it does not.
@@ -170,7 +170,7 @@ class TransformersEngine:
         )
 
     async def stop(self, drain_seconds: float = 0.0) -> None:
-        """Take no more requests, wait for those in flight, and end the thread. Once is enough; twice does no harm."""
+        """Admit no more requests, wait for those in flight, and end the thread. A second call does no harm."""
         self.draining = True
         until = time.monotonic() + drain_seconds
         while self._owners and self.alive and time.monotonic() < until:
@@ -182,7 +182,13 @@ class TransformersEngine:
         await asyncio.to_thread(self._batch.stop)
 
     def admit(self, work: Work) -> Generation:
-        """Take a request in. Raises QueueFull, Draining, or EngineError when the thread is dead."""
+        """Admit a request.
+
+        Raises:
+            QueueFull: too much waits already.
+            Draining: the server is shutting down.
+            EngineError: the thread is dead.
+        """
         if self.draining:
             raise _draining()
         if not self._batch.alive:
@@ -201,8 +207,8 @@ class TransformersEngine:
     def enforce(self, pin: ServedPatch) -> int:
         """Replace the patch of every request in flight that follows the active one; returns how many.
 
-        They begin again from their prompts under ``pin``, in place of what they were; those whose client has
-        seen a part of the answer end. When this returns, no token of another patch will be read for them.
+        They restart from their prompts under ``pin``. Those whose client has seen a part of the answer end. When this
+        returns, no token of another patch will be read for them.
         """
         found = [generation for generation in self._unread if generation.replaceable(pin)]
         found.sort(key=lambda generation: generation.started)
@@ -216,7 +222,7 @@ class TransformersEngine:
         return len(found)
 
     def finished(self, generation: Generation) -> None:
-        """Called by a generation: its answer is with the client, or nobody wants it."""
+        """Called by a generation: its answer has been sent, or nobody wants it."""
         self._unread.discard(generation)
 
     def drop(self, job: str) -> None:
@@ -239,11 +245,11 @@ class TransformersEngine:
         return self._batch.beside()
 
     def hold(self) -> AbstractContextManager[None]:
-        """A context in which the engine leaves the runtime alone; see Steady.hold."""
+        """A context in which the engine does not fold or unfold; see AutoFold.hold."""
         return self._batch.steady.hold()
 
     def unfold(self) -> None:
-        """Take out what is folded into the weights; only inside ``pause``."""
+        """Take a folded patch out of the weights; only inside ``pause``."""
         self._batch.steady.unfold()
 
     @property

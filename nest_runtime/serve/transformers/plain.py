@@ -1,13 +1,13 @@
 """The engine for models that transformers cannot page: plain batches of ``model.generate``, with the same interface.
 
-It takes the jobs that wait, as many as one batch holds, and answers them together; who comes later waits until the
-batch has ended. Slower under load than continuous.py, and right for every model that ``model.generate`` is right for.
-Each row has its own patch, its own sampler and its own end. Rows share no attention: what is not finite stays in its
-row.
+It takes as many waiting jobs as one batch holds, and answers them together. Later jobs wait until the batch has
+ended. It is slower under load than continuous.py, and right for every model that ``model.generate`` is right for.
+Each row has its own patch, its own sampler and its own end. Rows share no attention, so values that are not finite
+stay in their row.
 
-A batch can be broken off between two tokens: its jobs continue later from the tokens they have. That is done for jobs
-that are ``kept`` (the operator's), and where a pass fails: whoever may be to blame is tried alone, for one token, and
-is to blame if it fails again on the same tokens.
+A batch can be interrupted between two tokens; its jobs continue later from their tokens. This is done for the
+operator's jobs (``kept``), and when a pass fails: each suspect is tried alone, for one token, and is to blame if it
+fails again on the same tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nest_runtime.serve.transformers.sizes import BatchSizes
 
 
 class _BrokenOff(Exception):
-    """No error, a signal: somebody else is to be answered first."""
+    """A signal, not an error: the batch is interrupted for other jobs."""
 
 
 class PlainBatch:
@@ -234,9 +234,9 @@ class PlainBatch:
         self._generate([[0]], [None], 1)
 
     def let_in(self, batch: list[Job]) -> None:
-        """Called between two passes: who waits in ``pause`` has the model now.
+        """Called between two passes: a caller that waits in ``pause`` has the model now.
 
-        Raises EngineError at a stop, _BrokenOff where jobs wait that go before those of the batch.
+        Raises EngineError at a stop, _BrokenOff if jobs wait that take precedence over those of the batch.
         """
         with self._changed:
             if self._pauses or self._stopping:
@@ -263,7 +263,7 @@ class PlainBatch:
         return len(job.prompt) + job.max_new_tokens - len(self._tokens[job.id])
 
     def tell(self, deliveries: list[Delivery]) -> None:
-        """Hand a step's tokens over."""
+        """Deliver a step's tokens."""
         if deliveries:
             self._deliver(deliveries)
 

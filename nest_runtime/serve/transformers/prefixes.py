@@ -1,9 +1,9 @@
-"""Keys and values of earlier requests are found again, but only under the patch they were computed under.
+"""Keys and values of earlier requests are reused, but only under the patch that they were computed under.
 
-The engine's library (transformers 5.23) shares whole pages of its cache between requests that begin
-alike, and knows a page by a hash over its tokens and those before it; patches are nothing to it.
-Here the tokens of a request's first page are mixed with numbers that belong to its patch before they
-are hashed. Later hashes include the first, so nothing of one patch can match anything of another.
+The engine's library (transformers 5.23) shares whole pages of its cache between requests that begin alike. It knows a
+page by a hash over its tokens and those before it, and does not know patches. Here the tokens of a request's first
+page are mixed with numbers of its patch before they are hashed. Later hashes include the first, so nothing of one
+patch can match anything of another.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ _TOKEN_BYTES = 4
 
 
 class Prefixes:
-    """Puts itself between a cache and its tables of known pages; lives as long as the cache.
+    """Wraps a cache's tables of known pages; lives as long as the cache.
 
     Args:
         cache: the library's ``PagedAttentionCache``.
         page: tokens in one of its pages.
-        patch_of: gives the patch key of a request by its id; None is the base.
+        patch_of: returns the patch key of a request by its id; None is the base.
 
     Attributes:
-        reused: prompt tokens so far whose keys and values were there already.
+        reused: prompt tokens so far whose keys and values were cached.
     """
 
     def __init__(self, cache: Any, page: int, patch_of: Callable[[str], str | None]) -> None:

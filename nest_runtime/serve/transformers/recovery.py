@@ -1,12 +1,13 @@
-"""A pass that fails ends nobody but the request to blame, and never the engine.
+"""A pass that fails ends only the request to blame, and never the engine.
 
-The second file that touches transformers' internals (5.23), beside continuous.py: it moves requests out of and into the
-library's scheduler. When a pass raises, or gives values that are not finite, its tokens are dropped and every page
-with them; its requests are tried by themselves (trials.py) while the others wait, and continue from the tokens they
-had. After each request that is found to blame one token is computed on the bare base. If values were not finite, it
-is the request's own next token first: a patch is to blame only where the base can do what it cannot, and no client
-takes a patch off with a prompt that the model itself cannot bear. If the base computes nothing at all, the fault is
-the engine's, and the engine ends.
+This is the second file that touches transformers' internals (5.23), beside continuous.py: it moves requests out of
+and into the library's scheduler. When a pass raises, or gives values that are not finite, its tokens are dropped and
+every page with them. Its requests are tried by themselves (trials.py) while the others wait, and continue from the
+tokens that they had. After each request that is found to blame, one token is computed on the bare base.
+
+If values were not finite, the base first computes the request's own next token. A patch is to blame only if the base
+can do what it cannot, so that no client can take a patch off with a prompt that the model itself cannot compute. If
+the base computes nothing at all, the fault is the engine's, and the engine ends.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ log = logging.getLogger("nest_runtime.serve.engine")
 
 
 class Recovery:
-    """Puts itself around the turns of one manager's loop; everything in it runs on the engine's thread.
+    """Wraps the turns of one manager's loop; everything in it runs on the engine's thread.
 
     Args:
         manager: the library's, with its batch processor made and its thread not started.
         jobs: those of the engine, by id.
-        deliver: takes the ends of jobs.
-        blame: takes who was to blame.
+        deliver: receives the ends of jobs.
+        blame: receives what was to blame.
 
     Attributes:
         running: the jobs whose tokens the pass computes; set by the step.
@@ -81,7 +82,7 @@ class Recovery:
         return going
 
     def _arrive(self, state: RequestState) -> None:
-        """Stands in for the scheduler's own door: while some are tried, others wait outside."""
+        """Replaces the scheduler's admission: while some requests are tried, others wait."""
         if state.request_id in self._jobs:
             self._jobs[state.request_id].arrived = True
         if self._trials.group and state.request_id not in self._trials.group:
@@ -90,10 +91,10 @@ class Recovery:
             self._add(state)
 
     def _recover(self, error: Exception) -> None:
-        """Drop the pass; end who is known to be to blame, and let the others begin again.
+        """Drop the pass; end the requests that are known to be to blame, and restart the others.
 
         Raises:
-            EngineError: not even the base can be computed, and whatever comes of a device that is gone.
+            EngineError: not even the base can be computed. Also raises the errors of a device that is gone.
         """
         scheduler = self._processor.scheduler
         suspects = self._trials.group or self.running or (*scheduler.active_requests, *scheduler.waiting_requests)
@@ -150,7 +151,7 @@ class Recovery:
         return Blame(job.id, job.patch, not isinstance(error, NotFinite), reason)
 
     def _evict(self) -> dict[str, RequestState]:
-        """Every request the library holds, as if it came anew with the tokens it has; the cache is empty then."""
+        """Remove every request that the library holds, as if it came again with its tokens; the cache is empty then."""
         scheduler, cache = self._processor.scheduler, self._processor.cache
         held = [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]
         live = [state for state in held if state.request_id in self._jobs and state.status < RequestStatus.FINISHED]

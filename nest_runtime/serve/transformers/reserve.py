@@ -1,9 +1,9 @@
-"""Room in the cache for the operator: whoever fills it keeps the gate's probes waiting for nobody.
+"""Room in the cache for the operator: a full cache keeps the gate's probes waiting for nobody.
 
-The third file that touches transformers' internals (5.23). Places among the running sequences are no good without
-room for keys and values: the library lets nobody new in while the cache is short, until somebody has ended. So some
-pages are held under names of nobody's, given to jobs that are ``kept`` when there are no others, and taken back when
-the last of these has ended. Such jobs come first in every pass.
+This is the third file that touches transformers' internals (5.23). Places among the running sequences are useless
+without room for keys and values: while the cache is short, the library admits nobody new until somebody has ended. So
+some pages are reserved, given to the operator's jobs (``kept``) if there are no others, and taken back when the last
+of these has ended. Such jobs come first in every pass.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PAGES = 16  # that are held; as many are added to the cache
 
 
 class Reserve:
-    """Puts itself between a scheduler and its cache; lives as long as they do, on the engine's thread.
+    """Wraps a scheduler and its cache; lives as long as they do, on the engine's thread.
 
     Args:
         processor: the library's batch processor.

@@ -1,8 +1,8 @@
 """How far a model's positions reach with one set of rotary frequencies.
 
 LongRoPE (Phi-3-128k, Phi-3.5, Phi-4-mini) has two sets, and transformers chooses one for a whole pass by its longest
-sequence: a short request beside a long one would be computed with the other set, and its keys kept. A server uses one
-set for its whole life: the short one, with the context ended where it ends, or the long one if a longer context was
+sequence. So a short request beside a long one would be computed with the other set, and its keys kept. A server uses
+one set for its whole life: the short one, with the context ended at its end, or the long one if a longer context was
 asked for. Dynamic scaling changes its frequencies beyond ``max_position_embeddings``, where no server goes.
 """
 

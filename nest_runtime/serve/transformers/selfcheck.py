@@ -1,8 +1,8 @@
-"""Before an engine serves, its numbers are compared with those of ``model.generate``: alone, in one batch, in pieces.
+"""Before an engine serves, its logits are compared with those of ``model.generate``: alone, in one batch, in pieces.
 
-Some architectures compute something else when they are paged or padded, and say nothing. A few short prompts of
-different lengths, on the bare base: the engine is led along the tokens that ``model.generate`` gave, and the logits
-of each must be the same. This costs about forty passes.
+Some architectures silently compute something else when they are paged or padded. A few short prompts of different
+lengths are answered on the bare base. The engine is led along the tokens that ``model.generate`` gave, and its logits
+must agree. This costs about forty passes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Truth:
 
 
 class LogitsFollower:
-    """A logits processor that keeps the logits of each step, and leads to the token that is expected next."""
+    """A logits processor that keeps the logits of each step, and forces the token that is expected next."""
 
     def __init__(self, truth: Truth) -> None:
         self._truth = truth

@@ -1,10 +1,10 @@
-"""Who failed a pass: its requests are tried in ever smaller groups, alone, until it is known.
+"""Finds the request that failed a pass, by trying its requests in ever smaller groups.
 
-A pass holds tokens of many requests. When it raises, or gives values that are not finite, nobody in it can be
-trusted or blamed: one request's NaN reaches the others through attention. So all begin again from the tokens
-they had, first by patch, then in halves. A group whose members each get a token is cleared; a group of one that
-fails is to blame. Who was alone in the pass that failed is tried once more like the others: what failed may have
-been the machine, or what somebody before left behind. Only names here: recovery.py moves the requests.
+A pass holds tokens of many requests. When it raises, or gives values that are not finite, none of them can be trusted
+or blamed: one request's NaN reaches the others through attention. So all restart from their tokens, first by patch,
+then in halves. A group whose members each get a token is cleared; a group of one that fails is to blame. A request
+that was alone in the failed pass is tried once more like the others: the failure may have been the machine's, or left
+behind by an earlier request. Only names here: recovery.py moves the requests.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Trials:
         return None
 
     def advance(self) -> tuple[str, ...]:
-        """Turn to the next group, which is given; empty when all have been tried."""
+        """Go to the next group and return it; empty when all have been tried."""
         self.group = self._next.popleft() if self._next else ()
         return self.group
 

@@ -1,8 +1,8 @@
-"""A patch is tried alone before it can share a pass with anyone: its numbers, and what they make of real prompts.
+"""A patch is tried alone before it can share a pass: its numbers, and the passes of real prompts under it.
 
-A patch file may hold any finite numbers. Those that overflow in the served format, or on the way through the
-model, make NaN, and NaN leaves its row. This finds patches that overflow on ordinary prompts; one that overflows
-on others is found by the engine when it happens (recovery.py).
+A patch file may hold any finite numbers. Those that overflow in the served format, or on the way through the model,
+make NaN, and NaN leaves its row. This finds patches that overflow on ordinary prompts. If one overflows on others,
+the engine finds it when it happens (recovery.py).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Tryout:
 
 
 def _kept(output: Any) -> Iterator[torch.Tensor]:
-    """What later tokens are computed from: the largest logit of each token, and all keys and values."""
+    """What later tokens are computed from: the largest logit of each token, and all keys and values, of any shape."""
     yield output.logits.amax(dim=-1)  # single logits may be -inf: tokens that the model rules out
     for layer in getattr(output.past_key_values, "layers", ()):
         for name in ("keys", "values"):

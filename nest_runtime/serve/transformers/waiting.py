@@ -1,8 +1,8 @@
-"""Who is handed to the engine's thread, and who waits: first come first served, with places kept for the operator.
+"""Which jobs the engine's thread has, and which wait: first come, first served, with places reserved for the operator.
 
-The thread works on what it was handed in order, and cannot be asked to put anybody first. So clients' sequences wait
-here, and the thread has as many as run at once; what the operator asks, the gate's probes of a patch, goes past them
-to places of its own. Everything here runs on the event loop.
+The thread works on its jobs in order, and cannot give any of them precedence. So clients' sequences wait here, and
+the thread has as many as run at once. The operator's, the gate's probes of a patch, bypass them to reserved places.
+Everything here runs on the event loop.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger("nest_runtime.serve.engine")
 
 
 class Line:
-    """The way to one engine's thread.
+    """The queue in front of one engine's thread.
 
     Args:
         batch: the thread.
@@ -43,7 +43,7 @@ class Line:
             self._waiting[job.id] = job
 
     def cancel(self, job_id: str) -> None:
-        """Stop working on a job, or let it wait no more."""
+        """Stop working on a job, or remove it from the queue."""
         if self._waiting.pop(job_id, None) is None:
             self._batch.cancel(job_id)
 

@@ -1,7 +1,7 @@
-"""The base model as its checkpoint says it is: what patches are checked against, and what every rank must report.
+"""The base model as its checkpoint has it: what patches are checked against, and what every rank must report.
 
 The engine's weights are in other processes, split and fused. The checkpoint is read here row by row, so that the
-expected bytes come from another place than the reported ones.
+expected bytes do not come from the same place as the reported ones.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class CheckpointBase:
         return Checkpoint(self.folder, self.model)
 
     def check(self, patch: Patch) -> dict[str, Rows]:
-        """The patch belongs on this base; returns its rows before and after, by site.
+        """Check that the patch belongs on this base; returns its rows before and after, by site.
 
         Raises:
             SiteMismatch: the model lacks a site, or has it in another shape.
-            BaseMismatch: the model is another one, or its rows are.
+            BaseMismatch: the model or its rows are others.
             ModelError: the checkpoint is quantized.
         """
         projections = {projection.name: projection for projection in find_sites(self.model)}

@@ -1,7 +1,7 @@
-"""Puts one server together over a vLLM engine that runs: table, routes, and what stands in front of vLLM's app.
+"""Puts one server together over a running vLLM engine: table, routes, and the layer in front of vLLM's app.
 
 The parts are the transformers server's (serve/): store, trust, audit, admin API, metrics, access, following. Only the
-engine's side is another: patches in place, or as adapters where clients may choose (``--expose``).
+engine's side differs: patches in place, or as adapters if clients may choose (``--expose``).
 """
 
 from __future__ import annotations
@@ -108,20 +108,20 @@ class VllmEngine:
         return self.flow.keys_in_use()
 
     def pause(self) -> AbstractContextManager[None]:
-        """Loading and unloading go through the engine's own queue: nothing has to stand still for them."""
+        """Return at once: loading and unloading go through the engine's own queue, so nothing has to stop."""
         return nullcontext()
 
     hold = pause
 
     def unfold(self) -> None:
-        """What is removed is not active, and so not in the weights."""
+        """Do nothing: a patch that is removed is not active, and so not in the weights."""
 
     def enforce(self, pin: ServedPatch) -> int:
-        """Replace requests in flight; in place, the switch has done so."""
+        """Replace requests in flight; in place, the switch has done so already."""
         return 0 if isinstance(self.patches, InPlace) else self.flow.replace(pin)
 
     async def start(self) -> None:
-        """VLLM has started it; every rank must have what was put on."""
+        """Check that every rank has what was applied; vLLM has started the engine."""
         await self.patches.verify()
 
     async def stop(self, drain_seconds: float = 0.0) -> None:

@@ -1,7 +1,7 @@
-"""Requests in flight, and the door that is shut while weights change.
+"""Requests in flight, and the pause in admissions while weights change.
 
-A request enters with the patch that is active then, and is counted until its answer is over: a switch in place
-waits for all of them (drain), or begins them again under the new patch (enforce). Needs no vLLM.
+A request enters with the patch that is active then, and is counted until its answer is over. A switch in place waits
+for all of them (drain), or restarts them under the new patch (enforce). Needs no vLLM.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Attempt:
     Attributes:
         pin: the patch that answers.
         follows: whether it asked for the active patch, and not for one by name.
-        shown: set once the client has got a part of the answer: it cannot begin again then.
-        replaced: set when a switch took its patch from it.
+        shown: set once the client has got a part of the answer: it cannot restart then.
+        replaced: set when a switch replaced its patch.
     """
 
     def __init__(self, pin: ServedPatch, follows: bool) -> None:
@@ -48,7 +48,7 @@ class Attempt:
         return True
 
     def replace(self) -> None:
-        """Stop at once; ``run`` gives False."""
+        """Stop at once; ``run`` returns False."""
         self.replaced = True
         if self._task is not None:
             self._task.cancel()
@@ -77,7 +77,7 @@ class Flow:
 
     @property
     def live(self) -> int:
-        """Requests running, or waiting at the door."""
+        """Requests running, or waiting for admission."""
         return len(self._attempts) + self._waiting
 
     @property
@@ -97,12 +97,12 @@ class Flow:
     async def enter(
         self, pin: Callable[[], ServedPatch], follows: bool, *, again: bool = False
     ) -> AsyncIterator[Attempt]:
-        """A context for one attempt; entering waits while the door is shut.
+        """A context for one attempt; entering waits while admissions are paused.
 
         Args:
-            pin: gives the patch; called once the door is open, with nothing awaited between it and the entry.
+            pin: returns the patch; called on admission, with nothing awaited between it and the entry.
             follows: see :class:`Attempt`.
-            again: it was in before, and a switch took its patch: it need not queue for a place.
+            again: it was admitted before, and a switch replaced its patch: it need not queue for a place.
 
         Raises Draining, QueueFull, and what ``pin`` raises.
         """

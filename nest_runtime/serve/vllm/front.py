@@ -1,8 +1,8 @@
-"""What stands in front of vLLM's own API: which patch answers, and that the answer says so.
+"""The layer in front of vLLM's own API: it decides which patch answers, and the answer says so.
 
-An ASGI layer. It asks the table which patch a request's ``model`` means, hands vLLM the name that the
-engine knows (the base's, or an adapter's), and writes the client's name and our ``system_fingerprint`` into the
-answer, event by event where it is streamed. Paths that could answer past the table are not passed on. Needs no vLLM.
+An ASGI layer. It asks the table which patch a request's ``model`` means, and hands vLLM the name that the engine
+knows (the base's, or an adapter's). It writes the client's name and our ``system_fingerprint`` into the answer, event
+by event if it is streamed. Endpoints that could answer past the table are not served. Needs no vLLM.
 """
 
 from __future__ import annotations
@@ -115,11 +115,11 @@ class Front:
 
 
 class AnswerRelay:
-    """Writes one answer on to the client, in the client's terms.
+    """Passes one answer on to the client, in the client's terms.
 
     Args:
         send: to the client.
-        attempt: learns when the client has seen a part.
+        attempt: is marked when the client has seen a part.
         model: what the client asked for.
         fingerprint: model hash and patch digest.
     """

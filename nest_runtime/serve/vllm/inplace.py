@@ -1,8 +1,8 @@
 """One patch for everybody: rows changed in place on every rank, while nothing runs.
 
-A switch costs two writes of a few rows; between switches the engine computes what it always did, through its
-compiled code and CUDA graphs. Every rank's rows are compared with the checkpoint's by digest before and after.
-What the cache of prefixes holds was computed under the old weights, and is dropped at every switch.
+A switch costs two writes of a few rows. Between switches the engine computes as without patches, through its compiled
+code and CUDA graphs. Every rank's rows are compared with the checkpoint's by digest before and after. The prefix cache
+was computed under the old weights, and is dropped at every switch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class InPlace:
 
     @property
     def on(self) -> str | None:
-        """The digest of the patch in the weights."""
+        """The digest of the patch in the weights, or None."""
         return self._on
 
     def add(self, patch: Patch, *, pause: Any = nullcontext) -> str:
@@ -54,16 +54,16 @@ class InPlace:
         return patch.digest
 
     def remove(self, digest: str) -> None:
-        """Let go of a patch that is not on."""
+        """Forget a patch that is not active."""
         self._prepared.pop(digest, None)
         asyncio.run_coroutine_threadsafe(self._replicas.call("nest_forget", digest), self._loop).result()
 
     async def switch(self, digest: str | None) -> None:
-        """Put a prepared patch on in place of the one that is on; None puts the base back. No request may run.
+        """Replace the active patch by a prepared one; None restores the base. No request may run.
 
         Raises:
-            EngineError: a rank has other rows afterwards than it must have; the old patch is back on then, or
-                ``broken`` is set and nothing may be answered.
+            EngineError: a rank has wrong rows afterwards. Then the old patch is active again, or ``broken`` is set and
+                nothing may be answered.
         """
         old = self._on
         async with self._replicas.paused():
@@ -74,7 +74,7 @@ class InPlace:
                 raise
 
     async def verify(self) -> None:
-        """Every rank has the patch that should be on, to the bit, now. Raises EngineError."""
+        """Check that every rank has the active patch, to the bit, now. Raises EngineError."""
         reports = await self._replicas.call("nest_state")
         self._compare(reports, "live", self._on, patched=True)
 

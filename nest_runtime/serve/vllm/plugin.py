@@ -1,9 +1,9 @@
 """vLLM's plugin entry points: how the parts get into vLLM's processes, however it was started.
 
-``vllm.general_plugins`` → ``register``, in every process: workers learn our methods.
+``vllm.general_plugins`` → ``register``, in every process: workers get our methods.
 ``vllm.endpoint_plugins`` → ``Endpoints``, in the API server: our routes, and the layer in front of vLLM's.
-Both do something only where ``VLLM_PLUGINS`` names ``nest_runtime``. ``nest-runtime serve --engine vllm`` sees to that;
-for a vLLM started the ordinary way, settings come from the environment (``config_from``).
+Both act only if ``VLLM_PLUGINS`` names ``nest_runtime``. ``nest-runtime serve --engine vllm`` sets it. For a vLLM
+started by its own command, settings come from the environment (``config_from``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PLAN = PluginPlan()
 
 
 def register() -> None:
-    """Let workers learn our methods; called by vLLM in every process, more than once."""
+    """Give workers our methods; called by vLLM in every process, more than once."""
     if not named(os.environ.get("VLLM_PLUGINS")):
         return
     os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # who asks is for clients.py to say, and not for uvicorn

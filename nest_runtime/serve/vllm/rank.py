@@ -1,8 +1,8 @@
-"""The patches of one rank: its rows of the model changed in place, and put back bit for bit.
+"""The patches of one rank: its rows of the model changed in place, and restored bit for bit.
 
-Runs in vLLM's workers (worker.py), on whatever the rank holds of the model; needs no vLLM itself. In-place writes are
-seen by compiled code and captured CUDA graphs, which hold the weights' addresses. Nothing here decides
-when: the API server calls it while no step runs (inplace.py), and compares what is reported.
+Runs in vLLM's workers (worker.py), on the rank's part of the model; needs no vLLM itself. Compiled code and captured
+CUDA graphs hold the weights' addresses, so they see in-place writes. The API server decides when: it calls this while
+no step runs (inplace.py), and compares what is reported.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class RowPiece:
             self.weight.data.index_copy_(0, self.rows, values)
 
     def live(self) -> torch.Tensor:
-        """A copy of the rows as they stand in the weight now."""
+        """A copy [m, d_in] of the rows that are in the weight now."""
         with torch.inference_mode(False), torch.no_grad():
             return self.weight.detach().index_select(0, self.rows)
 
@@ -99,11 +99,12 @@ class RankPatches:
         }
 
     def apply(self, digest: str | None) -> Report:
-        """Put a prepared patch on in place of what is on; None puts the pristine rows back.
+        """Apply a prepared patch in place of the active one; None restores the pristine rows.
 
         Returns:
-            ``restored``: the digest of the rows of the patch that was on, as they stand now between the two writes;
-            ``live``: the digest of the new patch's rows as they stand now. Empty if there is no such patch.
+            ``restored``: the digest of the old patch's rows, read between the two writes; ``live``: the digest of the
+            new
+            patch's rows, read afterwards. Empty if there is no such patch.
 
         Raises:
             PatchNotFound: it was not prepared.
@@ -122,7 +123,7 @@ class RankPatches:
         return {"rank": self._rank, "active": digest, "restored": restored, "live": _digest(new, RowPiece.live)}
 
     def state(self) -> Report:
-        """What is on, and the digest of its rows as they stand in the weights."""
+        """The active patch, and the digest of its rows as they are in the weights."""
         return {
             "rank": self._rank,
             "active": self._active,
@@ -131,7 +132,7 @@ class RankPatches:
         }
 
     def forget(self, digest: str) -> Report:
-        """Let go of a prepared patch that is not on."""
+        """Forget a prepared patch that is not active."""
         if digest != self._active:
             self._prepared.pop(digest, None)
         return self.state()

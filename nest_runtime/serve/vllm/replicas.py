@@ -1,6 +1,6 @@
-"""All ranks of all replicas behind one API server: ask every one, hear every one.
+"""All ranks of all replicas behind one API server: ask each of them, and collect each answer.
 
-With data parallelism, ``collective_rpc`` runs on every replica and gives the results of the first: here each
+With data parallelism, ``collective_rpc`` runs on every replica and returns the results of the first. Here each
 replica's results come back, and a missing one is an error. Of vLLM 0.32 this uses ``AsyncLLM.collective_rpc``,
 ``pause_generation``, ``resume_generation``, ``reset_prefix_cache`` and the client's ``call_utility_all_async``.
 """

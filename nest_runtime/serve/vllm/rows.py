@@ -1,8 +1,8 @@
-"""Which rows of a patched projection a rank holds, and digests that say whether the right numbers stand in them.
+"""Which rows of a patched projection a rank holds, and digests that show whether they have the right values.
 
 vLLM fuses gate and up into one weight and splits it by rows over tensor-parallel ranks: rank r of R holds the r-th
-R-th of gate's rows, then the r-th R-th of up's. Both sides compute here: a worker finds its rows by it, and the
-API server what their digests must be. Needs no vLLM.
+R-th of gate's rows, then the r-th R-th of up's. Both sides use this module: a worker to find its rows, and the API
+server to compute what their digests must be. Needs no vLLM.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""``serve --engine vllm``: vLLM's own server in this process, with the plugin told what to do.
+"""``serve --engine vllm``: vLLM's own server in this process, with the plugin configured.
 
-Says what happens as the transformers server does (serve/events.py). vLLM takes the port before it loads; it
+Reports its progress as the transformers server does (serve/events.py). vLLM binds the port before it loads, and
 listens when the patch is on every rank.
 """
 

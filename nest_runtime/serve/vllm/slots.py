@@ -1,8 +1,8 @@
-"""Adapter slots: how many patches may be loaded at once, and what must be so on every rank for them to be right.
+"""Adapter slots: how many patches may be loaded at once, and what must hold on every rank for them to be right.
 
-vLLM keeps adapters in ``max_loras`` slots. On CPUs, requests without an adapter that share a batch with
-requests that have one are given the last slot's (seen with 0.32.0), even an adapter unloaded since. So one slot more
-is asked for than is ever used: slots are filled from the first on, and the last stays empty. Needs no vLLM.
+vLLM keeps adapters in ``max_loras`` slots. On CPUs, requests without an adapter that share a batch with requests that
+have one are given the last slot's (seen with 0.32.0), even an adapter unloaded since. So one more slot is asked for
+than is ever used: slots are filled from the first on, and the last stays empty. Needs no vLLM.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of patches over vLLM: every switch reaches every rank, or the old patch stays on."""
+"""The table of patches over vLLM: every switch reaches every rank, or the old patch stays active."""
 
 from __future__ import annotations
 

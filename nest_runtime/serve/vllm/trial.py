@@ -1,7 +1,7 @@
-"""Answers under a patch that is not active: what the gate asks before a followed patch is switched to (serve/gate.py).
+"""Answers under a patch that is not active: what the gate asks before a switch to a followed patch (serve/gate.py).
 
-As adapters, the patch answers beside the active one. In place there is only one set of weights: the door is shut, the
-patch is put on, the probes are answered, and the old patch is put back before the door opens.
+As an adapter, the patch answers beside the active one. In place there is only one set of weights: admissions pause,
+the patch is applied, the probes are answered, and the old patch is restored before admissions continue.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What vLLM's workers learn: the methods that ``collective_rpc`` calls on every rank of every replica.
+"""The methods that ``collective_rpc`` calls on every rank of every replica.
 
-vLLM mixes :class:`PatchExtension` into its worker class (``worker_extension_cls``); whatever is called here runs
-between steps. A method never raises a NestError: it reports it, so that the caller hears of every rank.
+vLLM mixes :class:`PatchExtension` into its worker class (``worker_extension_cls``); its methods run between steps. A
+method never raises a NestError. It reports it, so that the caller hears from every rank.
 """
 
 from __future__ import annotations
