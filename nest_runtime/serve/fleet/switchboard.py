@@ -248,7 +248,7 @@ class Member:
 
     @property
     def ready(self) -> bool:
-        """Whether clients may be answered: by order, and no longer than the lease after the last answer of the board."""
+        """Whether clients may be answered: by order, and no longer than the lease after the board's last answer."""
         return self._open and self._clock() - self._heard <= LEASE_SECONDS
 
     async def __aenter__(self) -> Member:
