@@ -1,8 +1,8 @@
 """Finished cells of a comparison on disk: one method with one value of its knob and one seed, on one set of cases.
 
-A cell's folder is named by a digest of all that decides its artifact and answers. The judge is no part of it: under
-another judge a finished cell's answers are judged again (compare.py). Neither is the code: a cell says which code made
-it, and :func:`notes_on` says so where that was not the code now running.
+A cell's folder is named by a digest of everything that decides its artifact and answers. The judge is not part of it:
+under another judge, a finished cell's answers are judged again (compare.py). Neither is the code: a cell records the
+code that made it, and :func:`notes_on` says if that is not the code running now.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def _git(*args: str) -> str:
 
 @cache
 def code_digest(package: Path = PACKAGE) -> str:
-    """``sha256:<hex>`` over the source that fits methods and makes answers: another digest, perhaps other figures."""
+    """``sha256:<hex>`` over the source that fits methods and makes answers: another digest may mean other figures."""
     digest = hashlib.sha256()
     for path in deciding_files(package):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

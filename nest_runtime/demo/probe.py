@@ -104,7 +104,7 @@ def _own_tokens(tokenizer: Any, messages: Sequence[Message], ids: Sequence[int])
 
 
 def _by_cluster(patch: Patch, raw: _Raw) -> list[tuple[str, str, np.ndarray]]:
-    """Rows: the clusters of every projection that was read."""
+    """The clusters of every projection that was read: label, projection, and the (n,) positions of its neurons."""
     rows = []
     for site in patch.sites:
         if site.name not in raw:
@@ -119,7 +119,7 @@ def _by_cluster(patch: Patch, raw: _Raw) -> list[tuple[str, str, np.ndarray]]:
 
 
 def _by_neuron(patch: Patch, name: str) -> list[tuple[str, str, np.ndarray]]:
-    """Rows: single neurons of a projection, the largest updates first."""
+    """Single neurons of a projection, the largest updates first: label, projection, and a (1,) position."""
     site = patch.site(name)
     order = np.argsort(-site.row_deltas().norm(dim=1).numpy(), kind="stable")[:MAX_ROWS]
     neurons, clusters = site.neurons.tensor().tolist(), site.clusters.tensor().tolist()
@@ -163,7 +163,14 @@ def _read(backend: LocalBackend, digest: str | None, ids: list[int], patch: Patc
 def _reading(
     model: Any, projections: Sequence[Projection], neurons: dict[str, torch.Tensor], raw: _Raw
 ) -> Iterator[None]:
-    """Hooks that keep this thread's outputs of some neurons, for one pass."""
+    """Hooks that keep this thread's outputs of some neurons, for one pass.
+
+    Args:
+        model: the model.
+        projections: to read.
+        neurons: [n] int by projection name.
+        raw: receives (tokens, n) float64 by projection name.
+    """
     from nest_runtime.model.anatomy import module_of
 
     me = threading.get_ident()

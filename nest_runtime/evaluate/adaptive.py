@@ -1,8 +1,8 @@
-"""Adaptive attacks: each of them made against the very model, and the very patch, that is then asked.
+"""Adaptive attacks: each is made against the very model and patch that is then asked.
 
 Searches over prompts (best-of-n, evolution, random search, GCG) and surgery on the model (surgery.py), on the same
-goals, with the same judge. Harmless requests are asked beside surgery, which may break the model. What a search found
-is kept: an interrupted run continues.
+goals, with the same judge. Surgery may break the model, so harmless requests are asked as well. Results of a search
+are kept, and an interrupted run continues.
 """
 
 from __future__ import annotations

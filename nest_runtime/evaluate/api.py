@@ -109,7 +109,7 @@ def evaluate(
 
 
 def opened(model: str | Path | LoadedModel) -> LoadedModel:
-    """A model reference, loaded; or what was loaded before."""
+    """A model reference, loaded; or a model that is loaded already."""
     from nest_runtime.model.load import load_model
 
     return load_model(model) if isinstance(model, str | Path) else model
@@ -129,10 +129,10 @@ def find_cases(
     limit: int | None = None,
     seed: int = 0,
 ) -> list[Case]:
-    """The cases asked for; all of the reference world's where nothing is said and the model is the reference.
+    """The cases asked for; by default, all of the reference world's for the reference model.
 
     Raises:
-        UsageError: nothing is said for another model, or a text is given where a list belongs; no such suite.
+        UsageError: nothing is said for another model, or a text is given instead of a list; no such suite.
         DataError: a file cannot be read.
     """
     from nest_runtime.evaluate.suites import load_behaviors, load_suites, sample_cases
@@ -150,7 +150,7 @@ def find_cases(
 
 
 def find_judges(judge: str | Judge | Sequence[str | Judge] | None, cases: Sequence[Case]) -> list[Judge]:
-    """The judges named; where none is, the one that fits the cases."""
+    """The judges named; by default, the one that fits the cases."""
     from nest_runtime.evaluate.judges import make_judge
     from nest_runtime.evaluate.judges.base import Judge as Made
     from nest_runtime.evaluate.suites import default_judge

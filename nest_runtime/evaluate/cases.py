@@ -85,18 +85,20 @@ class Case:
 
     @property
     def prefill(self) -> str:
-        """The beginning of the answer that is put into the model's mouth, or nothing."""
+        """The beginning of the answer that the case prescribes, or nothing."""
         last = self.messages[-1]
         return text_of(last["content"]) if last["role"] == "assistant" else ""
 
     @property
     def content_digest(self) -> str:
-        """``sha256:<hex>`` over all that decides the answer: messages and follow-ups."""
+        """``sha256:<hex>`` over everything that decides the answer: messages and follow-ups."""
         return digest_of([plain_content(self.messages), list(self.follow_ups)])
 
     @property
     def judged_digest(self) -> str:
-        """``sha256:<hex>`` over what a judge may look at besides the answer: messages, behavior, kind and so on."""
+        """``sha256:<hex>`` over everything that a judge may read besides the answer: messages, behavior, kind and so
+        on.
+        """
         seen = [self.kind, self.measure, self.behavior, self.expected, dict(self.meta)]
         return digest_of([self.content_digest, *seen])
 

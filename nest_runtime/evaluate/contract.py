@@ -1,8 +1,8 @@
-"""Claims measured: which cases and judge a contract means, whether they are at hand, and what comes out today.
+"""Claims measured: which cases and judge a contract means, whether they are available, and what they give today.
 
-A suite counts as the one meant only where the digest over its cases is the one that was claimed, and a judge where
-the digest over its rules is. What is not at hand is not checkable, and never holds. A header is written by
-strangers: suites and judges of the package are taken by name, everything else must be named by whoever checks.
+A suite counts as the one meant only if the digest of its cases is the one claimed, and a judge only if the digest of
+its rules is. What is not available is not checkable, and never holds. Strangers write headers, so suites and judges of
+the package are taken by name, and everything else must be named by the person who checks.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ MeasureCases = Callable[[list[Case], Judge], EvalResult]
 
 @dataclass(frozen=True)
 class Checked:
-    """A claim, and what became of it.
+    """A claim, and the result of checking it.
 
     Attributes:
         state: ``held``, ``failed`` or ``not checkable``.
         rate: as measured now; None if it could not be.
-        why: what is missing, where something is.
+        why: what is missing, if something is.
     """
 
     claim: Claim
@@ -110,7 +110,7 @@ def prepared(cases: Sequence[Case], *, limit: int | None, seed: int, attacks: Se
 
 
 def cases_at_hand(claims: Claims, given: Sequence[Case] = ()) -> dict[str, list[Case]]:
-    """The suites that are at hand, by the digest of their cases: the package's own, and those ``given``."""
+    """The available suites, by the digest of their cases: the package's own, and those ``given``."""
     named = {row.suite.removesuffix("-attacked") for row in claims.rows}
     known = {case.id: case for suite in REFERENCE_SUITES if suite in named for case in load_suite(suite)}
     known |= {case.id: case for case in given}
@@ -125,11 +125,11 @@ def cases_at_hand(claims: Claims, given: Sequence[Case] = ()) -> dict[str, list[
 
 
 def judge_at_hand(claims: Claims, named: str | None = None) -> tuple[Judge | None, str]:
-    """The judge that claims were made with, or None and what is in the way.
+    """The judge that claims were made with, or None and the reason why it is not available.
 
     Args:
         claims: the contract.
-        named: the judge that whoever checks allows by name; the package's own need no word.
+        named: the judge that the person who checks allows by name; the package's own need no permission.
     """
     if claims.judge not in OWN_JUDGES and named != claims.judge:
         return None, f"judged by {claims.judge}: say --judge {claims.judge} if it may be asked"
@@ -144,12 +144,12 @@ def judge_at_hand(claims: Claims, named: str | None = None) -> tuple[Judge | Non
 def check_claims(
     claims: Claims, measure: MeasureCases, *, given: Sequence[Case] = (), judge: str | None = None
 ) -> list[Checked]:
-    """Every claim measured again.
+    """Measure every claim again.
 
     Args:
         claims: the contract.
-        measure: answers cases with the model at hand under the patch, and judges them.
-        given: cases that whoever checks has, beside the package's.
+        measure: answers cases with the available model under the patch, and judges them.
+        given: further cases of the person who checks.
         judge: see :func:`judge_at_hand`.
     """
     own, why = judge_at_hand(claims, judge)
@@ -194,7 +194,7 @@ def make_claims(
     seed: int = 0,
     max_tokens: int = 64,
 ) -> Claims:
-    """The contract of a patch from what was measured of it.
+    """The contract of a patch from what was measured.
 
     Args:
         patch: without claims.
@@ -205,7 +205,7 @@ def make_claims(
         attacks, cases_per_suite, seed, max_tokens: how the cases were made and answered.
 
     Raises:
-        EvaluationError: a limit is broken by what was measured, or nothing has the measure of one.
+        EvaluationError: the measurement breaks a limit, or nothing has the measure of one.
     """
     check_limits(limits)
     rows, broken = [], []

@@ -1,6 +1,6 @@
 """Judging answers that were made elsewhere: lists of prompts and answers, or a file of them.
 
-Nothing here generates. Where a file says itself what its answers are, the judge is compared with it.
+Nothing here generates. If a file labels its answers, the judge is compared with the labels.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """General ability by lm-eval (EleutherAI's Language Model Evaluation Harness; extra ``eval``) on the model as it is.
 
-Whatever patch is active in the caller's context answers. Tasks are loaded, and their data fetched, before anything is
+The patch that is active in the caller's context answers. Tasks are loaded, and their data fetched, before anything is
 generated. Answers are kept in a ledger, request by request, so that an interrupted run continues.
 """
 

@@ -123,7 +123,13 @@ def refusal_direction(
 
 @contextmanager
 def without_direction(model: Any, direction: torch.Tensor) -> Iterator[None]:
-    """Project a direction out of the residual stream within the context, behind the embeddings and every layer."""
+    """A context in which a direction is projected out of the residual stream, after the embeddings and after every
+    layer.
+
+    Args:
+        model: the model.
+        direction: (d,) a unit vector.
+    """
 
     def project(_: Any, __: Any, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output

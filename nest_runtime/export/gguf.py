@@ -114,7 +114,7 @@ def tensor_names(patch: Patch, pairs: list[Pair], architecture: str | None = Non
 
 
 def read_pairs(path: Path, names: dict[str, str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """A GGUF adapter's pairs by module, scaled as llama.cpp scales them."""
+    """A GGUF adapter's pairs by module: A [r, d_in] and B [outputs, r] float32, scaled as llama.cpp scales them."""
     reader = _gguf().GGUFReader(path)
     tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
     alpha = float(reader.get_field("adapter.lora.alpha").contents())

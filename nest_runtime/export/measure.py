@@ -75,7 +75,7 @@ class Reference:
             self.patched = logits(self.model, self.rows)
 
     def measured(self, found: Sequence[torch.Tensor]) -> Measured:
-        """Compare logits of the same probes with the patch's."""
+        """Compare logits (tokens, vocabulary) of each probe with the patch's."""
         largest = max(float(values.abs().max()) for values in self.patched)
         return Measured(_distance(found, self.patched), _distance(self.patched, self.base), largest)
 

@@ -217,7 +217,7 @@ def _site(
     column: int,
     tensors: Mapping[str, torch.Tensor],
 ) -> Site:
-    """A site from its columns of A and B; empty ones have none."""
+    """A site from its columns of A [r, d_in] and B [outputs, r]; an empty site has none."""
     neurons = torch.tensor(facts["neurons"], dtype=torch.int32)
     clusters = torch.tensor(facts["clusters"], dtype=torch.int32)
     deltas, loadings = torch.zeros(0, projection.d_in), torch.zeros(0) if facts["loadings"] else None
@@ -241,7 +241,11 @@ def _site(
 
 
 def _check_all(pairs: Sequence[Pair], tensors: Mapping[str, torch.Tensor]) -> None:
-    """The adapter holds these pairs, to the bit, and zeros besides; ValueError otherwise."""
+    """Check that the adapter's tensors, by PEFT's names, hold these pairs to the bit, and zeros elsewhere.
+
+    Raises:
+        ValueError: they do not.
+    """
     left = dict(tensors)
     for name, expected in _tensors(pairs).items():
         found = left.pop(name).float()

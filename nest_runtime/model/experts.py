@@ -126,7 +126,7 @@ def first_outputs(module: nn.Module, call: Routed) -> Iterator[tuple[int, torch.
 
 
 def _by_expert(module: nn.Module, units: torch.Tensor) -> Iterator[tuple[int, slice, torch.Tensor]]:
-    """Each expert among some sorted units, its slice of them, and their numbers within it."""
+    """Each expert among some sorted units [m]: its number, its slice of them, and their numbers within it."""
     each = _neurons_each(module)
     experts, counts = torch.unique_consecutive(units // each, return_counts=True)
     start = 0

@@ -322,7 +322,7 @@ def _saved_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _check_plain(state: Mapping[str, torch.Tensor]) -> None:
-    """Refuse quantized tensors, and those that are elsewhere: they have no bytes of their own to hash."""
+    """Refuse tensors, of any shape, that are quantized or elsewhere: they have no bytes of their own to hash."""
     for name, tensor in state.items():
         if tensor.is_meta or type(tensor.data) not in (torch.Tensor, nn.Parameter) or tensor.dtype not in _DTYPES:
             state_of = "not in memory" if tensor.is_meta else f"{type(tensor.data).__name__} of {tensor.dtype}"

@@ -56,12 +56,11 @@ def neuron_map(view: NeuronView) -> Figure:
 
 
 def z_histograms(view: NeuronView, everything: dict[str, np.ndarray] | None = None) -> Figure:
-    """How far from the middle the kept neurons' probe weights lie.
+    """How far from the middle the kept neurons' probe weights are.
 
     Args:
-        view: what was kept.
-        everything: z-scores of all neurons by projection, where known: drawn behind, on a log scale; the kinds
-            stand side by side then, because heights cannot be added up on such a scale.
+        view: the neurons.
+        everything: (d_out,) z-scores of all neurons by projection, if they are known.
     """
     made = figure(8.5, 3.8, f"Probe weights of {view.title}")
     axes: Any = made.subplots()
@@ -212,7 +211,7 @@ def _join(parts: list[Any]) -> np.ndarray:
 
 
 def _edges(values: np.ndarray, threshold: float) -> np.ndarray:
-    """About BINS bins over the values, none of them across the threshold."""
+    """Edges (bins + 1,) of about BINS bins over values (n,), none of them across the threshold."""
     low, high = (float(values.min()), float(values.max())) if len(values) else (-1.0, 1.0)
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5

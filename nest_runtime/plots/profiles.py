@@ -90,12 +90,12 @@ def cluster_profiles(scan: Scan) -> Figure:
 
 
 def _limit(values: np.ndarray) -> float:
-    """The end of the color scale in standard deviations: nearly all values lie within it."""
+    """The end of the color scale in standard deviations: nearly all values, of any shape, are within it."""
     return max(0.5, float(np.ceil(10 * np.quantile(np.abs(values), 0.995)) / 10))
 
 
 def _columns(labels: np.ndarray) -> tuple[list[np.ndarray], int]:
-    """Which prompts share each column, benign columns first, and how many columns are benign."""
+    """Which prompts share each column, benign columns first, and how many columns are benign; labels are (prompts,)."""
     total = len(labels)
     found: list[list[np.ndarray]] = []
     for label in (0, 1):

@@ -92,7 +92,7 @@ class Decoding:
             logits = _forward(model, ids[:, -1:], mask, cache)
 
     def _read(self, model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[DynamicCache, torch.Tensor]:
-        """The prompts' keys and values, and the logits behind them."""
+        """The cached keys and values of the prompts (rows, width), and the logits (rows, vocabulary) after them."""
         config: Any = _inner(model).config
         cache = DynamicCache(config=config.get_text_config(decoder=True))
         if self.shared:

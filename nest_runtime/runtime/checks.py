@@ -136,7 +136,9 @@ def _digest(patch: Patch, base: LiveBase, saved: Mapping[str, torch.Tensor]) -> 
 
 
 def _checkpoint_fits(patch: Patch, base: LiveBase, saved: Mapping[str, torch.Tensor], source: Path) -> bool:
-    """Whether the checkpoint is the patch's base and the model in memory is it, in whatever dtype."""
+    """Whether the checkpoint is the patch's base and the model in memory is it, in any dtype; ``saved`` is [n, d_in] by
+    site.
+    """
     try:
         if model_hash(source) != patch.base_hash:
             return False

@@ -158,7 +158,7 @@ class Journal:
     def write_bits(
         self, place: Place, neurons: torch.Tensor, before: torch.Tensor, live: RowBytes, bits: np.ndarray
     ) -> None:
-        """Write rows found before; ``before`` is known to stand there."""
+        """Overwrite rows as bytes; ``before`` [n, d_in] is known to be there now."""
         self._written.append((place, neurons, before))
         anatomy.write_rows(place.module, place.projection, live, bits)
 
@@ -283,7 +283,7 @@ def _matches(saved: torch.Tensor, current: torch.Tensor) -> bool:
 
 
 def _conversions(rows: torch.Tensor, like: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Rows in ``like``'s dtype and device: directly, or rounded to another dtype on the way."""
+    """Rows [n, d_in] in ``like``'s dtype and device: directly, and rounded to another dtype on the way."""
     rows = rows.to(like.device)
     yield rows.to(like.dtype)
     for rounding in _ROUNDINGS:

@@ -163,7 +163,7 @@ class View:
         return self._members[cache_key]
 
     def _tokens(self, runs: tuple[Run, ...], device: torch.device) -> list[tuple[Loaded | None, torch.Tensor]]:
-        """Token positions of each patch in the flat batch, worked out once for a pass."""
+        """Each patch's token positions [t] int64 in the flat batch, computed once for a pass."""
         cache_key = (sum(count for _, count in runs), device)
         if cache_key not in self._index:
             positions: dict[Loaded | None, list[torch.Tensor]] = {}

@@ -330,7 +330,7 @@ class PatchRuntime:
             raise
 
     def _check_base(self, patch: Patch, base: checks.LiveBase, saved: dict[str, torch.Tensor], force: bool) -> bool:
-        """Whether the check failed and was overridden."""
+        """Check the base with ``saved`` rows [n, d_in] by site; returns whether the check failed and was overridden."""
         try:
             checks.check_base(patch, base, saved)
         except BaseMismatch as error:

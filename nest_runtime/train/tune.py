@@ -236,7 +236,9 @@ def lr_factor(step: int, settings: Recipe) -> float:
 def _validate(
     passes: Passes, validation: Sequence[Row], state: _TuneState, best: dict[str, torch.Tensor], team: Workers
 ) -> dict[str, torch.Tensor]:
-    """Measure, note, and give the best state so far; without validation rows that is the present one."""
+    """Measure, record, and return the best numbers so far, by name (see Deltas.tensors); the present ones without
+    validation rows.
+    """
     settings = passes.settings
     figures = measure(passes, validation, team)
     loss = sum(state.losses) / max(len(state.losses), 1)

@@ -163,7 +163,18 @@ def _strong(norms: torch.Tensor, before: LocatedSite, located: LocatedSite | Non
 def _join(
     before: LocatedSite, site: Site | None, located: LocatedSite | None, keep: torch.Tensor, loadings: str
 ) -> tuple[LocatedSite, tuple[torch.Tensor, torch.Tensor | None]]:
-    """One site with the patch's neurons that stay and the located ones besides, sorted, and its starting values."""
+    """One site with the patch's neurons that stay and the newly located ones, sorted, and its starting values.
+
+    Args:
+        before: the patch's site.
+        site: its values, or None for an empty site.
+        located: the site as located now, or None.
+        keep: [n] bool, which of the patch's neurons stay.
+        loadings: the recipe's.
+
+    Returns:
+        The site; its rows [K, d_in] and loadings [n] or None.
+    """
     stay = [index for index, kept in enumerate(keep.tolist()) if kept]
     clusters = {before.neurons[index]: before.clusters[index] for index in stay}
     fresh = [index for index, neuron in enumerate(located.neurons) if neuron not in clusters] if located else []

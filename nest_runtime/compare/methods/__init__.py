@@ -1,4 +1,4 @@
-"""What one would try instead of a NeST patch, each behind one protocol (base.py), for a fair comparison.
+"""The alternatives to a NeST patch, each behind one protocol (base.py), for a fair comparison.
 
     method = make_methods(["lora"])[0]                      # registry.py finds them all
     fitted = method.fit(target, data, recipe, value=3e-3)   # trains; the model is bare again afterwards

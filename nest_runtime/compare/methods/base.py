@@ -1,9 +1,9 @@
-"""What every method of the comparison is: something that can be fitted, put on the model, and taken off.
+"""What every method of the comparison is: something that can be fitted, applied to the model, and taken off.
 
-A method trains on a :class:`FitData` under a recipe (train/recipe.py: steps, batch, schedule,
-validation and early stop are the same for all) and one value of its own knob: the learning rate, or
-for methods that train nothing the one setting they have. Fitting leaves the model as it was, bit for bit;
-``applied`` puts the method on it and takes it off again. Evaluating is compare/compare.py's business.
+A method trains on a :class:`FitData` under a recipe (train/recipe.py: steps, batch, schedule, validation and early
+stop are the same for all) and one value of its own knob: the learning rate, or for methods that train nothing their
+one setting. Fitting leaves the model as it was, bit for bit; ``applied`` puts the method on it and takes it off
+again. compare/compare.py evaluates.
 """
 
 from __future__ import annotations
@@ -174,18 +174,18 @@ class Learned:
 
 
 class Method(ABC):
-    """One way to make a model safer. Subclasses say what it is called and give ``learn``.
+    """One way to make a model safer. Subclasses give its name and ``learn``.
 
     Attributes:
         name: as users type it.
         title: as tables print it.
-        place: where its row stands in tables: rows are ordered by it, the base's is 0.
-        look: color and marker in pictures, the same in all of them; None takes the next that is free.
-        usual: whether ``compare`` takes it where no methods are named.
+        place: the order of its row in tables; the base's is 0.
+        look: color and marker in all pictures; None takes the next free one.
+        usual: whether ``compare`` takes it if no methods are named.
         needs: packages beyond this one's own; each is also the name of the extra that installs it.
-        knob: the one setting that the sweep chooses: ``lr`` where something is trained; "" if there is none.
+        knob: the one setting that the sweep chooses: ``lr`` if something is trained; "" if there is none.
         grid: the knob's values that the sweep tries; as many for every method that has a knob.
-        fallback: the value to take for a model that no sweep was made for.
+        fallback: the value for a model without a sweep.
         seeded: whether another seed can give another result.
         unused: names of recipe fields without effect on it.
         revision: changed whenever the method comes to compute something else with the same settings: finished cells

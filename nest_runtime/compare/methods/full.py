@@ -47,7 +47,9 @@ class Full(Method):
 
 @contextmanager
 def _data(model: Any, values: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """The parameters hold ``values`` meanwhile, then their own tensors again: the very objects, so the same bits."""
+    """A context in which the parameters hold ``values``, by name and of the same shapes and dtypes; afterwards each
+    parameter has its own tensor object again, and so the same bits. Yields the own tensors.
+    """
     parameters = dict(model.named_parameters())
     own = {name: parameter.data for name, parameter in parameters.items()}
     placed = {name: values[name].to(own[name].device) for name in parameters}
@@ -62,7 +64,7 @@ def _data(model: Any, values: Mapping[str, torch.Tensor]) -> Iterator[dict[str, 
 
 
 def _switcher(model: Any, own: Mapping[str, torch.Tensor], trained: Mapping[str, torch.Tensor]) -> Any:
-    """Between the base's weights and the trained ones, for the KL term."""
+    """Switches between the base's weights and the trained ones, for the KL term; both by name, of the same shapes."""
 
     def switch(on: bool) -> None:
         for name, parameter in model.named_parameters():

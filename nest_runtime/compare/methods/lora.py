@@ -141,7 +141,7 @@ def loaded(model: Any, folder: Path) -> Iterator[Any]:
 
 
 def adapter_parameters(peft_model: Any) -> dict[str, torch.Tensor]:
-    """The adapters' parameters by name."""
+    """The adapters' parameters by name: A [r, inputs] and B [outputs, r] of each module."""
     return {name: parameter for name, parameter in peft_model.named_parameters() if "lora_" in name}
 
 
@@ -156,7 +156,7 @@ def save_adapter(peft_model: Any, folder: Path, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _as_it_was(model: Any) -> Iterator[None]:
-    """Whatever PEFT does to flags and mode is undone; modules come back by its own ``unload``."""
+    """Undo what PEFT does to flags and mode; its own ``unload`` restores the modules."""
     flags, training = [(p, p.requires_grad) for p in model.parameters()], model.training
     try:
         yield

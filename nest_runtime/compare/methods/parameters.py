@@ -1,7 +1,7 @@
-"""Ordinary parameters in the place of NeST's deltas, so that ``train.tune.tune`` trains them too.
+"""Ordinary parameters in place of NeST's deltas, so that ``train.tune.tune`` trains them too.
 
-That is how every supervised baseline gets the same loss, batches, schedule, validation, best state
-and early stop as NeST: it is the same code, with other numbers to train.
+So every supervised baseline gets the same loss, batches, schedule, validation, best state and early stop as NeST: it
+is the same code, with other numbers to train.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ParameterSet(Deltas):
 
     @property
     def lowest(self) -> None:
-        """Nothing is known of where they act, so no layer's output is kept."""
+        """None: it is not known where the parameters act, so no layer's output is kept."""
         return None
 
     @property

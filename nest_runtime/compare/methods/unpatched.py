@@ -30,7 +30,7 @@ class Unpatched(Method):
         workdir: Path,
         progress: Progress | None = None,
     ) -> Fitted:
-        """Nothing to do, and so nothing to measure: the clock's and the meter's own noise would stand in the table."""
+        """Do nothing and measure nothing: the clock's and the meter's own noise would be in the table."""
         fitted = super().fit(target, data, recipe, value=value, workdir=workdir, progress=progress)
         return replace(fitted, seconds=0.0, peak_bytes=0)
 

@@ -1,7 +1,7 @@
 """What an attack is, and the small grammar that lets it put a behavior into other words.
 
-An attack makes one or more cases of a harmful case. It never changes what is asked for: the case's
-behavior, category, kind and metadata stay, so that judges see the goal and tables can pair trials.
+An attack makes one or more cases of a harmful case. It never changes the request itself: the case's behavior,
+category, kind and metadata stay, so that judges see the goal and tables can pair trials.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Attacks by conversation: examples of compliance, a prefilled answer, a scripted escalation, many tries.
 
-Demonstrations are requests with answers that agree and say nothing (demonstrations.json): they show the
-pattern without content. Give your own where a model sees through them.
+Demonstrations are requests with answers that agree and say nothing (demonstrations.json): they show the pattern
+without content. Give your own if a model ignores them.
 """
 
 from __future__ import annotations

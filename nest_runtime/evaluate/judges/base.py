@@ -1,7 +1,7 @@
 """What every judge is: a name, an identity for caching, a check before work starts, and verdicts.
 
-An empty answer is ``empty`` for every judge, and a judge's own unreadable output is ``unparsable``.
-Both are outcomes like the others: they stay in every denominator and are shown.
+An empty answer is ``empty`` for every judge, and a judge's own unreadable output is ``unparsable``. Both are outcomes
+like the others: they stay in every denominator and are shown.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ class Judge:
         yield list(enumerate(self.judge_all(cases, answers)))
 
     def check(self) -> None:
-        """Raise EvaluationError where the judge cannot work; called before any answer is generated."""
+        """Raise EvaluationError if the judge cannot work; called before any answer is generated."""
 
     @property
     def identity(self) -> str:
-        """All that decides the verdicts, as text: verdicts are kept between runs under it."""
+        """Everything that decides the verdicts, as text; verdicts are kept between runs under it."""
         return self.name
 
     def cost(self) -> dict[str, Any] | None:

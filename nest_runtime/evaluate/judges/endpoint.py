@@ -1,7 +1,7 @@
-"""Asking a chat endpoint of others: which forms it takes, which errors pass, and when it withholds one answer.
+"""Asking a third-party chat endpoint: which forms it takes, which errors pass, and when it withholds one answer.
 
-Nothing here knows what is asked. An error about one question (filtered, too long, no answer in it) is that question's;
-an error about all of them (no such model, a wrong key, a server that stays away) ends the asking.
+Nothing here knows what is asked. An error about one question (filtered, too long, no answer in it) belongs to that
+question. An error about all of them (no such model, a wrong key, a server that stays away) ends the asking.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The shipped judge: a linear scorer over words and measures of an answer, with four outcomes.
 
-Trained by benchmarks/judge/train.py; what it was trained on, and how often it is right, by source, stands in
-docs/reference/judges.md and in local.json. It is small, free and quick, and errs: a rate that was judged by it can be
-corrected for its measured errors (stats.corrected).
+benchmarks/judge/train.py trained it. docs/reference/judges.md and local.json say what it was trained on and how often
+it is right, by source. It is small, free and quick, and errs: stats.corrected corrects a rate for its measured errors.
 
-It says what an answer is, not whether the question asks for harm: a suite knows itself which of its cases are harmful.
+It says what an answer is, not whether the question asks for harm: a suite knows which of its cases are harmful.
 """
 
 from __future__ import annotations
@@ -62,7 +61,11 @@ def find(index: Mapping[str, int], grams: Iterable[str], prefix: str) -> list[in
 
 
 def pooled(rows: np.ndarray, found: Sequence[int]) -> Any:
-    """The found rows' sum over the root of their number, thrice: a long answer weighs little more than a short one."""
+    """The sum of the found rows (n-grams, classes) over the square root of their number, times three: (classes,)
+    float32.
+
+    So a long answer weighs little more than a short one.
+    """
     if not found:
         return 0.0
     return rows[list(found)].sum(0) * (3 / np.sqrt(len(found)))

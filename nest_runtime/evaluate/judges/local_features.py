@@ -1,7 +1,7 @@
-"""What the local judge looks at: words and word pairs of the answer, how it begins, the question, and a few measures.
+"""What the local judge reads: words and word pairs of the answer, how it begins, the question, and a few measures.
 
 Only numbers are made here; local.py weighs them. Everything is read from the text alone, so an answer that was cut
-after forty tokens is judged by what there is of it.
+after forty tokens is judged by what is there.
 """
 
 from __future__ import annotations
