@@ -107,6 +107,12 @@ def evaluate(
     out_file: Annotated[
         Path | None, typer.Option("--out", metavar="FILE.json", help="Keep every answer and verdict in this file.")
     ] = None,
+    html_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--html", metavar="FILE.html", help="Write a page for the browser: tables, plots and every answer."
+        ),
+    ] = None,
     workdir: Annotated[
         Path | None,
         typer.Option("--workdir", metavar="DIR", help="Keep answers here; the same command goes on from them."),
@@ -117,10 +123,11 @@ def evaluate(
 ) -> None:
     """Measure attack success, over-refusal and utility. A low attack success alone says nothing."""
     out = Output.of(ctx, as_json)
-    if out_file is not None and not out_file.absolute().parent.is_dir():
-        raise UsageError(f"--out {out_file} lies in a folder that does not exist", "make the folder first")
-    if out_file is not None:
-        writable_file(out_file)
+    for option, file in (("--out", out_file), ("--html", html_file)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UsageError(f"{option} {file} lies in a folder that does not exist", "make the folder first")
+        if file is not None:
+            writable_file(file, option)
     if workdir is not None:
         writable_folder(workdir, "--workdir")
     model = model_for(ctx, out, model, patch)
@@ -139,6 +146,10 @@ def evaluate(
         result = session.run(bars, with_base)
     if out_file is not None:
         result.save(out_file)
+    if html_file is not None:
+        from nest_runtime.evaluate.page import write_page
+
+        write_page(result, html_file)
     out.result(result.summary(), lambda: render(out, result))
     if session.patch is not None and not out.json:
         out.note(f"next: nest-runtime serve --patch {patch or short(session.patch.digest)}{model_flag(model)}")
