@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,7 +86,12 @@ def push(
         typer.Option("--license", metavar="ID", help="For the card, e.g. apache-2.0; kept from the last one."),
     ] = None,
     results: Annotated[
-        Path | None, typer.Option("--results", metavar="FILE", help="What `eval --json` printed, for the card.")
+        list[Path] | None,
+        typer.Option(
+            "--results",
+            metavar="FILE",
+            help="For the card: what `eval --json` or benchmarks/adaptive.py wrote; repeat it.",
+        ),
     ] = None,
     base_model: BaseModelOption = None,
     demand_claims: Annotated[
@@ -139,7 +144,7 @@ def push(
         material=material,
         private=private,
         license_id=license_id,
-        results=_results(results),
+        results=_results(results or ()),
         base_model=named_base,
         allow_downgrade=allow_downgrade,
         timeout=timeout,
@@ -250,19 +255,22 @@ def signing_key(given: Path | None) -> Path | None:
     return None if chosen is None else expand(chosen)
 
 
-def _results(path: Path | None) -> Mapping[str, Any] | None:
+def _results(paths: Sequence[Path]) -> dict[str, Any] | None:
+    """The documents of an evaluation and of adaptive attacks, as the card takes them."""
     from nest_runtime.errors import DataError
+    from nest_runtime.hub.results import ADAPTIVE
     from nest_runtime.io import MAX_RESULT, parse_json, read_text
 
-    if path is None:
-        return None
-    try:
-        document = parse_json(read_text(path, MAX_RESULT))
-    except (OSError, ValueError) as error:
-        raise DataError(f"the results {path} cannot be read: {error}", "give what `eval --json` printed") from error
-    if not isinstance(document, dict):
-        raise DataError(f"the results {path} are no JSON object", "give what `eval --json` printed")
-    return {key: value for key, value in document.items() if isinstance(value, dict)}
+    found: dict[str, Any] = {}
+    for path in paths:
+        try:
+            document = parse_json(read_text(path, MAX_RESULT))
+        except (OSError, ValueError) as error:
+            raise DataError(f"the results {path} cannot be read: {error}", "give what `eval --json` printed") from error
+        if not isinstance(document, dict):
+            raise DataError(f"the results {path} are no JSON object", "give what `eval --json` printed")
+        found |= {ADAPTIVE: document} if isinstance(document.get("patch"), list) else document
+    return found or None
 
 
 def quiet_client(ctx: typer.Context) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.escape import short
+from nest_runtime.hub.results import is_evaluation, rates, tables
 from nest_runtime.install import install
 from nest_runtime.measures import MEASURES
 from nest_runtime.patch.values import thaw_json
@@ -47,7 +48,8 @@ def render_card(
         repo: what users type after ``hf://``, or a mirror's place.
         old: the present card, whose versions, licence and own words are kept.
         license_id: an SPDX-like id as the Hub knows them; otherwise the old card's.
-        results: the document of ``nest-runtime eval --json``, shown beside the patch's own metrics.
+        results: the document of ``nest-runtime eval --json``, shown as tables beside the patch's own metrics; under
+            ``adaptive`` that of benchmarks/adaptive.py.
         signed_by: id of the key that signed the patch.
         base_model: the base's id on the Hub; otherwise the patch's own name for it, where that is one, or the last
             card's.
@@ -57,7 +59,10 @@ def render_card(
     fields, words = _split(old)
     versions = [row for row in _versions(fields) if row["version"] != patch.version] + [_row(patch)]
     license_id = license_id or fields.get("license") or ("apache-2.0" if patch.base_model == "reference" else "other")
-    evaluations = list(eval_results({**thaw_json(patch.metrics), **(results or {})}))[:MAX_RESULTS]
+    measured = dict(results or {})
+    whole = is_evaluation(measured)
+    stated = list(eval_results({**thaw_json(patch.metrics), **({} if whole else _trees(measured))}))
+    evaluations = [*(_results_of(measured) if whole else ()), *stated][:MAX_RESULTS]
     base = base_on_hub(base_model or patch.base_model) or base_on_hub(fields.get("base_model"))
     more: dict[str, Any] = {"base_model_relation": "adapter", VERSIONS_KEY: versions}
     data = ModelCardData(
@@ -73,7 +78,8 @@ def render_card(
         **more,
     )
     before, after = words
-    text = "\n".join([BEGIN, _text(patch, base, repo, versions, evaluations, signed_by), END])
+    shown = tables(measured) if whole else []
+    text = "\n".join([BEGIN, _text(patch, base, repo, versions, stated[:MAX_RESULTS], shown, signed_by), END])
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{before}{text}{after}"))
 
 
@@ -90,6 +96,26 @@ def eval_results(metrics: Mapping[str, Any]) -> Iterator[EvalResult]:
             metric_type=metric,
             metric_value=value,
             metric_args={"n": size} if size is not None else None,
+        )
+
+
+def _trees(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What may hold rates: all that is no number or text of its own."""
+    return {key: value for key, value in measured.items() if isinstance(value, Mapping)}
+
+
+def _results_of(evaluation: Mapping[str, Any]) -> Iterator[EvalResult]:
+    """The rates and scores of an evaluation, for the Hub's model-index."""
+    from huggingface_hub import EvalResult
+
+    for suite, metric, value, size in rates(evaluation):
+        yield EvalResult(
+            task_type="text-generation",
+            dataset_type=suite.replace(" ", "-"),
+            dataset_name=suite,
+            metric_type=metric,
+            metric_value=value,
+            metric_args={"n": size},
         )
 
 
@@ -156,6 +182,7 @@ def _text(
     repo: str,
     versions: list[dict[str, Any]],
     results: list[EvalResult],
+    shown: list[str],
     signed_by: str | None,
 ) -> str:
     ref = f"{repo}@{patch.version}"
@@ -177,12 +204,12 @@ def _text(
         _lineage(versions),
         f"Base model hash: `{patch.base_hash}`  \nSigned by: {f'`{signed_by}`' if signed_by else 'nobody'}",
     ]
+    if results or shown:
+        parts += [f"## Results of {patch.version}", *shown]
     if results:
         rows = [f"| {r.dataset_name} | {r.metric_type} | {r.metric_value:.4g} | {_size(r)} |" for r in results]
-        parts += [
-            f"## Results of {patch.version}",
-            "\n".join(["| on | metric | value | n |", "|---|---|---|---|", *rows]),
-        ]
+        parts += ["Stated in the patch:"] if shown else []
+        parts.append("\n".join(["| on | metric | value | n |", "|---|---|---|---|", *rows]))
     parts += [
         "## Limits",
         "A patch lowers how often a model gives in to harmful requests; it is no guarantee, and it lists the model's "

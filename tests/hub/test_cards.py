@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -89,3 +90,61 @@ def test_a_wrong_base_is_refused_before_the_work(run: Run, tmp_path: Path) -> No
     train = ("train", "--harmful", prompts, "--benign", prompts, "--out", tmp_path / "x.safetensors")
     fails(run(*train, "--base-model", "smollm2"), 2, "org/name")
     fails(run(*train, "--base-model", "org/name"), 2, "built-in")
+
+
+EVALUATION = {
+    "format": 1,
+    "patch": "v1",
+    "judge": "local",
+    "created": "2026-11-30T01:02:03+00:00",
+    "settings": {"max_new_tokens": 32},
+    "asr": {
+        "wild|<b>": {
+            **{"asr": 0.1, "successes": 10, "n": 100, "ci95": [0.055, 0.174], "other": 0.2},
+            "by_family": {"wild": {"asr": 0.1, "n": 100, "ci95": [0.05, 0.2]}},
+            "corrected": {"rate": 0.05, "ci95": [0.0, 0.12], "sensitivity": 0.9, "specificity": 0.9},
+        },
+        "broken": {"asr": "much"},
+    },
+    "jailbreak": {"asr": 0.12, "n": 800, "ci95": [0.1, 0.14], "change": {"base": 0.9}},
+    "benign": {"xstest-safe": {"over_refusal": {"rate": 0.04, "n": 100, "ci95": [0.01, 0.1]}}},
+    "changes": {"wild|<b>": {"asr": {"base": 0.86}}, "xstest-safe": {"over_refusal": {"base": 0.02}}},
+    "ability": {"mmlu": {"acc": {"value": 0.28, "n": 100, "ci95": [0.2, 0.37], "change": {"base": 0.3}}}},
+    "suites": {"wild|<b>": {"source": "in the wild, 2023", "licence": "MIT", "n": 100, "available": 259}},
+}
+ATTACKS = {
+    "model": "m",
+    "patch": [{"attack": "gcg:20", "knows": "weights", "asr": 0.4, "n": 25, "ci95": [0.23, 0.59]}],
+    "base": [{"attack": "gcg:20", "knows": "weights", "asr": 0.96, "n": 25, "ci95": [0.8, 0.99]}],
+}
+
+
+def test_a_card_carries_the_tables_of_an_evaluation_and_of_adaptive_attacks(run: Run, tmp_path: Path) -> None:
+    for name, document in (("eval.json", EVALUATION), ("adaptive.json", ATTACKS)):
+        (tmp_path / name).write_text(json.dumps(document))
+    mirror = tmp_path / "mirror"
+    told = ["--results", tmp_path / "eval.json", "--results", tmp_path / "adaptive.json"]
+    assert run("push", "v3", mirror, *told).status == 0
+    card = (mirror / "README.md").read_text()
+    for row in (
+        "| wild\\|\\<b\\> | attack success (lower is better) | 100 | 86.0 % | 10.0 % [5.5, 17.4] | 5.0 % [0.0, 12.0] |",
+        "| all jailbreaks | attack success (lower is better) | 800 | 90.0 % | 12.0 % [10.0, 14.0] | – |",
+        "| xstest-safe | over-refusal (lower is better) | 100 | 2.0 % | 4.0 % [1.0, 10.0] | – |",
+        "| mmlu | acc | 100 | 0.300 | 0.280 [0.200, 0.370] |",
+        "| gcg:20 | weights | 25 | 96.0 % [80.0, 99.0] | 40.0 % [23.0, 59.0] |",
+        "| wild\\|\\<b\\> | in the wild, 2023 | MIT | 100 | 259 |",
+        "Judged by `local`; greedy answers of at most 32 tokens; measured 2026-11-30.",
+    ):
+        assert row in card, row
+    assert "broken" not in card
+    listed = {(r.dataset_name, r.metric_type): r.metric_value for r in ModelCard(card).data.eval_results}
+    assert listed["wild|<b>", "attack_success_rate"] == 0.1
+    assert listed["all jailbreaks", "attack_success_rate"] == 0.12
+    assert listed["mmlu", "acc"] == 0.28
+    assert not {"sensitivity", "available", "corrected"} & {metric for _, metric in listed}
+
+
+def test_results_of_another_form_are_shown_as_they_were(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text(json.dumps({"my suite": {"asr": 0.5, "n": 4}, "note": "x"}))
+    assert run("push", "v3", tmp_path / "mirror", "--results", tmp_path / "own.json").status == 0
+    assert "| my suite | attack_success_rate | 0.5 | 4 |" in (tmp_path / "mirror" / "README.md").read_text()
