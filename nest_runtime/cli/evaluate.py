@@ -142,6 +142,8 @@ def evaluate(
     no_others = (names or standard is not None) and not suites and not behaviors
     cases = [] if no_others else _cases(model, suites, behaviors or [], limit, seed)
     session = _open(out, asked, Asked(cases, tasks, standard), model, patch, no_patch)
+    if standard is not None and workdir is None:
+        out.note("answers are not kept; with --workdir DIR the same command goes on where it was interrupted")
     with out.bars() as bars:
         result = session.run(bars, with_base)
     if out_file is not None:

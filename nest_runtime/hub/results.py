@@ -81,7 +81,7 @@ def _rates(document: Mapping[str, Any]) -> str:
     rows = []
     for (suite, measure, _, rate), corrected in zip(whole, mended, strict=True):
         title = f"{MEASURES[measure].title} ({MEASURES[measure].better} is better)"
-        row = [suite, title, str(rate.n)]
+        row = [_cell(suite), title, str(rate.n)]
         row += [bases[suite, measure] or NONE] if "base" in head else []
         row.append(_shown(rate.value, rate.ci95))
         row += [corrected or NONE] if any(mended) else []
@@ -125,7 +125,7 @@ def _ability(document: Mapping[str, Any]) -> str:
         whole = isinstance(ends, list) and len(ends) == 2 and all(map(_number, ends))
         shown = f"{score['value']:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if whole else "")
         base: Any = change.get("base") if isinstance(change, Mapping) else None
-        rows.append([task, metric, str(score["n"]), f"{base:.3f}" if _number(base) else NONE, shown])
+        rows.append([_cell(task), _cell(metric), str(score["n"]), f"{base:.3f}" if _number(base) else NONE, shown])
     return _table(["utility", "metric", "n", "base", "patched"], rows)
 
 
@@ -135,7 +135,7 @@ def _adaptive(document: Mapping[str, Any]) -> str:
     for attack, (needs, rate) in patched.items():
         before = base[attack][1] if attack in base else None
         shown = NONE if before is None else _shown(before.value, before.ci95)
-        rows.append([attack, needs, str(rate.n), shown, _shown(rate.value, rate.ci95)])
+        rows.append([_cell(attack), _cell(needs), str(rate.n), shown, _shown(rate.value, rate.ci95)])
     return _table(["attack", "the attacker has", "n", "base", "patched"], rows)
 
 
@@ -152,14 +152,15 @@ def _sources(document: Mapping[str, Any]) -> str:
     suites = document.get("suites")
     named = suites.items() if isinstance(suites, Mapping) else ()
     keys = ("source", "licence", "n", "available")
-    rows = [[str(name), *(str(s.get(key, NONE)) for key in keys)] for name, s in named if isinstance(s, Mapping)]
+    rows = [[_cell(name), *(_cell(s.get(key, NONE)) for key in keys)] for name, s in named if isinstance(s, Mapping)]
     return _table(["suite", "source", "licence", "n", "drawn from"], rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; texts of the documents have gone through ``_cell``."""
     if not rows:
         return ""
-    lines = [head, ["---"] * len(head), *([_cell(cell) for cell in row] for row in rows)]
+    lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
