@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -68,23 +69,21 @@ def one(real: Real, batch: int, arguments: argparse.Namespace) -> list[Line]:
         Line(f"decode, hook, {what}", rates["hook"], bare, Goal(0.98, at_least=True)),
         Line(f"decode, fold, {what}", rates["fold"], bare, Goal(0.99, at_least=True)),
         Line(f"decode, PEFT LoRA unmerged, {what}", lora, bare),
-        overhead(what, found),
+        *overhead(what, found),
     ]
 
 
-def overhead(what: str, found: dict[str, Series]) -> Line:
-    """What a hook adds to a step, beside what a LoRA adds."""
+def overhead(what: str, found: dict[str, Series]) -> list[Line]:
+    """What a hook adds to a step beside what a LoRA adds, medians; nothing where the LoRA's is lost in the noise."""
     base = found["base"].values
     added = {
-        way: tuple(max(a - b, 1e-9) / STEPS for a, b in zip(found[way].values, base, strict=True))
+        way: statistics.median(a - b for a, b in zip(found[way].values, base, strict=True)) / STEPS
         for way in ("hook", "LoRA")
     }
-    return Line(
-        f"added to a step by the hook, {what}",
-        Series("hook", added["hook"]),
-        Series("PEFT LoRA adds", added["LoRA"]),
-        Goal(0.5),
-    )
+    if added["LoRA"] <= 0:
+        return []
+    hook, lora = Series("hook", (max(added["hook"], 0.0),)), Series("PEFT LoRA adds", (added["LoRA"],))
+    return [Line(f"added to a step by the hook, {what}", hook, lora, Goal(0.5))]
 
 
 def patch_rank(patch: Patch) -> int:

@@ -5,7 +5,8 @@
 Qwen2.5-Coder-0.5B in bfloat16, 16 rows, at the sites of the shipped patch. The floor is a forward pass of the layers
 from the lowest patched one on and the backward pass of their activations, logits at answer tokens included: no step
 that trains there can be cheaper. LoRA is PEFT's, rank 8 on gate and up, with AdamW; the full step trains every weight
-with AdamW. All take the same rows; ours is timed inside ``tune`` itself, one step in turn with one of each other.
+with AdamW. All take the same rows in the same micro-batches; ours is timed inside ``tune`` itself, one step in turn
+with one of each other.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from nest_runtime.prompts.examples import load_examples
 from nest_runtime.prompts.generate import end_token_ids, pad_token_id
 from nest_runtime.train.batches import Batch, Row, make_batch, make_row, refusal_for
 from nest_runtime.train.deltas import Deltas
-from nest_runtime.train.forward import decoder_of, dtype_of
+from nest_runtime.train.forward import decoder_of, dtype_of, even_batches
 from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.sites import LocatedSite
 from nest_runtime.train.tune import tune
@@ -44,16 +45,20 @@ def measure(arguments: argparse.Namespace) -> Report:
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     rows = training_rows(loaded)
     lowest = min(p.layer for p in find_sites(loaded.model) if p.name in {s.name for s in patch.sites if s.n_neurons})
-    make: dict[str, Callable[[Any, Batch], Callable[[], None]]] = {
-        "floor": lambda model, batch: floor_step(model, batch, lowest),
+    make: dict[str, Callable[[Any, list[Batch]], Callable[[], None]]] = {
+        "floor": lambda model, batches: floor_step(model, batches, lowest),
         "LoRA": lora_step,
         "full": full_step,
     }
-    batch = make_batch(rows, pad_token_id(loaded.model, loaded.tokenizer), torch.device("cpu"), dtype_of(loaded.model))
-    others = {name: build(load(real, dtype)[0].model, batch) for name, build in make.items()}
+    pad, lengths = pad_token_id(loaded.model, loaded.tokenizer), [len(row.prompt) + len(row.answer) for row in rows]
+    batches = [
+        make_batch([rows[index] for index in found], pad, torch.device("cpu"), dtype_of(loaded.model))
+        for found in even_batches(lengths, Recipe().step_tokens)
+    ]
+    others = {name: build(load(real, dtype)[0].model, batches) for name, build in make.items()}
     times = steps(loaded, patch, rows, others, 2 if arguments.quick else 8)
     found = {name: Series(name, tuple(values)) for name, values in times.items()}
-    what = f"tune step, {len(rows)} rows of {batch.ids.shape[1]} tokens at most, {real.label}, {dtype}"
+    what = f"tune step, {len(rows)} rows of {max(lengths)} tokens at most, {real.label}, {dtype}"
     note = f"lowest patched layer {lowest} of {loaded.model.config.num_hidden_layers}"
     return Report(
         [
@@ -124,48 +129,51 @@ def answer_loss(model: Any, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
     return cross_entropy(logits.float(), batch.targets)
 
 
-def floor_step(model: Any, batch: Batch, lowest: int) -> Callable[[], None]:
+def floor_step(model: Any, batches: list[Batch], lowest: int) -> Callable[[], None]:
     """Forward from the lowest patched layer, and backward to its input; no weight takes a gradient."""
     decoder = decoder_of(model)
     model.requires_grad_(False)
-    kept = {}
-    handle = decoder.layers[lowest].register_forward_pre_hook(lambda _, args: kept.update(x=args[0].detach()))
+    kept: list[torch.Tensor] = []
+    handle = decoder.layers[lowest].register_forward_pre_hook(lambda _, args: kept.append(args[0].detach()))
     with torch.no_grad():
-        decoder(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        for batch in batches:
+            decoder(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     handle.remove()
     decoder.layers = decoder.layers[lowest:]
 
     def step() -> None:
-        x = kept["x"].requires_grad_(True)
-        hidden = decoder(inputs_embeds=x, attention_mask=batch.mask, use_cache=False).last_hidden_state
-        torch.autograd.grad(answer_loss(model, hidden, batch), x)
+        for batch, given in zip(batches, kept, strict=True):
+            x = given.requires_grad_(True)
+            hidden = decoder(inputs_embeds=x, attention_mask=batch.mask, use_cache=False).last_hidden_state
+            torch.autograd.grad(answer_loss(model, hidden, batch), x)
 
     return step
 
 
-def lora_step(model: Any, batch: Batch) -> Callable[[], None]:
+def lora_step(model: Any, batches: list[Batch]) -> Callable[[], None]:
     """A step of PEFT's LoRA on gate and up."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=8, lora_alpha=16, target_modules=ffn_modules(model), task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
-    return trained_step(adapted.base_model.model, list(adapter_parameters(adapted).values()), batch)
+    return trained_step(adapted.base_model.model, list(adapter_parameters(adapted).values()), batches)
 
 
-def full_step(model: Any, batch: Batch) -> Callable[[], None]:
+def full_step(model: Any, batches: list[Batch]) -> Callable[[], None]:
     """A step that trains all weights."""
     model.requires_grad_(True)
-    return trained_step(model, list(model.parameters()), batch)
+    return trained_step(model, list(model.parameters()), batches)
 
 
-def trained_step(model: Any, parameters: list[torch.Tensor], batch: Batch) -> Callable[[], None]:
+def trained_step(model: Any, parameters: list[torch.Tensor], batches: list[Batch]) -> Callable[[], None]:
     """Forward, backward, and AdamW."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
 
     def step() -> None:
         optimizer.zero_grad()
-        hidden = model.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
-        answer_loss(model, hidden, batch).backward()
+        for batch in batches:
+            hidden = model.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
+            answer_loss(model, hidden, batch).backward()
         optimizer.step()
 
     return step

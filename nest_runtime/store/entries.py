@@ -11,7 +11,7 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,7 @@ class Entry:
 
     def to_json(self) -> dict[str, Any]:
         """The entry's fields as JSON values."""
-        return asdict(self)
+        return dict(vars(self))
 
     def marked(self, *, active: bool) -> Entry:
         """This entry with ``active`` set or not."""

@@ -1,0 +1,115 @@
+"""The table of speed: rows that fail stand in it as failed, others go on, and ratios are taken round by round."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def imported(path: Path) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "rows"))
+    return imported(BENCHMARKS / "table.py")
+
+
+GOOD = """
+from measure import Goal, Line, Report, Series, run
+lines = [Line("a thing", Series("ours", (1.0, 2.0)), Series("it", (2.0, 2.0)), Goal(1))]
+run("good", None, lambda arguments: Report(lines))
+"""
+BAD = "raise RuntimeError('the disk is full')"
+ABSENT = """
+from measure import NotMeasured, Report, run
+def measure(arguments):
+    raise NotMeasured("no models here")
+run("absent", None, measure)
+"""
+SLOW = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
+open(sys.argv[0] + ".pid", "w").write(str(child.pid))
+time.sleep(120)
+"""
+
+
+def rows(table: Any, folder: Path, **scripts: str) -> None:
+    """The table's rows, replaced by these."""
+    found = {}
+    for name, text in scripts.items():
+        path = folder / f"{name}.py"
+        path.write_text(f"import sys; sys.path.insert(0, {str(BENCHMARKS / 'rows')!r})\n{text}", encoding="utf-8")
+        found[name] = table.Row(f"Row {name}", str(path), 3 if name == "slow" else 60)
+    table.ROWS = found
+
+
+def call(table: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["table.py", *words])
+    return int(table.main())
+
+
+def test_rows_that_fail_are_named_and_the_others_go_on(
+    table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows(table, tmp_path, bad=BAD, good=GOOD, absent=ABSENT, slow=SLOW)
+    result = tmp_path / "speed.json"
+    assert call(table, monkeypatch, "--json", str(result)) == 1
+    document = json.loads(result.read_text(encoding="utf-8"))["rows"]
+    assert document["bad"]["failed"] == "RuntimeError: the disk is full"
+    assert document["slow"]["failed"] == "it took longer than 3 s"
+    assert document["absent"]["not_measured"] == "no models here"
+    assert document["good"]["lines"][0]["ratio"]["median"] == 0.75
+    assert document["good"]["lines"][0]["met"]
+    shown = capsys.readouterr().out
+    assert "Failed: RuntimeError: the disk is full" in shown
+    assert "| a thing | 1.5 s | it: 2 s | 0.75× (0.5–1) | ≤ 1×: met |" in shown
+    child = int((tmp_path / "slow.py.pid").read_text(encoding="utf-8"))
+    time.sleep(0.2)
+    assert not os.path.exists(f"/proc/{child}") or "Z" in Path(f"/proc/{child}/stat").read_text().split(")")[1]
+
+
+def test_some_rows_are_put_into_an_earlier_result_and_onto_the_page(
+    table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows(table, tmp_path, good=GOOD, other=BAD)
+    result, page = tmp_path / "speed.json", tmp_path / "guide" / "page.md"
+    assert call(table, monkeypatch, "--rows", "other", "--json", str(result)) == 1
+    assert call(table, monkeypatch, "--rows", "good", "--merge", str(result)) == 1
+    document = json.loads(result.read_text(encoding="utf-8"))["rows"]
+    assert set(document) == {"good", "other"}
+    page.parent.mkdir()
+    page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n", encoding="utf-8")
+    call(table, monkeypatch, "--from", str(result), "--page", str(page))
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "### Row good" in text
+    with pytest.raises(SystemExit):
+        call(table, monkeypatch, "--rows", "none")
+
+
+def test_every_row_has_a_script(table: Any) -> None:
+    scripts = {row.script for row in table.ROWS.values()}
+    assert scripts == {path.name for path in (BENCHMARKS / "rows").glob("*.py")} - {"measure.py", "subjects.py"}
+    assert sum(row.seconds for row in table.ROWS.values()) <= 40 * 60
