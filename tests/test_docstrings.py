@@ -1,8 +1,9 @@
-"""Every module, class and public function of the package says what it does, in a sentence that begins its docstring."""
+"""Everything public in the package has a docstring, and functions of tensors tell their shapes."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,3 +38,34 @@ def test_what_has_no_docstring_is_found() -> None:
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_everything_public_has_a_docstring(path: Path) -> None:
     assert undocumented(path.read_text(encoding="utf-8")) == []
+
+
+SHAPE = re.compile(r"\[[^\]]+\]|\((?:[\w…·+ ]|\.{3})+,[^)]*\)|\bshapes?\b|\bscalar\b")
+TENSOR = re.compile(r"Tensor\b|ndarray\b")
+
+
+def shapeless(source: str) -> list[str]:
+    """Public functions that take or give tensors, and whose docstrings tell no shape; tensors of callables aside."""
+    missing = []
+    for name, node in public(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            continue
+        every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        kinds = [each.annotation for each in every if each.annotation] + ([node.returns] if node.returns else [])
+        texts = [text for text in map(ast.unparse, kinds) if "Callable" not in text]
+        if any(TENSOR.search(text) for text in texts) and not SHAPE.search(ast.get_docstring(node) or ""):
+            missing.append(name)
+    return missing
+
+
+def test_what_tells_no_shape_is_found() -> None:
+    told = (
+        'def f(x: torch.Tensor) -> None:\n    """Take x [n, d]."""\ndef g(x: Tensor) -> int:\n    """Of (rows, n)."""\n'
+    )
+    untold = 'def h(x: np.ndarray) -> None:\n    """Take x (quickly)."""\n'
+    assert shapeless(told + untold) == ["h"]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_functions_of_tensors_tell_shapes(path: Path) -> None:
+    assert shapeless(path.read_text(encoding="utf-8")) == []
