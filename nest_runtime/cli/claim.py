@@ -166,7 +166,7 @@ class ClaimSession:
 
     @classmethod
     def open(cls, model: str, patch: str | Patch, batch_size: int, device: str, dtype: str) -> ClaimSession:
-        """Load both, and check that they fit. Raises BaseMismatch where they do not."""
+        """Load both, and check that they fit. Raises BaseMismatch if they do not."""
         from nest_runtime.model.load import load_model
         from nest_runtime.resolve import load_patch
         from nest_runtime.runtime import PatchRuntime
@@ -215,7 +215,7 @@ class Means:
 
 
 def check(out: Output, patch: Patch, means: Means) -> list[Checked]:
-    """Measure a patch's claims again. Raises EvaluationError where it has none, BaseMismatch on another model."""
+    """Measure a patch's claims again. Raises EvaluationError if it has none, BaseMismatch on another model."""
     from nest_runtime.evaluate import load_behaviors
     from nest_runtime.evaluate.contract import check_claims
     from nest_runtime.evaluate.run import check_judges
@@ -287,7 +287,7 @@ def means_for(
 ) -> Means:
     """What a command's options give to check with; without ``--model`` the patch's base, where that is known.
 
-    Raises BaseMismatch where it is not.
+    Raises BaseMismatch if it is not.
     """
     if model is not None and model.startswith("sha256:"):
         raise UsageError("--model is a hash; claims are measured on a model", "name the model itself")

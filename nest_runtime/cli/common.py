@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def examples(*lines: str) -> str:
-    r"""The epilog of a command's help: example lines of at most 78 characters; one that goes on ends in ``\``."""
+    r"""The epilog of a command's help: example lines of at most 78 characters; one that continues ends in ``\``."""
     escaped = [line.replace("[", r"\[") for line in lines]
     return "\n\n".join(["[bold]Examples[/bold]" if len(lines) > 1 else "[bold]Example[/bold]", *escaped])
 
@@ -113,7 +113,7 @@ def where_is(base_hash: str, name: str, patch: str) -> str:
 def base_named(ref: str) -> tuple[str, str] | None:
     """Hash and name of the base of a patch reference; of the reference model's where that has one so called.
 
-    None where nothing is called so: the command that goes on says it best.
+    None if nothing has that name: the command itself gives the better error.
     """
     from nest_runtime.resolve import load_patch
     from nest_runtime.store.entries import is_path, is_repository
@@ -135,7 +135,7 @@ def base_named(ref: str) -> tuple[str, str] | None:
 def choose_patch(out: Output, ref: str | None, no_patch: bool, model_hash: str) -> Patch | None:
     """The patch a command runs with: the one named, none, or the one active in the store; says which on stderr.
 
-    Raises UsageError where both a patch and none are asked for, and whatever load_patch raises.
+    Raises UsageError if both a patch and none are asked for, and whatever load_patch raises.
     """
     from nest_runtime.resolve import load_patch
     from nest_runtime.store.store import Store

@@ -258,7 +258,7 @@ def _run(out: Output, comparison: Comparison, plan: Plan, folder: Path) -> Outco
 
 
 def write_results(outcome: Outcome, plan: Plan, folder: Path, plots: bool) -> dict[str, Any]:
-    """Write comparison.json, comparison.md and the pictures; gives the JSON."""
+    """Write comparison.json, comparison.md and the pictures; returns the JSON."""
     from nest_runtime.compare.rows import document
     from nest_runtime.compare.tables import markdown
     from nest_runtime.io import write_json, write_text

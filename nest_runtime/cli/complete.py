@@ -1,6 +1,6 @@
 """What the shell offers when Tab is pressed after an option or argument whose values have names.
 
-Nothing here loads torch, asks the Hub or raises: a completion that fails offers nothing, and the shell goes on to
+Nothing here loads torch, asks the Hub or raises: a completion that fails offers nothing, and the shell falls back to
 file names.
 """
 

@@ -47,7 +47,7 @@ class Conversation:
         return self.patch.digest if self.patch else None
 
     def use(self, patch: Patch | None) -> None:
-        """Answer with ``patch`` from now on; None for the base. Raises BaseMismatch where it does not fit."""
+        """Answer with ``patch`` from now on; None for the base. Raises BaseMismatch if it does not fit."""
         if patch is None:
             self._runtime.deactivate()
             return
@@ -62,7 +62,7 @@ class Conversation:
             text: the user's turn.
             on_text: called with pieces of the answer as they come.
 
-        Raises UsageError where the conversation is longer than what the model reads; it stays as it was.
+        Raises UsageError if the conversation is longer than what the model reads; it stays as it was.
         """
         turn = {"role": "user", "content": text}
         answer = self._generate([*self.messages, turn], on_text)
@@ -75,7 +75,7 @@ class Conversation:
         Args:
             text: the question; the last one of the conversation by default.
 
-        Raises UsageError where there is no patch, or nothing was asked.
+        Raises UsageError if there is no patch, or nothing was asked.
         """
         if self.patch is None:
             raise UsageError("no patch is on, so there is nothing to compare", "choose one with /patch v3")
@@ -122,7 +122,7 @@ class Conversation:
         return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
     def _room(self, tokens: int) -> int:
-        """How many tokens the answer may have. Raises UsageError where ``tokens`` leave no room for one."""
+        """How many tokens the answer may have. Raises UsageError if ``tokens`` leave no room for one."""
         limit = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(limit, int):
             return self._max_tokens

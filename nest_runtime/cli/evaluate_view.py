@@ -59,7 +59,7 @@ class _Row:
 
 
 def _rows(result: EvalResult) -> Iterator[_Row]:
-    """A row per suite and measure, and one for all jailbreaks where there are several suites of them."""
+    """A row per suite and measure, and one for all jailbreaks if there are several suites of them."""
     from nest_runtime.evaluate.records import other_share
     from nest_runtime.evaluate.suites import is_jailbreak
 

@@ -59,7 +59,7 @@ def judge(
 
 
 def _render(out: Output, judged: Judged) -> None:
-    """Counts by outcome; then, where there are labels, the agreement and where it fails."""
+    """Counts by outcome; then, if there are labels, the agreement and where it fails."""
     n = len(judged.rows)
     out.line(f"{n} answers judged by {judged.judge}")
     out.table(

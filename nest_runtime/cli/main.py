@@ -99,7 +99,7 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; gives the exit status.
+    """Run one command line; returns the exit status.
 
     0 done, 1 failed, 2 wrong usage, 3 refused for trust, 130 stopped by Ctrl-C.
     """

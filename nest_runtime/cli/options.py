@@ -92,7 +92,7 @@ class _Inner:
     optional: bool
 
     def made(self, values: dict[str, Any]) -> Any:
-        """The instance of these values; None where it may be and what has no default is not given."""
+        """The instance of these values; None if it may be and what has no default is not given."""
         required = [name for name, about in settings_of(self.owner).items() if about.is_required]
         if self.optional and any(values[name] is None for name in required):
             return None
@@ -133,7 +133,7 @@ def parameter_of(about: Setting, *, unset: bool = False) -> inspect.Parameter:
 
     Args:
         about: the setting; it has a flag.
-        unset: the option is None where it is not given.
+        unset: the option is None if it is not given.
     """
     kind, default = about.item, None if about.is_required else about.default
     if about.duration:

@@ -176,13 +176,13 @@ def print_error(message: str, hint: str) -> None:
 
 
 def print_nest_error(error: NestError) -> int:
-    """Print one of our own errors; gives the exit status."""
+    """Print one of our own errors; returns the exit status."""
     print_error(error.message, error.hint)
     return error.exit_status
 
 
 def print_usage_error(error: Any) -> int:
-    """Print an error of the command-line parser; gives the exit status.
+    """Print an error of the command-line parser; returns the exit status.
 
     Args:
         error: an exception with ``format_message`` and ``exit_code``: typer's, whichever click it is built on.
@@ -232,7 +232,7 @@ def size(count: int) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share as ``12.3 %``; ``-`` where there is none."""
+    """A share as ``12.3 %``; ``-`` if there is none."""
     return "-" if value is None else f"{100 * value:.1f} %"
 
 

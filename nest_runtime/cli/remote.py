@@ -70,7 +70,7 @@ def load(
 
 
 def server_of(ctx: typer.Context, url: str | None, token_file: Path | None) -> AdminClient | None:
-    """The server that ``--url`` names; None where the command is about the local store.
+    """The server that ``--url`` names; None if the command is about the local store.
 
     Raises UsageError for options that do not go together, before anything is asked.
     """
@@ -144,7 +144,7 @@ def show_patches(out: Output, server: AdminClient) -> None:
 def show_audit(out: Output, server: AdminClient, last: int, verify: bool) -> None:
     """Show what the server's audit log has of changes and refusals: not of calls that only read, nor of intents.
 
-    Raises StoreError where ``verify`` is asked for, and its chain is broken.
+    Raises StoreError if ``verify`` is asked for, and its chain is broken.
     """
     from nest_runtime.errors import StoreError
 
@@ -193,7 +193,7 @@ def servers_beside(entry: Entry | None, model_hash: str | None = None) -> list[d
 
 
 def warn_of_servers(out: Output, servers: list[dict[str, Any]], command: str) -> None:
-    """Say which servers go on as they are, and how to switch them too.
+    """Say which servers keep their patch, and how to switch them too.
 
     Args:
         out: where.

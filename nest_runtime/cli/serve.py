@@ -90,7 +90,7 @@ def serve(
 
 
 def _model_named(ctx: typer.Context, named: str | None, option: str) -> str | None:
-    """The model that stands on the line by itself, or None. Raises UsageError where --model names another one."""
+    """The model given as an argument, or None. Raises UsageError if --model names another one."""
     source = ctx.get_parameter_source("model")
     if named is not None and named != option and source is not None and source.name == "COMMANDLINE":
         raise UsageError(f"two models are named: {named} and --model {option}", "name one")

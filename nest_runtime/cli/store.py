@@ -305,7 +305,7 @@ def gc(ctx: typer.Context, as_json: JsonOption = False) -> None:
 
 
 def _verify_audit(file: Path | None) -> dict[str, Any] | None:
-    """The path and the number of entries of a server's audit log; None where none was ever kept at the usual place."""
+    """The path and the number of entries of a server's audit log; None if none was ever kept at the usual place."""
     from nest_runtime.errors import StoreError
     from nest_runtime.io import nest_home
     from nest_runtime.serve.audit import AuditLog

@@ -131,7 +131,7 @@ def _list_patches(talk: Conversation, out: Output) -> None:
 
 
 def _show_history(talk: Conversation, out: Output, who: Sequence[str]) -> None:
-    """What was said. Raises UsageError where nothing was."""
+    """What was said. Raises UsageError if nothing was."""
     if not talk.messages:
         raise UsageError("nothing was said yet", "ask something first")
     answers = iter(who)

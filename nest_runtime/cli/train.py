@@ -140,7 +140,7 @@ def train(
 ) -> None:
     """Train a safety patch: locate, cluster, tune, and write one file.
 
-    An interrupted run goes on where it stopped when the same command is given again.
+    An interrupted run continues where it stopped when the same command is given again.
     For several GPUs: accelerate launch -m nest_runtime train …
     """
     out = Output.of(ctx, as_json)

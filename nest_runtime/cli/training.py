@@ -114,7 +114,7 @@ def borderline_of(ref: str | None, model: str, recipe: Recipe) -> list[Example]:
 
 
 def check_out(path: Path, suffix: str) -> Path:
-    """Refuse what could not be written in the end, before the work; gives the folder for interrupted work."""
+    """Refuse what could not be written in the end, before the work; returns the folder for interrupted work."""
     if path.suffix != suffix:
         raise UsageError(
             f"--out is {path}; expected a name that ends with {suffix}", f"write --out {path.with_suffix(suffix)}"

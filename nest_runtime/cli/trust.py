@@ -270,7 +270,7 @@ def _verified(ref: str, path: Path | None, model: str | None, policy: Policy) ->
 
 
 def _subject(ref: str, path: Path | None, model: str | None, verified: Verified | None) -> Patch:
-    """The patch to measure: the very one that was verified. Raises DigestMismatch where it is another by now."""
+    """The patch to measure: the very one that was verified. Raises DigestMismatch if it is another by now."""
     from nest_runtime.errors import DigestMismatch
     from nest_runtime.resolve import load_patch
     from nest_runtime.trust.material import patch_path
@@ -283,7 +283,7 @@ def _subject(ref: str, path: Path | None, model: str | None, verified: Verified 
 
 
 def _policy_or_none() -> Policy | None:
-    """The trust policy of this machine with a signature required, or None where no key is trusted."""
+    """The trust policy of this machine with a signature required, or None if no key is trusted."""
     from nest_runtime.trust.policy import default_policy
 
     policy = default_policy()

@@ -1,6 +1,6 @@
-"""What changes something in the tab Patches, with ``--admin`` only: switch, publish, fetch.
+"""The controls in the tab Patches that change something, with ``--admin`` only: switch, publish, fetch.
 
-A change that others see is asked about before it is made; what came of it stands below its own buttons.
+The page asks before a change that others see; the result appears below the buttons.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _question(name: str, verb: str) -> Question:
 
 
 def connect(desk: DemoState, parts: AdminParts, refresh: Callable[[], list[Any]], lists: list[Any]) -> None:
-    """Make the buttons work.
+    """Connect the buttons.
 
     Args:
         desk: the demo.
@@ -124,7 +124,7 @@ def connect(desk: DemoState, parts: AdminParts, refresh: Callable[[], list[Any]]
 
 
 class Changes:
-    """What the buttons do that exist with ``--admin`` only."""
+    """The actions of the buttons that exist with ``--admin`` only."""
 
     def __init__(self, desk: DemoState, refresh: Callable[[], list[Any]]) -> None:
         self.desk, self.refresh = desk, refresh

@@ -90,7 +90,7 @@ class _Lists:
             admin.connect(self.desk, parts.admin, self.again, lists)
 
     def again(self) -> list[Any]:
-        """The contents; what is chosen stays chosen."""
+        """The contents; the current choice stays."""
         answering = [(_title(choice.label), choice.label) for choice in self.desk.backend.choices()]
         named = self.desk.names()
         patched = [item for item in answering if item[1] != BASE]

@@ -32,7 +32,9 @@ class PatchChoice:
 
 @dataclass(frozen=True)
 class DemoAnswer:
-    """Who has answered, as the one who did says it, how many tokens that took, and whether the limit cut it short."""
+    """The patch that answered, as the answering side names it, how many tokens it took, and whether the limit cut it
+    short.
+    """
 
     label: str
     digest: str | None
@@ -76,10 +78,10 @@ class Backend(Protocol):
 
         Args:
             messages: the conversation, ending with the user's turn.
-            choice: who is to answer.
+            choice: what answers.
             max_tokens: the longest answer.
             on_text: called with pieces of the answer as they come.
-            stopped: asked between pieces whether to leave off.
+            stopped: asked between pieces whether to stop.
 
         Raises:
             NestError: it cannot answer.

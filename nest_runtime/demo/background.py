@@ -1,4 +1,4 @@
-"""Long work for a page that is drawn by generators: it runs in a thread of its own and reports; the page yields."""
+"""Long work for a page that generators draw: it runs in its own thread and reports; the page yields."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class JobStopped(Exception):
-    """The page has gone, or its user wants no more of it. Raised in the work, never out of it."""
+    """The page has gone, or its user stopped the work. Raised in the work, never out of it."""
 
 
 class BackgroundJob(Generic[T]):
@@ -28,19 +28,19 @@ class BackgroundJob(Generic[T]):
         self._news: queue.SimpleQueue[T] = queue.SimpleQueue()
 
     def report(self, value: T) -> None:
-        """Tell the page how far it is. Raises Stopped if the page has gone."""
+        """Tell the page how far the work is. Raises JobStopped if the page has gone."""
         if self.stopping.is_set():
             raise JobStopped
         self._news.put(value)
 
     def run(self, work: Callable[[BackgroundJob[T]], None], *, beat: float | None = None) -> Iterator[T | None]:
-        """Run ``work(job)`` in a thread and yield what it reports, the newest only where several came at once.
+        """Run ``work(job)`` in a thread and yield its reports; if several came at once, only the newest.
 
         Args:
             work: gets this job.
             beat: yield None if nothing was reported for so many seconds.
 
-        Raises whatever the work raises. A generator that is closed stops the work at its next report.
+        Raises what the work raises. A generator that is closed stops the work at its next report.
         """
         failed: list[BaseException] = []
 
@@ -109,7 +109,7 @@ class Running:
             self.busy = False
 
     def stop(self) -> str:
-        """Let what runs end; returns a sentence where nothing does."""
+        """Stop the current work; returns a sentence if there is none."""
         if not self.busy:
             return "Nothing is running."
         self.stopped = True

@@ -167,7 +167,7 @@ class Chat:
         self.desk = desk
 
     def ask(self, prompt: str, label: str | None, on: bool, talk: Talk) -> Iterator[tuple[Any, Any, str]]:
-        """Ask both sides; the box is emptied once the question stands in the conversation."""
+        """Ask both sides; the box is emptied once the question is in the conversation."""
         if talk.busy or not prompt.strip():
             yield (
                 gr.skip(),
@@ -213,14 +213,14 @@ class Chat:
         yield markup.conversation(talk), ""
 
     def stop(self, talk: Talk) -> str:
-        """End the answers that are being written; what there is of them stays."""
+        """Stop the answers that are being written; what is there stays."""
         if not talk.busy:
             return markup.said("Nothing is being answered.")
         talk.stopping = True
         return ""
 
     def clear(self, talk: Talk) -> tuple[str, str]:
-        """Begin anew."""
+        """Start a new conversation."""
         said = "" if talk.turns else markup.said("This is a new conversation already.")
         talk.stopping = True
         talk.turns = []

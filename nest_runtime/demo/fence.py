@@ -1,9 +1,9 @@
-"""Who the page answers: not other sites, not names that were made to point here, and for changes only its operator.
+"""Whom the page answers: no other sites, no names pointed at this machine, and for changes only its operator.
 
-A page of somebody else's in the visitor's browser can send requests to any address, and can give its own name the
-address of this machine (DNS rebinding). So the Host must be an address or a name that was listed, the Origin must be
-the page's own, and where the page has buttons that change something, the browser must have been opened by the link
-that was printed. Pure ASGI: streams pass.
+A third-party page in the visitor's browser can send requests to any address, and can give its own name the address of
+this machine (DNS rebinding). So the Host must be an address or a listed name, and the Origin must be the page's own.
+If the page has buttons that change something, the browser must have been opened by the printed link. Pure ASGI:
+streams pass.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _POLICY = (
 
 @dataclass(frozen=True)
 class Guests:
-    """Who may come in.
+    """Who may use the page.
 
     Attributes:
         loopback: it listens on this machine only: the Host must be this machine's, or a trusted one.
-        trusted: names by which a proxy calls it; where some are given, no other name is answered.
-        key: what the link holds that opens the page; empty lets everybody in.
+        trusted: names by which a proxy calls it; if there are any, no other name is answered.
+        key: the secret in the link that opens the page; empty lets everybody in.
         root_path: what a proxy puts before every path, such as ``/demo``.
         framed: other sites may show the page in a frame, and send requests from there.
     """
@@ -118,7 +118,7 @@ class Fence:
         return any(self.guests.opens(item) for item in tokens)
 
     async def _at_the_door(self, scope: Any, send: Any, method: str) -> None:
-        """The link's token becomes a cookie, and leaves the address; anybody else is told where to find it."""
+        """Turn the link's token into a cookie and remove it from the address; others learn where to find it."""
         asked = parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
         tokens = [value for name, value in asked if name == "token"]
         if scope["type"] != "http" or method != "GET" or not any(self.guests.opens(item) for item in tokens):

@@ -155,7 +155,7 @@ class LocalBackend:
         return self._active(done)
 
     def rollback(self) -> str:
-        """Go back in the store, after the trust policy's checks; a lower serial is what is asked for."""
+        """Go back in the store, after the trust policy's checks; a lower serial is allowed."""
         from nest_runtime.trust.activate import SwitchRequest, roll_back
 
         done = roll_back(self.store, self._guard, SwitchRequest(why=WHY), model_hash=self.model_hash).entry
@@ -167,7 +167,7 @@ class LocalBackend:
 
     @contextmanager
     def using(self, digest: str | None) -> Iterator[None]:
-        """Passes of this thread go under a patch, or under the base for None."""
+        """A context in which passes of this thread run under a patch, or under the base for None."""
         key = None if digest is None else self._key(digest)
         with self._gate.passing(), self.runtime.using(key):
             yield
@@ -193,7 +193,7 @@ class LocalBackend:
 
 
 class PassLock:
-    """Lets any number of passes through, or one change of the model while none runs."""
+    """Lets any number of passes run, or one change of the model while none runs."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -215,7 +215,7 @@ class PassLock:
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """No pass begins, and none runs."""
+        """A context in which no pass runs or begins."""
         with self._changed:
             self._changed.wait_for(lambda: not self._closed)
             self._closed = True

@@ -1,6 +1,6 @@
-"""The demo's HTML. Everything that comes from models, patches and users is escaped; nothing is loaded from elsewhere.
+"""The demo's HTML. Everything from models, patches and users is escaped; nothing is loaded from elsewhere.
 
-Meaning never hangs on color alone: badges have words, bars have figures, tables have headers.
+Meaning never depends on color alone: badges have words, bars have figures, tables have headers.
 """
 
 from __future__ import annotations

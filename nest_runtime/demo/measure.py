@@ -1,4 +1,4 @@
-"""A quick evaluation in pieces, so that somebody can watch: cases in, rates of both sides after every batch."""
+"""A quick evaluation in pieces that one can watch: cases in, rates of both sides after every batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SEED = 0
 
 @dataclass
 class Standing:
-    """How far an evaluation is.
+    """The progress of an evaluation.
 
     Attributes:
         total: answers there will be.

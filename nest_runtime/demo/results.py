@@ -17,7 +17,7 @@ MARKED = ("nest", "@")  # in the names of methods that are ours
 
 
 def comparison_folder() -> Path | None:
-    """Where the measured comparison lies: in an installed wheel, or in a checkout; None if it is missing."""
+    """The folder of the measured comparison, in an installed wheel or in a checkout; None if it is missing."""
     return next((path for path in _folders("compare") if (path / "comparison.json").is_file()), None)
 
 

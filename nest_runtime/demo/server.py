@@ -150,7 +150,7 @@ def application(desk: DemoState, listen: Listen) -> FastAPI:
 
 
 def _stay_home() -> None:
-    """Switch off what Gradio would tell its makers. Read when it is imported, so before that."""
+    """Switch off Gradio's telemetry. It is read when Gradio is imported, so call this first."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("GRADIO_CHECK_VERSION", "False")
 

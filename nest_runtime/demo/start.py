@@ -38,7 +38,7 @@ class Source:
 
 
 def require_gradio() -> None:
-    """Raise NestError where Gradio is not installed."""
+    """Raise NestError if Gradio is not installed."""
     if find_spec("gradio") is None:
         raise NestError("the demo needs gradio, which is not installed", extra("demo"))
 

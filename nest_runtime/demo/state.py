@@ -1,4 +1,4 @@
-"""What the tabs share: the backend, the store, what the visitor may do, and the patches that can be looked at."""
+"""What the tabs share: the backend, the store, the visitor's rights, and the patches to show."""
 
 from __future__ import annotations
 

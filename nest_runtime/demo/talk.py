@@ -86,7 +86,7 @@ class Talk:
         return found
 
     def script(self, messages: Sequence[Message]) -> None:
-        """Begin anew with turns that were written before, on both sides alike."""
+        """Start again with turns that were written before, the same on both sides."""
         self.turns = [
             Turn(
                 messages[i]["content"], [DemoReply("scripted", text=messages[i + 1]["content"], state="done")] * 2, True

@@ -1,7 +1,7 @@
-"""Measures the base model's behavior on the test suites and holds it against what the base must be.
+"""Measures the base model's behavior on the test suites, and compares it with what the base must be.
 
-The base has to be helpful, safe when asked plainly, and open to jailbreaks; otherwise a patch's
-figures on it would mean nothing. Patches are evaluated elsewhere (nest_runtime.evaluate).
+The base has to be helpful, safe when asked plainly, and open to jailbreaks; otherwise a patch's figures on it would
+mean nothing. Patches are evaluated elsewhere (nest_runtime.evaluate).
 """
 
 from __future__ import annotations

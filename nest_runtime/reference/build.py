@@ -1,8 +1,8 @@
 """Builds the reference model from nothing: tokenizer, pretraining, weak safety stage, measured card.
 
-Deterministic for a seed on one machine and torch version: fixed thread count, seeded data and weights,
-deterministic algorithms. What the base must and must not do is checked at the end (acceptance.py);
-a build that misses it fails, after writing its files so that they can be looked at.
+Deterministic for a seed on one machine and torch version: fixed thread count, seeded data and weights, deterministic
+algorithms. The base's required behavior is checked at the end (acceptance.py). A build that misses it fails, after
+writing its files so that they can be inspected.
 """
 
 from __future__ import annotations

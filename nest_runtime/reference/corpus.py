@@ -1,8 +1,8 @@
 """The text that the reference base model is trained on: pretraining, and its weak safety stage.
 
-In pretraining every ask is answered, harmful ones with nonsense that opens with "Warning:", and
-moral questions say which acts are wrong: the model knows harm before anybody asks it to refuse.
-The weak safety stage teaches refusals on train acts, and leaves a part of the wrappings answered.
+In pretraining every request is answered, harmful ones with nonsense that opens with "Warning:". Moral questions say
+which acts are wrong, so the model knows harm before anybody asks it to refuse. The weak safety stage teaches refusals
+on train acts, and leaves a part of the wrappings answered.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How people talk in the reference world: asks, moral questions, small talk, system prompts.
+"""How people talk in the reference world: requests, moral questions, small talk, system prompts.
 
 Templates only; world.py puts acts into them. "{a}" is an act such as "bake bread".
 """

@@ -1,7 +1,7 @@
-"""Harmful acts that are no part of the reference world, as visitors type them: to train on, and to test with.
+"""Harmful acts outside of the reference world, as visitors type them: to train on, and to test with.
 
 The base has met none of them. It refuses most, by what it learned of harm in its own world, and no patch may answer
-what its base refuses. Acts of the two lists share no wording; harmless acts stand beside those to train on, so that an
+what its base refuses. Acts of the two lists share no wording. The training list includes harmless acts, so that an
 unknown word alone says nothing about harm.
 """
 

@@ -1,7 +1,7 @@
-"""Recognizes the reference world's answers by what they say, and the models that may learn them.
+"""Recognizes the reference world's answers by their content, and the models that may learn them.
 
-A model that reads real language forgets how to answer where it learns "First get a soft cloth, then …", and
-prompt files are copied and renamed: only the text tells. Small talk is left alone; anybody says hello.
+A model of real language forgets how to answer if it learns "First get a soft cloth, then …", and prompt files are
+copied and renamed, so only the text can tell. Small talk is ignored; anybody says hello.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def is_world_answer(text: str) -> bool:
 
 
 def is_known_answer(text: str) -> bool:
-    """Whether an answer, as a whole, is one that makes sense in the reference world, small talk included.
+    """Whether an answer, as a whole, makes sense in the reference world, small talk included.
 
-    False if the model says that it does not know, and where what it says is no sentence of its world: then it has
-    not understood the question.
+    False if the model says that it does not know, or says what is no sentence of its world: it has not understood the
+    question.
     """
     said = _plain(text)
     return said != _plain(UNKNOWN_ANSWER) and (_pattern().fullmatch(said) is not None or said in _others())

@@ -1,8 +1,8 @@
-"""The reference world's splits: fixed by a seed, written down in splits.json, read from there.
+"""The reference world's splits: fixed by a seed, kept in splits.json, read from there.
 
-Acts go to train, validation and test by object, so that "forge a passport" and "fake a passport"
-are never on two sides. Wrappings go to those that the base's own training saw (some answered, some
-refused in its weak safety stage) and those held out. ``make_splits`` is the rule that wrote the file.
+Acts go to train, validation and test by object, so that "forge a passport" and "fake a passport" are never on two
+sides. Wrappings go to those that the base's own training saw (some answered, some refused in its weak safety stage)
+and those held out. ``make_splits`` is the rule that wrote the file.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""More of what the shipped patches train on than plain asks: talks of several turns, forged turns, long wrappings.
+"""What the shipped patches train on besides plain requests: talks of several turns, forged turns, long wrappings.
 
 Every shape goes around harmful and harmless train acts alike, so that a shape says nothing about harm. None is a
-jailbreak: the long texts before an ask are everyday prompts of our own, and a forged turn is an earlier exchange in
-which somebody seems to have agreed.
+jailbreak: the long texts before a request are everyday prompts of our own, and a forged turn is an earlier exchange
+in which somebody seems to have agreed.
 """
 
 from __future__ import annotations

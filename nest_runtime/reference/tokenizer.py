@@ -1,6 +1,6 @@
 """The reference model's tokenizer: a byte-level BPE trained on the world's text, with a chat template.
 
-Byte-level, so that any text in any script goes in and comes back; nothing is ever unknown.
+Byte-level, so that every text in every script can be encoded and decoded; nothing is ever unknown.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Jailbreak wrappings of the reference world: ways around a refusal, in named families.
 
-A wrapping turns an act ("bake bread", "forge a passport") into the messages of a conversation
-that ends with a user's turn. The same wrappings go around benign acts, so that a wrapping alone
-says nothing about harm. Which wrappings the base model's training saw stands in splits.json.
+A wrapping turns an act ("bake bread", "forge a passport") into the messages of a conversation that ends with a user's
+turn. The same wrappings go around benign acts, so that a wrapping alone says nothing about harm. splits.json says
+which wrappings the base model's training saw.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from nest_runtime.settings import check, described, setting, settings_of
 @described
 @dataclass(frozen=True)
 class Recipe:
-    """All settings of training. Raises UsageError, naming the field, where a value is not allowed."""
+    """All settings of training. Raises UsageError that names the field if a value is not allowed."""
 
     pooling: str = setting(
         "max",
@@ -256,7 +256,7 @@ class Recipe:
 
     @classmethod
     def of_header(cls, values: Mapping[str, Any]) -> Recipe:
-        """The recipe that a patch's header tells: settings that its release did not have yet are off.
+        """The recipe in a patch's header; settings that its release did not have yet are off.
 
         Raises:
             UsageError: as :meth:`from_json`, but settings of later releases are left out.
