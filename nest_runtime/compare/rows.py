@@ -6,7 +6,7 @@ ONE seed, since the same prompts are answered again under every seed. McNemar's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -15,9 +15,10 @@ from nest_runtime.compare.compare import Outcome
 from nest_runtime.compare.methods.base import Method
 from nest_runtime.compare.paired import headline, trials, versus
 from nest_runtime.compare.paper import against_paper
+from nest_runtime.evaluate.judges.errors import measured_errors
 from nest_runtime.evaluate.records import Record, other_share, rate_of
 from nest_runtime.evaluate.report import EvalResult
-from nest_runtime.evaluate.stats import Rate
+from nest_runtime.evaluate.stats import Rate, corrected
 from nest_runtime.measures import ATTACK_SUCCESS, MEASURES
 
 FORMAT = 1
@@ -72,6 +73,7 @@ def _row(cells: list[Cell], method: Method | None, base: Cell | None) -> dict[st
         "other": _mean_share([trials(result, ATTACK_SUCCESS.key, suites) for result in results]),
         "other_benign": _mean_share([[r for r in result.trials if r.kind == "benign"] for result in results]),
         "rates": rates,
+        "corrected": _corrected(first.result, rates),
         "asr_by_suite": _grouped(results, "suite", None),
         "asr_by_family": _grouped(results, "family", suites),
         "seeds": [cell.seed for cell in cells],
@@ -80,6 +82,17 @@ def _row(cells: list[Cell], method: Method | None, base: Cell | None) -> dict[st
     if base is not None and first is not base:
         row["vs_base"] = {name: versus([base.result], results, name) for name in MEASURES}
     return row
+
+
+def _corrected(result: EvalResult, rates: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The rates corrected for the judge's measured errors, by measure; None for a judge whose errors are not known."""
+    found: dict[str, Any] = {}
+    for name, rate in rates.items():
+        errors = measured_errors(result.judges[0], name) if result.judges else None
+        if errors is not None and rate["n"]:
+            mended = corrected(Rate(min(round(rate["value"] * rate["n"]), rate["n"]), rate["n"]), errors)
+            found |= {} if mended is None else {name: mended.to_json()}
+    return found or None
 
 
 def _mean_share(by_seed: Sequence[Sequence[Record]]) -> float | None:

@@ -12,7 +12,8 @@ from nest_runtime.measures import ATTACK_SUCCESS, MEASURES, Measure
 def markdown(data: Mapping[str, Any]) -> str:
     """The table of rows, the paper's figures, and the sweep."""
     notes = "\n".join(f"Note: {note}." for note in data["notes"])
-    parts = [_about(data), _rows_table(data["rows"]), _paper_table(data["paper"]), _sweep_table(data["sweep"]), notes]
+    parts = [_about(data), _rows_table(data["rows"]), _corrected_table(data["rows"])]
+    parts += [_paper_table(data["paper"]), _sweep_table(data["sweep"]), notes]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -37,6 +38,22 @@ def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
     head += [ATTACK_SUCCESS.column, "95 % interval", "n", "vs base", "p", "other"]
     head += [f"{ATTACK_SUCCESS.column} {suite}" for suite in extra] + [measure.column for measure in _others()]
     return table(head, [[*_cost(row), *_safety(row), *_suites(row, extra)] for row in rows])
+
+
+def _corrected_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rates as judged and corrected for the judge's errors, where these are known."""
+    found = [row for row in rows if row.get("corrected")]
+    names = [name for name in MEASURES if any(name in row["corrected"] for row in found)]
+    lines = []
+    for row in found:
+        cells = [row["title"]]
+        for name in names:
+            mended = row["corrected"].get(name)
+            cells += [percent(row["rates"][name]["value"])]
+            cells += [NONE, NONE] if mended is None else [percent(mended["rate"]), interval(mended["ci95"])]
+        lines.append(cells)
+    head = [part for name in names for part in (MEASURES[name].column, "corrected for the judge", "95 % interval")]
+    return table(["method", *head], lines) if lines else ""
 
 
 def _cost(row: Mapping[str, Any]) -> list[str]:

@@ -27,8 +27,10 @@ from nest_runtime.compare.tables import markdown
 from nest_runtime.errors import DataError, UsageError
 from nest_runtime.evaluate.cases import Case, user
 from nest_runtime.evaluate.judges.base import Judge, Verdict
+from nest_runtime.evaluate.judges.errors import measured_errors
 from nest_runtime.evaluate.records import Record
 from nest_runtime.evaluate.report import EvalResult
+from nest_runtime.evaluate.stats import Rate, corrected
 from nest_runtime.model.load import load_model
 from nest_runtime.plots.comparison import draw, styles
 from tests.support.train import QUICK, benign_examples, harmful_examples
@@ -293,14 +295,14 @@ def test_no_two_rows_of_a_picture_look_alike() -> None:
     assert len({tuple(look.values()) for look in older.values()}) == len(rows)
 
 
-def _cell(method: str, hits: Sequence[bool], *, seed: int = 0, trainable: int = 0) -> Cell:
+def _cell(method: str, hits: Sequence[bool], *, seed: int = 0, trainable: int = 0, judge: str = "say") -> Cell:
     records = tuple(
         Record(f"c{i}", "jailbreak-seen", "harmful", "asr", "fiction" if i % 2 else "dan", "", "", f"c{i}", 0, (), "x",
-               {"say": Verdict("complied" if hit else "refused")})
+               {judge: Verdict("complied" if hit else "refused")})
         for i, hit in enumerate(hits)
     )  # fmt: skip
-    right = Record("u", "utility", "benign", "utility", "", "", "", "u", 0, (), "x", {"say": Verdict("correct")})
-    result = EvalResult("m", "sha256:0", method, None, ("say",), (*records, right))
+    right = Record("u", "utility", "benign", "utility", "", "", "", "u", 0, (), "x", {judge: Verdict("correct")})
+    result = EvalResult("m", "sha256:0", method, None, (judge,), (*records, right))
     fit = {"trainable": trainable, "artifact_bytes": 1, "seconds": 2.0, "peak_bytes": 3, "report": {}}
     return Cell(method, "lr", 0.1, seed, fit, result)
 
@@ -320,6 +322,21 @@ def test_rows_average_over_seeds_and_keep_the_interval_of_one() -> None:
     assert [entry["asr"] for entry in lora["per_seed"]] == [0.5, 0.3]
     assert {family: entry["asr"] for family, entry in base["asr_by_family"].items()} == {"dan": 1.0, "fiction": 1.0}
     assert lora["over_refusal"] is None
+
+
+def test_rates_are_shown_corrected_for_a_judge_whose_errors_are_known() -> None:
+    cells = [_cell("base", [True] * 10, judge="local"), _cell("nest", [True] * 4 + [False] * 6, judge="local")]
+    errors = measured_errors("local", "asr")
+    assert errors is not None
+    mended = corrected(Rate(4, 10), errors)
+    assert mended is not None
+    counts = {"harmful": {"count": 1}, "benign": {"count": 1}, "recipe": {"steps": 1}, "seeds": [0]}
+    names = {"model": "m", "base_hash": "sha256:0", "judge": "local"}
+    made = document(Outcome(tuple(cells), (), {}, {**counts, **names, **provenance()}))
+    assert made["rows"][1]["corrected"] == {"asr": mended.to_json()}
+    low, high = (100 * end for end in mended.ci95)
+    assert f"| nest | 40.0 % | {100 * mended.value:.1f} % | {low:.1f} to {high:.1f} |" in markdown(made)
+    assert rows([_cell("base", [True] * 10)])[0]["corrected"] is None
 
 
 def test_results_compare_with_the_paper_s_figures() -> None:
