@@ -179,13 +179,13 @@ def atomic_write(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically; its folder is made where missing. Raises OSError."""
+    """Write a text file atomically; its folder is made if missing. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, text)
 
 
 def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
-    """Write a JSON file for people to read, atomically; its folder is made where missing. Raises OSError."""
+    """Write a JSON file for people to read, atomically; its folder is made if missing. Raises OSError."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, sort_keys=sort_keys) + "\n")
 
 

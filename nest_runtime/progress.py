@@ -200,7 +200,7 @@ def track(iterable: Iterable[T], description: str, total: int | None = None, *, 
     Args:
         iterable: what to go through.
         description: the bar's label.
-        total: how many there are; ``len(iterable)`` where it has one.
+        total: how many there are; ``len(iterable)`` if it has one.
         quiet: draw nothing.
     """
     if total is None:

@@ -145,7 +145,7 @@ def setting(
     """A dataclass field with this default; the rest is as in :class:`Setting`.
 
     Args:
-        default: its value where none is given; a class is called for one.
+        default: its value if none is given; a class is called for one.
         help: see there, as for the rest.
         shown: whether ``repr`` shows its value; secrets are not shown.
     """

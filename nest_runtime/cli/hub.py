@@ -105,7 +105,7 @@ def push(
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Publish a patch: one commit and one tag, with its card and, where it has one, its signature.
+    """Publish a patch: one commit and one tag, with its card and, if it has one, its signature.
 
     A published version never changes. The signature is the one beside the file or in the store, or made with --key.
     Where the channel demands claims, they are measured first; nothing is sent if they are missing or do not hold.

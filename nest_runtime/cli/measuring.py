@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def cases_of(model: str, suites: Sequence[str], behaviors: Sequence[str]) -> list[Case]:
-    """The cases asked for; all of the reference world's where nothing is said and the model is the reference.
+    """The cases asked for; all of the reference world's if nothing is said and the model is the reference.
 
     Raises:
         UsageError: nothing is said for another model, or there is no such suite.

@@ -128,7 +128,7 @@ def check_out(path: Path, suffix: str) -> Path:
 
 @contextmanager
 def keeping(workdir: Path) -> Iterator[None]:
-    """Say on Ctrl-C what is kept; remove the work folder where nothing is."""
+    """Say on Ctrl-C what is kept; remove the work folder if nothing is."""
     try:
         yield
     except KeyboardInterrupt as error:

@@ -42,7 +42,7 @@ def compare(
     """Fit methods on the same prompts, under the same recipe, and measure each on the same cases with the same judge.
 
     Args:
-        methods: names as ``compare --methods`` takes them; ``base`` is added where it is missing.
+        methods: names as ``compare --methods`` takes them; ``base`` is added if it is missing.
         model: a model reference, or what ``load_model`` gave.
         harmful, benign: training prompts or files of them; the reference world's for the reference model.
         patches: finished patches, each as one more row.

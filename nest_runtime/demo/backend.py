@@ -47,7 +47,7 @@ class Backend(Protocol):
 
     Attributes:
         name: the model's.
-        about: what the model is, in a few words: its size, and whether it is a toy; empty where that is not known.
+        about: what the model is, in a few words: its size, and whether it is a toy; empty if that is not known.
         place: where it runs, for people.
         model_hash: the model's hash, where it is known.
         can_switch: ``activate`` and ``rollback`` can be asked for.

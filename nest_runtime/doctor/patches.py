@@ -41,7 +41,7 @@ def store() -> Finding:
 
 
 def active() -> Finding:
-    """Which patch answers for which model where none is named."""
+    """Which patch answers for which model if none is named."""
     now = [entry for entry in Store().list() if entry.active]
     if not now:
         return Finding(

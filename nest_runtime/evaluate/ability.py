@@ -27,7 +27,7 @@ class Score:
         n: documents.
         higher_is_better: how to read it; None if lm-eval does not say.
         group: the group of tasks that it is part of, or "".
-        samples: the documents' values by ``task/number``; empty where their mean is not the value.
+        samples: the documents' values by ``task/number``; empty if their mean is not the value.
         base: the same score of the bare base, if there is one to compare with.
     """
 
@@ -44,7 +44,7 @@ class Score:
 
     @property
     def name(self) -> str:
-        """``metric``, with its filter where it has one."""
+        """``metric``, with its filter if it has one."""
         return self.metric if self.filter == "none" else f"{self.metric},{self.filter}"
 
     @property

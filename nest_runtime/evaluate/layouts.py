@@ -215,7 +215,7 @@ def _generic(ref: str | Path, kind: str) -> Iterable[Case]:
 
 
 def _with_unique_ids(cases: list[Case], path: Path) -> list[Case]:
-    """Raise DataError where a file gives an id twice."""
+    """Raise DataError if a file gives an id twice."""
     seen: set[str] = set()
     for case in cases:
         if case.id in seen:

@@ -57,7 +57,7 @@ def evaluate(
         tasks: lm-eval tasks (lm_eval.load_tasks) to measure general ability with; there may be no cases then.
         questions: of utility (standard.load_standard); there may be no cases then.
         sources: where suites come from, for the report.
-        runtime: the model's PatchRuntime, where it has one; its active patch is not touched.
+        runtime: the model's PatchRuntime, if it has one; its active patch is not touched.
         patch: the patch to evaluate; None is the bare base, whatever ``runtime`` has active.
         model_name: for the report.
         base_hash: the base's model hash where it is known; computed otherwise.

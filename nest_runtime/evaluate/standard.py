@@ -59,7 +59,7 @@ def load_standard(
     """The standard suite, or some of it.
 
     Args:
-        names: suites of it (:data:`SUITES` and :data:`UTILITY`); all of them where none is named.
+        names: suites of it (:data:`SUITES` and :data:`UTILITY`); all of them if none is named.
         data: the folder of public sets; by default the one that $NEST_TEST_DATA names.
         n: cases of each suite; 100.
         seed: of every draw.

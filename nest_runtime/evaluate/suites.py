@@ -91,7 +91,7 @@ def sample_cases(cases: Sequence[Case], limit: int, *, seed: int = 0) -> list[Ca
 
 
 def default_judge(cases: Sequence[Case]) -> str:
-    """The judge for cases where none is named: ``reference`` for the reference world's, else ``phrases``."""
+    """The judge for cases if none is named: ``reference`` for the reference world's, else ``phrases``."""
     return "reference" if all("act" in case.meta for case in cases) else "phrases"
 
 

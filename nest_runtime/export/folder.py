@@ -58,7 +58,7 @@ def new_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raise ExportError where ``new_folder`` would: to be told before the work."""
+    """Raise ExportError if ``new_folder`` would; call it before the work."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ExportError(
             f"{target} is a file or a link; expected a folder to write", "name a folder that is not there"

@@ -46,7 +46,7 @@ class Measured:
     max_abs_logit: float
 
     def check(self) -> None:
-        """Raise ExportError where an exact export is not."""
+        """Raise ExportError if an exact export is not."""
         if self.max_abs_error > TOLERANCE * max(self.max_abs_logit, 1.0):
             raise ExportError(
                 f"the export's logits are {self.max_abs_error:.3g} off the patch's "

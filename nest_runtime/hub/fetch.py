@@ -93,7 +93,7 @@ def pull(ref: str, *, store: Store, guard: Guard | None = None, why: str = "", *
         store: where it goes.
         why: for the history, beside where it came from.
 
-    Raises what ``fetch`` raises, and StoreError where the store has other content under that version.
+    Raises what ``fetch`` raises, and StoreError if the store has other content under that version.
     """
     fetched = fetch(ref, guard=guard, store=store, **options)
     source = f"pulled from {fetched.ref.place} at {fetched.revision[:12]}"

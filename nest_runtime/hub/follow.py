@@ -285,7 +285,7 @@ class Follower:
 
 
 def follow_ref(ref: str | RepoRef) -> RepoRef:
-    """A reference with the channel to follow; ``stable`` where none is named. Raises UsageError."""
+    """A reference with the channel to follow; ``stable`` if none is named. Raises UsageError."""
     ref = parse_repo(ref) if isinstance(ref, str) else ref
     return ref if ref.revision is not None else RepoRef(ref.place, DEFAULT_CHANNEL, ref.name)
 

@@ -17,7 +17,7 @@ class PollOutcome:
     Attributes:
         kind: "unchanged": nothing to do. "switched": a new patch is on. "refused": what is offered is not wanted.
             "unreachable": it could not be had; the next poll tries again. "revoked": the patch that was on is
-            revoked, and the owner was told to leave it.
+            revoked, and the owner was called to leave it.
         version, digest: of the patch that this is about, where one is.
         error: why, where something failed.
     """
@@ -37,7 +37,7 @@ class Status:
         version, digest, expires: of the channel file last accepted.
         reached: when the source last answered, ISO 8601; None for never.
         stale: why what is on may be out of date; empty while it is fresh.
-        error: what the last poll failed with; empty where it did not.
+        error: what the last poll failed with; empty if it did not.
         failures: polls that failed since the last good one.
     """
 

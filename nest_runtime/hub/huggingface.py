@@ -51,7 +51,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class HubSession:
-    """Who asks, and who is told of each step, where that is not this process's user; see ``hub_session``."""
+    """The user of the connections, and a listener for each step, if not this process's own; see ``hub_session``."""
 
     token: str | None = None
     on_step: Callable[[str], None] = lambda step: None

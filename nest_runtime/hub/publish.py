@@ -75,7 +75,7 @@ def push(
     allow_downgrade: bool = False,
     timeout: float | None = None,
 ) -> Pushed:
-    """Publish a patch as a version of a repository, which is made where it is missing.
+    """Publish a patch as a version of a repository, which is made if it is missing.
 
     Pushing again what is there changes nothing, and finishes a push that was cut off before its tag.
 

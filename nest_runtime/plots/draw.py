@@ -51,7 +51,7 @@ def draw(
 
     Args:
         sources: see ``read_sources``.
-        folder: where the files go; made where missing.
+        folder: where the files go; made if missing.
         kinds: of KINDS; all that can be drawn by default.
         formats: ``png``, ``svg``. A comparison's pictures are PNG always.
         scans: of the views, by their titles, where the prompts were run.

@@ -1,4 +1,4 @@
-"""What the user names, told apart: patches, sites files, evaluation results, comparisons."""
+"""What the user names, recognized by kind: patches, sites files, evaluation results, comparisons."""
 
 from __future__ import annotations
 

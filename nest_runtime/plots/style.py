@@ -42,7 +42,7 @@ _SETTINGS: Any = {
 
 
 def require_matplotlib(otherwise: str = "") -> None:
-    """Raise NestError where matplotlib is not installed: before hours of work, not after.
+    """Raise NestError if matplotlib is not installed: before hours of work, not after.
 
     Args:
         otherwise: how to do without pictures, for the hint.

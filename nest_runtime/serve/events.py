@@ -82,7 +82,7 @@ def set_up_logging(as_json: bool) -> None:
 class Thinned(logging.Filter):
     """Lets so many records of one kind pass in a while, and counts the others: nobody fills a disk through the log.
 
-    A record's kind is its ``kind`` where it has one (None: let it always pass), else the place in the code it is from.
+    A record's kind is its ``kind`` if it has one (None: let it always pass), else the place in the code it is from.
 
     Args:
         burst: records of a kind in one while.

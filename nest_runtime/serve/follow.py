@@ -219,7 +219,7 @@ class Following:
         return max(older, key=lambda e: e.serial).digest if older else None
 
     async def _report(self, outcome: PollOutcome, *, tell: bool = True) -> None:
-        """Log, audit and tell what is new; the same trouble is told once."""
+        """Log, audit and report what is new; the same trouble is reported once."""
         status = self._follower.status
         if outcome.kind == "switched":
             active = self._service.table.active

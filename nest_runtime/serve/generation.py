@@ -60,7 +60,7 @@ class Work:
 class ChoiceTokens:
     """New tokens of one choice; ``finish_reason`` is "stop" (end of sequence) or "length" with the last of them.
 
-    ``odds`` has one entry for each token where they are wanted, else none.
+    ``odds`` has one entry for each token if they are wanted, else none.
     """
 
     index: int

@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Delivery:
-    """What one step brought for one job: new tokens, with their odds where they are wanted, or its end, or an error."""
+    """What one step brought for one job: new tokens, with their odds if they are wanted, or its end, or an error."""
 
     job: str
     tokens: tuple[int, ...] = ()

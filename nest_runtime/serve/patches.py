@@ -210,7 +210,7 @@ class PatchTable:
 
     @at_home
     async def remove(self, version: str, in_use: Callable[[], Collection[str | None]], who: str) -> ServedPatch:
-        """Unload a patch. Raises PatchNotFound, or StoreError where it is active, exposed or still answering.
+        """Unload a patch. Raises PatchNotFound, or StoreError if it is active, exposed or still answering.
 
         Args:
             version: its label or digest.

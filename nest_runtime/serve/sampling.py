@@ -76,7 +76,7 @@ class Sampler:
         prompt: the sequence so far, for the rules.
 
     Attributes:
-        odds: of each token that was chosen, where they are wanted.
+        odds: of each token that was chosen, if they are wanted.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class NotFinite(Exception):
 
     Args:
         message: where.
-        rows: of the logits, where they show it; empty where it was seen elsewhere.
+        rows: of the logits, where they show it; empty if it was seen elsewhere.
     """
 
     def __init__(self, message: str, rows: tuple[int, ...] = ()) -> None:

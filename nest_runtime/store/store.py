@@ -158,7 +158,7 @@ class Store:
     ) -> Entry:
         """Make a patch the active one of its base model, after checking its bytes. ``serving``: as in ``rollback``.
 
-        Raises what ``get`` raises, and BaseMismatch where a digest names a patch of another base than ``model_hash``.
+        Raises what ``get`` raises, and BaseMismatch if a digest names a patch of another base than ``model_hash``.
         """
         from nest_runtime.patch.write import to_bytes
 

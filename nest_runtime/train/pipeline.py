@@ -151,7 +151,7 @@ def _check_prompts(
 
 @contextmanager
 def _work_folder(workdir: str | Path | None, resume: bool, keep: bool, team: Workers) -> Iterator[Path]:
-    """The run's folder: the caller's, made where missing, or a temporary one that goes away.
+    """The run's folder: the caller's, made if missing, or a temporary one that goes away.
 
     The caller's is emptied of a finished run's stages unless they are to be kept; after an error they stay.
     """

@@ -58,7 +58,7 @@ def check_sibling(parent: Patch, projections: Sequence[Projection], base_hash: s
 
 
 def check_shapes(parent: Patch, projections: Sequence[Projection]) -> None:
-    """Raise SiteMismatch where the parent has a site that this model lacks, or has in another shape."""
+    """Raise SiteMismatch if the parent has a site that this model lacks, or has in another shape."""
     shapes = {projection.name: (projection.d_out, projection.d_in) for projection in projections}
     for site in parent.sites:
         if shapes.get(site.name) != (site.d_out, site.d_in):

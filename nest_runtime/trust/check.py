@@ -120,7 +120,7 @@ def sign_bytes(data: bytes, key: Path, passphrase: str = "", where: str = "patch
 def sign_patch(path: str | Path, key: str | Path, passphrase: str = "") -> tuple[Signed, Path, Path]:
     """Sign a patch file, or a repository's folder; returns also the paths of the manifest and the signature beside it.
 
-    Raises PatchNotFound, what ``sign_bytes`` raises, and NestError where the files cannot be written.
+    Raises PatchNotFound, what ``sign_bytes`` raises, and NestError if the files cannot be written.
     """
     file = patch_path(expand(path))
     signed = sign_bytes(read_patch_file(file), expand(key), passphrase, str(file))
@@ -214,7 +214,7 @@ def check_revoked(name: str, version: str, digest: str, policy: Policy, state: T
     """Whether a patch is revoked by a key that the policy lets speak about its name; returns the name's revoked
     digests.
 
-    Raises Revoked, or SignatureError where a list that this machine accepted is gone or damaged.
+    Raises Revoked, or SignatureError if a list that this machine accepted is gone or damaged.
     """
     known = [(entry, rule) for entry, rule in state.revocations(policy) if entry.name == name]
     for entry, rule in known:
@@ -307,7 +307,7 @@ def _signer(
 
 
 def _unsigned(policy: Policy, label: str, *, builtin: bool = False) -> None:
-    """Raise SignatureError where the policy wants a signature."""
+    """Raise SignatureError if the policy wants a signature."""
     if policy.require_signature:
         trusted = ", ".join(rule.name for rule in policy.keys)
         hint = "sign it with `nest-runtime sign`, or get it with its .manifest.json and .sig"

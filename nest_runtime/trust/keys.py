@@ -42,7 +42,7 @@ def generate_keys(folder: Path, name: str = "nest", passphrase: str = "") -> tup
     """Make a P-256 key pair: ``folder/name.key`` (mode 0600) and ``folder/name.pub``.
 
     Args:
-        folder: made where missing, for its owner only.
+        folder: made if missing, for its owner only.
         name: the stem of both files.
         passphrase: encrypts the private key; empty leaves it in the clear.
 

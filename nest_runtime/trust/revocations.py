@@ -144,7 +144,7 @@ def revoke(
     Args:
         patch: the patch.
         reason: one line, which those who refuse the patch will read.
-        folder: where the list lies, or will; made where missing.
+        folder: where the list lies, or will; made if missing.
         key: the private key; it must be the one that signed the present list.
         passphrase: of the key.
         now: the date of the revocation.

@@ -51,7 +51,7 @@ def sign_files(files: Mapping[str, bytes], private_path: Path, passphrase: str =
     Args:
         files: signed name → content.
         private_path: PEM of an EC private key that nobody but its owner may read.
-        passphrase: of the key, where it has one.
+        passphrase: of the key, if it has one.
 
     Raises:
         UsageError: the key cannot be used, or is open to others.

@@ -79,7 +79,7 @@ def check_names(names: Sequence[str]) -> list[str]:
 
 
 def make_methods(names: Sequence[str]) -> list[Method]:
-    """The methods of these names, ``base`` added in front where it is missing.
+    """The methods of these names, ``base`` added in front if it is missing.
 
     Raises:
         UsageError: an unknown name, with the closest known one.

@@ -33,7 +33,7 @@ class Order:
         number: grows from one order to the next.
         kind: see the module.
         ref: the patch, for ``prepare`` and ``open``.
-        digest: what it must be, for ``switch`` and ``open``; empty where nobody knows yet.
+        digest: what it must be, for ``switch`` and ``open``; empty if nobody knows yet.
     """
 
     number: int
@@ -49,7 +49,7 @@ class MemberOutcome:
     Attributes:
         number: the order's.
         digest: of the patch that was prepared, or is on.
-        error: why it failed; empty where it did not.
+        error: why it failed; empty if it did not.
     """
 
     number: int
@@ -195,7 +195,7 @@ class Switchboard:
 
 
 def _errors(outcomes: Mapping[str, MemberOutcome], digest: str | None = None) -> str:
-    """What went wrong where; empty where nothing did, and every member is on ``digest`` if one is given."""
+    """What went wrong where; empty if nothing did, and every member is on ``digest`` if one is given."""
     found = [f"{name}: {outcome.error}" for name, outcome in sorted(outcomes.items()) if outcome.error]
     if digest is not None:
         found += [

@@ -62,7 +62,7 @@ class ResponseFormat(Strict):
 
 
 def no_setting(name: str, value: Any) -> str:
-    """Why a name and its value are no setting of a chat template; empty where they are one.
+    """Why a name and its value are no setting of a chat template; empty if they are one.
 
     A text is one word: it goes into the prompt past everything that tells a message's text from control tokens.
     """
