@@ -24,13 +24,13 @@ from starlette.types import ASGIApp
 
 from nest_runtime.addresses import is_loopback
 from nest_runtime.errors import NestError, UsageError, port_taken
-from nest_runtime.serve.app import Server, admin_app, asgi_app, build
+from nest_runtime.serve.app import Server, admin_app, asgi_app, build, secrets_of
 from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.events import Emit, Event, json_events, json_line, sentence, set_up_logging
 from nest_runtime.serve.http.connections import Crowd, backlog, descriptors
 from nest_runtime.serve.running import Note, noted
-from nest_runtime.serve.tokens import readable_by_others
+from nest_runtime.serve.tokens import MAKE_ONE, SHORTEST, readable_by_others
 from nest_runtime.serve.transformers.engine import TransformersEngine
 
 
@@ -324,6 +324,9 @@ def warn(config: ServeConfig, emit: Emit) -> None:
         )
     if config.api_key_file is not None and config.api_key_file.exists() and readable_by_others(config.api_key_file):
         say(f"{config.api_key_file} can be read by other users: chmod 600 {config.api_key_file}")
+    for what, tokens in zip(("an API key", "an admin token"), secrets_of(config), strict=True):
+        if tokens is not None and tokens.shortest < SHORTEST:
+            say(f"{what} of length {tokens.shortest} can be guessed: {MAKE_ONE} prints a longer one")
     if config.log_prompts:
         say("what clients ask is written into the log: --log-prompts")
 

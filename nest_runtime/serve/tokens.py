@@ -11,6 +11,9 @@ from pathlib import Path
 from nest_runtime.errors import UsageError
 from nest_runtime.secret_files import secret_lines
 
+SHORTEST = 8  # characters; the server warns of shorter ones
+MAKE_ONE = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
+
 
 @dataclass(frozen=True)
 class AccessTokens:
@@ -24,6 +27,11 @@ class AccessTokens:
         for secret in self.secrets:
             found |= hmac.compare_digest(secret.encode(), given.encode())
         return found
+
+    @property
+    def shortest(self) -> int:
+        """The characters of the shortest."""
+        return min(map(len, self.secrets))
 
 
 def read_tokens(path: Path, what: str, *, secret: bool = False) -> AccessTokens:

@@ -70,6 +70,25 @@ def test_certificates_that_are_none_are_refused_before_anything_is_loaded(config
     tls_context(replace(config, ssl_certfile=both))
 
 
+def test_keys_and_tokens_that_can_be_guessed_are_warned_of(config: ServeConfig, tmp_path: Path) -> None:
+    files = {name: tmp_path / name for name in ("short", "long")}
+    for name, token in (("short", "x"), ("long", "long-enough")):
+        files[name].write_text(f"{token}\n")
+        files[name].chmod(0o600)
+
+    def said(**changes: Any) -> list[str]:
+        found: list[str] = []
+        warn(replace(config, **changes), lambda event: found.append(event["message"]))
+        return [message for message in found if "guessed" in message]
+
+    (key,) = said(api_key_file=files["short"], admin_token_file=files["long"])
+    assert key.startswith("an API key of length 1 can be guessed: ")
+    (token,) = said(api_key_file=files["long"], admin_token_file=files["short"])
+    assert token.startswith("an admin token of length 1 ")
+    assert "token_urlsafe" in token
+    assert said(api_key_file=files["long"], admin_token_file=files["long"]) == []
+
+
 def test_keys_on_the_command_line_count_beside_the_file_and_are_warned_of(config: ServeConfig, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("from-file\n")
