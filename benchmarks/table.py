@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,16 +48,16 @@ class Row:
 
 ROWS = {
     "decode": Row("Decoding under one patch", "decode.py", 300),
-    "server": Row("A server under one patch", "server.py", 480),
+    "server": Row("A server under one patch", "server.py", 540),
     "mixed": Row("Many patches in one batch", "mixed.py", 180),
     "swap": Row("Swapping patches", "swap.py", 90),
     "load": Row("From disk to active", "load.py", 120),
-    "hash": Row("Hashing a model", "hash.py", 90),
-    "locate": Row("Locating", "locate.py", 180),
+    "hash": Row("Hashing a model", "hash.py", 60),
+    "locate": Row("Locating", "locate.py", 150),
     "tune": Row("A training step", "tune.py", 300),
     "eval": Row("Answers of an evaluation", "evaluate.py", 300),
-    "start": Row("Starting", "start.py", 120),
-    "growth": Row("Growth", "growth.py", 240),
+    "start": Row("Starting", "start.py", 150),
+    "growth": Row("Growth", "growth.py", 210),
 }
 ELSEWHERE = {
     "vllm": ("vLLM with and without a patch", "vLLM needs an environment of its own"),
@@ -183,13 +184,13 @@ def section(found: Mapping[str, Any] | None) -> list[str]:
     if found is None:
         return ["Not measured yet."]
     when = f"{found['date'][:10]}, {told(found['machine'])}, {found.get('threads', '?')} threads"
-    if "failed" in found:
-        return [f"Failed: {found['failed']} ({when})."]
-    if "not_measured" in found:
-        return [f"Not measured: {found['not_measured']} ({when})."]
+    for key, word in (("failed", "Failed"), ("not_measured", "Not measured")):
+        if key in found:
+            return textwrap.wrap(f"{word}: {found[key]} ({when}).", 100)
     rows = [HEAD, tuple("---" for _ in HEAD), *(cells(line) for line in found["lines"])]
     quick = ", quick: few rounds" if found.get("quick") else ""
-    return [*(f"| {' | '.join(row)} |" for row in rows), "", f"{when}, seed {found['seed']}{quick}."]
+    footer = textwrap.wrap(f"{when}, seed {found['seed']}{quick}.", 100)
+    return [*(f"| {' | '.join(row)} |" for row in rows), "", *footer]
 
 
 def told(machine: Mapping[str, Any]) -> str:

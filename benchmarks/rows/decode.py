@@ -28,41 +28,44 @@ WAYS = ("base", "hook", "fold", "LoRA")
 
 
 def measure(arguments: argparse.Namespace) -> Report:
+    """The row's lines."""
     threads(arguments)
     report = Report()
     for real in real_models(arguments):
-        for batch in (1, 8):
-            report.lines += one(real, batch, arguments)
-            gc.collect()
+        report.lines += one(real, arguments)
+        gc.collect()
     return report
 
 
-def one(real: Real, batch: int, arguments: argparse.Namespace) -> list[Line]:
-    """One model and batch."""
+def one(real: Real, arguments: argparse.Namespace) -> list[Line]:
+    """One model in three copies, and both batches."""
     from peft import PeftModel
 
     loaded, patch = load(real)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     base, adapted = load(real, dtype)[0].model, load(real, dtype)[0].model
+    lines: list[Line] = []
     with TemporaryDirectory() as name, PatchRuntime(loaded.model, base_hash=loaded.hash) as runtime:
         runtime.add(patch)
         (folder,) = adapters([patch], base, Path(name))
-        models = {
-            "base": base,
-            "hook": loaded.model,
-            "fold": loaded.model,
-            "LoRA": PeftModel.from_pretrained(adapted, folder).eval(),
-        }
-        decoding = {way: stepper(models[way], batch, arguments.seed) for way in WAYS}
+        lora = PeftModel.from_pretrained(adapted, folder).eval()
+        models = {"base": base, "hook": loaded.model, "fold": loaded.model, "LoRA": lora}
 
         def switch(way: str) -> None:
             if way in ("hook", "fold"):
                 runtime.activate(patch.version, mode=way)  # type: ignore[arg-type]
 
-        rounds = 2 if arguments.quick else 24
-        found = in_turns(decoding, rounds, before=switch)
+        for batch in (1, 8):
+            runtime.deactivate()
+            decoding = {way: stepper(models[way], batch, arguments.seed) for way in WAYS}
+            found = in_turns(decoding, 2 if arguments.quick else 16, before=switch)
+            lines += compared(f"{real.label}, {dtype}, batch {batch}", batch, patch, found)
+    return lines
+
+
+def compared(what: str, batch: int, patch: Patch, found: dict[str, Series]) -> list[Line]:
+    """One model and batch."""
     rates = {way: Series(way, tuple(batch * STEPS / value for value in found[way].values), "tok/s") for way in WAYS}
-    what = f"{real.label}, {dtype}, batch {batch}"
     bare = Series("bare base", rates["base"].values, "tok/s")
     lora = Series(f"PEFT LoRA, rank {patch_rank(patch)}", rates["LoRA"].values, "tok/s")
     return [

@@ -3,8 +3,9 @@
     python benchmarks/rows/load.py --models FOLDER
 
 Ours reads and verifies the file, compares the model's rows with those that the patch was made on, and switches it on
-as a hook. PEFT's ``load_adapter`` reads safetensors and checks nothing. On SmolLM2 with its shipped patch, and on a
-model of the shapes of an 8B (32 layers of 4,096 × 14,336, whose weights are pages of zeros but for the patched rows).
+as a hook. PEFT's ``load_adapter`` reads safetensors and checks nothing. On SmolLM2 with its shipped patch, in float32
+against the numbers of the GGUF file too (the patch was made in bfloat16), and on a model of the shapes of an 8B (32
+layers of 4,096 × 14,336, whose weights are pages of zeros but for the patched rows).
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ def measure(arguments: argparse.Namespace) -> Report:
 
 def subjects(arguments: argparse.Namespace) -> Any:
     """Label, model, patch and a limit of seconds; one at a time in memory."""
-    loaded, patch = load(smallest(arguments), "float32")
-    yield "SmolLM2, float32", loaded.model, patch, None
-    del loaded
+    for dtype in ("bfloat16", "float32"):
+        loaded, patch = load(smallest(arguments), dtype)
+        yield f"SmolLM2, {dtype}", loaded.model, patch, None
+        del loaded
     layers = 4 if arguments.quick else 32
     model = hollow(layers)
     yield f"8B-shaped, {layers} layers, bfloat16", model, rows_of_8b(model, arguments.seed), Goal(20e-3)

@@ -32,7 +32,7 @@ from nest_runtime.train.run import within_depth
 def measure(arguments: argparse.Namespace) -> Report:
     threads(arguments)
     loaded, _ = load(smallest(arguments))
-    count, rounds = (16, 1) if arguments.quick else (200, 3)
+    count, rounds = (16, 1) if arguments.quick else (128, 3)
     harmful, benign = (load_examples(bundled(kind))[:count] for kind in ("harmful", "everyday"))
     talks = [list(example.messages) for example in [*harmful, *benign]]
     labels = [1] * len(harmful) + [0] * len(benign)

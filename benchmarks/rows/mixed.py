@@ -55,7 +55,7 @@ def measure(arguments: argparse.Namespace) -> Report:
                 with runtime.using_rows(names):
                     mine()
 
-            found = in_turns({"base": plain, "ours": ours, "PEFT": theirs}, 2 if arguments.quick else 12)
+            found = in_turns({"base": plain, "ours": ours, "PEFT": theirs}, 2 if arguments.quick else 8)
             rates = {way: tuple(ROWS * STEPS / value for value in series.values) for way, series in found.items()}
             mixed, bare = Series("ours", rates["ours"], "tok/s"), Series("bare base", rates["base"], "tok/s")
             limit = GOALS[count]

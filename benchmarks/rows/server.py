@@ -74,7 +74,7 @@ def one(setup: Setup, work: Path, arguments: argparse.Namespace) -> tuple[list[L
     """Lines for one pair of servers, and our tokens per second by the number of clients."""
     folder = saved(setup.real, setup.dtype, work)
     clients = (1, 8) if arguments.quick else (1, 8, 32)
-    tokens, rounds = (8, 2) if arguments.quick else (24, 5)
+    tokens, rounds = (8, 2) if arguments.quick else (24, 3 if setup.dtype == "float32" else 5)
     lines, rates = [], {}
     with TemporaryDirectory() as name:
         logs = Path(name)

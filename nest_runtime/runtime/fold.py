@@ -11,6 +11,7 @@ the slower way decides.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,7 @@ class Exchange:
 
     def __init__(self, pairs: Sequence[_Pair], dtype: torch.dtype) -> None:
         self._pairs, self._dtype = tuple(pairs), dtype
+        self._compared: tuple[weakref.ref[Exchange], bool] | None = None
 
     def fold(self, journal: Journal) -> bool:
         """Write the folded rows over the pristine ones; False, with nothing written, where those do not stand there."""
@@ -90,6 +92,28 @@ class Exchange:
         for pair in self._pairs:
             journal.write_bits(pair.site.place, pair.site.neurons, pair.site.folded, pair.live, pair.pristine[1])
         return True
+
+    def follow(self, earlier: Exchange, journal: Journal) -> bool:
+        """Write these folded rows over another patch's of the same neurons; False, with nothing written, otherwise."""
+        if self._dtype is not earlier._dtype or not self._alike(earlier):
+            return False
+        if not all(earlier._stands(pair, pair.folded[0]) for pair in earlier._pairs):
+            return False
+        for mine, other in zip(self._pairs, earlier._pairs, strict=True):
+            journal.write_bits(other.site.place, other.site.neurons, other.site.folded, other.live, mine.folded[1])
+        return True
+
+    def _alike(self, other: Exchange) -> bool:
+        """Whether both are about the same rows of the same base; the answer for the last one asked about is kept."""
+        if self._compared is None or self._compared[0]() is not other:
+            same = len(self._pairs) == len(other._pairs) and all(
+                mine.site.place is theirs.site.place
+                and torch.equal(mine.site.neurons, theirs.site.neurons)
+                and mine.pristine[0] == theirs.pristine[0]
+                for mine, theirs in zip(self._pairs, other._pairs, strict=True)
+            )
+            self._compared = weakref.ref(other), same
+        return self._compared[1]
 
     def _stands(self, pair: _Pair, expected: bytearray) -> bool:
         if pair.live.find() is not self._dtype:
@@ -269,6 +293,22 @@ def unfold(record: FoldRecord, journal: Journal) -> None:
             restored.append((site, site.pristine_now(record.loaded)))
     for site, pristine in restored:
         journal.write(site.place, site.neurons, pristine)
+
+
+def follow(record: FoldRecord, kept: FoldRecord | None, journal: Journal) -> bool:
+    """Put an earlier fold in the place of the one that is in the weights, where both change the same rows.
+
+    Args:
+        record: what is folded now.
+        kept: the record of an earlier fold of the patch to come.
+        journal: receives every write.
+
+    Returns:
+        Whether it was done; if not, nothing was written, and ``unfold`` and ``fold`` are to be called.
+    """
+    if kept is None or kept.exchange is None or record.exchange is None:
+        return False
+    return kept.exchange.follow(record.exchange, journal)
 
 
 def _edited(place: Place, loaded: Loaded, when: str) -> BaseMismatch:

@@ -19,7 +19,7 @@ from nest_runtime.runtime import checks
 from nest_runtime.runtime.bank import Bank
 from nest_runtime.runtime.delta import Loaded, Place, find_places, settle
 from nest_runtime.runtime.expert_delta import module_deltas
-from nest_runtime.runtime.fold import FoldRecord, Journal, fold, read_rows, unfold
+from nest_runtime.runtime.fold import FoldRecord, Journal, fold, follow, read_rows, unfold
 from nest_runtime.runtime.hooks import Board, Wiring, trunk_of
 from nest_runtime.runtime.selection import Active, Selection
 from nest_runtime.runtime.table import Table
@@ -281,20 +281,34 @@ class PatchRuntime:
         journal = Journal()
         settle(devices)  # passes that have returned may still be running on the device
         try:
-            if before.fold is not None:
-                unfold(before.fold, journal)
-            record: FoldRecord | None = None
-            if loaded is not None and mode == "fold":
-                record = fold(loaded, self._places, journal, self._folds.pop(loaded, None))
-                self._folds[loaded] = record
-                while len(self._folds) > KEPT_FOLDS:
-                    del self._folds[next(iter(self._folds))]
+            record = self._fold(before.fold, loaded if mode == "fold" else None, journal)
             settle(devices)
             self._publish(Active(loaded, mode, record))
         except BaseException:
             journal.roll_back()
             settle(devices)
             raise
+
+    def _fold(self, now: FoldRecord | None, loaded: Loaded | None, journal: Journal) -> FoldRecord | None:
+        """Take out what is folded and fold ``loaded`` in; gives the record of that."""
+        kept = None if loaded is None else self._folds.pop(loaded, None)
+        if now is not None:
+            if follow(now, kept, journal):
+                self._keep(kept)
+                return kept
+            unfold(now, journal)
+        if loaded is None:
+            return None
+        record = fold(loaded, self._places, journal, kept)
+        self._keep(record)
+        return record
+
+    def _keep(self, record: FoldRecord | None) -> None:
+        """Remember a fold as the latest."""
+        if record is not None:
+            self._folds[record.loaded] = record
+        while len(self._folds) > KEPT_FOLDS:
+            del self._folds[next(iter(self._folds))]
 
     def _devices(self) -> set[torch.device]:
         """Where the weights are; empty on a CPU alone, where nothing is left to wait for."""

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,44 @@ def test_what_a_fold_kept_is_no_proof_of_what_stands_there(runtime: PatchRuntime
     weight[row] = original  # type: ignore[index, operator]
     runtime.activate("v1", mode="fold")
     assert fingerprint(model) == folded
+    runtime.deactivate()
+    assert fingerprint(model) == start
+
+
+def test_a_fold_in_the_place_of_another_of_the_same_neurons(
+    runtime: PatchRuntime, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are written once, and are what they are when the second patch is folded into the base."""
+    patch = make_patch(model)
+    sites = [replace(site, deltas=-2 * site.deltas.tensor()) for site in patch.sites]
+    runtime.add(patch)
+    runtime.add(patch.evolve(version="v2", sites=tuple(sites)))
+    start, folded = fingerprint(model), {}
+    for version in ("v1", "v2"):
+        runtime.activate(version, mode="fold")
+        folded[version] = fingerprint(model)
+        runtime.deactivate()
+    runtime.activate("v1", mode="fold")
+    real, calls = fold_module.anatomy.write_rows, 0
+
+    def counting(*args: object) -> None:
+        nonlocal calls
+        calls += 1
+        real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fold_module.anatomy, "write_rows", counting)
+    runtime.activate("v2", mode="fold")
+    assert calls == sum(site.n_neurons > 0 for site in patch.sites)
+    assert (runtime.active, fingerprint(model)) == ("v2", folded["v2"])
+    weight = model.get_submodule(patch.sites[0].name).weight.data  # type: ignore[union-attr]
+    row = int(patch.sites[0].neurons.tensor()[0])
+    original = weight[row].clone()  # type: ignore[index]
+    weight[row] += 1  # type: ignore[index, operator]
+    with pytest.raises(nest.BaseMismatch, match="while it was folded in"):
+        runtime.activate("v1", mode="fold")
+    weight[row] = original  # type: ignore[index, operator]
+    runtime.activate("v1", mode="fold")
+    assert fingerprint(model) == folded["v1"]
     runtime.deactivate()
     assert fingerprint(model) == start
 
