@@ -200,23 +200,24 @@ def told(machine: Mapping[str, Any]) -> str:
 
 
 def write_page(page: Path, document: Mapping[str, Any]) -> None:
-    """The table between the page's marks, and the plots of growth beside it where matplotlib is there."""
+    """The table between the page's marks, with a picture of what grows where matplotlib is there."""
     text = page.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN, 1)
     _, after = rest.split(END, 1)
-    page.write_text(f"{before}{BEGIN}\n\n{table(document)}\n{END}{after}", encoding="utf-8")
     plots = {name: plot for row in document["rows"].values() for name, plot in row.get("plots", {}).items()}
-    if plots:
-        draw(plots, page.parent.parent / "pictures" / "growth.png")
+    whole = table(document)
+    if plots and draw(plots, page.parent.parent / "pictures" / "growth.png"):
+        whole += "\n![Costs and speeds by size: each plot's axes are logarithmic](../pictures/growth.png)\n"
+    page.write_text(f"{before}{BEGIN}\n\n{whole}\n{END}{after}", encoding="utf-8")
 
 
-def draw(plots: Mapping[str, Mapping[str, Any]], target: Path) -> None:
-    """All plots of growth in one picture, both axes logarithmic."""
+def draw(plots: Mapping[str, Mapping[str, Any]], target: Path) -> bool:
+    """All plots of growth in one picture, both axes logarithmic; False without matplotlib."""
     try:
         import matplotlib
     except ImportError:
         print("the plots need matplotlib: pip install 'nest-runtime[plot]'", file=sys.stderr)
-        return
+        return False
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -236,6 +237,7 @@ def draw(plots: Mapping[str, Mapping[str, Any]], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=110)
     pyplot.close(figure)
+    return True
 
 
 if __name__ == "__main__":

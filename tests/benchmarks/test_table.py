@@ -36,7 +36,8 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Any:
 GOOD = """
 from measure import Goal, Line, Report, Series, run
 lines = [Line("a thing", Series("ours", (1.0, 2.0)), Series("it", (2.0, 2.0)), Goal(1))]
-run("good", None, lambda arguments: Report(lines))
+plot = {"title": "t", "x": "n", "y": "s", "lines": {"n": [1, 2], "it": [1.0, 2.0]}}
+run("good", None, lambda arguments: Report(lines, {"plots": {"t": plot}}))
 """
 BAD = "raise RuntimeError('the disk is full')"
 ABSENT = """
@@ -105,6 +106,8 @@ def test_some_rows_are_put_into_an_earlier_result_and_onto_the_page(
     assert text.endswith("\nafter\n")
     assert "old" not in text
     assert "### Row good" in text
+    assert "(../pictures/growth.png)" in text
+    assert (tmp_path / "pictures" / "growth.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
         call(table, monkeypatch, "--rows", "none")
 
