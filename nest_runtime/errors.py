@@ -69,6 +69,10 @@ class EngineError(NestError):
     """The inference engine failed or is not running."""
 
 
+class AdminApiOff(EngineError):
+    """A server has no admin API where it was asked."""
+
+
 def port_taken(host: str, number: int) -> EngineError:
     """The error for a port that somebody else listens on."""
     return EngineError(

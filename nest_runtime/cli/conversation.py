@@ -94,41 +94,13 @@ class Conversation:
         self.messages = []
 
     def _generate(self, messages: list[dict[str, Any]], on_text: Callable[[str], None] | None = None) -> str:
-        import torch
-        from transformers import GenerationConfig, TextStreamer
+        from nest_runtime.prompts.chat import answer_chat
 
-        from nest_runtime.prompts.examples import encode
-        from nest_runtime.prompts.generate import end_token_ids, pad_token_id
-
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        ids = torch.tensor([encode(tokenizer, messages)], device=self.loaded.device)  # (1, tokens)
-        config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=self._room(ids.shape[1]),
-            eos_token_id=end_token_ids(model, tokenizer) or None,
-            pad_token_id=pad_token_id(model, tokenizer),
-        )
-
-        class TerminalStreamer(TextStreamer):
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                if on_text is not None and text:
-                    on_text(text)
-
-        streamer = TerminalStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if on_text else None
-        with torch.inference_mode():
-            output = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer
-            )
-        return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
-
-    def _room(self, tokens: int) -> int:
-        """How many tokens the answer may have. Raises UsageError if ``tokens`` leave no room for one."""
-        limit = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
-        if not isinstance(limit, int):
-            return self._max_tokens
-        if tokens >= limit:
-            raise UsageError(
-                f"the conversation has {tokens:,} tokens; the model reads at most {limit:,} with its answer",
-                "ask something shorter, or write /clear to begin anew",
-            )
-        return min(self._max_tokens, limit - tokens)
+        return answer_chat(
+            self.loaded.model,
+            self.loaded.tokenizer,
+            messages,
+            max_tokens=self._max_tokens,
+            on_text=on_text,
+            too_long="ask something shorter, or write /clear to begin anew",
+        ).text

@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nest_runtime.demo.backend import BASE, TOY, DemoAnswer, Message, OnAnswers, OnText, PatchChoice, told_size
-from nest_runtime.errors import UsageError
 from nest_runtime.escape import short
 from nest_runtime.model.load import REFERENCE
 
@@ -94,32 +93,19 @@ class LocalBackend:
         stopped: Callable[[], bool],
     ) -> DemoAnswer:
         """Greedy decoding under one patch from the first token to the last. See Backend."""
-        import torch
-        from transformers import GenerationConfig, StoppingCriteriaList
+        from nest_runtime.prompts.chat import answer_chat
 
-        from nest_runtime.prompts.examples import encode
-        from nest_runtime.prompts.generate import end_token_ids, pad_token_id
-
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        rows = encode(tokenizer, messages)
-        ids = torch.tensor([rows], device=self.loaded.device)  # (1, tokens)
-        limit, ends = min(max_tokens, self._room(len(rows))), end_token_ids(model, tokenizer)
-        config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=limit,
-            eos_token_id=ends or None,
-            pad_token_id=pad_token_id(model, tokenizer),
-        )
-        with self.using(choice.digest), torch.inference_mode():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=config,
-                streamer=_streamer(tokenizer, on_text),
-                stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped()]),
+        with self.using(choice.digest):
+            made = answer_chat(
+                self.loaded.model,
+                self.loaded.tokenizer,
+                messages,
+                max_tokens=max_tokens,
+                on_text=on_text,
+                stopped=stopped,
+                too_long="begin a new conversation",
             )
-        made = output[0, len(rows) :].tolist()
-        return DemoAnswer(choice.label, choice.digest, len(made), len(made) >= limit and made[-1] not in ends)
+        return DemoAnswer(choice.label, choice.digest, made.tokens, made.cut)
 
     def answer_all(
         self,
@@ -182,15 +168,6 @@ class LocalBackend:
                 self._keys[digest] = self.runtime.add(patch, pause=self._gate.closed)
             return self._keys[digest]
 
-    def _room(self, tokens: int) -> int:
-        limit = getattr(self.loaded.model.config, "max_position_embeddings", None)
-        room = limit - tokens if isinstance(limit, int) else 1 << 30
-        if room < 1:
-            raise UsageError(
-                f"the conversation has {tokens} tokens; {self.name} takes {limit}", "begin a new conversation"
-            )
-        return room
-
 
 class PassLock:
     """Lets any number of passes run, or one change of the model while none runs."""
@@ -226,14 +203,3 @@ class PassLock:
             with self._changed:
                 self._closed = False
                 self._changed.notify_all()
-
-
-def _streamer(tokenizer: Any, on_text: OnText) -> Any:
-    from transformers import TextStreamer
-
-    class DemoStreamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if text:
-                on_text(text)
-
-    return DemoStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

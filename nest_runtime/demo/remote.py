@@ -8,8 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.demo.backend import BASE, TOY, DemoAnswer, Message, OnAnswers, OnText, PatchChoice
-from nest_runtime.errors import EngineError, NestError, UsageError
+from nest_runtime.errors import AdminApiOff, EngineError, NestError, TrustError, UsageError
+from nest_runtime.escape import short
 from nest_runtime.model.load import REFERENCE
+from nest_runtime.serve.client import AdminClient
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +27,7 @@ class RemoteBackend:
     """A server that speaks OpenAI's API and names its patches.
 
     Args:
-        url: where it listens, without ``/v1``.
+        url: where it listens, with or without ``/v1``.
         api_key: for servers that ask for one.
         admin_token: for switching patches on servers whose admin API is on.
 
@@ -41,7 +43,7 @@ class RemoteBackend:
         self.place = f"at {self.url}"
         self.model_hash: str | None = None
         self.can_switch = bool(admin_token)
-        self._admin = {"Authorization": f"Bearer {admin_token}"}
+        self._admin = AdminClient(self.url, admin_token)
         self._client = httpx2.Client(base_url=self.url, headers=headers, timeout=TIMEOUT)
         names = self._names()
         self.name = next((name for name in names if "@" not in name), names[0] if names else "")
@@ -123,40 +125,30 @@ class RemoteBackend:
                 raise
 
     def check_admin(self, file: Path) -> None:
-        """Ask the admin API once. Raises UsageError if it is off, or the token from ``file`` does not open it."""
-        with self._errors():
-            status = self._client.get("/v1/patches", headers=self._admin).status_code
-        if status in (401, 403):
+        """Ask the admin API once. Raises UsageError where it is off, or the token from ``file`` does not open it."""
+        try:
+            self._admin.patches()
+        except (UsageError, TrustError) as error:
             raise UsageError(
                 f"{self.url} does not take the admin token of {file}",
                 "give the file that the server was started with (its own --admin-token-file), or leave it out",
-            )
-        if status == 404:
+            ) from error
+        except AdminApiOff as error:
             raise UsageError(
                 f"{self.url} has no admin API", "start the server with --admin-token-file, or leave it out here"
-            )
+            ) from error
 
     def active(self) -> str | None:
         """What the server says is active, where the admin token opens its admin API; else unknown."""
-        if not self.can_switch:
-            return None
-        return str(self._ask_admin("GET", "/v1/patches").get("digest") or "") or None
+        return str(self._admin.patches().get("digest") or "") or None if self.can_switch else None
 
     def activate(self, entry: Entry) -> str:
         """Have the server load and activate a patch of its store."""
-        return _switched(self._ask_admin("POST", "/v1/patches/activate", {"patch": entry.digest}))
+        return _switched(self._admin.activate(entry.digest))
 
     def rollback(self) -> str:
         """Have the server return to the patch before."""
-        return _switched(self._ask_admin("POST", "/v1/patches/rollback", {}))
-
-    def _ask_admin(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        with self._errors():
-            response = self._client.request(method, path, json=body, headers=self._admin)
-        if response.status_code != 200:
-            raise _refused(response)
-        answer: dict[str, Any] = response.json()
-        return answer
+        return _switched(self._admin.rollback())
 
     def _names(self) -> list[str]:
         with self._errors():
@@ -192,7 +184,7 @@ class _Errors:
 
 
 def _switched(answer: dict[str, Any]) -> str:
-    return f"active on the server: {answer.get('active')} ({str(answer.get('digest'))[:19]})"
+    return f"active on the server: {answer.get('active')} ({short(str(answer.get('digest')))})"
 
 
 def _refused(response: Any) -> NestError:

@@ -102,7 +102,7 @@ def answer_conversations(
     encoded = [encode_prompt(tokenizer, messages) for messages in conversations]
     _check_ids(model, [ids for ids, _ in encoded])
     order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index][0]), index))
-    config = _greedy_config(model, tokenizer, max_new_tokens)
+    config = greedy_config(model, tokenizer, max_new_tokens)
     config.begin_suppress_tokens = list(not_first) or None
     answers: list[ModelAnswer] = [ModelAnswer("", True)] * len(encoded)
     ways = _Ways(model, encoded)
@@ -172,7 +172,7 @@ def pad_token_id(model: Any, tokenizer: Any) -> int:
     return 0
 
 
-def _greedy_config(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+def greedy_config(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
     """A greedy configuration of our own, so that sampling settings of the checkpoint do not leak in."""
     ends = end_token_ids(model, tokenizer)
     return GenerationConfig(

@@ -1,6 +1,6 @@
 """The admin API of a running server, from another process; its refusals become our own errors.
 
-Loads no torch. The demo's own client (demo/remote.py) asks for answers; this one asks for changes.
+Loads no torch. It asks for changes; for answers the demo has a client of its own (demo/remote.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nest_runtime import errors
-from nest_runtime.errors import EngineError, NestError, PatchNotFound, StoreError, TrustError, UsageError
+from nest_runtime.errors import AdminApiOff, EngineError, NestError, PatchNotFound, StoreError, TrustError, UsageError
 from nest_runtime.secret_files import secret_lines
 
 TIMEOUT = 600.0  # seconds: an activation may fetch a patch and try it
@@ -25,8 +25,8 @@ class AdminClient:
         token: an admin token.
 
     Every method raises the error behind the server's refusal: PatchNotFound, TrustError, StoreError and so on. It
-    raises
-    UsageError for a wrong token, and EngineError if nobody answers or there is no such server.
+    raises UsageError for a wrong token, AdminApiOff if there is no admin API, and EngineError if nobody answers or
+    there is no such server.
     """
 
     def __init__(self, url: str, token: str) -> None:
@@ -84,7 +84,7 @@ class AdminClient:
         if status == 401:
             return UsageError(message, "give the file that the server was started with as --token-file")
         if status == 404 and code != "patch_not_found":
-            return EngineError(message, "its admin API is off, or elsewhere: see --admin-token-file, --admin-port")
+            return AdminApiOff(message, "its admin API is off, or elsewhere: see --admin-token-file, --admin-port")
         kind = _KINDS.get(str(code)) or _BY_STATUS.get(status, EngineError)
         return kind(message, "the server is as it was")
 
