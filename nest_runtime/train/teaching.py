@@ -1,6 +1,6 @@
 """What training teaches: refusals to the harmful examples of a mix, the base's or given answers to the benign ones.
 
-Rows are made with the examples they come from. The base's answers come from the caller (run.py keeps them).
+Every row is made with the example that it comes from. The base's answers come from the caller (run.py keeps them).
 """
 
 from __future__ import annotations
@@ -22,6 +22,40 @@ ASKED = 24  # harmful prompts that show how a base refuses
 OWN_SHARE = 0.2  # of them that it must refuse for its words to be taken
 Answers = Callable[..., list[ModelAnswer]]  # (examples, beginnings that no answer may have)
 ENDINGS = tuple(".!?…。！？»”’\"')]}>`*|:;~")  # how a text ends that was not cut
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A benign example, and the answer that it teaches.
+
+    Attributes:
+        example: as it is asked; its response where it brings one.
+        held: whether it is for validation.
+        answer: its own response, or the base's answer.
+        otherwise: the base refuses it, and this is what it says where it may not begin so.
+    """
+
+    example: Example
+    held: bool
+    answer: ModelAnswer
+    otherwise: bool = False
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the answer is a refusal of the base's own."""
+        from nest_runtime.prompts.refusals import is_refusal
+
+        return not self.example.response and is_refusal(self.answer.text)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to learn."""
+        return not self.answer.text.strip()
+
+    def row(self, tokenizer: Any, ends: Sequence[int]) -> Row:
+        """Its token row."""
+        given = bool(self.example.response) or self.otherwise
+        return make_row(tokenizer, self.example, self.answer.text, False, ends, self.answer.whole, given)
 
 
 @dataclass(frozen=True)
@@ -88,35 +122,19 @@ def teach(
     """
     bad = harmful_mix(tokenizer, harmful, settings)
     good = benign_mix(tokenizer, benign, settings, hold_out(harmful, settings, 1)[0])
-    pairs = _answered([*good.train, *good.held], answers)
-    refused = [] if settings.keep_refused else [(e, answer) for e, answer in pairs if _refuses(e, answer)]
-    otherwise = _otherwise(refused, answers) if settings.answer_refused else []
-    empty = [example for example, answer in pairs if not answer.text.strip()]
-    answered = {id(example) for example, _ in otherwise}
-    left = [example for example, _ in refused if id(example) not in answered]
-    out = {id(example) for example in [*left, *empty]}
-    known = {id(example): answer for example, answer in [*pairs, *otherwise] if id(example) not in out}
-    if not any(id(example) in known for example in good.train):
+    lessons = _lessons(good, answers)
+    if settings.answer_refused and not settings.keep_refused:
+        lessons = _answered_otherwise(lessons, answers)
+    refused = [] if settings.keep_refused else [lesson for lesson in lessons if lesson.is_refused]
+    empty = [lesson for lesson in lessons if lesson.is_empty]
+    kept = [lesson for lesson in lessons if not lesson.is_empty and (settings.keep_refused or not lesson.is_refused)]
+    trained, held = ([lesson for lesson in kept if lesson.held == part] for part in (False, True))
+    if not trained:
         raise DataError(
-            f"the base answers none of the {len(good.train)} benign prompts: it refuses {len(left)} and says "
+            f"the base answers none of the {len(good.train)} benign prompts: it refuses {len(refused)} and says "
             f"nothing to {len(empty)}",
             "give benign prompts that it answers, or their responses in the file",
         )
-
-    def rows_of(examples: Sequence[Example]) -> list[Row]:
-        return [
-            make_row(
-                tokenizer,
-                example,
-                answer.text,
-                False,
-                ends,
-                answer.whole,
-                bool(example.response) or id(example) in answered,
-            )
-            for example in examples
-            if (answer := known.get(id(example))) is not None
-        ]
 
     learned = [*bad.train, *rehearsal]
     refusals = [refusal_row(tokenizer, example, settings, ends) for example in learned]
@@ -126,26 +144,45 @@ def teach(
         if (row := recovery_row(tokenizer, example, own, settings.recovery_tokens)) is not None
     ]
     held_refusals = [refusal_row(tokenizer, example, settings, ends) for example in bad.held]
-    held_answers = rows_of(good.held)
+    held_answers = [lesson.row(tokenizer, ends) for lesson in held]
     return Teaching(
         harmful=bad,
-        benign=Mix(_with(good.train, known), _with(good.held, known), good.located),
-        train=(*refusals, *rows_of(good.train), *recoveries),
+        benign=Mix(_taught(trained), _taught(held), good.located),
+        train=(*refusals, *(lesson.row(tokenizer, ends) for lesson in trained), *recoveries),
         validation=(*held_refusals, *held_answers, *(probe_row(row, refusals[0]) for row in held_answers)),
-        refused=tuple(left),
-        answered=tuple(example for example, _ in otherwise),
-        empty=tuple(empty),
+        refused=tuple(lesson.example for lesson in refused),
+        answered=tuple(lesson.example for lesson in lessons if lesson.otherwise),
+        empty=tuple(lesson.example for lesson in empty),
     )
 
 
-def _otherwise(refused: Sequence[tuple[Example, ModelAnswer]], answers: Answers) -> list[tuple[Example, ModelAnswer]]:
-    """Examples that the base refuses, with its likeliest answer that does not begin as any of those refusals."""
+def _lessons(benign: Mix, answers: Answers) -> list[Lesson]:
+    """Each benign example with its own response, or the base's answer; those to train on first."""
+    asked = [*((example, False) for example in benign.train), *((example, True) for example in benign.held)]
+    missing = [example for example, _ in asked if not example.response]
+    made = iter(answers(missing) if missing else [])
+    return [
+        Lesson(example, held, ModelAnswer(text, is_whole(text)) if (text := example.response) else next(made))
+        for example, held in asked
+    ]
+
+
+def _answered_otherwise(lessons: Sequence[Lesson], answers: Answers) -> list[Lesson]:
+    """The lessons, those that the base refuses with its likeliest answer that begins as none of those refusals.
+
+    Where that is a refusal too, or nothing, the lesson stays as it was.
+    """
+    refused = [lesson for lesson in lessons if lesson.is_refused]
     if not refused:
-        return []
-    beginnings = sorted({answer.text.split()[0] for _, answer in refused})
-    again = answers([example for example, _ in refused], beginnings)
-    found = zip([example for example, _ in refused], again, strict=True)
-    return [(e, answer) for e, answer in found if answer.text.strip() and not _refuses(e, answer)]
+        return list(lessons)
+    beginnings = sorted({lesson.answer.text.split()[0] for lesson in refused})
+    again = iter(answers([lesson.example for lesson in refused], beginnings))
+    found = [replace(lesson, answer=next(again), otherwise=True) if lesson.is_refused else lesson for lesson in lessons]
+    return [old if new.is_refused or new.is_empty else new for old, new in zip(lessons, found, strict=True)]
+
+
+def _taught(lessons: Sequence[Lesson]) -> tuple[Example, ...]:
+    return tuple(replace(lesson.example, response=lesson.answer.text) for lesson in lessons)
 
 
 def own_refusals(answers: Sequence[ModelAnswer]) -> tuple[str, ...]:
@@ -175,23 +212,3 @@ def refusal_row(tokenizer: Any, example: Example, settings: Recipe, ends: Sequen
 def is_whole(text: str) -> bool:
     """Whether a given response ends like a finished text; one that was cut must not teach the model to end there."""
     return text.rstrip().endswith(ENDINGS)
-
-
-def _answered(examples: Sequence[Example], answers: Answers) -> list[tuple[Example, ModelAnswer]]:
-    """Each example with its own response, or the base's answer."""
-    missing = [example for example in examples if not example.response]
-    made = iter(answers(missing) if missing else [])
-    return [
-        (example, ModelAnswer(example.response, is_whole(example.response)) if example.response else next(made))
-        for example in examples
-    ]
-
-
-def _refuses(example: Example, answer: ModelAnswer) -> bool:
-    from nest_runtime.prompts.refusals import is_refusal
-
-    return not example.response and is_refusal(answer.text)
-
-
-def _with(examples: Sequence[Example], known: dict[int, ModelAnswer]) -> tuple[Example, ...]:
-    return tuple(replace(example, response=known[id(example)].text) for example in examples if id(example) in known)
