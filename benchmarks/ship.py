@@ -149,17 +149,26 @@ def measure(folder: Path, hub: Hub, arguments: argparse.Namespace) -> Iterator[d
 
 def polls(folder: Path, hub: Hub, public: Path, count: int) -> Iterator[dict[str, Any]]:
     """A follower that is up to date: processor time of all its threads, and requests."""
-    from nest_runtime.hub.follow import Follower
+    from nest_runtime.hub.fetch import Fetched
+    from nest_runtime.hub.follow import Follower, FollowHost
     from nest_runtime.store.store import Store
     from nest_runtime.trust.guard import guard_for
 
-    store, on = Store(folder / "follower"), [""]
+    class Host(FollowHost):
+        on: str | None = None
+
+        def active_digest(self) -> str | None:
+            return self.on
+
+        def switch(self, fetched: Fetched) -> None:
+            self.on = fetched.patch.digest
+
+    store = Store(folder / "follower")
     follower = Follower(
         f"hf://{REPO}@stable",
         base_hash=random_patch(1, 0.01).base_hash,
         store=store,
-        active=lambda: on[0] or None,
-        switch=lambda fetched: on.__setitem__(0, fetched.patch.digest),
+        host=Host(),
         guard=guard_for(store, [public], require_signature=True),
     )
     assert follower.poll().kind == "switched"

@@ -1,9 +1,8 @@
-"""Following a channel: a poll that costs one request, and a switch only to a checked and gated patch.
+"""Following a channel: a poll that costs one request, and a switch only to a checked and tried patch.
 
-A :class:`Follower` belongs to the code that serves a model; it needs no server. On any failure the last good patch
-stays active, and the status says why. It never falls back to the bare base. The owner decides how a patch is tried
-(the gate) and activated (the switch), and when to poll. All state is in memory, except what the trust memory and the
-store keep.
+A :class:`Follower` belongs to the code that serves a model, its :class:`FollowHost`; it needs no server. On any failure
+the last good patch stays active, and the status says why. It never falls back to the bare base. The host decides how a
+patch is tried and activated, and when to poll. All state is in memory, except what the trust memory and the store keep.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import re
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from nest_runtime.errors import (
     BaseMismatch,
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from nest_runtime.store.store import Store
     from nest_runtime.trust.guard import Guard
 
-__all__ = ["DEFAULT_CHANNEL", "Follower", "PollOutcome", "Status", "follow_ref"]
+__all__ = ["DEFAULT_CHANNEL", "FollowHost", "Follower", "PollOutcome", "Status", "follow_ref"]
 
 DEFAULT_CHANNEL = "stable"
 POLL_TIMEOUT = 30.0  # seconds for one step of a poll
@@ -50,6 +49,29 @@ LOOK_BACK = 8  # versions of the repository that are tried where the one that is
 
 
 log = logging.getLogger("nest_runtime.follow")
+
+
+class FollowHost(Protocol):
+    """The code that serves the model. A subclass needs only ``active_digest`` and ``switch``."""
+
+    def active_digest(self) -> str | None:
+        """Return the digest of the active patch; None for the bare base."""
+
+    def switch(self, fetched: Fetched) -> None:
+        """Activate a patch. Raises NestError if it cannot; the one before stays active then."""
+
+    def active_patch(self, digest: str) -> Patch | None:
+        """Return the active patch by that digest; None takes it from the store."""
+        return None
+
+    def try_out(self, fetched: Fetched) -> None:
+        """Try a patch before the switch to it. Raises GateRefused if it does not do well enough."""
+
+    def leave_revoked(self, revoked: Revoked) -> None:
+        """Called if the active patch is revoked and the channel names no good one."""
+
+    def revocations_refreshed(self) -> None:
+        """Called after each refresh of the revocations; everything else that answers must pass ``check_revoked``."""
 
 
 class Follower:
@@ -60,12 +82,7 @@ class Follower:
             the patch must be called; otherwise the name that the repository was first seen with counts.
         base_hash: the model that is served.
         store: gets every patch before the switch to it.
-        active: returns the digest of the active patch, or None.
-        held: returns the active patch by that digest; from the store by default.
-        switch: activates a patch; raises NestError if it cannot.
-        leave: called if the active patch is revoked and the channel names no good one.
-        heed: called after each refresh of the revocations; everything else that answers must pass ``check_revoked``.
-        gate: tries a patch; raises GateRefused. None lets every checked patch pass.
+        host: the code that serves the model. It tries patches and switches to them.
         guard: whom to trust; None checks no signatures.
         stale_after: seconds without an answer from the source, or without a signed and fresh channel file there, after
             which the status is stale; None for never.
@@ -79,12 +96,7 @@ class Follower:
         *,
         base_hash: str,
         store: Store,
-        active: Callable[[], str | None],
-        switch: Callable[[Fetched], None],
-        held: Callable[[str], Patch] | None = None,
-        leave: Callable[[Revoked], None] | None = None,
-        heed: Callable[[], None] = lambda: None,
-        gate: Callable[[Fetched], None] | None = None,
+        host: FollowHost,
         guard: Guard | None = None,
         stale_after: float | None = None,
         timeout: float = POLL_TIMEOUT,
@@ -92,9 +104,7 @@ class Follower:
     ) -> None:
         self.ref = follow_ref(ref)
         self._remote: Remote = connect(self.ref, timeout=timeout)
-        self._base_hash, self._store, self._guard = base_hash, store, guard
-        self._held = held or store.get
-        self._active, self._switch, self._leave, self._heed, self._gate = active, switch, leave, heed, gate
+        self._base_hash, self._store, self._host, self._guard = base_hash, store, host, guard
         self._stale_after, self._now = stale_after, now
         self._lock = threading.Lock()
         self._settled: str | None = None  # the head that was dealt with
@@ -173,7 +183,7 @@ class Follower:
         self._counts = False
         revocations = read_revocations(self._remote, refs.head, self._guard)
         self._news = revocations if revocations.list is not None else self._news
-        self._heed()
+        self._host.revocations_refreshed()
         revoked = self._revoked_active(revocations)
         try:
             outcome = self._follow_channel(refs, revocations)
@@ -184,8 +194,7 @@ class Follower:
             outcome = PollOutcome("unchanged", error=error)
         if revoked is not None and outcome.kind == "unchanged":
             self._stock(refs, revocations)
-            if self._leave is not None:
-                self._leave(revoked)
+            self._host.leave_revoked(revoked)
             return PollOutcome("revoked", error=revoked)
         return outcome
 
@@ -216,7 +225,7 @@ class Follower:
         if revision is None:
             raise HubError(f"{self.ref} names {channel.version}, which is not there", "its publisher has to push it")
         origins = Origins(self._store.root)
-        if channel.digest == self._active():
+        if channel.digest == self._host.active_digest():
             origins.record(self.ref.place, channel.version, revision, channel.digest, channel.name)
             self._accept(channel, revision)
             return PollOutcome("unchanged", channel.version, channel.digest)
@@ -225,9 +234,8 @@ class Follower:
         revocations.check(fetched.patch)
         self._store.add(fetched.patch, why=f"followed from {self.ref} at {revision[:12]}")
         origins.record(self.ref.place, channel.version, revision, channel.digest, channel.name)
-        if self._gate is not None:
-            self._gate(fetched)
-        self._switch(fetched)
+        self._host.try_out(fetched)
+        self._host.switch(fetched)
         self._accept(channel, revision)
         return PollOutcome("switched", channel.version, channel.digest)
 
@@ -256,11 +264,11 @@ class Follower:
 
     def _revoked_active(self, revocations: News) -> Revoked | None:
         """The error for the patch that is on, if it is revoked."""
-        digest = self._active()
+        digest = self._host.active_digest()
         if digest is None:
             return None
         try:
-            self.check_revoked(self._held(digest))
+            self.check_revoked(self._host.active_patch(digest) or self._store.get(digest))
         except Revoked as error:
             return error
         except NestError as error:  # what nobody holds can only be called as what is followed is

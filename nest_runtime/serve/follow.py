@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nest_runtime.errors import NestError, Revoked, Stopped, StoreError
 from nest_runtime.escape import short
 from nest_runtime.hub.fetch import Fetched
-from nest_runtime.hub.follow import Follower, PollOutcome
+from nest_runtime.hub.follow import Follower, FollowHost, PollOutcome
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.gate import Gate, make_gate
@@ -38,7 +38,7 @@ Event = dict[str, Any]
 log = logging.getLogger("nest_runtime.serve.follow")
 
 
-class Following:
+class Following(FollowHost):
     """Follows one channel for one server.
 
     Args:
@@ -70,12 +70,7 @@ class Following:
             config.ref,
             base_hash=table.model_hash,
             store=store,
-            active=lambda: table.active.digest if table.active.key is not None else None,
-            held=self._active_patch,
-            switch=self._switch,
-            leave=self._leave,
-            heed=self._heed,
-            gate=self._try_out,
+            host=self,
             guard=guard,
             stale_after=config.stale_after or STALE_POLLS * config.every + 60,
         )
@@ -125,22 +120,30 @@ class Following:
                     "a poll of %s failed in a way that was not foreseen; the next one comes", self._config.ref
                 )
 
-    def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
+    def _on_loop(self, change: Coroutine[Any, Any, T]) -> T:
         """From the polling thread: do something on the event loop, and wait for it."""
         assert self._loop is not None
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return asyncio.run_coroutine_threadsafe(change, self._loop).result()
 
-    def _active_patch(self, digest: str) -> Patch:
+    def active_digest(self) -> str | None:
+        """The digest of the patch that new requests get."""
+        active = self._service.table.active
+        return active.digest if active.key is not None else None
+
+    def active_patch(self, digest: str) -> Patch | None:
+        """That patch, whether or not the store still has it."""
         patch = self._service.table.active.patch
-        return patch if patch is not None and patch.digest == digest else self._store.get(digest)
+        return patch if patch is not None and patch.digest == digest else None
 
-    def _switch(self, fetched: Fetched) -> None:
+    def switch(self, fetched: Fetched) -> None:
+        """Activate a patch as an operator would."""
         self._on_loop(self._activate(fetched.patch.digest))
 
     async def _activate(self, digest: str) -> None:
         await self._service.table.activate(digest, self._who)
 
-    def _try_out(self, fetched: Fetched) -> None:
+    def try_out(self, fetched: Fetched) -> None:
+        """Let a patch answer the probes, and a few of the cases that it makes claims about."""
         if self._gate is not None and self._running:
             self._on_loop(self._try(fetched.patch.digest, self._gate))
 
@@ -167,7 +170,7 @@ class Following:
                 log.debug("not yet: %s", error)
                 await asyncio.sleep(0.1)
 
-    def _heed(self) -> None:
+    def revocations_refreshed(self) -> None:
         """Withdraw exposed patches that are revoked."""
         for served in self._service.table.loaded():
             assert served.patch is not None  # only patches are loaded
@@ -188,7 +191,7 @@ class Following:
         entry = {"what": "withdraw", "who": self._who, "version": served.label, "digest": served.digest, "done": True}
         await self._write_down({**entry, "error": type(error).__name__, "reason": error.message})
 
-    def _leave(self, revoked: Revoked) -> None:
+    def leave_revoked(self, revoked: Revoked) -> None:
         """Switch to the newest good patch, or stop answering, as the policy says; never to the base."""
         table = self._service.table
         policy = self._guard.policy.on_revoked if self._guard is not None else "newest-good"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.hub.channels import channel_for, write_channel
-from nest_runtime.hub.follow import Follower
+from nest_runtime.hub.fetch import Fetched
+from nest_runtime.hub.follow import Follower, FollowHost
 from nest_runtime.patch.file import read_patch
 from nest_runtime.patch.patch import Patch
 from nest_runtime.store.store import Store
@@ -135,16 +136,23 @@ def test_a_follower_is_not_led_to_another_patch(
     run: Run, home: Path, keys: Keys, files: dict[str, Path], tmp_path: Path, reference: str, restarted: bool
 ) -> None:
     policy(home, keys)
-    place, on, store = tmp_path / "mirror", [], Store(home)
+    place, store = tmp_path / "mirror", Store(home)
     assert run("push", files["v1"], place, "--key", keys.mine, "--channel", "stable").status == 0
+    on: list[Patch] = []
+
+    class Host(FollowHost):
+        def active_digest(self) -> str | None:
+            return on[-1].digest if on else None
+
+        def switch(self, fetched: Fetched) -> None:
+            on.append(fetched.patch)
 
     def follower() -> Follower:
         return Follower(
             f"{place}{reference}",
             base_hash=BASE_A,
             store=store,
-            active=lambda: on[-1].digest if on else None,
-            switch=lambda fetched: on.append(fetched.patch),
+            host=Host(),
             guard=guard_for(store),
         )
 

@@ -23,7 +23,7 @@ from nest_runtime.errors import (
     TrustError,
 )
 from nest_runtime.hub.fetch import Fetched
-from nest_runtime.hub.follow import Follower, follow_ref
+from nest_runtime.hub.follow import Follower, FollowHost, follow_ref
 from nest_runtime.hub.publish import publish_revocation, set_channel
 from nest_runtime.hub.repository import parse_repo
 from nest_runtime.store.store import Store
@@ -40,7 +40,7 @@ REF = parse_repo(REPO)
 Keys = tuple[Path, Path]
 
 
-class Owner:
+class Owner(FollowHost):
     """What a server is to a follower: it holds one patch, and may refuse."""
 
     def __init__(
@@ -57,17 +57,20 @@ class Owner:
             ref,
             base_hash=base,
             store=self.store,
-            active=lambda: self.on,
-            switch=self.switch,
-            leave=self.left.append,
-            gate=self.gate,
+            host=self,
             guard=self.guard,
             stale_after=300,
             timeout=timeout,
             now=lambda: datetime.now(UTC) + self.clock,
         )
 
-    def gate(self, fetched: Fetched) -> None:
+    def active_digest(self) -> str | None:
+        return self.on
+
+    def leave_revoked(self, revoked: Revoked) -> None:
+        self.left.append(revoked)
+
+    def try_out(self, fetched: Fetched) -> None:
         if self.refuse is not None:
             raise self.refuse
 
