@@ -30,7 +30,7 @@ from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.run import evaluate
 from nest_runtime.evaluate.stats import Rate
 from nest_runtime.io import read_json, write_json, write_text
-from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.model.load import LoadedModel, load_model
 from nest_runtime.patch.patch import Patch
 from nest_runtime.plots.style import OKABE_ITO, require_matplotlib
@@ -150,7 +150,7 @@ def measure(loaded: LoadedModel, point: Point, recipe: Recipe, limit: int) -> di
     """Train one point and score it."""
     harmful, benign = (make_examples(rows) for rows in training_prompts())
     harmful, benign = (rows[: max(round(point.share * len(rows)), 4)] for rows in (harmful, benign))
-    projections = [site for site in find_sites(loaded.model) if site.kind in point.kinds]
+    projections = [site for site in find_projections(loaded.model) if site.kind in point.kinds]
     kind = UntiedRun if point.untied else Run
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ablation-") as folder:

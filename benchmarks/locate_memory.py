@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.model.load import skeleton
 from nest_runtime.train.activations import PooledActivations, pooled_activations
 from nest_runtime.train.cluster import cluster
@@ -91,7 +91,7 @@ def measure_pass(layers: int, tokens: int, sizes: dict[str, Any] | None = None, 
     prompts = [[{"role": "user", "content": str(number)}] for number in range(2 * rows)]
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name, peak(found, "pass"):
-        pooled_activations(model, Words(tokens), prompts, find_sites(model), batch_size=rows, workdir=Path(name))
+        pooled_activations(model, Words(tokens), prompts, find_projections(model), batch_size=rows, workdir=Path(name))
     return {"bytes": found["pass"], "seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -109,7 +109,7 @@ def measure_probe(prompts: int, neurons: int = 14336) -> dict[str, Any]:
                 file.write(values.astype(np.float16).tobytes())
         config = {**SIZES, "model_type": "llama", "num_hidden_layers": 1, "intermediate_size": neurons}
         (Path(name) / "config.json").write_text(json.dumps(config))
-        projection = find_sites(skeleton(name))[0]
+        projection = find_projections(skeleton(name))[0]
         stored = PooledActivations(Path(name), [projection], range(prompts), "float16")
         began = time.perf_counter()
         with peak(found, "probe"):

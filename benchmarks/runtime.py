@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.model.fingerprint import model_hash, rows_digest
 from nest_runtime.patch.patch import Patch, Site
 from nest_runtime.runtime import PatchRuntime
@@ -74,7 +74,7 @@ def load(arguments: argparse.Namespace) -> Any:
 def random_patch(model: Any, version: str, seed: int) -> Patch:
     generator = torch.Generator().manual_seed(seed)
     sites = []
-    for p in find_sites(model):
+    for p in find_projections(model):
         neurons = torch.randperm(p.d_out, generator=generator)[:NEURONS].sort().values.int()
         deltas = 0.01 * torch.randn(CLUSTERS, p.d_in, generator=generator)
         clusters = (torch.arange(len(neurons)) % CLUSTERS).int()
@@ -158,7 +158,7 @@ def report(base: Any, rows: list[dict[str, Any]], arguments: argparse.Namespace)
     setup = {
         "model": arguments.model or "random Llama",
         "parameters": sum(p.numel() for p in base.parameters()),
-        "sites": len(find_sites(base)),
+        "sites": len(find_projections(base)),
         **{key: getattr(arguments, key) for key in ("device", "dtype", "threads", "repeats", "seed")},
         "torch": torch.__version__,
     }

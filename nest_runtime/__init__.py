@@ -35,7 +35,7 @@ _ERRORS = (
     "Expired",
 )
 
-_HOMES = {
+_HOMES = {  # the module, and what it calls the thing where that is another name
     "Patch": "nest_runtime.patch.patch",
     "Site": "nest_runtime.patch.site",
     "compose": "nest_runtime.patch.algebra",
@@ -43,7 +43,7 @@ _HOMES = {
     "load_patch": "nest_runtime.resolve",
     "load_model": "nest_runtime.model.load",
     "Projection": "nest_runtime.model.projection",
-    "find_sites": "nest_runtime.model.anatomy",
+    "find_sites": "nest_runtime.model.anatomy:find_projections",
     "register_architecture": "nest_runtime.model.anatomy",
     "model_hash": "nest_runtime.model.fingerprint",
     "rows_digest": "nest_runtime.model.fingerprint",
@@ -68,7 +68,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"nest_runtime.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'nest_runtime' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(import_module(module), attribute or name)
 
 
 def __dir__() -> list[str]:
@@ -84,7 +85,7 @@ if TYPE_CHECKING:
     from nest_runtime.export import export_merged as export_merged
     from nest_runtime.export import export_peft as export_peft
     from nest_runtime.export import import_peft as import_peft
-    from nest_runtime.model.anatomy import find_sites as find_sites
+    from nest_runtime.model import anatomy as _anatomy
     from nest_runtime.model.anatomy import register_architecture as register_architecture
     from nest_runtime.model.fingerprint import model_hash as model_hash
     from nest_runtime.model.fingerprint import rows_digest as rows_digest
@@ -98,3 +99,5 @@ if TYPE_CHECKING:
     from nest_runtime.runtime import PatchRuntime as PatchRuntime
     from nest_runtime.train.pipeline import train_patch as train_patch
     from nest_runtime.train.recipe import Recipe as Recipe
+
+    find_sites = _anatomy.find_projections  # the public name

@@ -113,7 +113,7 @@ def sites(arguments: argparse.Namespace) -> tuple[Sequence[int], dict[str, list[
 
 def prompts(arguments: argparse.Namespace) -> tuple[Sequence[int], dict[str, list[tuple[float, ...]]], str]:
     """Reading prompts, and locating with them."""
-    from nest_runtime.model.anatomy import find_sites
+    from nest_runtime.model.anatomy import find_projections
     from nest_runtime.model.load import load_model
     from nest_runtime.prompts.examples import load_examples
     from nest_runtime.train.activations import pooled_activations
@@ -135,7 +135,7 @@ def prompts(arguments: argparse.Namespace) -> tuple[Sequence[int], dict[str, lis
             kept: list[Any] = []
 
             def forward(talks: list[Any] = talks, kept: list[Any] = kept) -> None:
-                kept.append(pooled_activations(model, tokenizer, talks, find_sites(model)))
+                kept.append(pooled_activations(model, tokenizer, talks, find_projections(model)))
 
             def probes(kept: list[Any] = kept, size: int = size) -> None:
                 labels = [number % 2 for number in range(size)]

@@ -19,7 +19,7 @@ import torch
 from measure import Goal, Line, Report, Series, in_turns, run, threads
 from subjects import adapters, load, random_patch, smallest
 
-from nest_runtime.model.anatomy import find_sites, module_of, write_rows
+from nest_runtime.model.anatomy import find_projections, module_of, write_rows
 from nest_runtime.patch.file import read_patch
 from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
@@ -75,7 +75,7 @@ def rows_of_8b(model: Any, seed: int) -> Patch:
     """A random patch, after its rows of the model have become random numbers."""
     patch = random_patch(model, "v1", share=SHARE, clusters=2, base_hash=SOME_HASH, seed=seed, rows_digest=SOME_HASH)
     generator = torch.Generator().manual_seed(seed)
-    sites = {projection.name: projection for projection in find_sites(model)}
+    sites = {projection.name: projection for projection in find_projections(model)}
     for site in patch.sites:
         rows = torch.randn(site.n_neurons, site.d_in, generator=generator)
         projection = sites[site.name]

@@ -17,7 +17,7 @@ import torch
 from measure import Goal, Line, Report, Series, run, threads
 from subjects import load, smallest
 
-from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.prompts.builtin import bundled
 from nest_runtime.prompts.examples import encode_prompt, load_examples
 from nest_runtime.prompts.generate import pad_token_id
@@ -60,7 +60,7 @@ def measure(arguments: argparse.Namespace) -> Report:
 
 def ours(loaded: Any, talks: Sequence[Any], labels: Sequence[int], recipe: Recipe) -> dict[str, float]:
     """Seconds of the pass that pools, and of probes and clusters."""
-    projections = within_depth(find_sites(loaded.model), recipe)
+    projections = within_depth(find_projections(loaded.model), recipe)
     began = time.perf_counter()
     pooled = pooled_activations(
         loaded.model,

@@ -15,7 +15,7 @@ import torch
 from measure import NotMeasured, models_folder
 
 from nest_runtime.export.peft import export_peft
-from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.model.load import LoadedModel, load_model
 from nest_runtime.patch.file import read_patch
 from nest_runtime.patch.patch import Patch, Site
@@ -102,7 +102,7 @@ def random_patch(
     generator = torch.Generator().manual_seed(seed)
     sites = tuple(
         random_site(p.name, p.d_in, p.d_out, max(clusters, round(share * p.d_out)), clusters, generator)
-        for p in find_sites(model)
+        for p in find_projections(model)
     )
     neurons = {site.name: site.neurons.tensor() for site in sites}
     return Patch(

@@ -22,7 +22,7 @@ from subjects import load, real_models
 from torch.nn.functional import cross_entropy
 
 from nest_runtime.compare.methods.lora import adapter_parameters, ffn_modules
-from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.patch.patch import Patch
 from nest_runtime.prompts.builtin import bundled
 from nest_runtime.prompts.examples import load_examples
@@ -44,7 +44,8 @@ def measure(arguments: argparse.Namespace) -> Report:
     loaded, patch = load(real)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     rows = training_rows(loaded)
-    lowest = min(p.layer for p in find_sites(loaded.model) if p.name in {s.name for s in patch.sites if s.n_neurons})
+    patched = {site.name for site in patch.sites if site.n_neurons}
+    lowest = min(p.layer for p in find_projections(loaded.model) if p.name in patched)
     make: dict[str, Callable[[Any, list[Batch]], Callable[[], None]]] = {
         "floor": lambda model, batches: floor_step(model, batches, lowest),
         "LoRA": lora_step,
@@ -73,7 +74,7 @@ def steps(
     loaded: Any, patch: Patch, rows: Sequence[Row], others: dict[str, Callable[[], None]], rounds: int
 ) -> dict[str, list[float]]:
     """Seconds of every step; the first ones, which compute the lower layers' outputs once, do not count."""
-    projections = find_sites(loaded.model)
+    projections = find_projections(loaded.model)
     recipe = Recipe(steps=rounds + WARM, batch_size=len(rows), validate_every=rounds + WARM)
     deltas = Deltas(loaded.model, projections, located(patch, projections), recipe.loadings)
     times: dict[str, list[float]] = {"ours": [], **{name: [] for name in others}}

@@ -222,13 +222,13 @@ def random_patch(loaded: LoadedModel) -> Patch:
     """A patch of the usual size and random numbers, for measuring and nothing else."""
     import torch
 
-    from nest_runtime.model.anatomy import find_sites, unwrap
+    from nest_runtime.model.anatomy import find_projections, unwrap
     from nest_runtime.model.fingerprint import rows_digest
     from nest_runtime.patch.patch import Patch, Site
 
     generator = torch.Generator().manual_seed(0)
     sites = []
-    for place in find_sites(loaded.model):
+    for place in find_projections(loaded.model):
         count = max(CLUSTERS, round(NEURON_SHARE * place.d_out))
         neurons = torch.randperm(place.d_out, generator=generator)[:count].sort().values.int()
         deltas = 0.01 * torch.randn(CLUSTERS, place.d_in, generator=generator)

@@ -143,11 +143,11 @@ def _read(backend: LocalBackend, digest: str | None, ids: list[int], patch: Patc
     """One pass; raw outputs of the patch's neurons."""
     import torch
 
-    from nest_runtime.model.anatomy import find_sites
+    from nest_runtime.model.anatomy import find_projections
     from nest_runtime.train.forward import hidden_states
 
     model = backend.loaded.model
-    there = [p for p in find_sites(model) if p.name in set(wanted) and not p.experts]
+    there = [p for p in find_projections(model) if p.name in set(wanted) and not p.experts]
     neurons = {name: patch.site(name).neurons.tensor() for name in wanted}
     rows = torch.tensor([ids], device=backend.loaded.device)  # (1, tokens)
     raw: _Raw = {}

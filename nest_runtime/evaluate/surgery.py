@@ -33,10 +33,10 @@ def rows_of(patch: Patch) -> dict[str, list[int]]:
 
 def random_rows(model: Any, like: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str, list[int]]:
     """As many other neurons of each projection, drawn by seed: the control of a pruning."""
-    from nest_runtime.model.anatomy import find_sites
+    from nest_runtime.model.anatomy import find_projections
 
     found = {}
-    for projection in find_sites(model):
+    for projection in find_projections(model):
         if projection.name in like:
             taken = set(like[projection.name])
             free = [row for row in range(projection.d_out) if row not in taken]
@@ -52,10 +52,10 @@ def pruned(model: Any, rows: Mapping[str, Sequence[int]]) -> Iterator[None]:
     Raises:
         EvaluationError: the model has no such projection.
     """
-    from nest_runtime.model.anatomy import find_sites
+    from nest_runtime.model.anatomy import find_projections
     from nest_runtime.model.projection import module_of
 
-    projections = {projection.name: projection for projection in find_sites(model)}
+    projections = {projection.name: projection for projection in find_projections(model)}
     unknown = sorted(set(rows) - set(projections))
     if unknown:
         raise EvaluationError(f"the model has no projection {unknown[0]}", "take the patch that was made for it")
@@ -177,10 +177,10 @@ def _mean_states(model: Any, tokenizer: Any, talks: Sequence[Sequence[Message]])
 
 def _layers(model: Any) -> Any:
     """The decoder layers."""
-    from nest_runtime.model.anatomy import find_sites
+    from nest_runtime.model.anatomy import find_projections
     from nest_runtime.train.lower import decoder_layers
 
-    sites = find_sites(model)
+    sites = find_projections(model)
     layers = decoder_layers(model, sites[0])[0] if sites else None
     if layers is None:
         raise EvaluationError("the model's decoder layers are not in one list", "other attacks need no layers")

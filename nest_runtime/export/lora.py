@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from nest_runtime.errors import ExportError
-from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.model.projection import Projection
 from nest_runtime.patch.patch import Patch, Site, check_sites
 
@@ -65,7 +65,7 @@ def layout_of(patch: Patch, model: nn.Module | None = None) -> dict[str, Project
         SiteMismatch: the model has other sites.
     """
     if model is not None:
-        projections = find_sites(model)
+        projections = find_projections(model)
         check_sites(patch, projections)
         return {projection.name: projection for projection in projections}
     experts = [site.name for site in patch.sites if ".experts." in site.name]

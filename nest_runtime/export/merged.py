@@ -18,7 +18,7 @@ from torch import nn
 from nest_runtime.errors import BaseMismatch, ExportError
 from nest_runtime.export.folder import NOTE, check_target, new_folder, write_note
 from nest_runtime.io import expand
-from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.model.checkpoint import Checkpoint
 from nest_runtime.model.fingerprint import model_hash, rows_digest, rows_fit, tensor_digests
 from nest_runtime.model.gguf.header import find_gguf
@@ -92,7 +92,7 @@ def export_merged(
             "export --to gguf, an adapter that llama.cpp puts on this very file",
         )
     model = skeleton(source) if model is None else model
-    layout = {projection.name: projection for projection in find_sites(model)}
+    layout = {projection.name: projection for projection in find_projections(model)}
     check_sites(patch, layout.values())
     checkpoint = Checkpoint(source, model)
     _check_base(patch, source, model, checkpoint, progress)
@@ -136,7 +136,7 @@ def _check_base(
     if found != patch.base_hash:
         raise BaseMismatch(f"{patch.label} is for base {patch.base_hash}; {folder} is {found}", hint)
     neurons = {site.name: site.neurons.tensor() for site in patch.sites}
-    layout = {projection.name: projection for projection in find_sites(model)}
+    layout = {projection.name: projection for projection in find_projections(model)}
     stored = {s.name: checkpoint.read(layout[s.name], neurons[s.name]) for s in patch.sites if s.n_neurons}
     if not rows_fit(model, stored, neurons, patch.rows_digest):
         rows = rows_digest(model, neurons, read=lambda _, projection, index: stored[projection.name])

@@ -31,7 +31,7 @@ from nest_runtime.model.rows import read_rows, weight_of, write_rows
 __all__ = [
     "Projection",
     "canonical_name",
-    "find_sites",
+    "find_projections",
     "is_experts",
     "module_of",
     "read_rows",
@@ -63,7 +63,7 @@ def register_architecture(
     gate_up: str | None = None,
     fc: str | None = None,
 ) -> None:
-    """Tell ``find_sites`` where an architecture keeps its FFN projections.
+    """Tell ``find_projections`` where an architecture keeps its FFN projections.
 
     Args:
         model_class: name of the model's class, e.g. ``MyForCausalLM``. A second call replaces the first.
@@ -84,8 +84,8 @@ def register_architecture(
     _REGISTERED[model_class] = patterns
 
 
-def find_sites(model: nn.Module) -> tuple[Projection, ...]:
-    """Find every patchable FFN projection, in the model's order of layers and modules.
+def find_projections(model: nn.Module) -> tuple[Projection, ...]:
+    """Find every patchable FFN projection, in the model's order of layers and modules; public as ``nest.find_sites``.
 
     Args:
         model: a Hugging Face model, wrapped or not, on any device (meta too).
@@ -95,13 +95,13 @@ def find_sites(model: nn.Module) -> tuple[Projection, ...]:
     """
     linears = _linears(model)
     patterns = _REGISTERED.get(type(unwrap(model)).__name__)
-    found = _registered_sites(linears, patterns) if patterns else _detected_sites(model, linears)
+    found = _registered_projections(linears, patterns) if patterns else _detected_projections(model, linears)
     if not found:
         raise _unknown(model, linears, "no FFN projections were recognized")
-    names = [site.name for site in found]
+    names = [projection.name for projection in found]
     if len(set(names)) != len(names):
         raise _unknown(model, linears, "two modules share one canonical name")
-    return tuple(sorted(found, key=lambda site: site.layer))  # stable: the model's order within a layer
+    return tuple(sorted(found, key=lambda projection: projection.layer))  # stable: the model's order within a layer
 
 
 def _linears(model: nn.Module) -> _Linears:
@@ -147,7 +147,7 @@ def _expert_projections(path: str, module: nn.Module, layer: int) -> list[Projec
     ]
 
 
-def _registered_sites(linears: _Linears, patterns: dict[str, str]) -> list[Projection]:
+def _registered_projections(linears: _Linears, patterns: dict[str, str]) -> list[Projection]:
     found: list[Projection] = []
     for name, entries in linears.items():
         for kind, pattern in patterns.items():
@@ -158,7 +158,7 @@ def _registered_sites(linears: _Linears, patterns: dict[str, str]) -> list[Proje
     return found
 
 
-def _detected_sites(model: nn.Module, linears: _Linears) -> list[Projection]:
+def _detected_projections(model: nn.Module, linears: _Linears) -> list[Projection]:
     within = _language_tower(model, linears)
     _refuse_unsupported(model, linears, within)
     model_type = getattr(getattr(unwrap(model), "config", None), "model_type", "")

@@ -26,7 +26,7 @@ from torch import nn
 
 from nest_runtime.errors import ModelError, SiteMismatch
 from nest_runtime.io import expand
-from nest_runtime.model.anatomy import Projection, canonical_name, find_sites, read_rows, unwrap
+from nest_runtime.model.anatomy import Projection, canonical_name, find_projections, read_rows, unwrap
 from nest_runtime.model.gguf.header import find_gguf, read_header
 from nest_runtime.model.gguf.identity import hash_gguf
 from nest_runtime.model.hashcache import HashCache
@@ -144,7 +144,7 @@ def rows_digest(
         SiteMismatch: the model lacks a site, or a neuron is out of its range.
         ModelError: the weights are quantized or not in memory.
     """
-    known = {p.name: p for p in (find_sites(model) if projections is None else projections)}
+    known = {p.name: p for p in (find_projections(model) if projections is None else projections)}
     digest = hashlib.sha256()
     for name in sorted(neurons):
         projection, index = known.get(name), neurons[name]
@@ -180,7 +180,7 @@ def rows_fit(
         digest: to compare with.
         projections: as in ``rows_digest``.
     """
-    known = find_sites(model) if projections is None else list(projections)
+    known = find_projections(model) if projections is None else list(projections)
 
     def made_in(dtype: torch.dtype) -> str:
         def read(_model: nn.Module, projection: Projection, _neurons: torch.Tensor) -> torch.Tensor:

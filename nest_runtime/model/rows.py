@@ -17,7 +17,7 @@ def read_rows(model: nn.Module, projection: Projection, neurons: torch.Tensor) -
 
     Args:
         model: the model the projection belongs to.
-        projection: from ``find_sites``.
+        projection: from ``find_projections``.
         neurons: [n] integer indices in [0, d_out).
 
     Returns:
@@ -43,7 +43,7 @@ def write_rows(model: nn.Module, projection: Projection, neurons: torch.Tensor |
 
     Args:
         model: the model the projection belongs to.
-        projection: from ``find_sites``.
+        projection: from ``find_projections``.
         neurons: [n] integer indices in [0, d_out), each once; or their rows where they were found before.
         rows: a tensor [n, d_in], converted to the weight's dtype and device; or, for rows found before, their bits.
 

@@ -208,7 +208,7 @@ def check_sites(patch: Patch, projections: Iterable[Projection]) -> None:
 
     Args:
         patch: the patch.
-        projections: of the model, from ``anatomy.find_sites``.
+        projections: of the model, from ``anatomy.find_projections``.
 
     Raises:
         SiteMismatch: the model lacks a site, or its d_in or d_out differ; the message names the first.

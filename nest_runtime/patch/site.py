@@ -160,7 +160,7 @@ def _check_site(site: Site) -> None:
     if not isinstance(site.name, str) or not _NAME.fullmatch(site.name):
         raise PatchFormatError(
             f"site name {site.name!r:.80} is not a module path of letters, digits, '_', '.', ':' and '-'",
-            "name sites as `find_sites` does",
+            "name sites as `find_projections` does",
         )
     if type(site.d_out) is not int or not 0 < site.d_out <= MAX_SIZE:
         raise PatchFormatError(f"{where}: d_out is {site.d_out!r:.80}; expected 1 to 2^31 - 1", "re-export the patch")

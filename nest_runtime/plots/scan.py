@@ -68,13 +68,13 @@ def scan(
         UsageError: the view's settings are no recipe.
         TrainingError: too few prompts.
     """
-    from nest_runtime.model.anatomy import find_sites
+    from nest_runtime.model.anatomy import find_projections
     from nest_runtime.train.activations import pooled_activations
     from nest_runtime.train.recipe import Recipe
 
     recipe = Recipe.of_header(view.recipe) if view.recipe else Recipe()
     kept = {site.name: site for site in view.sites if len(site.neurons)}
-    projections = [projection for projection in find_sites(model) if projection.name in kept]
+    projections = [projection for projection in find_projections(model) if projection.name in kept]
     labels = np.array([1] * len(harmful) + [0] * len(benign))
     activations = pooled_activations(
         model,

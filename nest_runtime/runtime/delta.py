@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nest_runtime.model.anatomy import Projection, find_sites, module_of
+from nest_runtime.model.anatomy import Projection, find_projections, module_of
 from nest_runtime.patch.patch import Patch, Site
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def find_places(model: nn.Module) -> dict[str, Place]:
     Raises:
         UnknownArchitecture: no FFN projections are known for it.
     """
-    return {p.name: Place(module_of(model, p), replace(p, module="")) for p in find_sites(model)}
+    return {p.name: Place(module_of(model, p), replace(p, module="")) for p in find_projections(model)}
 
 
 @dataclass(frozen=True)

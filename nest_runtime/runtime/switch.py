@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nest_runtime.errors import BaseMismatch, NestError, UsageError
-from nest_runtime.model.anatomy import find_sites, weight_of
+from nest_runtime.model.anatomy import find_projections, weight_of
 from nest_runtime.patch.patch import Patch, check_sites
 from nest_runtime.runtime import checks
 from nest_runtime.runtime.bank import Bank
@@ -50,7 +50,7 @@ class PatchRuntime:
         self._hash = base_hash
         self._hashed = base_hash is not None
         self._places: dict[str, Place] = find_places(model)
-        self._board = Board(trunk_of(model, find_sites(model)[0].module))
+        self._board = Board(trunk_of(model, find_projections(model)[0].module))
         self._wiring = Wiring(self._board)
         self._bank: Bank | None = None
         self._table = Table()

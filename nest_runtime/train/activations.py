@@ -90,7 +90,7 @@ def pooled_activations(
         model: the bare base, in eval mode.
         tokenizer: its tokenizer.
         conversations: prompts as messages, ending with the user's turn.
-        projections: whose outputs to keep (``anatomy.find_sites``).
+        projections: whose outputs to keep (``anatomy.find_projections``).
         pooling: ``max``, ``mean`` or ``last`` token. Padding never counts.
         batch_size, batch_tokens: rows, and padded tokens, of one forward pass.
         workdir: keep the files here and take up an interrupted pass; None uses a temporary folder.

@@ -17,7 +17,7 @@ from typing import Any
 
 from nest_runtime.errors import DataError, UsageError
 from nest_runtime.io import canonical_json
-from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.patch.patch import Patch
 from nest_runtime.progress import Progress
 from nest_runtime.prompts.content import plain_content
@@ -92,7 +92,7 @@ def train_patch(
     """
     settings = recipe or Recipe()
     _check_prompts(harmful, benign, rehearsal, parent)
-    projections = find_sites(model)
+    projections = find_projections(model)
     if parent is not None:
         (check_sibling if sibling else check_parent)(parent, projections, base_hash)
     team = Workers.current()
@@ -127,7 +127,7 @@ def locate_sites(
     _check_prompts(harmful, benign, (), None)
     team = Workers.current()
     with _work_folder(workdir, resume, keep_workdir, team) as folder:
-        run = Run(model, tokenizer, find_sites(model), settings, base_hash, base_model, folder, progress, team)
+        run = Run(model, tokenizer, find_projections(model), settings, base_hash, base_model, folder, progress, team)
         found = run.locate(harmful, benign)
     return LocateResult(found, run.rounded_seconds())
 

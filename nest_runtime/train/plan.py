@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nest_runtime.model.anatomy import Projection, find_sites, unwrap
+from nest_runtime.model.anatomy import Projection, find_projections, unwrap
 from nest_runtime.train.lower import KEPT_BYTES
 from nest_runtime.train.objective import SLICE_NUMBERS
 from nest_runtime.train.recipe import Recipe
@@ -116,7 +116,7 @@ def shape_of(model: nn.Module, dtype: str, recipe: Recipe) -> Shape:
     """
     config: Any = unwrap(model).config
     text = config.get_text_config()
-    every = find_sites(model)
+    every = find_projections(model)
     sites = within_depth(every, recipe)
     layers = max(site.layer for site in every) + 1
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -15,7 +15,7 @@ from nest_runtime.demo.neurons import ALL, Neurons, map_html
 from nest_runtime.demo.probe import activations
 from nest_runtime.demo.start import Source, open_desk
 from nest_runtime.demo.talk import Talk
-from nest_runtime.model.anatomy import find_sites, module_of
+from nest_runtime.model.anatomy import find_projections, module_of
 from nest_runtime.model.load import load_model
 from nest_runtime.prompts.examples import encode
 from tests.conftest import save_tiny
@@ -37,7 +37,7 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any]:
 def outputs(backend: LocalBackend, site: str) -> np.ndarray:
     """A projection's raw outputs [tokens, d_out] under whatever is on, read without the demo."""
     model = backend.loaded.model
-    projection = next(p for p in find_sites(model) if p.name == site)
+    projection = next(p for p in find_projections(model) if p.name == site)
     kept: list[torch.Tensor] = []
     handle = module_of(model, projection).register_forward_hook(lambda module, args, output: kept.append(output))
     try:

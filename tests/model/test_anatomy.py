@@ -15,7 +15,7 @@ from nest_runtime.model import anatomy
 from nest_runtime.model.anatomy import (
     Projection,
     canonical_name,
-    find_sites,
+    find_projections,
     module_of,
     read_rows,
     register_architecture,
@@ -62,7 +62,7 @@ TWO_MATRICES = [
 
 @pytest.mark.parametrize(("model_class", "config_class", "changes"), GATED)
 def test_gate_and_up(model_class: str, config_class: str, changes: dict[str, Any]) -> None:
-    sites = find_sites(build(model_class, config_class, **changes))
+    sites = find_projections(build(model_class, config_class, **changes))
     expected = [
         Projection(name, layer, kind, name, 64, 96)
         for layer in range(2)
@@ -75,7 +75,7 @@ def test_gate_and_up(model_class: str, config_class: str, changes: dict[str, Any
 @pytest.mark.parametrize(("model_class", "config_class", "changes"), FUSED)
 def test_fused_halves_are_gate_then_up(model_class: str, config_class: str, changes: dict[str, Any]) -> None:
     model = build(model_class, config_class, **changes)
-    sites = find_sites(model)
+    sites = find_projections(model)
     module = "model.layers.0.mlp.gate_up_proj"
     assert sites[:2] == (
         Projection(f"{module}:gate", 0, "gate", module, 64, 96),
@@ -92,7 +92,7 @@ def test_first_of_two_matrices(
     model_class: str, config_class: str, changes: dict[str, Any], name: str, layout: str
 ) -> None:
     model = build(model_class, config_class, **changes)
-    sites = find_sites(model)
+    sites = find_projections(model)
     assert len(sites) == 2
     assert (sites[0].name, sites[0].kind, sites[0].layout, sites[0].d_in) == (name, "fc", layout, 64)
     rows, x = torch.tensor([0, 5, sites[0].d_out - 1]), torch.randn(3, 64)
@@ -114,7 +114,7 @@ def test_experts_are_one_projection_a_layer_and_half(
     model_class: str, config_class: str, changes: dict[str, Any], each: int
 ) -> None:
     model = build(model_class, config_class, num_experts_per_tok=2, **changes)
-    sites = find_sites(model)
+    sites = find_projections(model)
     assert [(s.name, s.kind, s.d_in, s.d_out, s.experts) for s in sites[2:]] == [
         (f"model.layers.1.mlp.experts.gate_up_proj:{kind}", kind, 64, 4 * each, 4) for kind in ("gate", "up")
     ]
@@ -145,7 +145,7 @@ def test_dense_layers_and_shared_experts_stand_beside_experts() -> None:
     sizes = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8}
     sizes |= {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
     model = build("DeepseekV3ForCausalLM", "DeepseekV3Config", **sizes, first_k_dense_replace=1)
-    assert [(site.name.removeprefix("model.layers."), site.d_out) for site in find_sites(model)] == [
+    assert [(site.name.removeprefix("model.layers."), site.d_out) for site in find_projections(model)] == [
         ("0.mlp.gate_proj", 96),
         ("0.mlp.up_proj", 96),
         ("1.mlp.experts.gate_up_proj:gate", 64),
@@ -187,7 +187,7 @@ def test_of_a_multimodal_model_the_language_tower_counts(
 ) -> None:
     config = getattr(transformers, config_class)(**configs)
     model = getattr(transformers, model_class)(config)
-    assert [site.name for site in find_sites(model)] == [
+    assert [site.name for site in find_projections(model)] == [
         f"model.language_model.layers.{layer}.mlp.{kind}_proj" for layer in range(2) for kind in ("gate", "up")
     ]
     vision = [name for name, module in model.named_modules() if "vis" in name and isinstance(module, nn.Linear)]
@@ -207,7 +207,7 @@ def test_what_is_not_supported_is_refused(
     model_class: str, config_class: str, changes: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(UnknownArchitecture) as caught:
-        find_sites(build(model_class, config_class, **changes))
+        find_projections(build(model_class, config_class, **changes))
     assert reason in caught.value.message
     assert model_class in caught.value.message
     assert "linear layers found" in caught.value.message
@@ -219,14 +219,14 @@ def test_a_multimodal_model_without_a_language_tower_is_refused(tiny_llama: Path
     model.config.vision_config = {"layers": 2}
     model.get_decoder = lambda: model
     with pytest.raises(UnknownArchitecture, match="its language model was not found"):
-        find_sites(model)
+        find_projections(model)
 
 
 def test_layers_of_different_kinds_are_refused(tiny_llama: Path) -> None:
     model = load_model(tiny_llama, device="cpu").model
     model.model.layers[1].mlp = nn.Linear(64, 64)
     with pytest.raises(UnknownArchitecture, match=r"layers without known FFN: \[1\]"):
-        find_sites(model)
+        find_projections(model)
 
 
 # Wrappers.
@@ -235,17 +235,17 @@ def test_layers_of_different_kinds_are_refused(tiny_llama: Path) -> None:
 def test_names_are_the_same_under_compile_and_peft(tiny_llama: Path) -> None:
     peft = pytest.importorskip("peft")
     model = load_model(tiny_llama, device="cpu").model
-    plain = find_sites(model)
+    plain = find_projections(model)
     rows = torch.tensor([0, 7, 95])
     expected = read_rows(model, plain[0], rows)
     compiled = torch.compile(model)
-    assert [site.name for site in find_sites(compiled)] == [site.name for site in plain]
-    assert find_sites(compiled)[0].module == "_orig_mod.model.layers.0.mlp.gate_proj"
+    assert [site.name for site in find_projections(compiled)] == [site.name for site in plain]
+    assert find_projections(compiled)[0].module == "_orig_mod.model.layers.0.mlp.gate_proj"
     assert unwrap(compiled) is model
     config = peft.LoraConfig(r=2, target_modules=["gate_proj", "q_proj"], task_type="CAUSAL_LM")
     wrapped = peft.get_peft_model(model, config)
     for live in (wrapped, torch.compile(wrapped)):
-        sites = find_sites(live)
+        sites = find_projections(live)
         assert [(s.name, s.d_in, s.d_out) for s in sites] == [(s.name, s.d_in, s.d_out) for s in plain]
         assert sites[0].module.endswith("base_model.model.model.layers.0.mlp.gate_proj.base_layer")
         assert torch.equal(read_rows(live, sites[0], rows), expected)
@@ -255,10 +255,10 @@ def test_names_are_the_same_under_compile_and_peft(tiny_llama: Path) -> None:
 
 def test_compiled_layers_inside_a_model(tiny_llama: Path) -> None:
     model = load_model(tiny_llama, device="cpu").model
-    plain = [site.name for site in find_sites(model)]
+    plain = [site.name for site in find_projections(model)]
     for i, layer in enumerate(model.model.layers):
         model.model.layers[i] = torch.compile(layer)
-    assert [site.name for site in find_sites(model)] == plain
+    assert [site.name for site in find_projections(model)] == plain
 
 
 @pytest.mark.parametrize(
@@ -295,17 +295,17 @@ def test_register_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(anatomy, "_REGISTERED", {})
     model = Stranger()
     with pytest.raises(UnknownArchitecture) as caught:
-        find_sites(model)
+        find_projections(model)
     assert "tower.{layer}.ffn.w1 [12, 8]" in caught.value.message
     assert "head [5, 8]" in caught.value.message
     register_architecture("Stranger", gate="tower.{layer}.ffn.w1", up="tower.{layer}.ffn.w3")
-    sites = find_sites(torch.compile(model))
+    sites = find_projections(torch.compile(model))
     assert [(site.name, site.kind, site.layer) for site in sites[-2:]] == [
         ("tower.2.ffn.w1", "gate", 2),
         ("tower.2.ffn.w3", "up", 2),
     ]
     register_architecture("Stranger", gate_up="tower.{layer}.ffn.w13")
-    assert [(s.name, s.offset, s.d_out) for s in find_sites(model)[:2]] == [
+    assert [(s.name, s.offset, s.d_out) for s in find_projections(model)[:2]] == [
         ("tower.0.ffn.w13:gate", 0, 12),
         ("tower.0.ffn.w13:up", 12, 12),
     ]
@@ -326,7 +326,7 @@ def test_bad_registrations(patterns: dict[str, str]) -> None:
 )
 def test_rows_are_copies_and_written_in_place(model_class: str, config_class: str) -> None:
     model = build(model_class, config_class)
-    site = find_sites(model)[1]
+    site = find_projections(model)[1]
     module = module_of(model, site)
     before, rows = module.weight.detach().clone(), torch.tensor([0, 3, site.d_out - 1])  # type: ignore[union-attr, operator]
     copied = read_rows(model, site, rows)
@@ -344,7 +344,7 @@ def test_rows_are_copies_and_written_in_place(model_class: str, config_class: st
 
 def test_rows_of_a_missing_module_and_of_meta_weights(tiny_llama: Path, tiny_qwen: Path) -> None:
     model = load_model(tiny_llama, device="cpu").model
-    site = find_sites(model)[0]
+    site = find_projections(model)[0]
     gone = Projection("model.layers.9.mlp.up_proj", 9, "up", "model.layers.9.mlp.up_proj", 64, 96)
     with pytest.raises(SiteMismatch, match=r"layers\.9"):
         read_rows(model, gone, torch.tensor([0]))
@@ -354,9 +354,9 @@ def test_rows_of_a_missing_module_and_of_meta_weights(tiny_llama: Path, tiny_qwe
 
 def test_quantized_weights_are_refused_by_rows_but_found(tiny_llama: Path) -> None:
     model = load_model(tiny_llama, device="cpu").model
-    site = find_sites(model)[0]
+    site = find_projections(model)[0]
     packed = nn.Parameter(torch.zeros(96 * 64 // 2, 1, dtype=torch.uint8), requires_grad=False)
     module_of(model, site).weight = packed
-    assert find_sites(model)[0] == site
+    assert find_projections(model)[0] == site
     with pytest.raises(ModelError, match="hook mode"):
         read_rows(model, site, torch.tensor([0]))

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from nest_runtime.errors import ModelError, SiteMismatch
 from nest_runtime.io import nest_home
 from nest_runtime.model import hashcache
-from nest_runtime.model.anatomy import find_sites, module_of, read_rows, write_rows
+from nest_runtime.model.anatomy import find_projections, module_of, read_rows, write_rows
 from nest_runtime.model.fingerprint import hash_report, model_hash, rows_digest, weight_files
 from tests.conftest import save_tiny
 
@@ -149,7 +149,7 @@ def test_wrappers_and_adapters_do_not_change_it(tiny_llama: Path) -> None:
 
 def test_a_changed_row_in_memory_changes_it(tiny_llama: Path) -> None:
     model = load(tiny_llama)
-    site, rows = find_sites(model)[1], torch.tensor([4])
+    site, rows = find_projections(model)[1], torch.tensor([4])
     kept = read_rows(model, site, rows)
     write_rows(model, site, rows, kept + 1)
     assert model_hash(model) != model_hash(tiny_llama)
@@ -326,14 +326,14 @@ def rows_by_the_book(model: nn.Module, neurons: dict[str, list[int]]) -> str:
 
 def test_rows_digest(tiny_llama: Path) -> None:
     model = load(tiny_llama)
-    names = [site.name for site in find_sites(model)]
+    names = [site.name for site in find_projections(model)]
     neurons = {names[3]: [0, 95], names[0]: [1, 2, 3], names[1]: []}
     given = {name: torch.tensor(rows, dtype=torch.int32) for name, rows in neurons.items()}
     digest = rows_digest(model, given)
     assert digest == rows_by_the_book(model, neurons)
     assert digest == rows_digest(torch.compile(model), dict(reversed(given.items())))  # type: ignore[arg-type]
     assert digest != rows_digest(model, {key: given[key] for key in names if key in given and len(given[key])})
-    weight = module_of(model, find_sites(model)[0]).weight
+    weight = module_of(model, find_projections(model)[0]).weight
     weight.data[9] += 1  # type: ignore[union-attr, operator]
     assert rows_digest(model, given) == digest  # another row
     weight.data[2, 5] += 1e-3  # type: ignore[union-attr, operator]
@@ -342,13 +342,13 @@ def test_rows_digest(tiny_llama: Path) -> None:
 
 def test_rows_digest_of_a_half_precision_base_is_over_float32(tiny_llama: Path) -> None:
     half = load(tiny_llama, dtype=torch.bfloat16)
-    given = {find_sites(half)[0].name: torch.tensor([1, 5])}
+    given = {find_projections(half)[0].name: torch.tensor([1, 5])}
     assert rows_digest(half, given) == rows_digest(half.float(), given)
 
 
 def test_rows_digest_refuses_what_the_model_lacks(tiny_llama: Path) -> None:
     model = load(tiny_llama)
-    name = find_sites(model)[0].name
+    name = find_projections(model)[0].name
     with pytest.raises(SiteMismatch, match="no site 'nope'"):
         rows_digest(model, {"nope": torch.tensor([0])})
     for rows in ([96], [-1]):

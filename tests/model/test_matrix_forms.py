@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from nest_runtime.errors import BaseMismatch, ModelError, TrainingError
-from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.model.fingerprint import model_hash
 from nest_runtime.model.load import load_model
 from nest_runtime.runtime import PatchRuntime
@@ -249,7 +249,7 @@ def test_gradient_checkpointing_changes_no_gradient(family: Family, folders: Fol
 def trained_deltas(loaded: Any) -> Deltas:
     """Located sites with nonzero rows."""
     patch = make_patch(loaded.model, scale=0.1, loadings=True)
-    projections = find_sites(loaded.model)
+    projections = find_projections(loaded.model)
     return Deltas(loaded.model, projections, parent_sites(patch, projections), "learned", parent_values(patch))
 
 

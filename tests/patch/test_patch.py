@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nest_runtime.errors import PatchFormatError, SiteMismatch
-from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.model.load import load_model
 from nest_runtime.patch.algebra import compose, diff
 from nest_runtime.patch.patch import FrozenTensor, Patch, Site, check_sites
@@ -277,7 +277,7 @@ def test_unknown_site_is_named() -> None:
 
 def test_check_sites(tiny_llama: Path) -> None:
     model = load_model(str(tiny_llama), device="cpu").model
-    patch, projections = make_patch(model), find_sites(model)
+    patch, projections = make_patch(model), find_projections(model)
     check_sites(patch, projections)
     assert [site.name for site in patch.sites] == [p.name for p in projections]
     with pytest.raises(SiteMismatch, match=r"layers\.9\.mlp\.up_proj, which the model lacks; the model has 4 sites"):

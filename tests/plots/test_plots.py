@@ -184,11 +184,11 @@ def test_no_bin_lies_across_the_threshold(values: list[float], threshold: float)
 def test_layers_and_kinds_are_read_from_names(
     model_class: str, config_class: str, changes: dict[str, int], tmp_path: Path
 ) -> None:
-    from nest_runtime.model.anatomy import find_sites
+    from nest_runtime.model.anatomy import find_projections
     from nest_runtime.model.load import load_model
 
     model = load_model(str(save_tiny(tmp_path / "m", model_class, config_class, **changes))).model
-    for projection in find_sites(model):
+    for projection in find_projections(model):
         assert place_of(projection.name) == (projection.layer, projection.kind)
 
 

@@ -16,7 +16,7 @@ from nest_runtime.errors import DataError
 from nest_runtime.evaluate import Case, evaluate, load_behaviors
 from nest_runtime.evaluate.attacks.base import text_attack
 from nest_runtime.evaluate.judges import PhraseJudge
-from nest_runtime.model.anatomy import find_sites, module_of
+from nest_runtime.model.anatomy import find_projections, module_of
 from nest_runtime.model.load import LoadedModel, load_model
 from nest_runtime.prompts.examples import Example, encode, encode_prompt, examples_digest, load_examples, render
 from nest_runtime.prompts.generate import generate_answers
@@ -168,7 +168,7 @@ def by_hand(reader: Any, example: Example) -> dict[str, torch.Tensor]:
 def test_pooled_activations_are_those_of_each_prompt_alone(title: str, models: Any, pictures: Path) -> None:
     loaded, reader = models(title)
     examples = [*harmful(pictures, [0, 1]), *benign(pictures)]
-    projections = find_sites(loaded.model)
+    projections = find_projections(loaded.model)
     found = pooled_activations(loaded.model, reader, [item.messages for item in examples], projections, batch_size=4)
     outputs: list[torch.Tensor] = []
     last = projections[-1]

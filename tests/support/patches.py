@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nest_runtime.model.anatomy import find_sites, unwrap
+from nest_runtime.model.anatomy import find_projections, unwrap
 from nest_runtime.patch.patch import Patch, Site
 
 
@@ -52,7 +52,7 @@ def make_patch(
     """A random valid Patch for ``model``, with its true hash and rows digest.
 
     Args:
-        model: a model that find_sites knows, unpatched.
+        model: a model that find_projections knows, unpatched.
         name, version, serial: as in Patch; so are further ``fields`` (parent, method, …).
         seed: another seed, another patch.
         neurons, clusters: of every site.
@@ -76,7 +76,7 @@ def make_patch(
             scale=scale,
             seed=seed * 1000 + i,
         )
-        for i, p in enumerate(find_sites(model))
+        for i, p in enumerate(find_projections(model))
     )
     return Patch(
         name=name,

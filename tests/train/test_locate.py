@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nest_runtime.errors import DataError, TrainingError
-from nest_runtime.model.anatomy import find_sites, module_of
+from nest_runtime.model.anatomy import find_projections, module_of
 from nest_runtime.model.load import load_model
 from nest_runtime.prompts.examples import encode
 from nest_runtime.train import activations as activations_module
@@ -50,7 +50,7 @@ def plain_outputs(loaded: Any, projection: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("pooling", ["max", "mean", "last"])
 def test_pooling_equals_each_prompt_alone(loaded: Any, pooling: str, tmp_path: Path) -> None:
-    sites = find_sites(loaded.model)
+    sites = find_projections(loaded.model)
     how = {"max": lambda t: t.amax(0), "mean": lambda t: t.mean(0), "last": lambda t: t[-1]}[pooling]
     got = pooled_activations(
         loaded.model, loaded.tokenizer, PROMPTS, sites, pooling=pooling, batch_size=4, workdir=tmp_path
@@ -65,7 +65,7 @@ def test_halves_of_a_fused_projection(tmp_path: Path) -> None:
 
     folder = save_tiny(tmp_path / "phi", "Phi3ForCausalLM", "Phi3Config", num_hidden_layers=1)
     phi = load_model(folder)
-    sites = find_sites(phi.model)
+    sites = find_projections(phi.model)
     assert [site.name.rpartition(":")[2] for site in sites] == ["gate", "up"]
     got = pooled_activations(phi.model, phi.tokenizer, PROMPTS, sites)
     for site in sites:
@@ -81,7 +81,7 @@ def test_padding_never_counts() -> None:
 
 def test_half_precision_models_keep_float16_on_disk_within_range(loaded: Any, tmp_path: Path, tiny_llama: Path) -> None:
     half = load_model(tiny_llama, dtype="bfloat16")
-    site = find_sites(half.model)[0]
+    site = find_projections(half.model)[0]
     with torch.no_grad():
         module_of(half.model, site).weight.mul_(1e7)
     values = pooled_activations(half.model, half.tokenizer, PROMPTS, [site], workdir=tmp_path).read(site.name)
@@ -91,7 +91,7 @@ def test_half_precision_models_keep_float16_on_disk_within_range(loaded: Any, tm
 
 
 def test_an_interrupted_pass_is_taken_up(loaded: Any, tmp_path: Path) -> None:
-    sites = find_sites(loaded.model)
+    sites = find_projections(loaded.model)
     whole = pooled_activations(loaded.model, loaded.tokenizer, PROMPTS, sites, batch_size=2)
     ran: list[int] = []
 
@@ -113,7 +113,7 @@ def test_an_interrupted_pass_is_taken_up(loaded: Any, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_and_broken_numbers_are_said(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    sites = find_sites(loaded.model)
+    sites = find_projections(loaded.model)
     with monkeypatch.context() as patch:
         patch.setattr(activations_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
         with pytest.raises(TrainingError, match="pooled activations need"):
@@ -138,7 +138,7 @@ def test_batches_keep_to_both_limits() -> None:
 
 def planted(tmp_path: Path, loaded: Any, seed: int = 0) -> tuple[PooledActivations, list[int]]:
     """Activations of one projection in which neurons 3 and 7 rise, and 11 falls, on harmful prompts."""
-    site = find_sites(loaded.model)[0]
+    site = find_projections(loaded.model)[0]
     labels = [1] * 60 + [0] * 60
     values = np.random.default_rng(seed).normal(size=(120, site.d_out)).astype(np.float32)
     signal = np.asarray(labels)[:, None] * 2.5
@@ -211,7 +211,7 @@ def test_the_number_of_clusters_follows_the_silhouette() -> None:
 
 
 def test_signs_can_be_aligned_before_clustering(tmp_path: Path, loaded: Any) -> None:
-    site = find_sites(loaded.model)[0]
+    site = find_projections(loaded.model)[0]
     values = np.random.default_rng(0).normal(size=(50, site.d_out)).astype(np.float32)
     values[:, 1], values[:, 2], values[:, 3] = -values[:, 0], values[:, 4], -values[:, 4]
     values.tofile(tmp_path / "0000.bin")
@@ -251,7 +251,7 @@ def test_locating_from_prompts_and_the_sites_file(loaded: Any, tmp_path: Path) -
     )
     assert set(ticks) == {"activations", "locate", "cluster"}
     assert set(result.seconds) == {"locate", "cluster"}
-    assert [site.site for site in result.file.sites] == [site.name for site in find_sites(loaded.model)]
+    assert [site.site for site in result.file.sites] == [site.name for site in find_projections(loaded.model)]
     assert set(result.file.sites[0].summary()) == {"site", "neurons", "clusters", "silhouette", "probe_accuracy"}
     path = result.file.save(tmp_path / "sites.json")
     again = read_sites(path)

@@ -11,7 +11,7 @@ import torch
 
 from nest_runtime.cli.main import main
 from nest_runtime.errors import BaseMismatch, DataError, SiteMismatch, TrainingError, UsageError
-from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.model.fingerprint import model_hash, rows_digest
 from nest_runtime.model.load import load_model
 from nest_runtime.patch.patch import Patch
@@ -94,7 +94,7 @@ def test_a_whole_training_gives_a_valid_patch(loaded: Any, base_hash: str, first
     patch, report = first.patch, first.report
     assert isinstance(patch, Patch)
     assert (patch.name, patch.version, patch.serial, patch.parent) == ("tiny", "v1", 1, None)
-    assert [site.name for site in patch.sites] == [site.name for site in find_sites(loaded.model)]
+    assert [site.name for site in patch.sites] == [site.name for site in find_projections(loaded.model)]
     assert patch.base_hash == base_hash == model_hash(loaded.model)
     assert patch.rows_digest == rows_digest(loaded.model, {s.name: s.neurons.tensor() for s in patch.sites})
     assert patch.architecture == "LlamaForCausalLM"
@@ -195,7 +195,7 @@ def test_retuning_can_locate_anew(loaded: Any, base_hash: str, loadings: str) ->
 
 
 def test_carrying_over_is_the_nearest_update(loaded: Any, first: TrainResult) -> None:
-    sites = parent_sites(first.patch, find_sites(loaded.model))
+    sites = parent_sites(first.patch, find_projections(loaded.model))
     turned = [site.evolve(clusters=tuple(0 for _ in site.neurons)) for site in sites]
     warm, share = carried_values(first.patch, turned, "learned")
     assert 0.0 < share < 1.0
@@ -207,8 +207,8 @@ def test_carrying_over_is_the_nearest_update(loaded: Any, first: TrainResult) ->
 
 
 def test_warm_values_reproduce_the_parent(loaded: Any, first: TrainResult) -> None:
-    sites = parent_sites(first.patch, find_sites(loaded.model))
-    deltas = Deltas(loaded.model, find_sites(loaded.model), sites, "learned", parent_values(first.patch))
+    sites = parent_sites(first.patch, find_projections(loaded.model))
+    deltas = Deltas(loaded.model, find_projections(loaded.model), sites, "learned", parent_values(first.patch))
     for part in deltas.parts:
         rows = part.deltas[part.clusters] * part.loadings[:, None]
         torch.testing.assert_close(rows.detach(), first.patch.site(part.site.site).row_deltas())

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from nest_runtime.cli.main import main
 from nest_runtime.errors import DataError, SiteMismatch, UsageError
-from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.model.load import load_model
 from nest_runtime.patch.file import read_patch
 from nest_runtime.patch.patch import Patch
@@ -104,7 +104,7 @@ def test_its_start_is_what_the_patch_does(base: Any, sibling: Any, patch: Patch)
 
 @pytest.mark.parametrize("loadings", ["learned", "tied", "signed"])
 def test_neurons_that_join_begin_without_effect(base: Any, loadings: str) -> None:
-    model, projections = base.model, find_sites(base.model)
+    model, projections = base.model, find_projections(base.model)
     patch = make_patch(model, neurons=6, clusters=2, loadings=loadings != "tied", empty={projections[0].name})
     found = [_located(site, range(0, site.d_out, 9)) for site in projections]
     moved = moved_to(patch, found, projections, loadings)
@@ -138,7 +138,7 @@ def _located(projection: Any, neurons: range) -> LocatedSite:
 
 
 def test_only_weak_neurons_that_are_located_no_more_are_dropped(base: Any) -> None:
-    projections = find_sites(base.model)
+    projections = find_projections(base.model)
     patch = make_patch(base.model, neurons=6, clusters=6)
     site = patch.sites[0]
     deltas = site.deltas.tensor().clone()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nest_runtime.errors import DataError, TrainingError
-from nest_runtime.model.anatomy import find_sites, module_of
+from nest_runtime.model.anatomy import find_projections, module_of
 from nest_runtime.model.load import load_model
 from nest_runtime.prompts.examples import encode, make_examples
 from nest_runtime.prompts.generate import end_token_ids
@@ -43,7 +43,7 @@ def some_sites(model: Any, empty: int = 0) -> list[LocatedSite]:
             z=() if number < empty else (2.0, -2.0, 1.5, 3.0),
             clusters=() if number < empty else (0, 1, 1, 0),
         )
-        for number, site in enumerate(find_sites(model))
+        for number, site in enumerate(find_projections(model))
     ]
 
 
@@ -66,7 +66,7 @@ def test_hooks_equal_changed_weights(tmp_path: Path, model_class: str, loadings:
     config = {"GPT2LMHeadModel": "GPT2Config"}.get(model_class, model_class.replace("ForCausalLM", "Config"))
     loaded = load_model(save_tiny(tmp_path / "m", model_class, config))
     ids = torch.arange(3, 20)[None]
-    deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), loadings)
+    deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model), loadings)
     if loadings != "tied":
         assert deltas.parts[0].loadings.tolist() == [1.0, -1.0, 1.0, 1.0]
     randomize(deltas)
@@ -83,7 +83,7 @@ def test_hooks_equal_changed_weights(tmp_path: Path, model_class: str, loadings:
 
 
 def test_only_the_patch_gets_gradients_and_only_from_the_lowest_site(loaded: Any) -> None:
-    deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model, empty=2), "learned")
+    deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model, empty=2), "learned")
     grads = {}
     layer = loaded.model.model.layers[1].mlp.down_proj
     first = loaded.model.model.layers[0].mlp.down_proj
@@ -112,7 +112,7 @@ def test_only_the_patch_gets_gradients_and_only_from_the_lowest_site(loaded: Any
 
 def test_the_loss_counts_answer_tokens_only(loaded: Any) -> None:
     rows = some_rows(loaded)[8:12]
-    deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), "tied")
+    deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model), "tied")
     loss = loss_of(Passes(loaded.model, deltas, 0, QUICK), make_batch(rows, 0, torch.device("cpu")))
     losses: dict[bool, list[float]] = {True: [], False: []}
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_the_loss_counts_answer_tokens_only(loaded: Any) -> None:
 
 def test_kl_to_the_base_is_zero_at_the_start_and_grows(loaded: Any) -> None:
     batch = make_batch(some_rows(loaded), 0, torch.device("cpu"))
-    deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), "tied")
+    deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model), "tied")
     plain = Passes(loaded.model, deltas, 0, QUICK)
     with deltas.attached(), torch.no_grad():
         weighed = Passes(loaded.model, deltas, 0, QUICK.evolve(kl_weight=9))
@@ -140,7 +140,7 @@ def test_kl_to_the_base_is_zero_at_the_start_and_grows(loaded: Any) -> None:
 def test_given_answers_are_learned_by_their_words_and_not_by_the_base(loaded: Any) -> None:
     own = some_rows(loaded)[8:12]
     given = [row if row.harmful else replace(row, given=True) for row in own]
-    deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), "tied")
+    deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model), "tied")
     settings = QUICK.evolve(benign_weight=0, kl_weight=2, onset_weight=1)
     passes = Passes(loaded.model, deltas, 0, settings)
     worded = Passes(loaded.model, deltas, 0, settings.evolve(benign_weight=2, kl_weight=0))
@@ -153,7 +153,7 @@ def test_given_answers_are_learned_by_their_words_and_not_by_the_base(loaded: An
 
 
 def test_tuning_learns_and_ships_what_it_measured(loaded: Any) -> None:
-    deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), "learned")
+    deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model), "learned")
     rows = some_rows(loaded)
     result = tune(loaded.model, loaded.tokenizer, deltas, rows, rows[8:12], QUICK)
     assert result.steps == 30
@@ -165,7 +165,7 @@ def test_tuning_learns_and_ships_what_it_measured(loaded: Any) -> None:
 
 
 def test_best_state_and_early_stop(loaded: Any) -> None:
-    deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), "tied")
+    deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model), "tied")
     rows = some_rows(loaded)
     others = [Row(row.prompt, (7, 9, 2), row.harmful) for row in rows[8:12]]  # learning the rows makes these worse
     wild = QUICK.evolve(lr=1.0, steps=60, validate_every=2, patience=3, schedule="constant", delta_dtype="float32")
@@ -177,13 +177,13 @@ def test_best_state_and_early_stop(loaded: Any) -> None:
 
 
 def test_without_validation_rows_the_last_state_is_kept(loaded: Any) -> None:
-    deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), "tied")
+    deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model), "tied")
     result = tune(loaded.model, loaded.tokenizer, deltas, some_rows(loaded), [], QUICK.evolve(steps=7))
     assert (result.before, result.after, result.best_step) == ({}, {}, 7)
 
 
 def test_no_steps_is_a_patch_that_changes_nothing(loaded: Any) -> None:
-    deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), "tied")
+    deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model), "tied")
     tune(loaded.model, loaded.tokenizer, deltas, some_rows(loaded), [], QUICK.evolve(steps=0))
     assert not any(bool(part.deltas.any()) for part in deltas.parts)
 
@@ -197,7 +197,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(loaded: Any, tmp_path: Path,
             if done == stop:
                 raise KeyboardInterrupt
 
-        deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), "learned")
+        deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model), "learned")
         result = tune(
             loaded.model, loaded.tokenizer, deltas, rows, rows[8:12], settings, workdir=workdir, progress=interrupt
         )
@@ -221,7 +221,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(loaded: Any, tmp_path: Path,
 
 def test_a_half_precision_base_trains_float32_numbers(tiny_llama: Path) -> None:
     half = load_model(tiny_llama, dtype="bfloat16")
-    deltas = Deltas(half.model, find_sites(half.model), some_sites(half.model), "learned")
+    deltas = Deltas(half.model, find_projections(half.model), some_sites(half.model), "learned")
     rows = some_rows(half)
     result = tune(half.model, half.tokenizer, deltas, rows, rows[8:12], QUICK.evolve(lr_unit="row-rms", lr=0.2))
     assert all(tensor.dtype == torch.float32 for tensor in deltas.tensors.values())
@@ -229,7 +229,7 @@ def test_a_half_precision_base_trains_float32_numbers(tiny_llama: Path) -> None:
 
 
 def test_what_cannot_be_trained_is_said(loaded: Any) -> None:
-    sites, rows = find_sites(loaded.model), some_rows(loaded)
+    sites, rows = find_projections(loaded.model), some_rows(loaded)
     with pytest.raises(TrainingError, match="no neurons"):
         tune(
             loaded.model,
@@ -323,7 +323,7 @@ def test_the_divergence_is_that_of_the_whole_distribution_where_few_tokens_matte
 
 
 def test_slices_give_the_gradient_of_the_whole(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), "learned")
+    deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model), "learned")
     randomize(deltas)
     settings, rows = QUICK.evolve(kl_weight=0.7, onset_weight=3.0, benign_weight=0.5), some_rows(loaded)
     found = []
@@ -352,7 +352,7 @@ def test_lower_layers_run_once_and_change_nothing(tmp_path: Path, model_class: s
     config = {"GPT2LMHeadModel": "GPT2Config"}.get(model_class, model_class.replace("ForCausalLM", "Config"))
     extra = {"head_dim": 16} if model_class.startswith("Gemma") else {}
     loaded = load_model(save_tiny(tmp_path / "m", model_class, config, **extra), dtype="float32")
-    top = find_sites(loaded.model)[-1]
+    top = find_projections(loaded.model)[-1]
     lower = LowerLayers(loaded.model, top)
     assert lower.usable
     assert lower.count == top.layer > 0
@@ -382,7 +382,7 @@ def test_rows_of_like_length_share_a_pass() -> None:
 def test_rows_of_many_lengths_have_few_widths_and_none_beyond_the_model(
     loaded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), "tied")
+    deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model), "tied")
     passes = Passes(loaded.model, deltas, 0, QUICK)
     rows = [Row((5,) * length, (7, 2), False) for length in range(1, 60)]
     widths = {batch.ids.shape[1] for row in rows for batch in passes.batches([row])}
@@ -399,7 +399,7 @@ def test_a_cut_answer_teaches_no_end(loaded: Any) -> None:
 
 
 def test_ablation_takes_the_direction_from_harmful_rows_alone(loaded: Any) -> None:
-    deltas = Deltas(loaded.model, find_sites(loaded.model), some_sites(loaded.model), "learned")
+    deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model), "learned")
     rows, settings = some_rows(loaded), QUICK.evolve(ablation=1.0)
     with deltas.attached(), torch.no_grad():
         passes = Passes(loaded.model, deltas, 0, settings)

@@ -99,9 +99,9 @@ def test_the_shares_of_a_step_add_up_to_its_gradient(tiny_llama: Path, count: in
 
     def gradients(shares: list[list[Row]]) -> tuple[float, dict[str, torch.Tensor]]:
         patch = make_patch(loaded.model, loadings=True)
-        from nest_runtime.model.anatomy import find_sites
+        from nest_runtime.model.anatomy import find_projections
 
-        projections = find_sites(loaded.model)
+        projections = find_projections(loaded.model)
         deltas = Deltas(loaded.model, projections, parent_sites(patch, projections), "learned", parent_values(patch))
         loaded.model.requires_grad_(False)
         loss = 0.0

@@ -33,7 +33,7 @@ from nest_runtime.compare.methods.lora import (
     save_adapter,
 )
 from nest_runtime.errors import TrainingError
-from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.progress import Progress
 from nest_runtime.prompts.generate import end_token_ids, pad_token_id
 from nest_runtime.train.batches import make_row, step_rows
@@ -220,5 +220,5 @@ def _hidden(peft_model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Ten
 
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The decoder layers, in order: the modules that hold the FFN projections."""
-    paths = {site.layer: re.match(r".*?\.\d+(?=\.)", site.module) for site in find_sites(model)}
+    paths = {site.layer: re.match(r".*?\.\d+(?=\.)", site.module) for site in find_projections(model)}
     return [model.get_submodule(path.group()) for _, path in sorted(paths.items()) if path is not None]

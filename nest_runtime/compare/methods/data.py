@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nest_runtime.compare.methods.base import FitData, Target
-from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.progress import Progress
 from nest_runtime.prompts.examples import Example, make_examples
 from nest_runtime.train.batches import refusal_for
@@ -46,7 +46,7 @@ def prepare_data(
         workdir: answers are kept here, so that a rerun does not make them again.
         progress: called as (stage, done, total).
     """
-    sites = find_sites(target.model)
+    sites = find_projections(target.model)
     run = Run(target.model, target.tokenizer, sites, recipe, target.base_hash, target.name, workdir, progress)
     teaching = run.teaching(harmful, benign)
 

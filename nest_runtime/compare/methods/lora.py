@@ -15,7 +15,7 @@ import torch
 from nest_runtime.compare.methods.base import FitData, Learned, Method, Target
 from nest_runtime.compare.methods.parameters import ParameterSet, supervise, tuning_report
 from nest_runtime.errors import ModelError
-from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.progress import Progress
 from nest_runtime.train.recipe import Recipe
 
@@ -85,7 +85,7 @@ def attention_modules(model: Any) -> list[str]:
 
 def ffn_modules(model: Any) -> list[str]:
     """The names of the modules that a patch can change."""
-    return sorted({site.module.rpartition(".")[2] for site in find_sites(model)})
+    return sorted({site.module.rpartition(".")[2] for site in find_projections(model)})
 
 
 @contextmanager

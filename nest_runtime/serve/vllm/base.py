@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nest_runtime.errors import BaseMismatch
-from nest_runtime.model.anatomy import find_sites
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.model.checkpoint import Checkpoint
 from nest_runtime.model.fingerprint import model_hash, rows_fit
 from nest_runtime.model.load import skeleton
@@ -59,7 +59,7 @@ class CheckpointBase:
             BaseMismatch: the model or its rows are others.
             ModelError: the checkpoint is quantized.
         """
-        projections = {projection.name: projection for projection in find_sites(self.model)}
+        projections = {projection.name: projection for projection in find_projections(self.model)}
         check_sites(patch, projections.values())
         label = patch.label
         if patch.base_hash != self.hash:
