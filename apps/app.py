@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from nest_runtime.demo.server import Listen, bind, read_logins, serve
-from nest_runtime.demo.start import Source, open_desk, require_gradio
+from nest_runtime.demo.start import Source, open_demo, require_gradio
 from nest_runtime.errors import NestError
 
 
@@ -26,7 +26,7 @@ def main() -> int:
         listen = Listen(setting("HOST") or "0.0.0.0", int(setting("PORT") or 7860), logins, framed=True)
         with bind(listen) as port:
             source = Source(setting("NEST_MODEL") or "reference", setting("NEST_PATCH"), setting("NEST_URL"))
-            serve(open_desk(source), listen, port, lambda url: print(f"ready at {url}", flush=True))
+            serve(open_demo(source), listen, port, lambda url: print(f"ready at {url}", flush=True))
     except NestError as error:
         print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
         return error.exit_status

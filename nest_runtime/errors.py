@@ -120,8 +120,8 @@ class RepoMissing(HubError):
     """There is no such repository, or none that this user may see: the Hub does not tell the two apart."""
 
 
-class GateRefused(NestError):
-    """A patch that was offered did not do well enough on the gate's probes; it was not switched to."""
+class AdmissionRefused(NestError):
+    """A patch that was offered did not do well enough in the admission test; it was not switched to."""
 
 
 class TrustError(NestError):

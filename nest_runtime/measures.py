@@ -1,6 +1,6 @@
 """The measures: what an evaluation counts, in what words it is shown, and which direction is better.
 
-Cases, records, tables, plots, claims, gates and cards read this table and name no measure of their own. A new measure
+Cases, records, tables, plots, claims, demands and cards read this table and name no measure of their own. A new measure
 is a line here, a suite whose cases have it, and a judge that gives the outcome it counts.
 """
 

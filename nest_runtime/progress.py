@@ -160,13 +160,13 @@ class Lines:
     def line(self) -> str:
         """``tune: 120 of 350, loss 0.41, 3 min left``."""
         if self._now is None:
-            return f"working for {_told(time.monotonic() - self._began)}"
+            return f"working for {_duration(time.monotonic() - self._began)}"
         stage, done, total, note = self._now
         first, when = self._first
         seconds = time.monotonic() - when
         parts = [f"{stage}: {done:,} of {total:,}" if total else f"{stage}: {done:,}", *([note] if note else [])]
         if total and first < done < total and seconds > 0:
-            parts.append(f"{_told((total - done) * seconds / (done - first))} left")
+            parts.append(f"{_duration((total - done) * seconds / (done - first))} left")
         return ", ".join(parts)
 
     def _run(self) -> None:
@@ -188,7 +188,7 @@ def _interval() -> float:
     return seconds
 
 
-def _told(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -85,7 +85,7 @@ def demo(
     out = Output.of(ctx, as_json)
     _check(url, patch, admin, api_key_file, admin_token_file)
     from nest_runtime.demo.server import Listen, bind, read_logins, serve
-    from nest_runtime.demo.start import Source, open_desk, require_gradio
+    from nest_runtime.demo.start import Source, open_demo, require_gradio
 
     require_gradio()
     listen = Listen(
@@ -108,8 +108,8 @@ def demo(
 
     quiet_client(ctx)
     with bind(listen) as taken:
-        desk = open_desk(source, admin=admin, max_tokens=max_tokens)
-        serve(desk, listen, taken, lambda place: _ready(out, desk, place, listen.key))
+        state = open_demo(source, admin=admin, max_tokens=max_tokens)
+        serve(state, listen, taken, lambda place: _ready(out, state, place, listen.key))
 
 
 def _check(url: str | None, patch: str | None, admin: bool, key: Path | None, token: Path | None) -> None:
@@ -123,12 +123,12 @@ def _check(url: str | None, patch: str | None, admin: bool, key: Path | None, to
         raise UsageError("--admin-token-file is given without --admin", "give both, or neither")
 
 
-def _ready(out: Output, desk: DemoState, url: str, key: str) -> None:
-    first = desk.backend.preferred()
-    event: dict[str, Any] = {"event": "ready", "url": url, "model": desk.backend.name, "admin": desk.admin}
+def _ready(out: Output, state: DemoState, url: str, key: str) -> None:
+    first = state.backend.preferred()
+    event: dict[str, Any] = {"event": "ready", "url": url, "model": state.backend.name, "admin": state.admin}
     event |= {"patch": first.label if first else "base", "digest": first.digest if first else None}
     link = f"{url}/?token={key}" if key else url
     if out.json:
         out.event(event | ({"link": link} if key else {}))
     else:
-        out.line(f"{link}  shows {desk.backend.name} {desk.backend.place}  (Ctrl-C ends it)")
+        out.line(f"{link}  shows {state.backend.name} {state.backend.place}  (Ctrl-C ends it)")

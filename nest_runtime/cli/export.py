@@ -128,7 +128,7 @@ class _Job:
             common["architecture"] = self._architecture()
             return export_gguf(self.patch, self.folder, **common, check=self._checker(self._gguf_figures))
         if self._can_check("peft"):
-            common["check"] = self._checker(lambda reference, work: reference.peft(work))
+            common["check"] = self._checker(lambda reference, staging: reference.peft(staging))
         return export_peft(self.patch, self.folder, engine=self.form.value, **common)  # type: ignore[arg-type]
 
     def _merged(self, bars: Callable[[str, int, int], None]) -> Any:
@@ -141,7 +141,7 @@ class _Job:
                 "name it with --model",
             )
         exact = self.base.is_file() or self._exact_base()
-        check = self._checker(lambda reference, work: reference.merged(work), exact=exact)
+        check = self._checker(lambda reference, staging: reference.merged(staging), exact=exact)
         return export_merged(self.patch, self.base, self.folder, overwrite=self.overwrite, check=check, progress=bars)
 
     def _checker(
@@ -154,23 +154,23 @@ class _Job:
             return None
         base = self.base
 
-        def compare(work: Path) -> None:
+        def compare(staging: Path) -> None:
             from nest_runtime.export.measure import Reference
             from nest_runtime.model.load import load_model
 
             reference = Reference(self.patch, load_model(base, device="cpu", dtype="float32"))
-            self.measured = measure(reference, work)
+            self.measured = measure(reference, staging)
             if exact:
                 self.measured.check()
 
         return compare
 
-    def _gguf_figures(self, reference: Reference, work: Path) -> Measured:
+    def _gguf_figures(self, reference: Reference, staging: Path) -> Measured:
         from nest_runtime.export.gguf import ADAPTER, read_pairs, tensor_names
         from nest_runtime.export.lora import layout_of, pairs_of
 
         pairs = pairs_of(self.patch, layout_of(self.patch, reference.model))
-        return reference.pairs(read_pairs(work / ADAPTER, tensor_names(self.patch, pairs, self._architecture())))
+        return reference.pairs(read_pairs(staging / ADAPTER, tensor_names(self.patch, pairs, self._architecture())))
 
     def _architecture(self) -> str | None:
         """llama.cpp's name of the base's architecture where the base is a GGUF file."""

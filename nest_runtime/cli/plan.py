@@ -96,10 +96,10 @@ def _dtype(config: Any, asked: str) -> tuple[str, list[str]]:
     notes = []
     if getattr(config, "quantization_config", None):
         notes.append("the checkpoint is quantized: counted as if it were not")
-    told = config.dtype if config.dtype is not None else config.get_text_config().dtype
-    if asked == "auto" and told is None:
+    stored = config.dtype if config.dtype is not None else config.get_text_config().dtype
+    if asked == "auto" and stored is None:
         notes.append("the configuration names no dtype: float32 is assumed")
-    kind = asked if asked != "auto" else str(told or "float32").removeprefix("torch.")
+    kind = asked if asked != "auto" else str(stored or "float32").removeprefix("torch.")
     from nest_runtime.train.plan import SCALES
 
     if kind not in SCALES:
@@ -163,11 +163,11 @@ def _render(out: Output, document: dict[str, Any]) -> None:
         f"peak {size(document['peak_bytes'])}: {fits} in the {size(document['free_bytes'])} free of "
         f"{size(document['device_bytes'])} on {document['device']}"
     )
-    for note in [*document["notes"], *_told(document["assumptions"])]:
+    for note in [*document["notes"], *_assumption_notes(document["assumptions"])]:
         out.line(f"- {note}")
 
 
-def _told(given: dict[str, Any]) -> list[str]:
+def _assumption_notes(given: dict[str, Any]) -> list[str]:
     """The assumptions, in words."""
     own = "given in the file" if given["answers_given"] else "generated"
     return [

@@ -109,18 +109,18 @@ def build(
     from nest_runtime.reference.build import build as run
 
     out = Output.of(ctx, as_json)
-    work = folder.with_name(folder.name + ".work")
+    staging = folder.with_name(folder.name + ".work")
     try:
-        work.mkdir(parents=True, exist_ok=True)  # before the training, which takes minutes
+        staging.mkdir(parents=True, exist_ok=True)  # before the training, which takes minutes
         with out.bars() as bars:
-            report = run(work, seed=seed, evaluate=evaluation, progress=bars)
+            report = run(staging, seed=seed, evaluate=evaluation, progress=bars)
         folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(work.iterdir()):
+        for path in sorted(staging.iterdir()):
             path.replace(folder / path.name)
     except OSError as error:
         raise _unwritable(folder, error) from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     figures = report.figures.as_dict() if report.figures else None
     document = {
         "folder": str(folder),

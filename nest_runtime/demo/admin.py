@@ -97,16 +97,16 @@ def _question(name: str, verb: str) -> Question:
     return Question(row, words, yes, no)
 
 
-def connect(desk: DemoState, parts: AdminParts, refresh: Callable[[], list[Any]], lists: list[Any]) -> None:
+def connect(state: DemoState, parts: AdminParts, refresh: Callable[[], list[Any]], lists: list[Any]) -> None:
     """Connect the buttons.
 
     Args:
-        desk: the demo.
+        state: the demo.
         parts: the buttons.
         refresh: new contents of every list of patches on the page.
         lists: those lists' components.
     """
-    tab = Changes(desk, refresh)
+    tab = Changes(state, refresh)
     quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 1, "concurrency_id": "changes"}
     out = [parts.hub_outcome, parts.token]
     for button, asks, given, question, outcome in (
@@ -126,14 +126,14 @@ def connect(desk: DemoState, parts: AdminParts, refresh: Callable[[], list[Any]]
 class Changes:
     """The actions of the buttons that exist with ``--admin`` only."""
 
-    def __init__(self, desk: DemoState, refresh: Callable[[], list[Any]]) -> None:
-        self.desk, self.refresh = desk, refresh
+    def __init__(self, state: DemoState, refresh: Callable[[], list[Any]]) -> None:
+        self.state, self.refresh = state, refresh
 
     def ask_activate(self, digest: str | None) -> list[Any]:
         """Whether to make a patch active."""
         return self._ask(
             lambda: (
-                f"Make {self.desk.called(str(digest))} the active patch {self._where()}? "
+                f"Make {self.state.called(str(digest))} the active patch {self._where()}? "
                 "It then answers everybody who asks there."
             )
         )
@@ -149,7 +149,7 @@ class Changes:
             from nest_runtime.hub.repository import parse_repo
 
             place = parse_repo(repo.strip()).place
-            return f"Publish {self.desk.called(str(digest))} at {place}? What others fetched stays with them."
+            return f"Publish {self.state.called(str(digest))} at {place}? What others fetched stays with them."
 
         return self._ask(words, switch=False)
 
@@ -163,22 +163,22 @@ class Changes:
             return [gr.Row(visible=False), "", markup.wrap(markup.alert(error))]
 
     def _where(self) -> str:
-        return "of this machine's store" if self.desk.local is not None else self.desk.backend.place
+        return "of this machine's store" if self.state.local is not None else self.state.backend.place
 
     def _may_switch(self) -> None:
-        if not self.desk.backend.can_switch:
+        if not self.state.backend.can_switch:
             raise UsageError(
-                f"this demo may not switch patches {self.desk.backend.place}",
+                f"this demo may not switch patches {self.state.backend.place}",
                 "start it with --admin-token-file, the file of the server's admin token",
             )
 
     def activate(self, digest: str | None) -> list[Any]:
         """Make a patch active."""
-        return self._switch(lambda: self.desk.backend.activate(self.desk.entry(digest)))
+        return self._switch(lambda: self.state.backend.activate(self.state.entry(digest)))
 
     def rollback(self) -> list[Any]:
         """Go back to the patch before."""
-        return self._switch(self.desk.backend.rollback)
+        return self._switch(self.state.backend.rollback)
 
     def _switch(self, change: Callable[[], str]) -> list[Any]:
         try:
@@ -191,33 +191,33 @@ class Changes:
     def push(self, digest: str | None, repo: str, private: bool, token: str) -> Iterator[list[Any]]:
         """Publish a patch, with its signature where the store has one."""
 
-        def work(job: BackgroundJob[str]) -> str:
+        def task(job: BackgroundJob[str]) -> str:
             from nest_runtime.hub.publish import push
             from nest_runtime.hub.repository import parse_repo
             from nest_runtime.trust.guard import Guard
             from nest_runtime.trust.policy import Policy
 
-            ref, patch = parse_repo(repo.strip()), self.desk.patch(self.desk.entry(digest).digest)
+            ref, patch = parse_repo(repo.strip()), self.state.patch(self.state.entry(digest).digest)
             if ref.revision is not None:
                 raise UsageError(f"{repo!r} names a revision; expected a repository", f"give {ref.place}")
-            store = self.desk.store
+            store = self.state.store
             material = Guard(Policy(require_signature=False), store).material(patch)
             done = push(patch, ref, store=store, material=material, private=private)
             verb = "is there already" if done.unchanged else "pushed"
             place = f"{ref.place}@{done.version}, {done.url}" + ("" if done.signed_by else "; it is not signed")
             return f"{patch.name}@{done.version} ({short(done.digest)}) {verb}: {place}"
 
-        for said in self._with_hub(work, token):
+        for said in self._with_hub(task, token):
             yield [said, ""]
 
     def pull(self, repo: str, token: str) -> Iterator[list[Any]]:
         """Fetch a patch into the store, and offer it everywhere."""
 
-        def work(job: BackgroundJob[str]) -> str:
+        def task(job: BackgroundJob[str]) -> str:
             from nest_runtime.hub.fetch import pull
             from nest_runtime.trust.guard import guard_for
 
-            store = self.desk.store
+            store = self.state.store
             fetched, entry = pull(repo.strip(), store=store, guard=guard_for(store), why="from the demo")
             checked = fetched.verified is not None and fetched.verified.signed_by is not None
             signed = (
@@ -229,11 +229,11 @@ class Changes:
             return f"pulled {entry.key} ({short(entry.digest)}) for {base}, from {fetched.ref.place}; {signed}"
 
         said, unchanged = "", [gr.skip()] * len(self.refresh())
-        for said in self._with_hub(work, token):
+        for said in self._with_hub(task, token):
             yield [said, "", *unchanged]
         yield [said, "", *self.refresh()]
 
-    def _with_hub(self, work: Callable[[BackgroundJob[str]], str], token: str) -> Iterator[str]:
+    def _with_hub(self, task: Callable[[BackgroundJob[str]], str], token: str) -> Iterator[str]:
         """Run a change that speaks with the Hub; yields how far it is, then what came of it."""
         from nest_runtime.hub.huggingface import hub_session
 
@@ -242,7 +242,7 @@ class Changes:
 
         def body(job: BackgroundJob[str]) -> None:
             with hub_session(token.strip() or None, job.report):
-                done.append(work(job))
+                done.append(task(job))
 
         yield markup.wrap(markup.progress(step, 0, 0))
         try:

@@ -45,31 +45,31 @@ def theme() -> gr.themes.Base:
     )
 
 
-def build(desk: DemoState) -> gr.Blocks:
+def build(state: DemoState) -> gr.Blocks:
     """The whole page over a backend. Starts nothing."""
-    with gr.Blocks(title=f"nest-runtime: {desk.backend.name}", analytics_enabled=False) as page:
-        backend, patched = desk.backend, desk.backend.preferred() is not None
-        head = markup.title(backend.name, backend.place, backend.about, patched=patched, based=desk.has_base())
+    with gr.Blocks(title=f"nest-runtime: {state.backend.name}", analytics_enabled=False) as page:
+        backend, patched = state.backend, state.backend.preferred() is not None
+        head = markup.title(backend.name, backend.place, backend.about, patched=patched, based=state.has_base())
         gr.HTML(head, padding=False)
         baseless = gr.HTML(padding=False, elem_id="no-base")  # above the tabs: it is true of each of them
         with gr.Tabs():
             with gr.Tab("Chat", id="chat"):
-                talking = chat.build(desk)
+                talking = chat.build(state)
             with gr.Tab("Patches", id="patches", render_children=True) as second:
-                shipped = patches.build(desk)
+                shipped = patches.build(state)
             with gr.Tab("Neurons", id="neurons", render_children=True):
-                where, _ = neurons.build(desk, talking.talk)
+                where, _ = neurons.build(state, talking.talk)
             with gr.Tab("Evidence", id="evidence", render_children=True):
-                measured, comparison = evidence.build(desk)
+                measured, comparison = evidence.build(state)
         gr.HTML(markup.glossary(), padding=False, elem_id="glossary")
         switched = [shipped.admin.which] if shipped.admin is not None else []
         by_digest = [where, shipped.old, shipped.new, *switched]
         lists = [shipped.listing, talking.picker, measured, *by_digest]
-        page.load(lambda: chat.missing_html(desk), None, talking.missing, show_progress="hidden")
-        page.load(lambda: chat.baseless_html(desk), None, baseless, show_progress="hidden")
+        page.load(lambda: chat.missing_html(state), None, talking.missing, show_progress="hidden")
+        page.load(lambda: chat.baseless_html(state), None, baseless, show_progress="hidden")
         # large: not before the rest
-        page.load(lambda: results.results_html(desk), None, comparison, show_progress="hidden")
-        _Lists(desk, len(by_digest)).connect(page, second, shipped, lists)
+        page.load(lambda: results.results_html(state), None, comparison, show_progress="hidden")
+        _Lists(state, len(by_digest)).connect(page, second, shipped, lists)
     for event in page.fns.values():
         event.api_visibility = "private"  # for this page alone; its description would make up most of the page
     page.queue(api_open=False, default_concurrency_limit=4)
@@ -79,23 +79,23 @@ def build(desk: DemoState) -> gr.Blocks:
 class _Lists:
     """The contents of every list of patches, in the order of the page's ``lists``."""
 
-    def __init__(self, desk: DemoState, by_digest: int) -> None:
-        self.desk, self.by_digest = desk, by_digest
+    def __init__(self, state: DemoState, by_digest: int) -> None:
+        self.state, self.by_digest = state, by_digest
 
     def connect(self, page: gr.Blocks, tab: gr.Tab, parts: patches.PatchesParts, lists: list[Any]) -> None:
         """Fill the lists when the page is loaded, and again when patches may have changed."""
         page.load(self.first, None, lists, show_progress="hidden")
         tab.select(self.again, None, lists, show_progress="hidden")
         if parts.admin is not None:
-            admin.connect(self.desk, parts.admin, self.again, lists)
+            admin.connect(self.state, parts.admin, self.again, lists)
 
     def again(self) -> list[Any]:
         """The contents; the current choice stays."""
-        answering = [(_title(choice.label), choice.label) for choice in self.desk.backend.choices()]
-        named = self.desk.names()
+        answering = [(_title(choice.label), choice.label) for choice in self.state.backend.choices()]
+        named = self.state.names()
         patched = [item for item in answering if item[1] != BASE]
         return [
-            patches.listing_html(self.desk),
+            patches.listing_html(self.state),
             gr.update(choices=answering),
             gr.update(choices=patched),
             *[gr.update(choices=named) for _ in range(self.by_digest)],
@@ -103,9 +103,9 @@ class _Lists:
 
     def first(self) -> list[Any]:
         """The contents, and what is chosen at first: the preferred patch, and the one that it was made from."""
-        found, preferred = self.again(), self.desk.backend.preferred()
-        newest = self.desk.newest()
-        entries = self.desk.entries()
+        found, preferred = self.again(), self.state.backend.preferred()
+        newest = self.state.newest()
+        entries = self.state.entries()
         parent = next((e.parent for e in entries if e.digest == newest), None)
         older = parent if parent in {e.digest for e in entries} else next((e.digest for e in entries), None)
         chosen = [newest, older, newest, newest][: self.by_digest]

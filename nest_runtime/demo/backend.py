@@ -117,7 +117,7 @@ class Backend(Protocol):
         """Go back to the patch that was active before; returns a sentence about it. Raises NestError."""
 
 
-def told_size(parameters: int) -> str:
+def size_in_words(parameters: int) -> str:
     """``2.2 million parameters``."""
     for unit, value in (("billion", 1e9), ("million", 1e6)):
         if parameters >= value:

@@ -33,11 +33,11 @@ class BackgroundJob(Generic[T]):
             raise JobStopped
         self._news.put(value)
 
-    def run(self, work: Callable[[BackgroundJob[T]], None], *, beat: float | None = None) -> Iterator[T | None]:
-        """Run ``work(job)`` in a thread and yield its reports; if several came at once, only the newest.
+    def run(self, task: Callable[[BackgroundJob[T]], None], *, beat: float | None = None) -> Iterator[T | None]:
+        """Run ``task(job)`` in a thread and yield its reports; if several came at once, only the newest.
 
         Args:
-            work: gets this job.
+            task: gets this job.
             beat: yield None if nothing was reported for so many seconds.
 
         Raises what the work raises. A generator that is closed stops the work at its next report.
@@ -47,7 +47,7 @@ class BackgroundJob(Generic[T]):
         def body() -> None:
             try:
                 with suppress(JobStopped):
-                    work(self)
+                    task(self)
             except BaseException as error:  # raised again where the page can show it
                 failed.append(error)
 
@@ -90,7 +90,7 @@ class Running:
         self.busy = False
         self.stopped = False
 
-    def watch(self, work: Callable[[BackgroundJob[T]], None]) -> Iterator[T | None]:
+    def watch(self, task: Callable[[BackgroundJob[T]], None]) -> Iterator[T | None]:
         """Run work and yield what it reports, until it is done or ``stop`` is called; None before it begins.
 
         Raises what the work raises.
@@ -100,7 +100,7 @@ class Running:
             yield None
             if self.stopped:
                 return
-            for value in BackgroundJob[T]().run(work, beat=2 * TICK):
+            for value in BackgroundJob[T]().run(task, beat=2 * TICK):
                 if self.stopped:
                     return
                 if value is not None:

@@ -32,11 +32,11 @@ class ChatParts:
     missing: gr.HTML
 
 
-def build(desk: DemoState) -> ChatParts:
+def build(state: DemoState) -> ChatParts:
     """Lay the tab out and connect it."""
-    tab = Chat(desk)
+    tab = Chat(state)
     talk = gr.State(Talk())
-    there = desk.backend.preferred() is not None
+    there = state.backend.preferred() is not None
     missing = gr.HTML(elem_id="no-patch", padding=False)
     with gr.Row(equal_height=True):
         picker = gr.Dropdown(
@@ -51,7 +51,7 @@ def build(desk: DemoState) -> ChatParts:
             min_width=120,
         )
     shown = gr.HTML(markup.conversation(Talk()), elem_id="conversation", padding=False)
-    prompt = gr.Textbox(desk.offer.prompt, label="Prompt", lines=1, max_lines=8, elem_id="prompt")
+    prompt = gr.Textbox(state.offer.prompt, label="Prompt", lines=1, max_lines=8, elem_id="prompt")
     with gr.Row(elem_classes="nr-buttons"):
         send = gr.Button("Send", variant="primary", elem_id="send", size="md", min_width=90)
         again = gr.Button("Ask the patch again", elem_id="again", size="md", min_width=90)
@@ -74,17 +74,17 @@ def build(desk: DemoState) -> ChatParts:
     return ChatParts(picker, talk, missing)
 
 
-def missing_html(desk: DemoState) -> str:
+def missing_html(state: DemoState) -> str:
     """How to get a patch, where the model has none yet; else nothing."""
-    if desk.backend.preferred() is not None or not desk.model_ref:
+    if state.backend.preferred() is not None or not state.model_ref:
         return ""
-    return markup.wrap(first_patch(desk))
+    return markup.wrap(first_patch(state))
 
 
-def baseless_html(desk: DemoState) -> str:
+def baseless_html(state: DemoState) -> str:
     """What a server has to be started with so that there is something to compare; nothing if there is."""
     try:
-        if desk.has_base():
+        if state.has_base():
             return ""
     except NestError as error:
         return markup.wrap(markup.alert(error))
@@ -95,15 +95,15 @@ def baseless_html(desk: DemoState) -> str:
     return markup.wrap(markup.offer(message, ["nest-runtime serve --patch v3 --expose-base"]))
 
 
-def first_patch(desk: DemoState) -> str:
+def first_patch(state: DemoState) -> str:
     """The way to a model's first patch."""
-    flag = f" --model {shlex.quote(desk.model_ref or 'MODEL')}"
+    flag = f" --model {shlex.quote(state.model_ref or 'MODEL')}"
     commands = [
         f"nest-runtime train{flag} --harmful harmful.csv --benign everyday --out v1.safetensors",
         "nest-runtime add v1.safetensors",
     ]
     message = (
-        f"There is no patch for {desk.backend.name} on this machine yet, so the base model answers alone. "
+        f"There is no patch for {state.backend.name} on this machine yet, so the base model answers alone. "
         "Train one and add it, then reload the page. You bring `harmful.csv`, a few hundred requests to refuse, "
         "one a line; `everyday` comes with the package."
     )
@@ -112,7 +112,7 @@ def first_patch(desk: DemoState) -> str:
 
 
 def _examples(tab: Chat, prompt: gr.Textbox, shown: gr.HTML, talk: gr.State) -> None:
-    offer = tab.desk.offer
+    offer = tab.state.offer
     first = [item.label for item in offer.kinds[offer.first_kind]]
     with gr.Row():
         kind = gr.Dropdown(
@@ -141,7 +141,7 @@ def _examples(tab: Chat, prompt: gr.Textbox, shown: gr.HTML, talk: gr.State) -> 
 def _grid(tab: Chat, picker: gr.Dropdown, toggle: gr.Checkbox) -> None:
     with gr.Accordion("Try all wrappings", open=False, elem_id="wrappings"):
         with gr.Row(equal_height=True):
-            offer = tab.desk.offer
+            offer = tab.state.offer
             act = gr.Textbox(offer.act, label=offer.act_label, elem_id="act", scale=3)
             run = gr.Button(
                 "Try all wrappings",
@@ -157,14 +157,14 @@ def _grid(tab: Chat, picker: gr.Dropdown, toggle: gr.Checkbox) -> None:
     running = gr.State(Running())
     asked = [act, picker, toggle, running]
     run.click(tab.grid, asked, [grid, why], show_progress="hidden", concurrency_limit=AT_ONCE)
-    halt.click(lambda work: markup.said(work.stop()), running, why, show_progress="hidden", concurrency_limit=None)
+    halt.click(lambda task: markup.said(task.stop()), running, why, show_progress="hidden", concurrency_limit=None)
 
 
 class Chat:
     """The tab's answers to what is clicked."""
 
-    def __init__(self, desk: DemoState) -> None:
-        self.desk = desk
+    def __init__(self, state: DemoState) -> None:
+        self.state = state
 
     def ask(self, prompt: str, label: str | None, on: bool, talk: Talk) -> Iterator[tuple[Any, Any, str]]:
         """Ask both sides; the box is emptied once the question is in the conversation."""
@@ -175,9 +175,9 @@ class Chat:
                 markup.said(BUSY if talk.busy else "Write a prompt first, or choose an example."),
             )
             return
-        desk = self.desk
+        state = self.state
         try:
-            sides = desk.sides(label, on)
+            sides = state.sides(label, on)
         except NestError as error:
             yield gr.skip(), gr.skip(), markup.wrap(markup.alert(error))
             return
@@ -186,10 +186,10 @@ class Chat:
             talk,
             prompt.strip(),
             sides,
-            desk.backend,
-            desk.is_refusal,
-            max_tokens=desk.max_tokens,
-            is_known=desk.is_known,
+            state.backend,
+            state.is_refusal,
+            max_tokens=state.max_tokens,
+            is_known=state.is_known,
         )
         for _ in steps:
             yield markup.conversation(talk), "" if first else gr.skip(), ""
@@ -201,13 +201,15 @@ class Chat:
         if talk.busy or not talk.turns or talk.turns[-1].scripted:
             yield gr.skip(), markup.said(BUSY if talk.busy else "Nothing has been asked yet: press Send first.")
             return
-        desk = self.desk
+        state = self.state
         try:
-            choice = desk.sides(label, on)[1]
+            choice = state.sides(label, on)[1]
         except NestError as error:
             yield gr.skip(), markup.wrap(markup.alert(error))
             return
-        steps = redo(talk, choice, desk.backend, desk.is_refusal, max_tokens=desk.max_tokens, is_known=desk.is_known)
+        steps = redo(
+            talk, choice, state.backend, state.is_refusal, max_tokens=state.max_tokens, is_known=state.is_known
+        )
         for _ in steps:
             yield markup.conversation(talk), ""
         yield markup.conversation(talk), ""
@@ -228,12 +230,12 @@ class Chat:
 
     def kind(self, kind: str, talk: Talk) -> tuple[Any, str, Any]:
         """Offer the examples of another kind, the first one chosen."""
-        items = [item.label for item in self.desk.offer.kinds[kind]]
+        items = [item.label for item in self.state.offer.kinds[kind]]
         return gr.Dropdown(choices=items, value=items[0]), *self.example(kind, items[0], talk)
 
     def example(self, kind: str, label: str, talk: Talk) -> tuple[str, Any]:
         """Put an example into the box and begin a new conversation, with the turns that come before it."""
-        found = self.desk.offer.example(kind, label)
+        found = self.state.offer.example(kind, label)
         if found is None:
             return gr.skip(), gr.skip()
         if talk.busy:  # what is being written stays
@@ -244,17 +246,17 @@ class Chat:
     def grid(self, act: str, label: str | None, on: bool, running: Running) -> Iterator[tuple[Any, str]]:
         """An act in all wrappings, asked of both sides; the grid fills as answers come."""
         if running.busy or not act.strip():
-            first = f"Write what to wrap first, for example: {self.desk.offer.act}"
+            first = f"Write what to wrap first, for example: {self.state.offer.act}"
             yield gr.skip(), markup.said("It is running already; Stop ends it." if running.busy else first)
             return
         try:
-            sides, talks = self.desk.sides(label, on), self.desk.offer.wrap(act.strip())
+            sides, talks = self.state.sides(label, on), self.state.offer.wrap(act.strip())
             last: _Answers = {}
             for answers in running.watch(lambda job: self._fill(job, talks, sides)):
                 last = answers or last
-                yield grid_html(talks, sides, last, self.desk), ""
+                yield grid_html(talks, sides, last, self.state), ""
             if running.stopped:
-                yield grid_html(talks, sides, last, self.desk, stopped=True), markup.said("Stopped.")
+                yield grid_html(talks, sides, last, self.state, stopped=True), markup.said("Stopped.")
         except NestError as error:
             yield gr.skip(), markup.wrap(markup.alert(error))
 
@@ -266,7 +268,7 @@ class Chat:
                 answers.update({(side, position): answer for position, answer in zip(positions, texts, strict=True)})
                 job.report(dict(answers))
 
-            self.desk.backend.answer_all(
+            self.state.backend.answer_all(
                 [talk.messages for talk in talks], sides[side], max_tokens=GRID_TOKENS, on_answers=keep
             )
         if sides[0] == sides[1]:
@@ -277,15 +279,15 @@ def grid_html(
     talks: list[Wrapped],
     sides: tuple[PatchChoice, PatchChoice],
     answers: _Answers,
-    desk: DemoState,
+    state: DemoState,
     *,
     stopped: bool = False,
 ) -> str:
     """The grid: a row for each family, and in each cell what both sides made of one wrapping."""
     names = ["base" if side.label == BASE else side.label for side in sides]
     families = list(dict.fromkeys(talk.family for talk in talks))
-    refused = {key: desk.is_refusal(answer) for key, answer in answers.items()}
-    known = {key: desk.is_known is None or desk.is_known(answer) for key, answer in answers.items()}
+    refused = {key: state.is_refusal(answer) for key, answer in answers.items()}
+    known = {key: state.is_known is None or state.is_known(answer) for key, answer in answers.items()}
     rows = []
     for family in families:
         mine = [n for n, talk in enumerate(talks) if talk.family == family]

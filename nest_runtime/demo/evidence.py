@@ -18,9 +18,9 @@ from nest_runtime.errors import NestError
 AT_ONCE = 2  # visitors whose evaluations run at the same time
 
 
-def build(desk: DemoState) -> tuple[gr.Dropdown, gr.HTML]:
+def build(state: DemoState) -> tuple[gr.Dropdown, gr.HTML]:
     """Lay the tab out and connect it; returns the list of patches, and the comparison's place, which the page fills."""
-    gr.HTML(markup.wrap("<h2>Quick evaluation</h2>", markup.note(_about(desk))), padding=False)
+    gr.HTML(markup.wrap("<h2>Quick evaluation</h2>", markup.note(_about(state))), padding=False)
     with gr.Row(equal_height=True):
         picker = gr.Dropdown(
             label="Patch", interactive=True, filterable=False, elem_id="eval-patch", scale=2, min_width=240
@@ -32,42 +32,42 @@ def build(desk: DemoState) -> tuple[gr.Dropdown, gr.HTML]:
     shown = gr.HTML(elem_id="eval", padding=False)
     running = gr.State(Running())
 
-    def clicked(label: str | None, number: float, work: Running) -> Iterator[tuple[Any, str]]:
-        yield from evaluation(desk, label, int(number), work)
+    def clicked(label: str | None, number: float, task: Running) -> Iterator[tuple[Any, str]]:
+        yield from evaluation(state, label, int(number), task)
 
     run.click(clicked, [picker, count, running], [shown, why], show_progress="hidden", concurrency_limit=AT_ONCE)
-    halt.click(lambda work: markup.said(work.stop()), running, why, show_progress="hidden", concurrency_limit=None)
+    halt.click(lambda task: markup.said(task.stop()), running, why, show_progress="hidden", concurrency_limit=None)
     return picker, gr.HTML(elem_id="comparison", padding=False)
 
 
-def _about(desk: DemoState) -> str:
+def _about(state: DemoState) -> str:
     return (
-        f"{desk.offer.about} A few of each suite are drawn with seed {SEED}, and answered by base and patch. "
+        f"{state.offer.about} A few of each suite are drawn with seed {SEED}, and answered by base and patch. "
         "Few prompts mean wide intervals: `nest-runtime eval` runs all you give it."
     )
 
 
-def evaluation(desk: DemoState, label: str | None, count: int, running: Running) -> Iterator[tuple[Any, str]]:
+def evaluation(state: DemoState, label: str | None, count: int, running: Running) -> Iterator[tuple[Any, str]]:
     """Run a quick evaluation; yields the bars as they stand, and why it does not run or has ended."""
     if running.busy:
         yield gr.skip(), markup.said("It is running already; Stop ends it.")
         return
     try:
-        both = desk.sides(label, True)
+        both = state.sides(label, True)
         sides = both if both[0] != both[1] else both[:1]
         alone = (
             ""
             if len(sides) > 1
             else markup.said(f"There is nothing to compare {sides[0].label} with: it stands alone.")
         )
-        cases, judge = quick_cases(desk.backend, count), judge_for(desk.backend).name
+        cases, judge = quick_cases(state.backend, count), judge_for(state.backend).name
 
-        def work(job: BackgroundJob[Standing]) -> None:
-            measure(job, desk.backend, sides, cases)
+        def task(job: BackgroundJob[Standing]) -> None:
+            measure(job, state.backend, sides, cases)
 
         begun = markup.wrap(markup.progress("answers", 0, len(sides) * len(cases)))
-        for standing in running.watch(work):
-            yield begun if standing is None else standing_html(standing, sides, judge, desk.offer.suites), alone
+        for standing in running.watch(task):
+            yield begun if standing is None else standing_html(standing, sides, judge, state.offer.suites), alone
         if running.stopped:
             yield gr.skip(), markup.said("Stopped; the bars show what was answered until then.")
     except NestError as error:

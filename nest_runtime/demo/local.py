@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from nest_runtime.demo.backend import BASE, TOY, DemoAnswer, Message, OnAnswers, OnText, PatchChoice, told_size
+from nest_runtime.demo.backend import BASE, TOY, DemoAnswer, Message, OnAnswers, OnText, PatchChoice, size_in_words
 from nest_runtime.escape import short
 from nest_runtime.model.load import REFERENCE
 
@@ -33,19 +33,20 @@ class LocalBackend:
 
     def __init__(self, loaded: LoadedModel, store: Store, first: Patch | None = None) -> None:
         from nest_runtime.runtime import PatchRuntime
+        from nest_runtime.runtime.passes import PassLock
         from nest_runtime.trust.guard import guard_for
 
         self.loaded, self.store = loaded, store
         self.name = loaded.name
         self.model_hash: str | None = loaded.hash
-        self.about = told_size(sum(weights.numel() for weights in loaded.model.parameters()))
+        self.about = size_in_words(sum(weights.numel() for weights in loaded.model.parameters()))
         if self.name == REFERENCE:
             self.about += f", {TOY}"
         self.place = f"in this process, on {loaded.device}"
         self.can_switch = True
         self.runtime = PatchRuntime(loaded.model, base_hash=loaded.hash)
         self._guard = guard_for(store)
-        self._gate = PassLock()
+        self._passes = PassLock()
         self._keys: dict[str, str] = {}  # digest → key in the runtime
         self._lock = threading.Lock()
         self._own = {first.digest: first} if first is not None else {}
@@ -155,7 +156,7 @@ class LocalBackend:
     def using(self, digest: str | None) -> Iterator[None]:
         """A context in which passes of this thread run under a patch, or under the base for None."""
         key = None if digest is None else self._key(digest)
-        with self._gate.passing(), self.runtime.using(key):
+        with self._passes.passing(), self.runtime.using(key):
             yield
 
     def _key(self, digest: str) -> str:
@@ -165,41 +166,5 @@ class LocalBackend:
                 patch = self.patch(digest)
                 if self._guard is not None:
                     self._guard.check(patch, allow_downgrade=True)  # to look at an older version is meant
-                self._keys[digest] = self.runtime.add(patch, pause=self._gate.closed)
+                self._keys[digest] = self.runtime.add(patch, pause=self._passes.exclusive)
             return self._keys[digest]
-
-
-class PassLock:
-    """Lets any number of passes run, or one change of the model while none runs."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._passes = 0
-        self._closed = False
-
-    @contextmanager
-    def passing(self) -> Iterator[None]:
-        """A pass, or several in a row. Waits while the gate is closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._closed)
-            self._passes += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._passes -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def closed(self) -> Iterator[None]:
-        """A context in which no pass runs or begins."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._closed)
-            self._closed = True
-            self._changed.wait_for(lambda: self._passes == 0)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._closed = False
-                self._changed.notify_all()

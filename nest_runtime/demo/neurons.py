@@ -17,19 +17,19 @@ ALL = "all, by cluster"
 NONE = "Neurons are a patch's, and this model has no patch yet."
 
 
-def build(desk: DemoState, talk: gr.State) -> tuple[gr.Dropdown, gr.HTML]:
+def build(state: DemoState, talk: gr.State) -> tuple[gr.Dropdown, gr.HTML]:
     """Lay the tab out and connect it; returns the list of patches, and the map, which the page fills.
 
     Args:
-        desk: the demo.
+        state: the demo.
         talk: the chat's conversation.
     """
     which = gr.Dropdown(label="Patch", interactive=True, filterable=False, elem_id="neurons-patch")
     shown = gr.HTML(elem_id="neuron-map", padding=False)
     gr.HTML(markup.wrap("<h2>Activation on the last prompt, token by token</h2>"), padding=False)
-    if desk.backend.preferred() is None:
+    if state.backend.preferred() is None:
         gr.HTML(markup.wrap(markup.note(NONE)), padding=False)
-    elif desk.local is None:
+    elif state.local is None:
         words = "Activations need the model in this process: start the demo without `--url` to see them."
         gr.HTML(markup.wrap(markup.note(words)), padding=False)
     else:
@@ -44,31 +44,31 @@ def build(desk: DemoState, talk: gr.State) -> tuple[gr.Dropdown, gr.HTML]:
                 "Show activations", variant="primary", elem_id="probe", elem_classes="nr-go", size="md", min_width=120
             )
         heat = gr.HTML(elem_id="activations", padding=False)
-        tab = Neurons(desk)
+        tab = Neurons(state)
         look.click(tab.activations, [which, site, own, talk], heat, show_progress="minimal", concurrency_limit=2)
         site.input(tab.activations, [which, site, own, talk], heat, show_progress="minimal", concurrency_limit=2)
         which.change(tab.sites, which, site, show_progress="hidden")
     gr.HTML(markup.wrap("<h2>Statistics</h2>"), padding=False)
     statistics = gr.HTML(elem_id="statistics", padding=False)
-    if desk.backend.preferred() is None:
-        shown.value = map_html(desk, None)
-    which.change(lambda digest: map_html(desk, digest), which, shown, show_progress="hidden")
-    which.change(lambda digest: statistics_html(desk, digest), which, statistics, show_progress="hidden")
+    if state.backend.preferred() is None:
+        shown.value = map_html(state, None)
+    which.change(lambda digest: map_html(state, digest), which, shown, show_progress="hidden")
+    which.change(lambda digest: statistics_html(state, digest), which, statistics, show_progress="hidden")
     return which, shown
 
 
 class Neurons:
     """The tab's answers to what is clicked, where the model is in this process."""
 
-    def __init__(self, desk: DemoState) -> None:
-        self.desk = desk
+    def __init__(self, state: DemoState) -> None:
+        self.state = state
 
     def sites(self, digest: str | None) -> Any:
         """Offer the projections of a patch."""
         from nest_runtime.demo.probe import sites_of
 
         try:
-            names = sites_of(self.desk.patch(self.desk.entry(digest).digest))
+            names = sites_of(self.state.patch(self.state.entry(digest).digest))
         except NestError:
             names = []
         return gr.Dropdown(choices=[ALL, *names], value=ALL)
@@ -80,12 +80,12 @@ class Neurons:
         if not own.strip() and talk.asked is None:
             return markup.said("Nothing has been asked in the chat yet: send a prompt there, or write one here.")
         try:
-            entry = self.desk.entry(digest)
+            entry = self.state.entry(digest)
             messages = _messages(own, talk)
             place = None if site in (None, ALL) else site
-            backend = self.desk.local
+            backend = self.state.local
             assert backend is not None  # the button exists only where it is not
-            found = activations(backend, entry.digest, self.desk.called(entry.digest), messages, place)
+            found = activations(backend, entry.digest, self.state.called(entry.digest), messages, place)
         except NestError as error:
             return markup.wrap(markup.alert(error))
         prompt = f'<p class="nr-note">Prompt: {markup.text(messages[-1]["content"])}</p>'
@@ -99,20 +99,20 @@ def _messages(own: str, talk: Talk) -> list[Message]:
     return [*before, {"role": "user", "content": talk.turns[-1].prompt}]
 
 
-def map_html(desk: DemoState, digest: str | None) -> str:
+def map_html(state: DemoState, digest: str | None) -> str:
     """The map of a patch's neurons, and the same as tables."""
     from nest_runtime.plots.view import view_of_patch
 
-    if digest is None and desk.backend.preferred() is None:
-        return markup.wrap(first_patch(desk))
+    if digest is None and state.backend.preferred() is None:
+        return markup.wrap(first_patch(state))
     try:
-        patch = desk.patch(desk.entry(digest).digest)
+        patch = state.patch(state.entry(digest).digest)
     except NestError as error:
         return markup.wrap(markup.alert(error))
     view = view_of_patch(patch)
     neurons, clusters = markup.term("neuron", "neurons"), markup.term("cluster", "clusters")
     facts = f"{markup.term('z-score')}, cluster, {markup.term('loading')} and row-update norm"
-    name = markup.text(desk.called(patch.digest))
+    name = markup.text(state.called(patch.digest))
     words = (
         f"{name} changes {patch.neurons:,} {neurons} in {patch.clusters} {clusters} with {patch.parameters:,} "
         f"{markup.term('trained numbers')}. Hover or tap a mark for its {facts}; layers go down, "
@@ -122,13 +122,13 @@ def map_html(desk: DemoState, digest: str | None) -> str:
     return markup.wrap(f'<p class="nr-note">{words}</p>', figures.neuron_maps(view), tables)
 
 
-def statistics_html(desk: DemoState, digest: str | None) -> str:
+def statistics_html(state: DemoState, digest: str | None) -> str:
     """Silhouettes and z-scores of a patch."""
     from nest_runtime.plots.view import view_of_patch
 
-    if digest is None and desk.backend.preferred() is None:
+    if digest is None and state.backend.preferred() is None:
         return markup.wrap(markup.note(NONE))
     try:
-        return markup.wrap(figures.statistics(view_of_patch(desk.patch(desk.entry(digest).digest))))
+        return markup.wrap(figures.statistics(view_of_patch(state.patch(state.entry(digest).digest))))
     except NestError as error:
         return markup.wrap(markup.alert(error))

@@ -29,7 +29,7 @@ class PatchesParts:
     admin: AdminParts | None
 
 
-def build(desk: DemoState) -> PatchesParts:
+def build(state: DemoState) -> PatchesParts:
     """Lay the tab out; ``admin.connect`` makes the buttons work that change what other tabs show."""
     listing = gr.HTML(elem_id="patches", padding=False)
     gr.HTML(markup.wrap("<h2>Difference of two versions</h2>"), padding=False)
@@ -38,46 +38,46 @@ def build(desk: DemoState) -> PatchesParts:
         new = gr.Dropdown(label="To", interactive=True, filterable=False, elem_id="diff-new", min_width=120)
         compare = gr.Button("Compare", elem_id="diff", elem_classes="nr-go", size="md", min_width=100)
     difference = gr.HTML(elem_id="difference", padding=False)
-    compare.click(lambda a, b: diff_html(desk, a, b), [old, new], difference, show_progress="hidden")
-    if desk.admin:
+    compare.click(lambda a, b: diff_html(state, a, b), [old, new], difference, show_progress="hidden")
+    if state.admin:
         return PatchesParts(listing, old, new, build_admin())
     words = "To activate, roll back, push and pull from here, start the demo with `--admin`."
     gr.HTML(markup.wrap(markup.note(words)), padding=False)
     return PatchesParts(listing, old, new, None)
 
 
-def listing_html(desk: DemoState) -> str:
+def listing_html(state: DemoState) -> str:
     """All patches of the model: lineage, size, figures, signature."""
     try:
-        entries, active = desk.entries(), desk.backend.active()
-        rows = [_row(desk, entry, entries, active) for entry in entries]
+        entries, active = state.entries(), state.backend.active()
+        rows = [_row(state, entry, entries, active) for entry in entries]
     except NestError as error:
         return markup.wrap(markup.alert(error))
     if not rows:
-        return markup.wrap(first_patch(desk))
+        return markup.wrap(first_patch(state))
     numbers = (*(measure.title for measure in MEASURES.values()), "neurons", "trained numbers", "file")
     columns = ("version", *numbers, "lineage", "signature")
     marked = [n for n, entry in enumerate(entries) if entry.digest == active]
-    base = next((figures[1] for figures in (_figures(desk.patch(e.digest)) for e in entries) if figures[1]), "")
+    base = next((figures[1] for figures in (_figures(state.patch(e.digest)) for e in entries) if figures[1]), "")
     table = markup.table(columns, rows, caption="Patches of this model", numbers=numbers, marked=marked)
-    without = any(_figures(desk.patch(entry.digest))[0][0] == markup.percent(None) for entry in entries)
+    without = any(_figures(state.patch(entry.digest))[0][0] == markup.percent(None) for entry in entries)
     elsewhere = "A dash: the patch's header does not state it; the tab Evidence has what else was measured."
     return markup.wrap(table, *(markup.note(words) for words in (base, elsewhere if without else "") if words))
 
 
-def _row(desk: DemoState, entry: Entry, entries: list[Entry], active: str | None) -> list[str]:
-    patch = desk.patch(entry.digest)
+def _row(state: DemoState, entry: Entry, entries: list[Entry], active: str | None) -> list[str]:
+    patch = state.patch(entry.digest)
     now = ' <span class="nr-badge nr-active">active</span>' if entry.digest == active else ""
     about = entry.name + (", comes with the package" if entry.builtin else "")
     under = f"<div class='nr-note'>{markup.text(about)}<br>{markup.code(entry.digest)}</div>"
     return [
-        f"{markup.text(desk.called(entry.digest))}{now}{under}",
+        f"{markup.text(state.called(entry.digest))}{now}{under}",
         *_figures(patch)[0],
         f"{patch.neurons:,}",
         f"{patch.parameters:,}",
         _size(entry.bytes),
         markup.text(_lineage(entry, entries)),
-        markup.text(desk.signature(entry)),
+        markup.text(state.signature(entry)),
     ]
 
 
@@ -123,7 +123,7 @@ def _size(count: int) -> str:
     return f"{count / 1000:.1f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"
 
 
-def diff_html(desk: DemoState, old: str | None, new: str | None) -> str:
+def diff_html(state: DemoState, old: str | None, new: str | None) -> str:
     """What changed from one patch to another."""
     from nest_runtime.patch.algebra import diff
 
@@ -132,8 +132,8 @@ def diff_html(desk: DemoState, old: str | None, new: str | None) -> str:
     if old == new:
         return markup.said("These are the same version: choose two that differ.")
     try:
-        before, after = (desk.patch(desk.entry(digest).digest) for digest in (old, new))
-        words = f"{desk.called(old)} → {desk.called(new)}"
+        before, after = (state.patch(state.entry(digest).digest) for digest in (old, new))
+        words = f"{state.called(old)} → {state.called(new)}"
     except NestError as error:
         return markup.wrap(markup.alert(error))
     found = diff(before, after)

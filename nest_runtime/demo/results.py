@@ -26,30 +26,30 @@ def _folders(name: str) -> list[Path]:
     return [package / "_results" / name, package.parent / "docs" / "results" / name]
 
 
-def results_html(desk: DemoState) -> str:
+def results_html(state: DemoState) -> str:
     """What was measured on the model shown: the comparison where that was made on it, else what its patches state."""
     folder, head = comparison_folder(), "<h2>What was measured</h2>"
-    if folder is not None and _is_of(folder, desk.backend):
+    if folder is not None and _is_of(folder, state.backend):
         return comparison_html(folder)
-    entries = desk.entries() if desk.backend.model_hash is not None else []  # else of whichever models
-    measured = "".join(_measured(desk, found) for found in _measurements({entry.digest for entry in entries}))
+    entries = state.entries() if state.backend.model_hash is not None else []  # else of whichever models
+    measured = "".join(_measured(state, found) for found in _measurements({entry.digest for entry in entries}))
     if measured:
         return markup.wrap(head, measured)
     rows = [
         row
         for entry in entries
-        for row in _stated(desk.called(entry.digest), desk.patch(entry.digest).header()["metrics"])
+        for row in _stated(state.called(entry.digest), state.patch(entry.digest).header()["metrics"])
     ]
     if rows:
         words = "What the headers of its patches state; nothing is run here."
         columns = ("patch", "figure", "rate", "95 % interval", "n")
-        table = markup.table(columns, rows, caption=f"Results on {desk.backend.name}", numbers=columns[2:])
+        table = markup.table(columns, rows, caption=f"Results on {state.backend.name}", numbers=columns[2:])
         return markup.wrap(head, markup.note(words), table)
-    if desk.backend.name == REFERENCE:
+    if state.backend.name == REFERENCE:
         words = "The measured comparison is not part of this installation; `nest-runtime compare` makes one."
     else:
         words = (
-            f"There are no results for {desk.backend.name} here. `nest-runtime eval` measures a patch on your own "
+            f"There are no results for {state.backend.name} here. `nest-runtime eval` measures a patch on your own "
             "prompts, `nest-runtime compare` sets it beside other methods."
         )
     return markup.wrap(head, markup.note(words))
@@ -62,9 +62,9 @@ def _measurements(digests: set[str]) -> list[dict[str, Any]]:
     return [item for item in found if item.get("digest") in digests]
 
 
-def _measured(desk: DemoState, found: Mapping[str, Any]) -> str:
+def _measured(state: DemoState, found: Mapping[str, Any]) -> str:
     """The rates of a patch beside its base's."""
-    name = desk.called(found["digest"])
+    name = state.called(found["digest"])
     base, patch = found["base"]["rates"], found["patch"]["rates"]
     rows = [
         [markup.text(suite), *(_rate(rates.get(suite)) for rates in (base, patch)), f"{patch[suite]['n']:,}"]

@@ -98,11 +98,11 @@ def bind(listen: Listen) -> socket.socket:
         ) from error
 
 
-def serve(desk: DemoState, listen: Listen, port: socket.socket, on_ready: Callable[[str], None]) -> None:
+def serve(state: DemoState, listen: Listen, port: socket.socket, on_ready: Callable[[str], None]) -> None:
     """Serve the page until Ctrl-C.
 
     Args:
-        desk: what it shows.
+        state: what it shows.
         listen: for whom.
         port: from ``bind``; closed at the end.
         on_ready: called with the URL once it answers.
@@ -111,7 +111,7 @@ def serve(desk: DemoState, listen: Listen, port: socket.socket, on_ready: Callab
 
     host, number = port.getsockname()[:2]
     url = f"http://{'[' + host + ']' if ':' in host else host}:{number}"
-    config = uvicorn.Config(application(desk, listen), log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(application(state, listen), log_level="warning", timeout_graceful_shutdown=2)
     server = _server(config, lambda: on_ready(url))
     try:
         server.run(sockets=[port])
@@ -119,7 +119,7 @@ def serve(desk: DemoState, listen: Listen, port: socket.socket, on_ready: Callab
         port.close()
 
 
-def application(desk: DemoState, listen: Listen) -> FastAPI:
+def application(state: DemoState, listen: Listen) -> FastAPI:
     """The page as an ASGI application."""
     _stay_home()
     import gradio as gr
@@ -131,7 +131,7 @@ def application(desk: DemoState, listen: Listen) -> FastAPI:
     outer.add_middleware(Fence, guests=listen.guests)
     return gr.mount_gradio_app(
         outer,
-        build(desk),
+        build(state),
         path="/",
         auth=_door(listen.logins) if listen.logins else None,
         footer_links=[],

@@ -43,7 +43,7 @@ def require_gradio() -> None:
         raise NestError("the demo needs gradio, which is not installed", extra("demo"))
 
 
-def open_desk(source: Source, *, admin: bool = False, max_tokens: int = 128) -> DemoState:
+def open_demo(source: Source, *, admin: bool = False, max_tokens: int = 128) -> DemoState:
     """Load the model, or greet the server.
 
     Raises what load_model, load_patch and RemoteBackend raise, and UsageError for token files that cannot be used.

@@ -46,8 +46,8 @@ class DemoReply:
     @property
     def speed(self) -> float | None:
         """Tokens per second, from the question to the last token; None for answers too short to tell."""
-        told = self.state == "done" and self.seconds > 0 and self.tokens >= TELLING
-        return self.tokens / self.seconds if told else None
+        is_measured = self.state == "done" and self.seconds > 0 and self.tokens >= TELLING
+        return self.tokens / self.seconds if is_measured else None
 
 
 @dataclass

@@ -85,11 +85,11 @@ def export_gguf(
     architecture = architecture or ARCHITECTURES.get(patch.architecture)
     names = tensor_names(patch, pairs := _linear_pairs(patch, model), architecture)
     rank = max(pair.rank for pair in pairs)
-    with new_folder(folder, overwrite=overwrite) as work:
-        _write(work / ADAPTER, patch, [pair.padded(rank) for pair in pairs], names, str(architecture))
-        write_note(work, "gguf", patch, rank=rank, modules=len(pairs))
+    with new_folder(folder, overwrite=overwrite) as staging:
+        _write(staging / ADAPTER, patch, [pair.padded(rank) for pair in pairs], names, str(architecture))
+        write_note(staging, "gguf", patch, rank=rank, modules=len(pairs))
         if check is not None:
-            check(work)
+            check(staging)
     return GgufAdapter(Path(folder), (ADAPTER, NOTE), rank, len(pairs))
 
 

@@ -96,15 +96,15 @@ def export_merged(
     check_sites(patch, layout.values())
     checkpoint = Checkpoint(source, model)
     _check_base(patch, source, model, checkpoint, progress)
-    with new_folder(target, overwrite=overwrite) as work:
-        left_out = _copy(source, work, checkpoint, progress)
-        changed = fold_rows(patch, layout, checkpoint, work)
-        _check_rest(source, work, changed, progress)
-        result = model_hash(work, progress=progress)
-        write_note(work, "merged", patch, hash=result)
+    with new_folder(target, overwrite=overwrite) as staging:
+        left_out = _copy(source, staging, checkpoint, progress)
+        changed = fold_rows(patch, layout, checkpoint, staging)
+        _check_rest(source, staging, changed, progress)
+        result = model_hash(staging, progress=progress)
+        write_note(staging, "merged", patch, hash=result)
         if check is not None:
-            check(work)
-        files = tuple(sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file()))
+            check(staging)
+        files = tuple(sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file()))
     dtypes = {checkpoint.tensors[name][1].dtype for name in changed}
     return Merged(target, files, result, tuple(sorted(changed)), dtypes <= {"F32", "F64"}, left_out)
 
@@ -146,7 +146,7 @@ def _check_base(
         )
 
 
-def _copy(source: Path, work: Path, checkpoint: Checkpoint, progress: Progress | None) -> tuple[str, ...]:
+def _copy(source: Path, staging: Path, checkpoint: Checkpoint, progress: Progress | None) -> tuple[str, ...]:
     """Copy the weights, and everything beside and below them that is not weights in another form.
 
     Gives what was left out, as paths relative to the source: it would be the base's, unpatched.
@@ -161,7 +161,7 @@ def _copy(source: Path, work: Path, checkpoint: Checkpoint, progress: Progress |
         (left_out if other or not path.is_file() else rest).append(path)
     files = [*checkpoint.files, *rest]
     for number, path in enumerate(files):
-        target = work / path.relative_to(checkpoint.folder)
+        target = staging / path.relative_to(checkpoint.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
         if progress is not None:
@@ -179,9 +179,9 @@ def _below(folder: Path) -> list[Path]:
     return found
 
 
-def _check_rest(source: Path, work: Path, changed: set[str], progress: Progress | None) -> None:
+def _check_rest(source: Path, staging: Path, changed: set[str], progress: Progress | None) -> None:
     """Nothing but the tensors that were to change differs from the base."""
-    before, after = tensor_digests(source, progress=progress), tensor_digests(work, progress=progress)
+    before, after = tensor_digests(source, progress=progress), tensor_digests(staging, progress=progress)
     differ = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     if not differ <= changed:
         raise ExportError(

@@ -83,14 +83,14 @@ def export_peft(
     if engine == "vllm":
         pairs = [pair.padded(rank) for pair in _without_experts(pairs, rank)]
     conv1d = model is not None and any(type(m).__name__ == "Conv1D" for m in model.modules())
-    with new_folder(folder, overwrite=overwrite) as work:
+    with new_folder(folder, overwrite=overwrite) as staging:
         config = adapter_config(patch, pairs, rank, conv1d)
-        (work / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        with replacing(work / WEIGHTS) as temporary:
+        (staging / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with replacing(staging / WEIGHTS) as temporary:
             save_file(_tensors(pairs), temporary, metadata={"format": "pt", **_metadata(patch, layout)})
-        write_note(work, engine, patch, rank=rank, modules=len(pairs))
+        write_note(staging, engine, patch, rank=rank, modules=len(pairs))
         if check is not None:
-            check(work)
+            check(staging)
     return Adapter(Path(folder), (CONFIG, WEIGHTS, NOTE), rank, len(pairs))
 
 

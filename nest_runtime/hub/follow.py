@@ -15,11 +15,11 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Protocol
 
 from nest_runtime.errors import (
+    AdmissionRefused,
     BaseMismatch,
     DigestMismatch,
     Downgrade,
     Expired,
-    GateRefused,
     HubError,
     NestError,
     Revoked,
@@ -65,7 +65,7 @@ class FollowHost(Protocol):
         return None
 
     def try_out(self, fetched: Fetched) -> None:
-        """Try a patch before the switch to it. Raises GateRefused if it does not do well enough."""
+        """Try a patch before the switch to it. Raises AdmissionRefused if it does not do well enough."""
 
     def leave_revoked(self, revoked: Revoked) -> None:
         """Called if the active patch is revoked and the channel names no good one."""
@@ -141,7 +141,7 @@ class Follower:
                 outcome = self._poll()
                 self._passing, self._failures = None, 0
             except NestError as error:
-                kind: Kind = "refused" if isinstance(error, TrustError | GateRefused) else "unreachable"
+                kind: Kind = "refused" if isinstance(error, TrustError | AdmissionRefused) else "unreachable"
                 self._passing, self._failures = error, self._failures + 1
                 outcome = PollOutcome(kind, error=error)
             return outcome
@@ -310,4 +310,4 @@ def _is_final(error: NestError) -> bool:
     """
     if isinstance(error, DigestMismatch | Expired):
         return False
-    return isinstance(error, TrustError | GateRefused)
+    return isinstance(error, TrustError | AdmissionRefused)

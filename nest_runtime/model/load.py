@@ -177,8 +177,8 @@ def gguf_dtype(device: str) -> Any:
 
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    told = torch.cpu.get_capabilities() if device == "cpu" else {}
-    return torch.bfloat16 if any(told.get(key) for key in _BF16_CPU) else torch.float32
+    capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return torch.bfloat16 if any(capabilities.get(key) for key in _BF16_CPU) else torch.float32
 
 
 def _load_gguf(path: Path, name: str, device: str, dtype: Any) -> LoadedModel:

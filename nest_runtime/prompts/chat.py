@@ -15,7 +15,7 @@ from transformers import StoppingCriteriaList, TextStreamer
 
 from nest_runtime.errors import UsageError
 from nest_runtime.prompts.examples import encode
-from nest_runtime.prompts.generate import greedy_config
+from nest_runtime.prompts.generate import end_token_ids, greedy_config
 
 OnText = Callable[[str], None]
 
@@ -67,7 +67,7 @@ def answer_chat(
         )
     made = output[0, len(prompt) :].tolist()
     text = str(tokenizer.decode(made, skip_special_tokens=True)).strip()
-    return ChatAnswer(text, len(made), len(made) >= limit and made[-1] not in (config.eos_token_id or ()))
+    return ChatAnswer(text, len(made), len(made) >= limit and made[-1] not in end_token_ids(model, tokenizer))
 
 
 def _room(model: Any, tokens: int, too_long: str) -> int:

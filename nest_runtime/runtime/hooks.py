@@ -23,7 +23,7 @@ from nest_runtime.errors import NestError
 from nest_runtime.model.experts import routed
 from nest_runtime.runtime.bank import active_slot, add_from_bank, snapshot
 from nest_runtime.runtime.delta import Loaded, Place
-from nest_runtime.runtime.passes import PassGate
+from nest_runtime.runtime.passes import PassLock
 from nest_runtime.runtime.selection import Active, Selection, View
 
 _COMPILED_USING = (
@@ -51,7 +51,7 @@ class Board:
 
     def __init__(self, trunk: nn.Module) -> None:
         self.trunk = trunk
-        self.gate = PassGate()
+        self.pass_lock = PassLock()
         self.active = Active()
         self.overridden = False
         self.experts = False
@@ -72,7 +72,7 @@ class Board:
     def run_pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the trunk's forward as one pass; waits while weights are being written."""
         passes = self._passes
-        self.gate.enter()
+        self.pass_lock.enter()
         try:
             outer, passes.view = getattr(passes, "view", None), self._new_view()
             try:
@@ -80,7 +80,7 @@ class Board:
             finally:
                 passes.view = outer
         finally:
-            self.gate.leave()
+            self.pass_lock.leave()
 
     def view(self) -> View:
         """The pass's view; for a module called on its own, one of this moment."""

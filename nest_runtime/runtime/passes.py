@@ -1,4 +1,4 @@
-"""A readers-writer gate: forward passes share the model, a change of weights has it alone. Knows no patches."""
+"""A readers-writer lock: forward passes share the model, a change of weights has it alone. Knows no patches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from nest_runtime.errors import NestError
 
 
-class PassGate:
+class PassLock:
     """Lets any number of threads run forward passes, or one thread write weights.
 
     A waiting writer holds new passes back, so that a busy server cannot starve a switch. Writers
@@ -40,6 +40,15 @@ class PassGate:
                 self._running[me] = others
             elif self._writers:
                 self._changed.notify_all()
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """One pass of this thread, or several in a row."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -273,7 +273,7 @@ class PatchRuntime:
             if before.fold is None and mode != "fold":
                 self._publish(Active(loaded, mode))
                 return
-            with self._board.gate.exclusive():
+            with self._board.pass_lock.exclusive():
                 self._refold(before, loaded, mode)
 
     def _refold(self, before: Active, loaded: Loaded | None, mode: str | None) -> None:

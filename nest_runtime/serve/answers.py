@@ -61,7 +61,7 @@ class Answer:
     """One request in progress: its generation, its tokenizer, and what has been counted.
 
     Use ``whole`` or ``stream`` once, unless the answer is ``stale``. Afterwards, whatever happened, call
-    ``generation.cancel()``. When either has given something, ``generation.work.pin`` is the patch that it came from.
+    ``generation.cancel()``. When either has given something, ``generation.request.pin`` is the patch that it came from.
     """
 
     generation: Generation
@@ -81,7 +81,7 @@ class Answer:
     async def whole(self) -> list[Choice]:
         """All answers, whole. Raises EngineError, or ApiError 504 after ``seconds``."""
         while True:
-            texts = [""] * self.generation.work.choices
+            texts = [""] * self.generation.request.choices
             reasons = ["stop"] * len(texts)
             odds: list[tuple[TokenOdds, ...]] = [()] * len(texts)
             try:
@@ -92,7 +92,7 @@ class Answer:
             except Restarted:
                 self._forget()
                 continue
-            self._pin = self.generation.work.pin
+            self._pin = self.generation.request.pin
             return [Choice(index, text, reasons[index], odds[index]) for index, text in enumerate(texts)]
 
     @property
@@ -101,7 +101,7 @@ class Answer:
 
         If so, throw away what they gave, and ask again.
         """
-        return self._pin != self.generation.work.pin
+        return self._pin != self.generation.request.pin
 
     async def stream(self) -> AsyncIterator[Piece]:
         """Text as it becomes certain; once ``generation.shown`` is set, what has been given out stays given out.
@@ -111,7 +111,7 @@ class Answer:
         while True:
             try:
                 async for piece in self._pieces():
-                    self._pin = self.generation.work.pin
+                    self._pin = self.generation.request.pin
                     yield piece
             except Restarted:
                 self._forget()
@@ -119,13 +119,13 @@ class Answer:
             return
 
     def _forget(self) -> None:
-        self.usage = Usage(sum(len(prompt) for prompt in self.generation.work.prompts))
+        self.usage = Usage(sum(len(prompt) for prompt in self.generation.request.prompts))
 
     async def _pieces(self) -> AsyncIterator[Piece]:
-        work = self.generation.work
-        texts = [AnswerText(self.tokenizer, self.stops) for _ in range(work.choices)]
-        told = work.params.logprobs is not None
-        self._odds = [OddsOfChoice(self.tokenizer) for _ in range(work.choices)] if told else []
+        request = self.generation.request
+        texts = [AnswerText(self.tokenizer, self.stops) for _ in range(request.choices)]
+        with_logprobs = request.params.logprobs is not None
+        self._odds = [OddsOfChoice(self.tokenizer) for _ in range(request.choices)] if with_logprobs else []
         watch = Watch(self.metrics, self.generation)
         events = self.generation.events()
         try:

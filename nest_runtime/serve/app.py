@@ -109,7 +109,7 @@ class Server(Generic[E_co]):
         if config.expose_base:
             table.expose(table.base)
         await self.service.engine.start()
-        table.steps = self.service.engine
+        table.engine_control = self.service.engine
         if self.following is not None:
             self.following.start()
         return table.active

@@ -29,27 +29,30 @@ class Broken:
 
     def __init__(self, table: PatchTable, metrics: Metrics) -> None:
         self._table, self._metrics = table, metrics
-        self._work: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def blamed(self, blame: Blame) -> None:
         """One request failed a pass all by itself."""
-        served = next((served for served in self._table.loaded() if served.key == blame.patch), self._table.base)
-        self._metrics.failed.labels("exception" if blame.finite else "not finite", served.label).inc()
-        if blame.finite or served.key is None or served.digest in self._table.loader.condemned:
+        blamed = [served_patch for served_patch in self._table.loaded() if served_patch.key == blame.patch]
+        served_patch = blamed[0] if blamed else self._table.base
+        self._metrics.failed.labels("exception" if blame.finite else "not finite", served_patch.label).inc()
+        if blame.finite or served_patch.key is None or served_patch.digest in self._table.loader.condemned:
             return
-        why = PatchNotFinite(f"{served.label} gave values that are not finite while it answered", "train it again")
-        self._table.loader.condemned[served.digest] = why
+        why = PatchNotFinite(
+            f"{served_patch.label} gave values that are not finite while it answered", "train it again"
+        )
+        self._table.loader.condemned[served_patch.digest] = why
         log.error("%s; it is taken off", why.message)
-        task = asyncio.create_task(self._take_off(served.digest, why))
-        self._work.add(task)
-        task.add_done_callback(self._work.discard)
+        task = asyncio.create_task(self._take_off(served_patch.digest, why))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _take_off(self, digest: str, why: PatchNotFinite) -> None:
         table = self._table
         self._metrics.patch_failures.labels(type(why).__name__).inc()
-        for served in table.loaded():
-            if served.digest == digest:
-                table.withdraw(served, why)
+        for served_patch in table.loaded():
+            if served_patch.digest == digest:
+                table.withdraw(served_patch, why)
         if table.active.digest != digest:
             return
         reason = why.message

@@ -11,7 +11,7 @@ from nest_runtime.serve.served_patch import ServedPatch
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
-    from nest_runtime.serve.generation import ChoiceTokens, Generation, Work
+    from nest_runtime.serve.generation import ChoiceTokens, EngineRequest, Generation
 
 
 class PatchHolder(Protocol):
@@ -89,7 +89,7 @@ class Engine(EngineControl, Protocol):
     def reused_tokens(self) -> int:
         """Prompt tokens that were not computed again."""
 
-    def admit(self, work: Work) -> Reply:
+    def admit(self, request: EngineRequest) -> Reply:
         """Admit work.
 
         Raises:
@@ -118,7 +118,7 @@ class TokenEngine(Engine, Protocol):
     def rows(self) -> int:
         """Token ids that the model knows."""
 
-    def admit(self, work: Work) -> Generation:
+    def admit(self, request: EngineRequest) -> Generation:
         """Admit work, as every engine does; its request can also be replaced, and its choices ended one by one."""
 
 

@@ -1,8 +1,8 @@
-"""``--follow`` in a running server: polls a channel, gates and activates new versions, and reports.
+"""``--follow`` in a running server: polls a channel, tries and activates new versions, and reports.
 
 hub/follow.py does the following; this module connects it to the server: its table of patches, its engine for the
-gate, its audit log, metrics and readiness. Polls run in a thread. Every change of the server happens on the event
-loop, one at a time, like an operator's.
+admission test, its audit log, metrics and readiness. Polls run in a thread. Every change of the server happens on the
+event loop, one at a time, like an operator's.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from nest_runtime.errors import NestError, Revoked, Stopped, StoreError
 from nest_runtime.escape import short
 from nest_runtime.hub.fetch import Fetched
 from nest_runtime.hub.follow import Follower, FollowHost, PollOutcome
+from nest_runtime.serve.admission import AdmissionTest, make_admission_test
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.engine import Engine
-from nest_runtime.serve.gate import Gate, make_gate
 from nest_runtime.serve.http.api import Service
 from nest_runtime.serve.limits import FollowConfig
 from nest_runtime.serve.patches import ServedPatch
@@ -42,7 +42,7 @@ class Following(FollowHost):
     """Follows one channel for one server.
 
     Args:
-        config: what to follow, how often, and the gate.
+        config: what to follow, how often, and the admission test.
         service: the server's parts.
         store: where followed patches are kept.
         audit: where refusals are written; activations are written by the table.
@@ -63,9 +63,10 @@ class Following(FollowHost):
         table = service.table
         self.on_event: Callable[[Event], None] = lambda event: None
         self._config, self._service, self._store, self._audit, self._guard = config, service, store, audit, guard
-        self._gate: Gate | None = None
+        self._admission_test: AdmissionTest | None = None
         if config.gate:
-            self._gate = make_gate(model_name, config.probes, config.min_refused, config.max_refused)
+            limits = (config.min_refused, config.max_refused)
+            self._admission_test = make_admission_test(model_name, config.probes, *limits)
         self._follower = Follower(
             config.ref,
             base_hash=table.model_hash,
@@ -84,7 +85,7 @@ class Following(FollowHost):
         self._watch()
 
     async def first(self) -> PollOutcome:
-        """Poll once before the engine runs, so that a server starts with what the channel names; ungated."""
+        """Poll once before the engine runs, so that a server starts with what the channel names; untried."""
         self._loop = asyncio.get_running_loop()
         outcome = await self._pool.run(self._follower.poll)
         fatal = outcome.error is not None and self._service.table.active.key is None
@@ -92,7 +93,7 @@ class Following(FollowHost):
         return outcome
 
     def start(self) -> None:
-        """Keep polling, and gate new versions, until ``stop``."""
+        """Keep polling, and try new versions, until ``stop``."""
         self._running = True
         self._task = asyncio.create_task(self._run())
 
@@ -111,7 +112,7 @@ class Following(FollowHost):
 
     async def _run(self) -> None:
         while True:
-            # Servers of a fleet do not poll at once; what is new is fetched, gated and on before the interval is over.
+            # Servers of a fleet do not poll at once; what is new is fetched, tried and on before the interval is over.
             await asyncio.sleep(self._config.every * random.uniform(0.7, 0.85))
             try:
                 await self._report(await self._pool.run(self._follower.poll))
@@ -144,18 +145,18 @@ class Following(FollowHost):
 
     def try_out(self, fetched: Fetched) -> None:
         """Let a patch answer the probes, and a few of the cases that it makes claims about."""
-        if self._gate is not None and self._running:
-            self._on_loop(self._try(fetched.patch.digest, self._gate))
+        if self._admission_test is not None and self._running:
+            self._on_loop(self._try(fetched.patch.digest, self._admission_test))
 
-    async def _try(self, digest: str, gate: Gate) -> None:
+    async def _try(self, digest: str, admission_test: AdmissionTest) -> None:
         table, engine = self._service.table, self._service.engine
-        before = {served.digest for served in table.loaded()}
-        served = await table.load(digest, self._who)
+        before = {served_patch.digest for served_patch in table.loaded()}
+        served_patch = await table.load(digest, self._who)
         try:
-            shares = await gate.check(engine, self._service.tokenizer, served)
+            shares = await admission_test.check(engine, self._service.tokenizer, served_patch)
             asked = self._guard is not None and self._guard.policy.require_claims
-            tried = await try_claims(engine, self._service.tokenizer, served, required=asked)
-            log.info("%s passes the gate: %s", served.label, {**shares, **tried})
+            tried = await try_claims(engine, self._service.tokenizer, served_patch, required=asked)
+            log.info("%s passes the admission test: %s", served_patch.label, {**shares, **tried})
         except NestError:
             if digest not in before:
                 await self._unload(digest)
@@ -172,23 +173,29 @@ class Following(FollowHost):
 
     def revocations_refreshed(self) -> None:
         """Withdraw exposed patches that are revoked."""
-        for served in self._service.table.loaded():
-            assert served.patch is not None  # only patches are loaded
+        for served_patch in self._service.table.loaded():
+            assert served_patch.patch is not None  # only patches are loaded
             try:
-                self._follower.check_revoked(served.patch)
+                self._follower.check_revoked(served_patch.patch)
             except Revoked as error:
-                self._on_loop(self._withdraw(served, error))
+                self._on_loop(self._withdraw(served_patch, error))
             except NestError as error:
-                log.error("whether %s is revoked cannot be told: %s", served.label, error)
+                log.error("whether %s is revoked cannot be told: %s", served_patch.label, error)
 
-    async def _withdraw(self, served: ServedPatch, error: Revoked) -> None:
-        if not self._service.table.withdraw(served, error):
+    async def _withdraw(self, served_patch: ServedPatch, error: Revoked) -> None:
+        if not self._service.table.withdraw(served_patch, error):
             return
-        message = f"{served.label} is exposed no more: {error.message}"
+        message = f"{served_patch.label} is exposed no more: {error.message}"
         log.error("following %s: %s", self._follower.ref, message)
         self.on_event({"event": "warning", "message": message})
         self._service.metrics.patch_failures.labels(type(error).__name__).inc()
-        entry = {"what": "withdraw", "who": self._who, "version": served.label, "digest": served.digest, "done": True}
+        entry = {
+            "what": "withdraw",
+            "who": self._who,
+            "version": served_patch.label,
+            "digest": served_patch.digest,
+            "done": True,
+        }
         await self._write_down({**entry, "error": type(error).__name__, "reason": error.message})
 
     def leave_revoked(self, revoked: Revoked) -> None:

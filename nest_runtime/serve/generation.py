@@ -22,7 +22,7 @@ class Restarted(Exception):
 
 
 @dataclass(frozen=True)
-class Work:
+class EngineRequest:
     """What one request asks of the engine.
 
     Attributes:
@@ -69,7 +69,7 @@ class ChoiceTokens:
     odds: tuple[Odds, ...] = ()
 
 
-class Working(Protocol):
+class RunningEngine(Protocol):
     """The engine's side of a request.
 
     Attributes:
@@ -94,7 +94,7 @@ class Generation:
     It can be replaced until ``cancel`` is called, when its answer has been sent or is unwanted.
 
     Attributes:
-        work: what is being done; after a restart, with another patch.
+        request: what is being done; after a restart, with another patch.
         started: when it was admitted (``time.perf_counter``).
         canceled: whether it was given up before its end.
         shown: set by the reader once the client has got a part of the answer: it cannot restart then.
@@ -102,8 +102,8 @@ class Generation:
         on_cut: called if a switch ends an answer of which the client has seen a part.
     """
 
-    def __init__(self, engine: Working, work: Work, jobs: Sequence[str]) -> None:
-        self.work = work
+    def __init__(self, engine: RunningEngine, request: EngineRequest, jobs: Sequence[str]) -> None:
+        self.request = request
         self.started = time.perf_counter()
         self.canceled = False
         self.shown = False
@@ -140,7 +140,7 @@ class Generation:
 
     def replaceable(self, pin: ServedPatch) -> bool:
         """Whether an enforced switch to ``pin`` concerns this request."""
-        return self.work.follows and self.work.pin != pin and not self.failed
+        return self.request.follows and self.request.pin != pin and not self.failed
 
     def replace(self, pin: ServedPatch) -> bool:
         """Stop at once, and prepare to restart under another patch; returns whether it restarts.
@@ -148,7 +148,7 @@ class Generation:
         It does not if the client has seen a part of the answer; the reader then gets PatchReplaced.
         """
         if self.shown:
-            old = self.work.pin.label
+            old = self.request.pin.label
             message = f"this answer ends here: while it was given, its patch {old} was replaced by {pin.label}"
             self._forget()
             self.fail(PatchReplaced(message, "do not use the part that came, and ask again"))
@@ -157,7 +157,7 @@ class Generation:
         self._end()
         self._forget()
         self._events.put_nowait(Restarted())
-        self.work = replace(self.work, pin=pin)
+        self.request = replace(self.request, pin=pin)
         return True
 
     def begin(self, jobs: Sequence[str]) -> None:

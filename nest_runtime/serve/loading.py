@@ -60,7 +60,7 @@ class Loader:
         veto: raises for a patch that must not answer any more.
         tryout: raises for a patch that cannot be computed with, once it is on the model.
         condemned: why a patch, by digest, is taken no more: it broke while it answered.
-        steps: the engine.
+        engine_control: holds the engine's steps back while the model changes.
     """
 
     def __init__(self, runtime: PatchHolder, store: Store, model_hash: str, kept: Callable[[str], bool]) -> None:
@@ -68,7 +68,7 @@ class Loader:
         self.veto: Callable[[Patch], None] = lambda patch: None
         self.tryout: Callable[[Patch], None] = lambda patch: None
         self.condemned: dict[str, NestError] = {}
-        self.steps: EngineControl = NoEngine()
+        self.engine_control: EngineControl = NoEngine()
         self._runtime = runtime
         self._store = store
         self._hash = model_hash
@@ -132,7 +132,7 @@ class Loader:
 
     async def meant(self, ref: str, loaded: Sequence[ServedPatch]) -> ServedPatch | None:
         """The loaded patch that a reference means, or None. Raises StoreError if it may mean another as well."""
-        found = next((served for served in loaded if ref in (served.label, served.digest, _full_name(served))), None)
+        found = next((row for row in loaded if ref in (row.label, row.digest, _full_name(row))), None)
         if found is None or ref == found.digest:
             return found
         stored = await self._judging.run(self._stored, ref)
@@ -162,20 +162,20 @@ class Loader:
         return None if self.guard is None else self.guard.check(patch, ref, allow_downgrade=older)
 
     def _add(self, patch: Patch) -> None:
-        with self.steps.hold():  # steps go on while the patch is checked against the model
-            self._runtime.add(patch, pause=self.steps.pause)
+        with self.engine_control.hold():  # steps go on while the patch is checked against the model
+            self._runtime.add(patch, pause=self.engine_control.pause)
             try:
                 self.tryout(patch)
             except NestError:
-                with self.steps.pause():
+                with self.engine_control.pause():
                     self._runtime.remove(patch.digest)
                 raise
 
     def _drop(self, digest: str, in_use: Callable[[], Collection[str | None]]) -> None:
-        with self.steps.pause():
+        with self.engine_control.pause():
             if digest in in_use():
                 raise StoreError(f"{short(digest)} still answers requests", "try again when they are done")
-            self.steps.unfold()
+            self.engine_control.unfold()
             self._runtime.remove(digest)
 
     def _turn(self, digest: str) -> asyncio.Lock:
@@ -203,6 +203,6 @@ def label_for(arrival: Arrival, loaded: Sequence[ServedPatch]) -> str:
     return full if patch.version in taken else patch.version
 
 
-def _full_name(served: ServedPatch) -> str:
-    patch = served.patch
-    return served.label if patch is None else patch.label
+def _full_name(served_patch: ServedPatch) -> str:
+    patch = served_patch.patch
+    return served_patch.label if patch is None else patch.label

@@ -27,8 +27,8 @@ class Watch:
     def __init__(self, metrics: Metrics, generation: Generation) -> None:
         self._metrics = metrics
         self._generation = generation
-        self._label = generation.work.pin.label
-        self._openings = [""] * generation.work.choices
+        self._label = generation.request.pin.label
+        self._openings = [""] * generation.request.choices
         self._first: float | None = None
         self._last = 0.0
         self._count = 0
@@ -58,6 +58,6 @@ class Watch:
         """The request is over, or begins again; tokens count where they were computed."""
         self._metrics.tokens.labels("prompt", self._label).inc(usage.prompt)
         self._metrics.tokens.labels("completion", self._label).inc(usage.completion)
-        steps = self._count / self._generation.work.choices - 1  # choices advance side by side
+        steps = self._count / self._generation.request.choices - 1  # choices advance side by side
         if self._first is not None and steps > 0:
             self._metrics.per_token.labels(self._label).observe((self._last - self._first) / steps)

@@ -94,14 +94,14 @@ class PatchTable:
         self._durable.guard = self.loader.guard = guard
 
     @property
-    def steps(self) -> EngineControl:
+    def engine_control(self) -> EngineControl:
         """The engine that computes on the model."""
-        return self.loader.steps
+        return self.loader.engine_control
 
-    @steps.setter
-    def steps(self, steps: EngineControl) -> None:
+    @engine_control.setter
+    def engine_control(self, control: EngineControl) -> None:
         """Name the engine that computes on the model."""
-        self.loader.steps = steps
+        self.loader.engine_control = control
 
     @property
     def veto(self) -> Callable[[Patch], None]:
@@ -138,22 +138,22 @@ class PatchTable:
         """Every patch that is loaded, in the order of loading."""
         return list(self._loaded.values())
 
-    def is_exposed(self, served: ServedPatch) -> bool:
+    def is_exposed(self, served_patch: ServedPatch) -> bool:
         """Whether clients may name this patch."""
-        return served in self._exposed.values()
+        return served_patch in self._exposed.values()
 
-    def expose(self, served: ServedPatch) -> None:
+    def expose(self, served_patch: ServedPatch) -> None:
         """Let clients name a loaded patch, or the base."""
-        self._exposed[served.label] = served
+        self._exposed[served_patch.label] = served_patch
 
-    def withdraw(self, served: ServedPatch, why: NestError) -> bool:
+    def withdraw(self, served_patch: ServedPatch, why: NestError) -> bool:
         """Take a name from clients for good; requests for it get the reason. Returns whether they had it.
 
         Earlier requests run to their end.
         """
-        if self._exposed.pop(served.label, None) is None:
+        if self._exposed.pop(served_patch.label, None) is None:
             return False
-        self._withdrawn[served.label] = why
+        self._withdrawn[served_patch.label] = why
         return True
 
     def withdrawn(self) -> list[str]:
@@ -163,11 +163,11 @@ class PatchTable:
     @at_home
     async def load(self, ref: str, who: str) -> ServedPatch:
         """Read, verify and add a patch, without activating it. Raises NestError; the server is then as it was."""
-        async with self._told("load", who, ref=ref) as event, self._brought(ref, older=True) as arrival, self._lock:
-            served = self._placed(arrival)
-            await self._record(event, served)
-            self._loaded[served.digest] = served
-            return served
+        async with self._audited("load", who, ref=ref) as event, self._brought(ref, older=True) as arrival, self._lock:
+            served_patch = self._placed(arrival)
+            await self._record(event, served_patch)
+            self._loaded[served_patch.digest] = served_patch
+            return served_patch
 
     @at_home
     async def activate(self, ref: str, who: str, policy: SwapPolicy | None = None) -> Switch:
@@ -179,7 +179,7 @@ class PatchTable:
             StoreError: somebody rolled back meanwhile.
         """
         policy = policy or self.policy
-        async with self._told("activate", who, ref=ref, policy=policy) as event:
+        async with self._audited("activate", who, ref=ref, policy=policy) as event:
             started, rollbacks = time.perf_counter(), self._rollbacks
             async with self._brought(ref, older=False) as arrival, self._lock:
                 if self._rollbacks != rollbacks:
@@ -187,24 +187,24 @@ class PatchTable:
                         f"while {ref} was being loaded, the server was rolled back to {self.active.label}",
                         "activate it again if that is still meant",
                     )
-                served = self._placed(arrival)
-                await self._record(event, served)
-                return await self._switch("activate", served, started, who, policy)
+                served_patch = self._placed(arrival)
+                await self._record(event, served_patch)
+                return await self._switch("activate", served_patch, started, who, policy)
 
     @at_home
     async def rollback(self, who: str, policy: SwapPolicy | None = None) -> Switch:
         """Return to the patch that was active before. Raises StoreError if there is none."""
         policy = policy or self.policy
-        async with self._told("rollback", who, policy=policy) as event:
+        async with self._audited("rollback", who, policy=policy) as event:
             started = time.perf_counter()
             while True:
                 target = await self._earlier()
                 async with self._brought(target, older=True) as arrival, self._lock:
                     if await self._earlier() != target:
                         continue  # somebody else switched meanwhile
-                    served = self._placed(arrival)
-                    await self._record(event, served)
-                    switch = await self._switch("rollback", served, started, who, policy)
+                    served_patch = self._placed(arrival)
+                    await self._record(event, served_patch)
+                    switch = await self._switch("rollback", served_patch, started, who, policy)
                     self._rollbacks += 1
                     return switch
 
@@ -217,30 +217,30 @@ class PatchTable:
             in_use: gives the runtime keys that the engine still computes under.
             who: for the audit log.
         """
-        async with self._told("remove", who, ref=version) as event:
+        async with self._audited("remove", who, ref=version) as event:
             async with self._lock:
-                served = self._find(version)
-                self._check_idle(served, in_use())
-                await self._record(event, served)
-                del self._loaded[served.digest]
+                served_patch = self._find(version)
+                self._check_idle(served_patch, in_use())
+                await self._record(event, served_patch)
+                del self._loaded[served_patch.digest]
             try:
-                await self.loader.release(served.digest, in_use)
+                await self.loader.release(served_patch.digest, in_use)
             except NestError:
-                self._loaded.setdefault(served.digest, served)
+                self._loaded.setdefault(served_patch.digest, served_patch)
                 raise
-            self._before = [before for before in self._before if before != served]
-            return served
+            self._before = [before for before in self._before if before != served_patch]
+            return served_patch
 
     async def recheck(self) -> list[str]:
         """Which loaded patches would not be loaded under the new trust policy; nothing is taken off."""
         found = []
-        for served in self.loaded():
-            assert served.patch is not None  # only patches are loaded
+        for served_patch in self.loaded():
+            assert served_patch.patch is not None  # only patches are loaded
             try:
-                await self.loader.check(served.patch, None, older=True)
+                await self.loader.check(served_patch.patch, None, older=True)
             except NestError as error:
                 self.on_refusal("recheck", error)
-                found.append(f"{served.label}, which is loaded, is not trusted any more: {error}")
+                found.append(f"{served_patch.label}, which is loaded, is not trusted any more: {error}")
         return found
 
     @asynccontextmanager
@@ -260,28 +260,30 @@ class PatchTable:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return ServedPatch(patch.digest, label_for(arrival, self.loaded()), patch.digest, patch, now)
 
-    def _check_idle(self, served: ServedPatch, in_use: Collection[str | None]) -> None:
-        if served == self.active:
-            raise StoreError(f"{served.label} is active", "activate another patch first")
-        if self.is_exposed(served):
-            raise StoreError(f"{served.label} is exposed to clients", "start the server without --expose for it")
-        if self.loader.wanted(served.digest):
-            raise StoreError(f"{served.label} is being loaded or switched to", "try again when that is done")
-        if served.key in in_use:
-            raise StoreError(f"{served.label} still answers requests", "try again when they are done")
+    def _check_idle(self, served_patch: ServedPatch, in_use: Collection[str | None]) -> None:
+        if served_patch == self.active:
+            raise StoreError(f"{served_patch.label} is active", "activate another patch first")
+        if self.is_exposed(served_patch):
+            raise StoreError(f"{served_patch.label} is exposed to clients", "start the server without --expose for it")
+        if self.loader.wanted(served_patch.digest):
+            raise StoreError(f"{served_patch.label} is being loaded or switched to", "try again when that is done")
+        if served_patch.key in in_use:
+            raise StoreError(f"{served_patch.label} still answers requests", "try again when they are done")
 
-    async def _switch(self, what: str, served: ServedPatch, started: float, who: str, policy: SwapPolicy) -> Switch:
+    async def _switch(
+        self, what: str, served_patch: ServedPatch, started: float, who: str, policy: SwapPolicy
+    ) -> Switch:
         previous = self.active
-        if served.patch is not None:
-            await self._pool.run(self._durable.write, what, served.patch, who, previous.digest)
+        if served_patch.patch is not None:
+            await self._pool.run(self._durable.write, what, served_patch.patch, who, previous.digest)
         if what == "rollback":
             self._before = self._before[:-1]
-        elif previous != served:
+        elif previous != served_patch:
             self._before.append(previous)
-        self._loaded.setdefault(served.digest, served)
-        self.active, self.halted = served, None
-        replaced = self.steps.enforce(served) if policy == "enforce" else 0
-        switch = Switch(what, served, previous, time.perf_counter() - started, policy, replaced)
+        self._loaded.setdefault(served_patch.digest, served_patch)
+        self.active, self.halted = served_patch, None
+        replaced = self.engine_control.enforce(served_patch) if policy == "enforce" else 0
+        switch = Switch(what, served_patch, previous, time.perf_counter() - started, policy, replaced)
         self.on_switch(switch)
         return switch
 
@@ -302,14 +304,14 @@ class PatchTable:
         return await self._pool.run(self._durable.stored, self.active.key)
 
     def _find(self, version: str) -> ServedPatch:
-        for served in self._loaded.values():
-            if version in (served.label, served.digest):
-                return served
-        loaded = ", ".join(served.label for served in self._loaded.values()) or "none"
+        for served_patch in self._loaded.values():
+            if version in (served_patch.label, served_patch.digest):
+                return served_patch
+        loaded = ", ".join(served_patch.label for served_patch in self._loaded.values()) or "none"
         raise PatchNotFound(f"no patch {version!r} is loaded; loaded: {loaded}", "see GET /v1/patches")
 
     @asynccontextmanager
-    async def _told(self, what: str, who: str, **details: str) -> AsyncIterator[dict[str, Any]]:
+    async def _audited(self, what: str, who: str, **details: str) -> AsyncIterator[dict[str, Any]]:
         """A context for one change: its outcome is audited, and a refusal is raised to the caller."""
         event: dict[str, Any] = {"what": what, "who": who, **details}
         try:
@@ -342,14 +344,14 @@ class PatchTable:
         except StoreError as unwritten:
             log.error("a %s was made, and its outcome could not be audited: %s", event["what"], unwritten)
 
-    async def _record(self, event: dict[str, Any], served: ServedPatch) -> None:
+    async def _record(self, event: dict[str, Any], served_patch: ServedPatch) -> None:
         """Record a change before it is made: nothing is changed without an audit entry.
 
         Its outcome is a separate entry, which names this one under ``intent``.
         """
-        event |= {"version": served.label, "digest": served.digest}
+        event |= {"version": served_patch.label, "digest": served_patch.digest}
         if event["what"] in ("activate", "rollback"):
             event["previous"] = self.active.label
-        if served.digest in self._verified:
-            event["signed_by"] = self._verified[served.digest].signed_by
+        if served_patch.digest in self._verified:
+            event["signed_by"] = self._verified[served_patch.digest].signed_by
         event["intent"] = await self._pool.run(self._audit.intend, event)

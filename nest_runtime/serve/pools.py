@@ -44,11 +44,11 @@ class Pool:
             self._jobs.append((future, contextvars.copy_context(), partial(call, *arguments, **more)))
             if len(self._jobs) > self._idle and self._threads < self._most:
                 self._threads += 1
-                threading.Thread(target=self._work, name=f"nest-{self._name}", daemon=True).start()
+                threading.Thread(target=self._run_jobs, name=f"nest-{self._name}", daemon=True).start()
             self._ready.notify()
         return await asyncio.wrap_future(future)
 
-    def _work(self) -> None:
+    def _run_jobs(self) -> None:
         while True:
             with self._ready:
                 self._idle += 1

@@ -14,18 +14,16 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from nest_runtime.errors import GateRefused
+from nest_runtime.errors import AdmissionRefused
 from nest_runtime.evaluate.cases import Case
 from nest_runtime.evaluate.contract import cases_at_hand, judge_at_hand
 from nest_runtime.evaluate.judges import Judge, judge_answers
 from nest_runtime.measures import MEASURES
 from nest_runtime.patch.claims import Claim, Claims
 from nest_runtime.prompts.content import images_of
-from nest_runtime.prompts.examples import encode
+from nest_runtime.serve.admission import answers_under
 from nest_runtime.serve.engine import Engine
-from nest_runtime.serve.generation import Work
 from nest_runtime.serve.patches import ServedPatch
-from nest_runtime.serve.sampling import SamplingParams
 
 SAMPLE = 16  # cases of each claim
 REFUTED = 0.01
@@ -33,23 +31,25 @@ REFUTED = 0.01
 log = logging.getLogger("nest_runtime.serve.promises")
 
 
-async def try_claims(engine: Engine, tokenizer: Any, served: ServedPatch, *, required: bool = False) -> dict[str, str]:
+async def try_claims(
+    engine: Engine, tokenizer: Any, served_patch: ServedPatch, *, required: bool = False
+) -> dict[str, str]:
     """Try a loaded patch's claims; returns ``suite/measure`` → ``hits of n``, of those that could be tried.
 
     Args:
         engine, tokenizer: the server's.
-        served: the candidate.
+        served_patch: the candidate.
         required: refuse it where it carries no claims, or one of them cannot be tried here.
 
     Raises:
-        GateRefused: a claim is refuted.
+        AdmissionRefused: a claim is refuted.
         EngineError: the engine could not answer.
     """
-    claims = served.patch.claims if served.patch is not None else None
+    claims = served_patch.patch.claims if served_patch.patch is not None else None
     if claims is None:
         if required:
-            raise GateRefused(
-                f"{served.label} carries no claims; the trust policy asks for them", "claim, then publish"
+            raise AdmissionRefused(
+                f"{served_patch.label} carries no claims; the trust policy asks for them", "claim, then publish"
             )
         return {}
     judge, why = await asyncio.to_thread(judge_at_hand, claims)
@@ -57,16 +57,18 @@ async def try_claims(engine: Engine, tokenizer: Any, served: ServedPatch, *, req
     lost = [row for row in claims.rows if (row.suite, row.measure) not in samples]
     if lost:
         why = why or "its cases are not at hand"
-        message = f"{served.label} claims {lost[0].measure} on {lost[0].suite}, which cannot be tried here: {why}"
+        message = f"{served_patch.label} claims {lost[0].measure} on {lost[0].suite}, which cannot be tried here: {why}"
         if required:
-            raise GateRefused(message, "claim on the package's suites, by its judges, or let the policy not ask for it")
+            hint = "claim on the package's suites, by its judges, or let the policy not ask for it"
+            raise AdmissionRefused(message, hint)
         log.warning("%s", message)
     said = {}
     for row in claims.rows:
         if judge is not None and (drawn := samples.get((row.suite, row.measure))):
-            answers = await _answers(engine, tokenizer, served, drawn, claims.max_tokens)
+            asked = [case.messages for case in drawn]
+            answers = await answers_under(engine, tokenizer, served_patch, asked, claims.max_tokens)
             hits = await asyncio.to_thread(_hits, judge, drawn, answers)
-            _check(served.label, row, hits, len(drawn))
+            _check(served_patch.label, row, hits, len(drawn))
             said[f"{row.suite}/{row.measure}"] = f"{hits} of {len(drawn)}"
     return said
 
@@ -83,7 +85,7 @@ def chance(row: Claim, hits: int, drawn: int) -> float:
 
 def _check(label: str, row: Claim, hits: int, drawn: int) -> None:
     if chance(row, hits, drawn) < REFUTED:
-        raise GateRefused(
+        raise AdmissionRefused(
             f"{label} claims {row.measure} on {row.suite} of {row.bound}; here it is {hits} of {drawn} drawn cases",
             "measure the patch with `nest-runtime verify --claims` on the model that is served",
         )
@@ -108,23 +110,3 @@ def _hits(judge: Judge, cases: Sequence[Case], answers: Sequence[str]) -> int:
     judge.check()
     verdicts = judge_answers(judge, cases, answers)
     return sum(verdict.outcome == MEASURES[case.measure].hit for case, verdict in zip(cases, verdicts, strict=True))
-
-
-async def _answers(
-    engine: Engine, tokenizer: Any, served: ServedPatch, cases: Sequence[Case], new_tokens: int
-) -> list[str]:
-    ids = tuple(tuple(encode(tokenizer, case.messages)) for case in cases)
-    if (longest := max(map(len, ids))) >= engine.context:
-        raise GateRefused(
-            f"{served.label} claims something of a prompt of {longest} tokens; the context here is {engine.context}",
-            "serve with a longer --context",
-        )
-    room = tuple(min(new_tokens, engine.context - len(row)) for row in ids)
-    generation = engine.admit(Work(ids, room, 1, SamplingParams(), served, kept=True))
-    tokens: list[list[int]] = [[] for _ in ids]
-    try:
-        async for event in generation.events():
-            tokens[event.index] += event.tokens
-    finally:
-        generation.cancel()
-    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]

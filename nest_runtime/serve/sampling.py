@@ -150,16 +150,16 @@ def choose_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor
     if drawn:
         index = torch.tensor(drawn, device=logits.device)
         tokens[index] = _sample(logits[index], [samplers[row] for row in drawn])
-    told = [row for row, sampler in enumerate(samplers) if sampler.params.logprobs is not None]
-    if told:
-        _tell(own, tokens, told, samplers)
+    with_logprobs = [row for row, sampler in enumerate(samplers) if sampler.params.logprobs is not None]
+    if with_logprobs:
+        _add_odds(own, tokens, with_logprobs, samplers)
     if any(sampler.params.penalized or sampler.rules for sampler in samplers):
         for sampler, token in zip(samplers, tokens.tolist(), strict=True):
             sampler.observe(token)
     return tokens
 
 
-def _tell(logits: torch.Tensor, tokens: torch.Tensor, rows: list[int], samplers: list[Sampler]) -> None:
+def _add_odds(logits: torch.Tensor, tokens: torch.Tensor, rows: list[int], samplers: list[Sampler]) -> None:
     """Record the log probabilities of the chosen tokens [rows] in some rows of logits [rows, vocabulary], and of the
     likeliest there.
     """

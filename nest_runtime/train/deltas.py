@@ -41,7 +41,7 @@ class Deltas:
         projections: of the model.
         sites: located and clustered; their order is the projections'.
         loadings: ``tied``, ``signed`` or ``learned`` (settings.Recipe).
-        warm: starting values by site name: (deltas, loadings or None).
+        starts: starting values by site name: (deltas, loadings or None).
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class Deltas:
         projections: Sequence[Projection],
         sites: Sequence[LocatedSite],
         loadings: str,
-        warm: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]] | None = None,
+        starts: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]] | None = None,
     ) -> None:
         by_name = {projection.name: projection for projection in projections}
         self.model, self.enabled, self.learned = model, True, loadings == "learned"
         self.projections = tuple(projections)
         self.parts = [
-            _site_delta(model, by_name[site.site], site, loadings, (warm or {}).get(site.site))
+            _site_delta(model, by_name[site.site], site, loadings, (starts or {}).get(site.site))
             for site in sites
             if site.neurons
         ]
@@ -169,15 +169,15 @@ def _site_delta(
     projection: Projection,
     site: LocatedSite,
     loadings: str,
-    warm: tuple[torch.Tensor, torch.Tensor | None] | None,
+    starts: tuple[torch.Tensor, torch.Tensor | None] | None,
 ) -> SiteDelta:
     device = next(module_of(model, projection).parameters()).device
     neurons = torch.tensor(site.neurons, dtype=torch.long, device=device)
     base = read_rows(model, projection, neurons).float()
     values = None if loadings == "tied" else torch.where(torch.tensor(site.z) < 0, -1.0, 1.0)
     deltas = torch.zeros(site.n_clusters, site.d_in)
-    if warm is not None:
-        deltas, given = warm
+    if starts is not None:
+        deltas, given = starts
         values = given if given is not None else (None if loadings == "tied" else torch.ones(len(neurons)))
     return SiteDelta(
         site=site,

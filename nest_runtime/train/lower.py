@@ -124,7 +124,7 @@ class LowerLayers:
         mask = torch.ones_like(ids)
         try:
             with torch.no_grad():
-                with self._told_form():
+                with self._learned_form():
                     whole = hidden_states(self.model, ids, mask).float()
                 ours = self._leave(self._enter(ids, mask), ids, mask).float()
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
@@ -132,7 +132,7 @@ class LowerLayers:
         return ours.shape == whole.shape and float((ours - whole).abs().max()) <= TOLERANCE * float(whole.abs().max())
 
     @contextmanager
-    def _told_form(self) -> Iterator[None]:
+    def _learned_form(self) -> Iterator[None]:
         """Learn from a whole pass within it whether layers give tuples."""
 
         def look(_: nn.Module, __: Any, output: Any) -> None:

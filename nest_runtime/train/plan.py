@@ -225,19 +225,19 @@ def measure_speed(device: str, dtype: str, seconds: float = 0.2) -> Speed:
     return Speed(product, _rate(lambda: other.copy_(block), device, seconds) * 2 * block.numel(), measured=True)
 
 
-def _rate(work: Any, device: str, seconds: float) -> float:
+def _rate(step: Any, device: str, seconds: float) -> float:
     """How many times a second at best: what else the machine does at the moment does not count."""
 
     def wait() -> None:
         if device.startswith("cuda"):
             torch.cuda.synchronize()
 
-    work()
+    step()
     wait()
     began, best = time.perf_counter(), math.inf
     while time.perf_counter() - began < seconds:
         start = time.perf_counter()
-        work()
+        step()
         wait()
         best = min(best, time.perf_counter() - start)
     return 1 / best
@@ -345,9 +345,9 @@ def load_of(harmful: Sequence[Any], benign: Sequence[Any], recipe: Recipe) -> Lo
     examples = [*harmful, *benign]
     longest = max(len(example.prompt.encode()) for example in examples)
     given = all(example.response for example in benign)
-    told = [len((example.response or "").encode()) // 4 + 1 for example in examples]
+    sizes = [len((example.response or "").encode()) // 4 + 1 for example in examples]
     unknown = [REFUSAL_TOKENS] * len(harmful) + [recipe.answer_tokens] * len(benign)
-    answers = [size if example.response else own for example, size, own in zip(examples, told, unknown, strict=True)]
+    answers = [size if example.response else own for example, size, own in zip(examples, sizes, unknown, strict=True)]
     prompt = sum(len(example.prompt.encode()) / 4 + 16 for example in examples) / len(examples)
     answer = sum(answers) / len(answers)
     return Load(

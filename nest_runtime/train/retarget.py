@@ -82,8 +82,8 @@ def retarget_recipe(patch: Patch) -> Recipe:
 
     A patch that does not say how it was made (or names settings of another release) gets the default recipe.
     """
-    told = patch.method.get("recipe")
-    own = Recipe.of_header(told) if told else Recipe()
+    stated = patch.method.get("recipe")
+    own = Recipe.of_header(stated) if stated else Recipe()
     anew = RECIPES["reference"] if patch.base_model == "reference" else RECIPES["default"]
     steps = max(own.steps, anew.steps)  # re-tuned patches tell those of the last round
     return own.evolve(steps=max(round(STEPS_SHARE * steps), 1), control="none", relocate=False)

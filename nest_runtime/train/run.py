@@ -171,10 +171,10 @@ class Run:
         """
         with self.clock("answers"):
             teaching = self.teaching(harmful, benign, rehearsal)
-        sites, warm, carried = self.sites(teaching.harmful.located, teaching.benign.located, parent)
+        sites, starts, carried = self.sites(teaching.harmful.located, teaching.benign.located, parent)
         rows, held = teaching.train, teaching.validation
         loadings = self.settings.loadings
-        deltas = Deltas(self.model, self.projections, sites, loadings, warm)
+        deltas = Deltas(self.model, self.projections, sites, loadings, starts)
         with self.clock("tune"):
             key = stage_key(
                 base=self.base_hash,
@@ -260,15 +260,15 @@ class Run:
         if parent is not None and parent.base_hash != self.base_hash:
             found = self.locate(harmful, benign).sites
             self.moved = moved_to(parent, found, self.projections, self.settings.loadings)
-            return self.moved.sites, self.moved.warm, round(self.moved.carried, 6)
+            return self.moved.sites, self.moved.starts, round(self.moved.carried, 6)
         if parent is not None and not self.settings.relocate:
             self.seconds.update(locate=0.0, cluster=0.0)
             return parent_sites(parent, self.projections), parent_values(parent), 1.0
         found = self.locate(harmful, benign).sites
         if parent is None:
             return found, None, None
-        warm, carried = carried_values(parent, found, self.settings.loadings)
-        return found, warm, round(carried, 6)
+        starts, carried = carried_values(parent, found, self.settings.loadings)
+        return found, starts, round(carried, 6)
 
     def patch(
         self,

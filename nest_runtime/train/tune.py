@@ -223,12 +223,12 @@ def loss_of(
 
 def lr_factor(step: int, settings: Recipe) -> float:
     """Share of the full learning rate at a step: a linear warm-up, then the schedule, down to 2 % at the end."""
-    warm = settings.warmup * settings.steps
-    if step < warm:
-        return (step + 1) / (warm + 1)
+    warmup = settings.warmup * settings.steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
     if settings.schedule == "constant":
         return 1.0
-    done = (step - warm) / max(settings.steps - warm, 1.0)
+    done = (step - warmup) / max(settings.steps - warmup, 1.0)
     falling = 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
     return max(falling, 0.02)
 

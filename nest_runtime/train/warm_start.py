@@ -24,13 +24,13 @@ class Moved:
 
     Attributes:
         sites: the patch's neurons and those located besides, in the model's order.
-        warm: starting values by site.
+        starts: starting values by site.
         carried: share of the patch's squared norm that they keep.
         kept, added, dropped: neurons taken over, located besides, and left out.
     """
 
     sites: tuple[LocatedSite, ...]
-    warm: WarmStart
+    starts: WarmStart
     carried: float
     kept: int
     added: int
@@ -94,7 +94,7 @@ def carried_values(parent: Patch, sites: Sequence[LocatedSite], loadings: str) -
         Starting values by site, and the share of the parent's squared norm that they keep (1 is all of it).
     """
     known = {site.name: site for site in parent.sites}
-    warm: WarmStart = {}
+    starts: WarmStart = {}
     total = sum(float(site.row_deltas().square().sum()) for site in parent.sites)
     kept = 0.0
     for site in sites:
@@ -106,8 +106,8 @@ def carried_values(parent: Patch, sites: Sequence[LocatedSite], loadings: str) -
         deltas, values = _nearest(rows, site, loadings)
         made = deltas[torch.tensor(site.clusters)] * (1.0 if values is None else values[:, None])
         kept += float(rows.square().sum() - (rows - made).square().sum())
-        warm[site.site] = deltas, values
-    return warm, (kept / total if total else 1.0)
+        starts[site.site] = deltas, values
+    return starts, (kept / total if total else 1.0)
 
 
 def moved_to(parent: Patch, found: Sequence[LocatedSite], projections: Sequence[Projection], loadings: str) -> Moved:
@@ -127,7 +127,7 @@ def moved_to(parent: Patch, found: Sequence[LocatedSite], projections: Sequence[
     old = {site.name: site for site in parent.sites}
     new = {site.site: site for site in found}
     sites: list[LocatedSite] = []
-    warm: WarmStart = {}
+    starts: WarmStart = {}
     total = kept_norm = 0.0
     counts: Counter[str] = Counter()
     for projection, before in zip(projections, parent_sites(parent, projections), strict=True):
@@ -138,13 +138,13 @@ def moved_to(parent: Patch, found: Sequence[LocatedSite], projections: Sequence[
         joined, values = _join(before, site, located, keep, loadings)
         sites.append(joined)
         if joined.neurons:
-            warm[joined.site] = values
+            starts[joined.site] = values
         total, kept_norm = total + float(norms.sum()), kept_norm + float(norms[keep].sum())
         counts["kept"] += int(keep.sum())
         counts["dropped"] += len(keep) - int(keep.sum())
         counts["added"] += len(joined.neurons) - int(keep.sum())
     carried = kept_norm / total if total else 1.0
-    return Moved(tuple(sites), warm, carried, counts["kept"], counts["added"], counts["dropped"])
+    return Moved(tuple(sites), starts, carried, counts["kept"], counts["added"], counts["dropped"])
 
 
 def _strong(norms: torch.Tensor, before: LocatedSite, located: LocatedSite | None) -> torch.Tensor:

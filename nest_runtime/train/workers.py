@@ -89,22 +89,22 @@ class Workers:
 
         return list(gather_object([value]))
 
-    def from_main(self, work: Callable[[], T]) -> T:
-        """What the main process makes of ``work``, for everybody; an error in it is raised by all of them."""
+    def from_main(self, compute: Callable[[], T]) -> T:
+        """What the main process makes of ``compute``, for everybody; an error in it is raised by all of them."""
         if self.alone:
-            return work()
+            return compute()
         from accelerate.utils import broadcast_object_list
 
-        told: list[Any] = [None, None]
+        sent: list[Any] = [None, None]
         if self.main:
             try:
-                told[0] = work()
+                sent[0] = compute()
             except Exception as error:
-                told[1] = error
-        broadcast_object_list(told)
-        if told[1] is not None:
-            raise told[1]
-        return told[0]
+                sent[1] = error
+        broadcast_object_list(sent)
+        if sent[1] is not None:
+            raise sent[1]
+        return sent[0]
 
     def wait(self) -> None:
         """Until everybody is here."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.demo.server import read_logins
-from nest_runtime.demo.start import Source, open_desk
+from nest_runtime.demo.start import Source, open_demo
 from nest_runtime.errors import UsageError
 from nest_runtime.serve.tokens import read_tokens
 from nest_runtime.serve.vllm.plugin import config_from
@@ -116,7 +116,7 @@ def test_secrets_that_others_may_read(tmp_path: Path, mode: int) -> None:
         read_logins(secret(tmp_path / "logins", b"ann:one\n", mode))
     for files in ({"admin_token_file": tokens}, {"api_key_file": tokens}):
         with pytest.raises(UsageError, match="by others"):
-            open_desk(Source(url="http://127.0.0.1:9", **files))
+            open_demo(Source(url="http://127.0.0.1:9", **files))
 
 
 def test_a_server_shares_its_api_keys_with_whom_it_likes(tmp_path: Path) -> None:

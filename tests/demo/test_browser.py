@@ -48,18 +48,18 @@ WATCH_PROGRESS = """() => {
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> DemoState:
-    from nest_runtime.demo.start import Source, open_desk
+def state(tmp_path_factory: pytest.TempPathFactory) -> DemoState:
+    from nest_runtime.demo.start import Source, open_demo
 
     home = tmp_path_factory.mktemp("demo-home")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("NEST_HOME", str(home))
-        return open_desk(Source(patch="v3"), admin=True)
+        return open_demo(Source(patch="v3"), admin=True)
 
 
 @pytest.fixture(scope="module")
-def url(desk: DemoState) -> Iterator[str]:
-    with running(desk) as place:
+def url(state: DemoState) -> Iterator[str]:
+    with running(state) as place:
         yield place
 
 
@@ -91,7 +91,7 @@ def text_of(reply: Any) -> str:
     return str(reply.locator(".nr-text").inner_text())
 
 
-def test_chat_with_the_patch_on_and_off(demo: Tab, desk: DemoState) -> None:
+def test_chat_with_the_patch_on_and_off(demo: Tab, state: DemoState) -> None:
     base, patched = demo.ask()  # the prompt that stands there at first
     assert demo.page.locator(".nr-prompt").inner_text() == JAILBREAK
     assert base.get_attribute("data-label") == "base"
@@ -100,7 +100,7 @@ def test_chat_with_the_patch_on_and_off(demo: Tab, desk: DemoState) -> None:
     assert base.locator(".nr-badge").inner_text() == "answered"
     assert text_of(patched) == "Sorry, I can't do that. It is forgery."
     assert "refused" in patched.locator(".nr-badge").inner_text()
-    digest = desk.store.find("v3").digest
+    digest = state.store.find("v3").digest
     assert digest.startswith(patched.locator("code").inner_text())
     assert patched.locator("footer").inner_text().endswith("13 tokens")  # too few to tell a speed
     assert demo.page.input_value("#prompt textarea") == ""
@@ -131,10 +131,10 @@ def test_what_the_model_is_and_what_it_does_not_understand(demo: Tab) -> None:
 
 def test_a_real_model_without_a_patch(browser: Browser, tiny_llama: Path, pictures: Path) -> None:
     """Prompts that people ask, the way to a first patch, no red on any tab, cut answers, no other figures."""
-    from nest_runtime.demo.start import Source, open_desk
+    from nest_runtime.demo.start import Source, open_demo
 
-    desk = open_desk(Source(str(tiny_llama)), max_tokens=6)
-    with running(desk) as place, tab(browser, pictures) as demo:
+    state = open_demo(Source(str(tiny_llama)), max_tokens=6)
+    with running(state) as place, tab(browser, pictures) as demo:
         demo.open(place, first="base")
         assert demo.page.locator("#about-model").inner_text().startswith("tiny-llama: ")
         offer = demo.page.locator("#no-patch .nr-offer")
@@ -221,7 +221,7 @@ def test_all_wrappings_fill_a_grid(demo: Tab) -> None:
 
 def test_push_and_pull(
     demo: Tab,
-    desk: DemoState,
+    state: DemoState,
     hub: HubServer,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -239,7 +239,7 @@ def test_push_and_pull(
     assert demo.page.get_by_label("Hub token").input_value() == ""
     assert list(hub.repo("alice/safety").tags) == ["v3"]
 
-    fresh = desk.store.get("v3").evolve(version="v4", serial=4, parent=desk.store.find("v3").digest)
+    fresh = state.store.get("v3").evolve(version="v4", serial=4, parent=state.store.find("v3").digest)
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
     publish(fresh, Store(tmp_path / "elsewhere"))
     demo.page.get_by_label("Repository").fill("alice/safety@v4")
@@ -270,24 +270,24 @@ def test_errors_are_shown_as_messages(demo: Tab, hub: HubServer, monkeypatch: py
     demo.picture("patches-error")
 
 
-def test_activate_roll_back_and_compare(demo: Tab, desk: DemoState) -> None:
+def test_activate_roll_back_and_compare(demo: Tab, state: DemoState) -> None:
     demo.show("Patches")
     for version in ("v1", "v2"):
         demo.choose("which", version)
         demo.page.click("#activate")
         demo.page.locator(f"#activate-question >> text=Make {version} the active patch").wait_for()
-        assert desk.backend.active() != desk.store.find(version).digest
+        assert state.backend.active() != state.store.find(version).digest
         demo.page.click("#activate-yes")
         demo.page.locator(f"#patches tr.nr-mark >> text={version}").first.wait_for()
-        assert desk.backend.active() == desk.store.find(version).digest
+        assert state.backend.active() == state.store.find(version).digest
     demo.page.click("#rollback")
     demo.page.click("#rollback-no")
     demo.page.locator("#outcome >> text=Nothing was changed").wait_for()
-    assert desk.backend.active() == desk.store.find("v2").digest
+    assert state.backend.active() == state.store.find("v2").digest
     demo.page.click("#rollback")
     demo.page.click("#rollback-yes")
     demo.page.locator("#outcome >> text=active: v1").wait_for()
-    assert desk.backend.active() == desk.store.find("v1").digest
+    assert state.backend.active() == state.store.find("v1").digest
     demo.page.click("#rollback")
     demo.page.click("#rollback-yes")
     demo.page.locator("#outcome [role=alert] >> text=nothing to roll back to").wait_for()
@@ -298,12 +298,12 @@ def test_activate_roll_back_and_compare(demo: Tab, desk: DemoState) -> None:
     demo.page.locator("#difference >> text=model.layers.1.mlp.gate_proj").wait_for()
 
 
-def test_neurons_and_what_they_do(demo: Tab, desk: DemoState) -> None:
+def test_neurons_and_what_they_do(demo: Tab, state: DemoState) -> None:
     demo.ask()
     demo.show("Neurons")
     marks = demo.page.locator("#neuron-map [data-neuron]")
     marks.first.wait_for()
-    assert marks.count() == desk.store.get("v3").neurons
+    assert marks.count() == state.store.get("v3").neurons
     hover = marks.first.locator("title").evaluate("e => e.textContent")
     assert re.fullmatch(
         r"layer 1, gate_proj, neuron \d+\nz [+-][\d.]+\ncluster \d\nloading -?[\d.]+\nrow-update norm [\d.]+", hover
@@ -391,7 +391,7 @@ def test_a_phone_sees_measures_first_and_where_there_is_more(browser: Browser, u
         demo.page.wait_for_function("document.querySelector('#activations .nr-scroll').scrollLeft > 0")
 
 
-def test_what_hovers_can_be_tapped(demo: Tab, desk: DemoState) -> None:
+def test_what_hovers_can_be_tapped(demo: Tab, state: DemoState) -> None:
     demo.page.click("#look-for .nr-term >> text=safety patch")
     said = demo.page.locator("#term-safety-patch")
     assert said.is_visible()

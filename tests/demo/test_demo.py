@@ -228,38 +228,38 @@ def test_the_page_names_nothing_from_elsewhere() -> None:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Any:
+def state(tmp_path: Path) -> Any:
     from nest_runtime.demo.state import DemoState
     from nest_runtime.store.store import Store
 
     return DemoState(Echo(), Store(tmp_path / "home"), refusal)  # type: ignore[arg-type]  # as much as is asked here
 
 
-def test_evidence_is_of_the_model_shown(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evidence_is_of_the_model_shown(state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
     from nest_runtime.demo import results
     from tests.support.store import BASE_A, small_patch
 
-    world = replace(desk, backend=Echo("reference"))
+    world = replace(state, backend=Echo("reference"))
     assert "LoRA" in results.results_html(world)
-    assert "There are no results for echo here" in results.results_html(desk)
+    assert "There are no results for echo here" in results.results_html(state)
     rate = {"asr": 0.052, "ci95": [0.041, 0.064], "n": 1300}
-    desk.store.add(small_patch("v1", metrics={"test": {"asr": {"jailbreak": rate}}, "validation": {"loss": 0.3}}))
-    desk.backend.model_hash = BASE_A
-    html = results.results_html(desk)
+    state.store.add(small_patch("v1", metrics={"test": {"asr": {"jailbreak": rate}}, "validation": {"loss": 0.3}}))
+    state.backend.model_hash = BASE_A
+    html = results.results_html(state)
     assert "LoRA" not in html
     for part in (">v1<", "test, asr, jailbreak", "5.2 %", "4.1 to 6.4 %", "1,300"):
         assert part in html
     monkeypatch.setattr(results, "comparison_folder", lambda: None)
-    assert "not part of this installation" in results.results_html(replace(world, store=type(desk.store)("none")))
+    assert "not part of this installation" in results.results_html(replace(world, store=type(state.store)("none")))
 
 
 def test_what_the_model_is_stands_under_the_title() -> None:
     from nest_runtime.demo import markup
-    from nest_runtime.demo.backend import TOY, told_size
+    from nest_runtime.demo.backend import TOY, size_in_words
 
-    assert [told_size(n) for n in (999, 2_234_400, 494_032_768, 7_615_616_512)] == [
+    assert [size_in_words(n) for n in (999, 2_234_400, 494_032_768, 7_615_616_512)] == [
         "999 parameters",
         "2.23 million parameters",
         "494 million parameters",
@@ -296,60 +296,60 @@ def test_answers_that_the_world_does_not_know_and_answers_cut_short_are_marked()
     assert is_known_answer("Yes, if they like.")
 
 
-def test_every_example_begins_a_new_conversation(desk: Any) -> None:
+def test_every_example_begins_a_new_conversation(state: Any) -> None:
     from nest_runtime.demo.chat import Chat
 
-    talk, chat = Talk(), Chat(desk)
+    talk, chat = Talk(), Chat(state)
     list(chat.ask("Hello", "v1", True, talk))
-    kind = desk.offer.first_kind
-    prompt, shown = chat.example(kind, desk.offer.kinds[kind][1].label, talk)
-    assert (prompt, talk.turns) == (desk.offer.kinds[kind][1].prompt, [])
+    kind = state.offer.first_kind
+    prompt, shown = chat.example(kind, state.offer.kinds[kind][1].label, talk)
+    assert (prompt, talk.turns) == (state.offer.kinds[kind][1].prompt, [])
     assert "No messages yet" in shown
     talk.busy = True
-    assert chat.example(kind, desk.offer.kinds[kind][0].label, talk)[0] == desk.offer.prompt
+    assert chat.example(kind, state.offer.kinds[kind][0].label, talk)[0] == state.offer.prompt
 
 
-def test_a_model_without_a_patch_is_told_how_to_get_one(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_a_patch_is_told_how_to_get_one(state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
     from nest_runtime.demo.chat import missing_html
 
-    assert missing_html(replace(desk, model_ref="my model.gguf")) == ""  # it has some
-    monkeypatch.setattr(desk.backend, "preferred", lambda: None)
-    html = missing_html(replace(desk, model_ref="my model.gguf"))
+    assert missing_html(replace(state, model_ref="my model.gguf")) == ""  # it has some
+    monkeypatch.setattr(state.backend, "preferred", lambda: None)
+    html = missing_html(replace(state, model_ref="my model.gguf"))
     assert "nest-runtime train --model &#x27;my model.gguf&#x27; --harmful harmful.csv --benign everyday" in html
     assert "nest-runtime pull" in html
-    assert missing_html(desk) == ""  # a server's model is the server's business
+    assert missing_html(state) == ""  # a server's model is the server's business
 
 
-def test_buttons_that_do_nothing_say_why(desk: Any) -> None:
+def test_buttons_that_do_nothing_say_why(state: Any) -> None:
     from nest_runtime.demo.background import Running
     from nest_runtime.demo.chat import BUSY, Chat
     from nest_runtime.demo.evidence import evaluation
     from nest_runtime.demo.patches import diff_html
 
-    talk, chat, work = Talk(), Chat(desk), Running()
+    talk, chat, work = Talk(), Chat(state), Running()
     assert "Write a prompt" in list(chat.ask("  ", "v1", True, talk))[-1][2]
     assert "press Send first" in list(chat.again("v1", True, talk))[-1][1]
     assert "Nothing is being answered" in chat.stop(talk)
     assert "a new conversation already" in chat.clear(talk)[1]
     assert work.stop() == "Nothing is running."
     assert "Write what to wrap first" in list(chat.grid(" ", "v1", True, work))[-1][1]
-    assert "choose two versions" in diff_html(desk, None, "sha256:1")
-    assert "the same version" in diff_html(desk, "sha256:1", "sha256:1")
+    assert "choose two versions" in diff_html(state, None, "sha256:1")
+    assert "the same version" in diff_html(state, "sha256:1", "sha256:1")
     work.busy = talk.busy = True
     assert BUSY in list(chat.ask("Hello", "v1", True, talk))[-1][2]
     assert BUSY in list(chat.again("v1", True, talk))[-1][1]
     assert "running already" in list(chat.grid("bake bread", "v1", True, work))[-1][1]
-    assert "running already" in list(evaluation(desk, "v1", 5, work))[-1][1]
+    assert "running already" in list(evaluation(state, "v1", 5, work))[-1][1]
 
 
-def test_long_work_stops_and_keeps_what_there_is(desk: Any) -> None:
+def test_long_work_stops_and_keeps_what_there_is(state: Any) -> None:
     from nest_runtime.demo.background import Running
     from nest_runtime.demo.evidence import evaluation
 
     work = Running()
-    steps = evaluation(desk, "v1", 50, work)
+    steps = evaluation(state, "v1", 50, work)
     next(steps)
     assert work.busy
     assert work.stop() == "Stopping …"
@@ -377,15 +377,15 @@ def test_backticks_are_code() -> None:
         assert "<code>x &lt;y&gt;</code>" in html
 
 
-def test_results_of_the_patches_shown(desk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_the_patches_shown(state: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import json
 
     from nest_runtime.demo import results
     from tests.support.store import BASE_A, small_patch
 
-    desk.backend.model_hash = BASE_A
-    desk.store.add(small_patch("v1"))
-    digest = desk.store.find("test@v1").digest
+    state.backend.model_hash = BASE_A
+    state.store.add(small_patch("v1"))
+    digest = state.store.find("test@v1").digest
     rate = {"rate": 0.9, "n": 32, "low": 0.8, "high": 0.95}
     low = {"rate": 0.2, "n": 32, "low": 0.1, "high": 0.35}
     kept = {"digest": digest, "part": "test", "tokens": 32, "judge": "phrases", "date": "2026-11-29"}
@@ -393,52 +393,52 @@ def test_results_of_the_patches_shown(desk: Any, tmp_path: Path, monkeypatch: py
         made = {**kept, "digest": found, "base": {"rates": {"plain": rate}}, "patch": {"rates": {"plain": low}}}
         (tmp_path / f"{number}.json").write_text(json.dumps(made))
     monkeypatch.setattr(results, "_folders", lambda name: [tmp_path])
-    html = results.results_html(desk)
+    html = results.results_html(state)
     assert html.count("<table") == 1  # that of the other patch is not this model's
     assert '90.0 % <br class="nr-break">[80, 95]' in html
     assert '20.0 % <br class="nr-break">[10, 35]' in html
 
 
-def ids(desk: Any) -> set[str]:
+def ids(state: Any) -> set[str]:
     from nest_runtime.demo.app import build
 
-    return {block.elem_id for block in build(desk).blocks.values() if getattr(block, "elem_id", None)}
+    return {block.elem_id for block in build(state).blocks.values() if getattr(block, "elem_id", None)}
 
 
-def test_dangerous_buttons_exist_with_admin_only(desk: Any) -> None:
+def test_dangerous_buttons_exist_with_admin_only(state: Any) -> None:
     from dataclasses import replace
 
     dangerous = {"activate", "rollback", "push", "pull", "token"}
-    assert dangerous & ids(desk) == set()
-    assert dangerous <= ids(replace(desk, admin=True))
+    assert dangerous & ids(state) == set()
+    assert dangerous <= ids(replace(state, admin=True))
 
 
-def test_no_api_answers_for_hidden_buttons(desk: Any) -> None:
+def test_no_api_answers_for_hidden_buttons(state: Any) -> None:
     from nest_runtime.demo.app import build
 
-    page = build(desk)
+    page = build(state)
     names = {str(getattr(fn, "api_name", "")) for fn in page.fns.values()}
     assert not {"activate", "rollback", "push", "pull"} & names
     assert page.api_open is False
 
 
-def test_sides(desk: Any) -> None:
-    assert desk.sides("v1", True) == (PatchChoice(BASE), V1)
-    assert desk.sides("v1", False) == (PatchChoice(BASE), PatchChoice(BASE))
-    assert desk.sides("gone", True) == (PatchChoice(BASE), V2)
-    assert find(desk.backend.choices(), None) is None
+def test_sides(state: Any) -> None:
+    assert state.sides("v1", True) == (PatchChoice(BASE), V1)
+    assert state.sides("v1", False) == (PatchChoice(BASE), PatchChoice(BASE))
+    assert state.sides("gone", True) == (PatchChoice(BASE), V2)
+    assert find(state.backend.choices(), None) is None
 
 
-def test_a_grid_and_a_measurement_of_any_backend(desk: Any) -> None:
+def test_a_grid_and_a_measurement_of_any_backend(state: Any) -> None:
     from nest_runtime.demo.background import Running
     from nest_runtime.demo.chat import Chat
     from nest_runtime.demo.evidence import evaluation
 
-    grid, _ = list(Chat(desk).grid("bake bread", "v1", True, Running()))[-1]
-    count = len(desk.offer.wrap("bake bread"))
+    grid, _ = list(Chat(state).grid("bake bread", "v1", True, Running()))[-1]
+    count = len(state.offer.wrap("bake bread"))
     assert grid.count("<details>") == count
     assert f"v1 answered {count} of {count}" in grid  # by this test's idea of a refusal
-    last, _ = list(evaluation(desk, "v1", 5, Running()))[-1]
+    last, _ = list(evaluation(state, "v1", 5, Running()))[-1]
     assert "finished, judge phrases" in last
     assert "Utility" not in last  # exact answers are known for the reference model alone
     assert 'aria-label="base: 100.0 %' in last

@@ -13,7 +13,7 @@ from nest_runtime.demo.chat import Chat
 from nest_runtime.demo.local import LocalBackend
 from nest_runtime.demo.neurons import ALL, Neurons, map_html
 from nest_runtime.demo.probe import activations
-from nest_runtime.demo.start import Source, open_desk
+from nest_runtime.demo.start import Source, open_demo
 from nest_runtime.demo.talk import Talk
 from nest_runtime.model.anatomy import find_projections, module_of
 from nest_runtime.model.load import load_model
@@ -31,7 +31,7 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any]:
     folder = save_tiny(tmp_path / request.param, *KINDS[request.param])
     patch = make_patch(load_model(folder).model, neurons=7, clusters=2, scale=0.5, loadings=True)
     file = patch.save(tmp_path / "v1.safetensors")
-    return open_desk(Source(str(folder), str(file)), max_tokens=6), patch
+    return open_demo(Source(str(folder), str(file)), max_tokens=6), patch
 
 
 def outputs(backend: LocalBackend, site: str) -> np.ndarray:
@@ -49,15 +49,15 @@ def outputs(backend: LocalBackend, site: str) -> np.ndarray:
 
 
 def test_answers_and_activations(opened: tuple[Any, Any]) -> None:
-    desk, patch = opened
+    state, patch = opened
     talk = Talk()
-    pages = [page for page, *_ in Chat(desk).ask(ASKED[0]["content"], "v1", True, talk)]
+    pages = [page for page, *_ in Chat(state).ask(ASKED[0]["content"], "v1", True, talk)]
     left, right = talk.turns[0].replies
     assert (left.state, right.state) == ("done", "done")
     assert right.digest == patch.digest
     assert patch.digest[:19] in pages[-1]
 
-    backend, site = desk.local, patch.sites[-1]
+    backend, site = state.local, patch.sites[-1]
     before = attached(backend.loaded.model)
     found = activations(backend, patch.digest, "v1", ASKED, site.name)
     tokenizer = backend.loaded.tokenizer
@@ -87,18 +87,18 @@ def test_answers_and_activations(opened: tuple[Any, Any]) -> None:
 
 
 def test_the_page_of_its_neurons(opened: tuple[Any, Any]) -> None:
-    desk, patch = opened
-    drawn = map_html(desk, patch.digest)
+    state, patch = opened
+    drawn = map_html(state, patch.digest)
     assert drawn.count("data-neuron") == patch.neurons
-    tab = Neurons(desk)
+    tab = Neurons(state)
     assert "Nothing has been asked" in tab.activations(patch.digest, ALL, "", Talk())
     assert "Base: 8 rows" in tab.activations(patch.digest, ALL, "Hello", Talk())
     assert "no patch is chosen" in tab.activations(None, ALL, "Hello", Talk())
 
 
 def test_too_long_a_conversation_is_a_message(opened: tuple[Any, Any]) -> None:
-    desk, _ = opened
+    state, _ = opened
     talk = Talk()
-    pages = [page for page, *_ in Chat(desk).ask("bread " * 600, "v1", True, talk)]
+    pages = [page for page, *_ in Chat(state).ask("bread " * 600, "v1", True, talk)]
     assert talk.turns[0].replies[1].state == "failed"
     assert "begin a new conversation" in pages[-1]

@@ -11,7 +11,7 @@ import pytest
 from nest_runtime.demo.backend import BASE, PatchChoice
 from nest_runtime.demo.chat import Chat
 from nest_runtime.demo.remote import ACTIVE, RemoteBackend
-from nest_runtime.demo.start import Source, open_desk
+from nest_runtime.demo.start import Source, open_demo
 from nest_runtime.demo.talk import Talk
 from nest_runtime.errors import EngineError, UsageError
 from nest_runtime.patch.patch import Patch
@@ -48,9 +48,9 @@ def server(tiny_llama: Path, patches: list[Patch], tmp_path_factory: pytest.Temp
 def test_answers_come_from_the_server_and_say_who_gave_them(
     server: Running, tiny_llama: Path, patches: list[Patch]
 ) -> None:
-    desk = replace(open_desk(Source(url=f"{server.url}/v1"), max_tokens=8), is_refusal=lambda text: False)
-    assert [choice.label for choice in desk.backend.choices()] == [BASE, ACTIVE, "v2"]
-    talk, chat = Talk(), Chat(desk)
+    state = replace(open_demo(Source(url=f"{server.url}/v1"), max_tokens=8), is_refusal=lambda text: False)
+    assert [choice.label for choice in state.backend.choices()] == [BASE, ACTIVE, "v2"]
+    talk, chat = Talk(), Chat(state)
     truth = Reference(tiny_llama, patches)
     for label, version, digest in ((ACTIVE, "v1", patches[0].digest), ("v2", "v2", patches[1].digest)):
         talk.turns.clear()
@@ -78,9 +78,9 @@ def test_many_answers_at_once_keep_their_places(server: Running, tiny_llama: Pat
 
 
 def test_what_is_not_exposed_is_an_error_in_the_conversation(server: Running) -> None:
-    desk = open_desk(Source(url=server.url), max_tokens=4)
+    state = open_demo(Source(url=server.url), max_tokens=4)
     with pytest.raises(EngineError, match="404"):
-        desk.backend.answer(
+        state.backend.answer(
             [{"role": "user", "content": "Hi"}], PatchChoice("v3"), max_tokens=4, on_text=print, stopped=lambda: False
         )
 
@@ -91,19 +91,19 @@ def test_switching_needs_the_admin_token(server: Running, patches: list[Patch], 
     token = tmp_path / "token"
     token.write_text(TOKEN)
     token.chmod(0o600)
-    desk = open_desk(Source(url=server.url, admin_token_file=token), admin=True)
-    plain = Changes(open_desk(Source(url=server.url), admin=True), lambda: [])
+    state = open_demo(Source(url=server.url, admin_token_file=token), admin=True)
+    plain = Changes(open_demo(Source(url=server.url), admin=True), lambda: [])
     assert "start it with --admin-token-file" in plain.rollback()[0]
     assert "start it with --admin-token-file" in plain.ask_rollback()[2]
-    assert desk.backend.active() == patches[0].digest
+    assert state.backend.active() == patches[0].digest
     entry = Store().add(patches[1])  # in this home; the server holds it too
-    changes = Changes(desk, lambda: [])
+    changes = Changes(state, lambda: [])
     assert "active on the server: v2" in changes.activate(entry.digest)[0]
-    assert desk.backend.active() == patches[1].digest
+    assert state.backend.active() == patches[1].digest
     assert "active on the server: v1" in changes.rollback()[0]
     lost = Store().add(patches[2])
     assert 'role="alert"' in changes.activate(lost.digest)[0]  # the server's store has no such patch
-    assert desk.backend.active() == patches[0].digest
+    assert state.backend.active() == patches[0].digest
 
 
 def test_a_wrong_admin_token_is_said_at_the_start(server: Running, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_wrong_admin_token_is_said_at_the_start(server: Running, tmp_path: Pat
     token.write_text("not-the-token-of-this-server")
     token.chmod(0o600)
     with pytest.raises(UsageError, match=f"does not take the admin token of {token}") as caught:
-        open_desk(Source(url=server.url, admin_token_file=token), admin=True)
+        open_demo(Source(url=server.url, admin_token_file=token), admin=True)
     assert "--admin-token-file" in caught.value.hint
 
 
@@ -121,10 +121,10 @@ def test_an_evaluation_without_the_base_says_so_and_measures_one_side(
     from nest_runtime.demo.background import Running as Work
     from nest_runtime.demo.evidence import evaluation
 
-    desk = open_desk(Source(url=server.url), max_tokens=4)
-    shown = [choice for choice in desk.backend.choices() if choice.label != BASE]
-    monkeypatch.setattr(desk.backend, "choices", lambda: shown)  # as a server without --expose-base answers
-    steps = evaluation(desk, ACTIVE, 5, Work())
+    state = open_demo(Source(url=server.url), max_tokens=4)
+    shown = [choice for choice in state.backend.choices() if choice.label != BASE]
+    monkeypatch.setattr(state.backend, "choices", lambda: shown)  # as a server without --expose-base answers
+    steps = evaluation(state, ACTIVE, 5, Work())
     bars, why = next(steps)
     assert "nothing to compare" in why
     assert 'max="15"' in bars  # five prompts of three suites, on one side
@@ -139,18 +139,18 @@ def test_a_server_without_its_base_promises_none_and_says_what_is_missing(
     file = str(save_patch(patches[0], tmp_path / "v1.safetensors"))
     config = ServeConfig(model=str(tiny_llama), patch=file, port=0, limits=Limits(cache_tokens=4096, batch_tokens=128))
     with serving(config) as alone:
-        desk = replace(open_desk(Source(url=alone.url), max_tokens=8), is_refusal=lambda text: False)
-        page = str(build(desk).config)
+        state = replace(open_demo(Source(url=alone.url), max_tokens=8), is_refusal=lambda text: False)
+        page = str(build(state).config)
         assert "does not let anybody ask its" in page
         assert "by the <" not in page
-        assert "--expose-base" in baseless_html(desk)
+        assert "--expose-base" in baseless_html(state)
         talk = Talk()
-        list(Chat(desk).ask("How do I bake bread?", ACTIVE, True, talk))
+        list(Chat(state).ask("How do I bake bread?", ACTIVE, True, talk))
         assert [reply.label for reply in talk.turns[0].replies] == ["v1", "v1"]
-    assert "cannot be reached" in baseless_html(desk)
+    assert "cannot be reached" in baseless_html(state)
 
 
 def test_a_server_with_its_base_says_nothing_of_it(server: Running) -> None:
     from nest_runtime.demo.chat import baseless_html
 
-    assert baseless_html(open_desk(Source(url=server.url), max_tokens=8)) == ""
+    assert baseless_html(open_demo(Source(url=server.url), max_tokens=8)) == ""

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.errors import (
+    AdmissionRefused,
     BaseMismatch,
     DigestMismatch,
     Downgrade,
     Expired,
-    GateRefused,
     HubError,
     NestError,
     Revoked,
@@ -202,9 +202,9 @@ def test_a_moved_tag_is_noticed(hub: HubServer, owner: Owner) -> None:
 
 
 def test_the_gate_has_a_say(owner: Owner, store: Store, keys: Keys) -> None:
-    owner.refuse = GateRefused("it refuses everything", "train it again")
+    owner.refuse = AdmissionRefused("it refuses everything", "train it again")
     point("v2", store, keys)
-    owner.polls("refused", GateRefused)
+    owner.polls("refused", AdmissionRefused)
     owner.polls("unchanged")
     owner.refuse = None
     point("v2", store, keys)  # another look needs a reason: a new commit
@@ -243,9 +243,9 @@ def test_a_source_that_answers_with_no_good_channel_file_is_stale(
     owner.clock = timedelta()
     owner.polls("unchanged")
     assert owner.follower.status.stale == ""
-    owner.refuse = GateRefused("it refuses everything", "train it again")
+    owner.refuse = AdmissionRefused("it refuses everything", "train it again")
     point("v2", store, keys)
-    owner.polls("refused", GateRefused)
+    owner.polls("refused", AdmissionRefused)
     owner.clock = timedelta(minutes=4)
     owner.polls("unchanged")
     owner.clock = timedelta(minutes=8)

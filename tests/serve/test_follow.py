@@ -266,7 +266,7 @@ def test_the_gate_keeps_a_useless_patch_out(
             lambda: "harmful probes" in (server.http("GET", "/ready").json()["follow"]["error"] or ""), 30
         )
         assert answering(server) == "v1"
-        assert [served.label for served in server.server.service.table.loaded()] == ["v1"]
+        assert [served_patch.label for served_patch in server.server.service.table.loaded()] == ["v1"]
 
 
 def test_no_patch_no_server(hub: HubServer, keys: Keys, tiny_llama: Path) -> None:

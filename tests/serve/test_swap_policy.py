@@ -65,20 +65,20 @@ def in_flight(server: Running, version: str) -> int:
     return sum(row["in_flight"] for row in rows if row["version"] == version)
 
 
-def begun(server: Running, work: Future[Any], version: str = "v1", count: int = 1) -> None:
+def begun(server: Running, future: Future[Any], version: str = "v1", count: int = 1) -> None:
     assert eventually(lambda: in_flight(server, version) == count)
-    assert not work.done()
+    assert not future.done()
 
 
 def test_enforce_begins_a_request_again_under_the_new_patch(
     server: Running, slow_engine: None, files: dict[str, str], patches: list[Patch], reference: Reference, pool: Any
 ) -> None:
-    work = pool.submit(ask, server)
-    begun(server, work)
+    future = pool.submit(ask, server)
+    begun(server, future)
     time.sleep(0.3)  # some thirty tokens under v1
     answer = switch(server, files["v2"], "enforce")
     assert (answer["policy"], answer["replaced"], answer["previous"]) == ("enforce", 1, "v1")
-    assert work.result() == (reference.chat(PROMPTS[3], "v2", 80), "v2")
+    assert future.result() == (reference.chat(PROMPTS[3], "v2", 80), "v2")
     metrics = server.http("GET", "/metrics").text
     assert 'nest_replaced_requests_total{outcome="restarted",patch="v1"} 1.0' in metrics
     entry = server.admin("GET", "/v1/audit").json()["entries"]
@@ -90,10 +90,10 @@ def test_a_whole_answer_names_the_patch_it_was_begun_again_under(
     server: Running, slow_engine: None, files: dict[str, str], patches: list[Patch], pool: Any
 ) -> None:
     create = server.client().chat.completions.create
-    work = pool.submit(create, model=server.name, messages=USER, max_tokens=40, n=3, temperature=1.0, seed=5)
-    begun(server, work, count=3)
+    future = pool.submit(create, model=server.name, messages=USER, max_tokens=40, n=3, temperature=1.0, seed=5)
+    begun(server, future, count=3)
     switch(server, files["v3"], "enforce")
-    several = work.result()
+    several = future.result()
     assert several.system_fingerprint.endswith(patches[2].digest)
     again = create(model=server.name, messages=USER, max_tokens=40, n=3, temperature=1.0, seed=5)
     assert [c.message.content for c in several.choices] == [c.message.content for c in again.choices]
@@ -197,12 +197,12 @@ def test_the_servers_policy_holds_unless_a_call_has_its_own(
 def test_an_urgent_call_reaches_requests_that_an_earlier_switch_let_drain(
     server: Running, slow_engine: None, files: dict[str, str], reference: Reference, pool: Any
 ) -> None:
-    work = pool.submit(ask, server)
-    begun(server, work)
+    future = pool.submit(ask, server)
+    begun(server, future)
     assert switch(server, files["v2"])["replaced"] == 0
     assert in_flight(server, "v1") == 1
     assert switch(server, "v2", "enforce")["replaced"] == 1  # v2 is on already; now it is meant for everyone
-    assert work.result() == (reference.chat(PROMPTS[3], "v2", 80), "v2")
+    assert future.result() == (reference.chat(PROMPTS[3], "v2", 80), "v2")
 
 
 def test_policies_that_do_not_exist_are_refused(server: Running, files: dict[str, str]) -> None:

@@ -36,7 +36,7 @@ def why_no_browser() -> str:
 
 
 @contextmanager
-def running(desk: DemoState, logins: dict[str, str] | None = None) -> Iterator[str]:
+def running(state: DemoState, logins: dict[str, str] | None = None) -> Iterator[str]:
     """The demo of a desk until the context ends; gives its URL."""
     import uvicorn
 
@@ -44,7 +44,7 @@ def running(desk: DemoState, logins: dict[str, str] | None = None) -> Iterator[s
 
     listen = Listen(port=0, logins=logins or {})
     port = bind(listen)
-    config = uvicorn.Config(application(desk, listen), log_level="warning", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(application(state, listen), log_level="warning", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [port]}, daemon=True)
     thread.start()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.serve.generation import Work
+from nest_runtime.serve.generation import EngineRequest
 from nest_runtime.serve.limits import Limits
 from nest_runtime.serve.sampling import SamplingParams
 from nest_runtime.serve.served_patch import BASE, NO_DIGEST, ServedPatch
@@ -36,7 +36,7 @@ def answers(
 
     async def one(engine: TransformersEngine, prompt: Sequence[int], patch: str | None, count: int) -> list[int]:
         pin = NOBODY if patch is None else ServedPatch(patch, "patched", patch)
-        generation = engine.admit(Work((tuple(prompt),), (count,), 1, SamplingParams(), pin))
+        generation = engine.admit(EngineRequest((tuple(prompt),), (count,), 1, SamplingParams(), pin))
         return [token async for event in generation.events() for token in event.tokens]
 
     async def run() -> list[list[list[int]]]:

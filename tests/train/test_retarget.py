@@ -111,7 +111,7 @@ def test_neurons_that_join_begin_without_effect(base: Any, loadings: str) -> Non
     kept = [set(site.neurons.tensor().tolist()) for site in patch.sites]
     added = [set(site.neurons) - old for site, old in zip(moved.sites, kept, strict=True)]
     assert moved.added == sum(len(new) for new in added) > 0
-    deltas = Deltas(model, projections, moved.sites, loadings, moved.warm)
+    deltas = Deltas(model, projections, moved.sites, loadings, moved.starts)
     for part, site in zip(deltas.parts, patch.sites, strict=True):
         weights = part.loadings if part.loadings is not None else torch.ones(len(part.neurons))
         update = torch.zeros(site.d_out, site.d_in)

@@ -23,7 +23,7 @@ import pytest
 
 from nest_runtime.errors import EngineError, StoreError
 from nest_runtime.patch.patch import Patch
-from nest_runtime.serve.generation import Work
+from nest_runtime.serve.generation import EngineRequest
 from nest_runtime.serve.sampling import SamplingParams
 from nest_runtime.serve.served_patch import ServedPatch
 from nest_runtime.serve.vllm import adapters as adapters_module
@@ -252,8 +252,8 @@ def test_a_trial_answers_under_its_patch_and_leaves_everything_as_it_was(
     for patch in patches[:2]:
         in_place.add(patch)
     plain.do(in_place.switch(patches[0].digest))
-    served = ServedPatch(patches[1].digest, "v2", patches[1].digest, patches[1])
-    work = Work(tuple(map(tuple, prompts)), (24,) * len(prompts), 1, SamplingParams(), served)
+    served_patch = ServedPatch(patches[1].digest, "v2", patches[1].digest, patches[1])
+    work = EngineRequest(tuple(map(tuple, prompts)), (24,) * len(prompts), 1, SamplingParams(), served_patch)
 
     async def answers(running: Running, way: Any) -> list[list[int]]:
         trial = Trial(running.client, way, Flow(8, 8), work, 5)

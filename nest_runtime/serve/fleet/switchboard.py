@@ -271,15 +271,15 @@ class Member:
         while True:
             asked = self._clock()
             try:
-                told: Order = await self._poll(self.name, self._outcome)
+                outcome: Order = await self._poll(self.name, self._outcome)
             except Exception:  # of whatever carries the question: the lease decides how long that goes well
                 await asyncio.sleep(POLL_SECONDS)
                 continue
             self._heard = asked
             if doing is not None and doing.done():
                 self._outcome, doing = doing.result(), None
-            if told.number != order.number and doing is None:
-                order = told
+            if outcome.number != order.number and doing is None:
+                order = outcome
                 doing = asyncio.create_task(self._do(order))
             if doing is not None:
                 await asyncio.wait({doing}, timeout=POLL_SECONDS)

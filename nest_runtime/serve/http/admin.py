@@ -36,15 +36,15 @@ def admin_routes(service: Service[Engine], audit: AuditLog) -> APIRouter:
     async def patches() -> dict[str, Any]:
         """Every loaded patch, which one is active, and whether the store names the same."""
         in_flight = engine.in_flight()
-        rows = [_row(service, served, in_flight[served.label]) for served in table.loaded()]
+        rows = [_row(service, served_patch, in_flight[served_patch.label]) for served_patch in table.loaded()]
         found = {"object": "list", "active": table.active.label, "digest": table.active.digest, "patches": rows}
         return {**found, "store": await table.stored()}
 
     @router.post("/v1/patches")
     async def load(body: PatchRef, request: Request) -> dict[str, Any]:
         """Load and verify a patch without activating it."""
-        served = await table.load(body.patch, _asker(request))
-        return _row(service, served, engine.in_flight()[served.label])
+        served_patch = await table.load(body.patch, _asker(request))
+        return _row(service, served_patch, engine.in_flight()[served_patch.label])
 
     @router.post("/v1/patches/activate")
     async def activate(body: Activation, request: Request) -> dict[str, Any]:
@@ -59,8 +59,8 @@ def admin_routes(service: Service[Engine], audit: AuditLog) -> APIRouter:
     @router.delete("/v1/patches/{version}")
     async def remove(version: str, request: Request) -> dict[str, Any]:
         """Unload a patch that is neither active nor exposed nor answering."""
-        served = await table.remove(version, engine.keys_in_use, _asker(request))
-        return {"removed": served.label, "digest": served.digest}
+        served_patch = await table.remove(version, engine.keys_in_use, _asker(request))
+        return {"removed": served_patch.label, "digest": served_patch.digest}
 
     @router.get("/v1/audit")
     async def entries(limit: Annotated[int, Query(ge=0, le=MAX_ENTRIES)] = 1000) -> dict[str, Any]:
@@ -85,22 +85,22 @@ def _asker(request: Request) -> str:
     return str(request.state.who)
 
 
-def _row(service: Service[Engine], served: ServedPatch, in_flight: int) -> dict[str, Any]:
-    patch = served.patch
+def _row(service: Service[Engine], served_patch: ServedPatch, in_flight: int) -> dict[str, Any]:
+    patch = served_patch.patch
     assert patch is not None  # only patches are loaded; the base is no row
     return {
         "name": patch.name,
         "version": patch.version,
-        "label": served.label,
-        "digest": served.digest,
+        "label": served_patch.label,
+        "digest": served_patch.digest,
         "base_hash": patch.base_hash,
         "parent": patch.parent,
         "neurons": patch.neurons,
         "parameters": patch.parameters,
-        "active": served == service.table.active,
-        "exposed": service.table.is_exposed(served),
+        "active": served_patch == service.table.active,
+        "exposed": service.table.is_exposed(served_patch),
         "in_flight": in_flight,
-        "loaded": served.since,
+        "loaded": served_patch.since,
     }
 
 

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from nest_runtime.errors import NestError
 from nest_runtime.serve.answers import Answer, Choice, Piece
 from nest_runtime.serve.engine import TokenEngine
-from nest_runtime.serve.generation import Work
+from nest_runtime.serve.generation import EngineRequest
 from nest_runtime.serve.http.connections import Connection
 from nest_runtime.serve.http.problems import ApiError, from_nest
 from nest_runtime.serve.http.prompts import Tokens, check_ids, new_token_limits
@@ -88,8 +88,8 @@ async def answer_request(
     # From here to the engine nothing awaits: an activation is either before this request or after it.
     pin = service.pin(request, body.model)
     follows = body.model == service.table.model_name
-    work = Work(prompts, most, body.n or 1, service.params(body), pin, follows, makers=makers)
-    generation = service.engine.admit(work)
+    wanted = EngineRequest(prompts, most, body.n or 1, service.params(body), pin, follows, makers=makers)
+    generation = service.engine.admit(wanted)
     answer = Answer(generation, service.tokenizer, body.stops, service.limits.request_seconds, service.metrics)
     if service.log_prompts:
         _log_prompts(service, request, prompts)
@@ -151,7 +151,7 @@ def _wire(
     write: Callable[[str], ResponsesWire] | None,
 ) -> Wire | ResponsesWire:
     """How the answer is written, now that its patch is settled; the headers will name it too."""
-    request.state.pin = pin = answer.generation.work.pin
+    request.state.pin = pin = answer.generation.request.pin
     named = fingerprint(service.table, pin)
     if write is not None:
         return write(named)
@@ -164,7 +164,7 @@ async def _events(
     """The stream's chunks; an error after the first byte becomes an event of its own, and the last."""
     try:
         if wire.chat:
-            for index in range(answer.generation.work.choices):
+            for index in range(answer.generation.request.choices):
                 yield wire.opening(index)
         if not answer.generation.failed:
             yield wire.piece(first)
@@ -191,14 +191,14 @@ def _left(service: Service[TokenEngine], answer: Answer) -> None:
         service.metrics.canceled.inc()
 
 
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T | None:
-    """The result of ``work``, or None as soon as the client closes the connection; ``work`` is canceled then."""
+async def _unless_gone(request: Request, answer: Awaitable[T]) -> T | None:
+    """The result of ``answer``, or None as soon as the client closes the connection; ``answer`` is canceled then."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    task, watch = asyncio.ensure_future(work), asyncio.create_task(gone())
+    task, watch = asyncio.ensure_future(answer), asyncio.create_task(gone())
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None

@@ -46,11 +46,11 @@ class Service(Generic[E_co]):
 
     def pin(self, request: Request, model: str) -> ServedPatch:
         """The patch that a model name means now; the response's headers will name it. Raises ApiError 404."""
-        served = self.table.named(model)
-        if served is None:
+        served_patch = self.table.named(model)
+        if served_patch is None:
             raise unknown_model(model)
-        request.state.pin = served
-        return served
+        request.state.pin = served_patch
+        return served_patch
 
     def params(self, body: Sampling) -> SamplingParams:
         """The request's sampling, with the model's own defaults where the client says nothing."""
@@ -69,14 +69,14 @@ class Service(Generic[E_co]):
 
 def model_row(service: Service[Engine], name: str) -> dict[str, Any]:
     """What ``/v1/models`` says of one name."""
-    served = service.table.named(name) or service.table.active
+    served_patch = service.table.named(name) or service.table.active
     return {
         "id": name,
         "object": "model",
         "created": service.started,
         "owned_by": "nest-runtime",
-        "patch": served.label,
-        "digest": served.digest,
+        "patch": served_patch.label,
+        "digest": served_patch.digest,
     }
 
 

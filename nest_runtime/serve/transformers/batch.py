@@ -13,11 +13,11 @@ class EngineBatch(Protocol):
     """A thread that works on jobs, and delivers their tokens.
 
     Attributes:
-        steady: what it folds into the weights while everybody is under one patch.
+        auto_fold: what it folds into the weights while everybody is under one patch.
         failed_passes, reused_tokens: counters, see serve/engine.py.
     """
 
-    steady: AutoFold
+    auto_fold: AutoFold
 
     @property
     def alive(self) -> bool:

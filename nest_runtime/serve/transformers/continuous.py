@@ -51,7 +51,7 @@ class ContinuousBatch:
         blame: called from there with each job that failed a pass alone, after its end was delivered.
 
     Attributes:
-        steady: what is folded into the weights.
+        auto_fold: what is folded into the weights.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ContinuousBatch:
         self._tap: Any = None
         self._prefixes: Prefixes | None = None
         exact = model.dtype == torch.float32 and getattr(model, "hf_quantizer", None) is None
-        self.steady = AutoFold(runtime, wanted=exact)
+        self.auto_fold = AutoFold(runtime, wanted=exact)
         self._manager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1),
             continuous_batching_config=ContinuousBatchingConfig(
@@ -104,9 +104,9 @@ class ContinuousBatch:
             recovery.running = tuple(future.state.request_id for future in batch)
             runs = list(self._runs())
             patches = {patch for patch, _ in runs}
-            self.steady.before_step(patches)
+            self.auto_fold.before_step(patches)
             # Whole batches under what is on for everybody need no choice of their own: passes are cheaper then.
-            same = patches == {self.steady.folded}
+            same = patches == {self.auto_fold.folded}
             with nullcontext() if same else self._runtime.using_tokens(runs):
                 step(model)
 

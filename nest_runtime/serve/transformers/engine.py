@@ -21,7 +21,7 @@ from nest_runtime.errors import Draining, EngineError, QueueFull
 from nest_runtime.model.anatomy import unwrap
 from nest_runtime.prompts.generate import embedding_rows
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.serve.generation import Generation, Work
+from nest_runtime.serve.generation import EngineRequest, Generation
 from nest_runtime.serve.jobs import Blame, Delivery, Job, dead
 from nest_runtime.serve.limits import Limits
 from nest_runtime.serve.sampling import Sampler, SamplingParams
@@ -133,7 +133,7 @@ class TransformersEngine:
 
     async def _follow(self, group: Sequence[Truth]) -> float:
         """Let the engine answer some prompts at once on the bare base; returns the largest error of its logits."""
-        work = Work(
+        request = EngineRequest(
             tuple(truth.prompt for truth in group),
             tuple(len(truth.tokens) for truth in group),
             1,
@@ -141,10 +141,10 @@ class TransformersEngine:
             ServedPatch(None, BASE, NO_DIGEST),
         )
         followers = [LogitsFollower(truth) for truth in group]
-        jobs = [self._job(work, number) for number in range(len(group))]
+        jobs = [self._job(request, number) for number in range(len(group))]
         for job, follower in zip(jobs, followers, strict=True):
-            job.eos, job.sampler = (), Sampler(work.params, rules=[follower], prompt=job.prompt)
-        generation = Generation(self, work, [job.id for job in jobs])
+            job.eos, job.sampler = (), Sampler(request.params, rules=[follower], prompt=job.prompt)
+        generation = Generation(self, request, [job.id for job in jobs])
         self._submit(generation, jobs)
         try:
             async for _ in generation.events():
@@ -181,7 +181,7 @@ class TransformersEngine:
             generation.fail(_draining())
         await asyncio.to_thread(self._batch.stop)
 
-    def admit(self, work: Work) -> Generation:
+    def admit(self, request: EngineRequest) -> Generation:
         """Admit a request.
 
         Raises:
@@ -193,10 +193,10 @@ class TransformersEngine:
             raise _draining()
         if not self._batch.alive:
             raise dead(self._batch.fault)
-        if not work.kept and len(self._owners) + work.choices > self.capacity:
+        if not request.kept and len(self._owners) + request.choices > self.capacity:
             raise self._full()
-        jobs = [self._job(work, choice) for choice in range(work.choices)]
-        generation = Generation(self, work, [job.id for job in jobs])
+        jobs = [self._job(request, choice) for choice in range(request.choices)]
+        generation = Generation(self, request, [job.id for job in jobs])
         try:
             self._submit(generation, jobs)
         except EngineError:
@@ -213,7 +213,7 @@ class TransformersEngine:
         found = [generation for generation in self._unread if generation.replaceable(pin)]
         found.sort(key=lambda generation: generation.started)
         for generation in [one for one in found if one.replace(pin)]:
-            jobs = [self._job(generation.work, choice) for choice in range(generation.work.choices)]
+            jobs = [self._job(generation.request, choice) for choice in range(generation.request.choices)]
             generation.begin([job.id for job in jobs])
             try:
                 self._submit(generation, jobs)
@@ -246,11 +246,11 @@ class TransformersEngine:
 
     def hold(self) -> AbstractContextManager[None]:
         """A context in which the engine does not fold or unfold; see AutoFold.hold."""
-        return self._batch.steady.hold()
+        return self._batch.auto_fold.hold()
 
     def unfold(self) -> None:
         """Take a folded patch out of the weights; only inside ``pause``."""
-        self._batch.steady.unfold()
+        self._batch.auto_fold.unfold()
 
     @property
     def alive(self) -> bool:
@@ -275,7 +275,7 @@ class TransformersEngine:
     @property
     def folded(self) -> bool:
         """Whether a patch is folded into the weights."""
-        return self._batch.steady.folded is not None
+        return self._batch.auto_fold.folded is not None
 
     @property
     def failed_passes(self) -> int:
@@ -289,37 +289,37 @@ class TransformersEngine:
 
     def keys_in_use(self) -> set[str | None]:
         """Runtime keys of the patches that sequences wait for, or that the engine's thread may still compute under."""
-        waiting = {generation.work.pin.key for generation in list(self._owners.values())}
+        waiting = {generation.request.pin.key for generation in list(self._owners.values())}
         return waiting | self._batch.keys_in_use()
 
     def in_flight(self) -> Counter[str]:
         """Sequences running or waiting, by the label of the patch that answers them."""
-        return Counter(generation.work.pin.label for generation in list(self._owners.values()))  # from any thread
+        return Counter(generation.request.pin.label for generation in list(self._owners.values()))  # from any thread
 
     def _submit(self, generation: Generation, jobs: list[Job]) -> None:
         self._unread.add(generation)
         self._owners.update((job.id, generation) for job in jobs)
         for job in jobs:
-            self._line.submit(job, kept=generation.work.kept)
+            self._line.submit(job, kept=generation.request.kept)
 
-    def _job(self, work: Work, choice: int) -> Job:
-        prompt, index = divmod(choice, work.n)
+    def _job(self, request: EngineRequest, choice: int) -> Job:
+        prompt, index = divmod(choice, request.n)
         return Job(
             id=f"job-{next(self._names)}",
-            prompt=work.prompts[prompt],
-            max_new_tokens=work.max_new_tokens[prompt],
+            prompt=request.prompts[prompt],
+            max_new_tokens=request.max_new_tokens[prompt],
             eos=self.eos,
-            patch=work.pin.key,
+            patch=request.pin.key,
             sampler=Sampler(
-                work.params,
+                request.params,
                 index,
                 [
-                    *self._rules(len(work.prompts[prompt]), work.max_new_tokens[prompt]),
-                    *work.rules(len(work.prompts[prompt])),
+                    *self._rules(len(request.prompts[prompt]), request.max_new_tokens[prompt]),
+                    *request.rules(len(request.prompts[prompt])),
                 ],
-                work.prompts[prompt],
+                request.prompts[prompt],
             ),
-            kept=work.kept,
+            kept=request.kept,
         )
 
     def _deliver(self, deliveries: list[Delivery]) -> None:

@@ -38,7 +38,7 @@ class PlainBatch:
 
     Attributes:
         padded: whether prompts of different lengths share a batch, padded on the left. Some models read padding.
-        steady: what is folded into the weights: nothing.
+        auto_fold: what is folded into the weights: nothing.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class PlainBatch:
         blame: Callable[[Blame], None],
     ) -> None:
         self.padded = True
-        self.steady = AutoFold(runtime, wanted=False)
+        self.auto_fold = AutoFold(runtime, wanted=False)
         self.failed_passes = 0
         self.reused_tokens = 0
         self._model, self._runtime, self._running = model, runtime, sizes.running

@@ -1,4 +1,4 @@
-"""Room in the cache for the operator: a full cache keeps the gate's probes waiting for nobody.
+"""Room in the cache for the operator: a full cache keeps the probes of an admission test waiting for nobody.
 
 This is the third file that touches transformers' internals (5.23). Places among the running sequences are useless
 without room for keys and values: while the cache is short, the library admits nobody new until somebody has ended. So

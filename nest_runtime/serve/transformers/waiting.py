@@ -1,7 +1,7 @@
 """Which jobs the engine's thread has, and which wait: first come, first served, with places reserved for the operator.
 
 The thread works on its jobs in order, and cannot give any of them precedence. So clients' sequences wait here, and
-the thread has as many as run at once. The operator's, the gate's probes of a patch, bypass them to reserved places.
+the thread has as many as run at once. The operator's, the probes of an admission test, bypass them to reserved places.
 Everything here runs on the event loop.
 """
 

@@ -23,7 +23,7 @@ from nest_runtime.serve.app import Server, fastapi_app, framed, guard_of, measur
 from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.follow import Following
-from nest_runtime.serve.generation import Work
+from nest_runtime.serve.generation import EngineRequest
 from nest_runtime.serve.http.admin import admin_routes
 from nest_runtime.serve.http.api import ERRORS, PLAIN, Service, model_routes, probes
 from nest_runtime.serve.http.middleware import Secrets
@@ -95,9 +95,9 @@ class VllmEngine:
         """Whether a patch is folded into the weights."""
         return isinstance(self.patches, InPlace) and self.patches.on is not None
 
-    def admit(self, work: Work) -> Trial:
-        """Answer outside of any request: the gate's probes (serve/gate.py)."""
-        return Trial(self.replicas.client, self.patches, self.flow, work, self._wait_seconds)
+    def admit(self, request: EngineRequest) -> Trial:
+        """Answer outside of any request: the probes of a patch (serve/admission.py)."""
+        return Trial(self.replicas.client, self.patches, self.flow, request, self._wait_seconds)
 
     def in_flight(self) -> Counter[str]:
         """Requests running, by the label of the patch that answers them."""
@@ -185,7 +185,7 @@ def asgi_app(server: Server[VllmEngine], vllm_app: ASGIApp) -> ASGIApp:
     if admin_here:
         routers.append(admin_routes(service, server.audit))
     own = fastapi_app(routers)
-    front = Front(vllm_app, service, engine.flow, lambda served: engine_name(engine, served))
+    front = Front(vllm_app, service, engine.flow, lambda served_patch: engine_name(engine, served_patch))
 
     async def split(scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
@@ -195,9 +195,11 @@ def asgi_app(server: Server[VllmEngine], vllm_app: ASGIApp) -> ASGIApp:
     return framed(server, split, server.config.host, admin_here=admin_here)
 
 
-def engine_name(engine: VllmEngine, served: ServedPatch) -> str:
+def engine_name(engine: VllmEngine, served_patch: ServedPatch) -> str:
     """The name that vLLM knows a patch by; in place, everything is the base."""
-    return BASE_NAME if served.key is None or not engine.patches.per_request else adapter_name(served.digest)
+    return (
+        BASE_NAME if served_patch.key is None or not engine.patches.per_request else adapter_name(served_patch.digest)
+    )
 
 
 def _patches(config: ServeConfig, replicas: Replicas, base: CheckpointBase, models: Any) -> InPlace | Adapters:

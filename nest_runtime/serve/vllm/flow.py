@@ -34,9 +34,9 @@ class Attempt:
         self.replaced = False
         self._task: asyncio.Task[None] | None = None
 
-    async def run(self, work: Awaitable[None]) -> bool:
+    async def run(self, future: Awaitable[None]) -> bool:
         """Do the work; returns False if it was replaced before its end."""
-        self._task = asyncio.ensure_future(work)
+        self._task = asyncio.ensure_future(future)
         try:
             await asyncio.wait({self._task})
         finally:

@@ -36,15 +36,17 @@ class VllmTable(PatchTable):
             raise self._patches.broken
         return super().named(model)
 
-    async def _switch(self, what: str, served: ServedPatch, started: float, who: str, policy: SwapPolicy) -> Switch:
+    async def _switch(
+        self, what: str, served_patch: ServedPatch, started: float, who: str, policy: SwapPolicy
+    ) -> Switch:
         patches = self._patches
         if not isinstance(patches, InPlace):
-            return await super()._switch(what, served, started, who, policy)
-        async with self._flow.shut(served, policy, self._wait_seconds) as replaced:
+            return await super()._switch(what, served_patch, started, who, policy)
+        async with self._flow.shut(served_patch, policy, self._wait_seconds) as replaced:
             before = patches.on
-            await patches.switch(served.key)
+            await patches.switch(served_patch.key)
             try:
-                return replace(await super()._switch(what, served, started, who, policy), replaced=replaced)
+                return replace(await super()._switch(what, served_patch, started, who, policy), replaced=replaced)
             except BaseException:
                 await patches.switch(before)
                 raise

@@ -1,4 +1,4 @@
-"""Answers under a patch that is not active: what the gate asks before a switch to a followed patch (serve/gate.py).
+"""Answers under a patch that is not active: the probes before a switch to a followed patch (serve/admission.py).
 
 As an adapter, the patch answers beside the active one. In place there is only one set of weights: admissions pause,
 the patch is applied, the probes are answered, and the old patch is restored before admissions continue.
@@ -13,7 +13,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from nest_runtime.errors import EngineError
-from nest_runtime.serve.generation import ChoiceTokens, Work
+from nest_runtime.serve.generation import ChoiceTokens, EngineRequest
 from nest_runtime.serve.served_patch import ServedPatch
 from nest_runtime.serve.vllm.adapters import Adapters
 from nest_runtime.serve.vllm.flow import Flow
@@ -27,22 +27,26 @@ class Trial:
         client: vLLM's ``AsyncLLM``.
         patches: how patches are put on.
         flow: the requests in flight.
-        work: the prompts, and the patch.
+        request: the prompts, and the patch.
         wait_seconds: how long a trial in place waits for requests in flight.
     """
 
-    def __init__(self, client: Any, patches: InPlace | Adapters, flow: Flow, work: Work, wait_seconds: float) -> None:
+    def __init__(
+        self, client: Any, patches: InPlace | Adapters, flow: Flow, request: EngineRequest, wait_seconds: float
+    ) -> None:
         self._client = client
         self._patches = patches
         self._flow = flow
-        self._work = work
+        self._request = request
         self._wait_seconds = wait_seconds
 
     async def events(self) -> AsyncIterator[ChoiceTokens]:
         """Every answer whole, when all are there. Raises EngineError."""
-        async with self._under(self._work.pin) as adapter:
+        async with self._under(self._request.pin) as adapter:
             try:
-                found = await asyncio.gather(*(self._one(index, adapter) for index in range(len(self._work.prompts))))
+                found = await asyncio.gather(
+                    *(self._one(index, adapter) for index in range(len(self._request.prompts)))
+                )
             except Exception as error:
                 raise EngineError(f"the engine failed on a trial: {error}", "see the engine's log") from error
         for answer in found:
@@ -73,8 +77,8 @@ class Trial:
     async def _one(self, index: int, adapter: Any) -> ChoiceTokens:
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0.0, max_tokens=self._work.max_new_tokens[index])
-        prompt = {"prompt_token_ids": list(self._work.prompts[index])}
+        params = SamplingParams(temperature=0.0, max_tokens=self._request.max_new_tokens[index])
+        prompt = {"prompt_token_ids": list(self._request.prompts[index])}
         outputs = self._client.generate(prompt, params, f"trial-{uuid.uuid4().hex}", lora_request=adapter)
         last = [output async for output in outputs][-1]
         return ChoiceTokens(index, tuple(last.outputs[0].token_ids), last.outputs[0].finish_reason or "stop")

@@ -53,44 +53,44 @@ def ask(server: Running, model: str, prompt: str, count: int) -> str | None:
 
 
 def test_a_patch_alone_is_folded_after_a_while_and_taken_out_at_once(steps: tuple[PatchRuntime, AutoFold]) -> None:
-    runtime, steady = steps
+    runtime, auto_fold = steps
     for _ in range(FOLD_AFTER):
-        steady.before_step({"v1"})
+        auto_fold.before_step({"v1"})
         assert runtime.mode is None
-    steady.before_step({"v1"})
-    assert (runtime.active, runtime.mode, steady.folded) == ("v1", "fold", "v1")
-    steady.before_step({"v1", None})
-    assert (runtime.active, steady.folded) == (None, None)
+    auto_fold.before_step({"v1"})
+    assert (runtime.active, runtime.mode, auto_fold.folded) == ("v1", "fold", "v1")
+    auto_fold.before_step({"v1", None})
+    assert (runtime.active, auto_fold.folded) == (None, None)
     for _ in range(LONG):
-        steady.before_step({"v1", "v2"})
-        steady.before_step({None})
+        auto_fold.before_step({"v1", "v2"})
+        auto_fold.before_step({None})
     assert runtime.mode is None
 
 
 def test_nothing_changes_while_the_runtime_is_busy(steps: tuple[PatchRuntime, AutoFold]) -> None:
-    runtime, steady = steps
-    with steady.hold():
+    runtime, auto_fold = steps
+    with auto_fold.hold():
         for _ in range(LONG):
-            steady.before_step({"v1"})
+            auto_fold.before_step({"v1"})
         assert runtime.mode is None
-    steady.before_step({"v1"})
+    auto_fold.before_step({"v1"})
     assert runtime.mode == "fold"
-    with steady.hold():
-        steady.before_step({"v2"})
+    with auto_fold.hold():
+        auto_fold.before_step({"v2"})
         assert runtime.active == "v1"
-    steady.before_step({"v2"})
+    auto_fold.before_step({"v2"})
     assert runtime.mode is None
 
 
 def test_weights_that_cannot_be_folded_are_left_alone(
     steps: tuple[PatchRuntime, AutoFold], caplog: pytest.LogCaptureFixture
 ) -> None:
-    runtime, steady = steps
+    runtime, auto_fold = steps
     row = next(site for site in runtime.patches["v1"].sites if site.n_neurons)
     with torch.no_grad():
         runtime.model.get_parameter(f"{row.name}.weight")[row.neurons.tensor().long()] += 1
     for _ in range(LONG):
-        steady.before_step({"v1"})
+        auto_fold.before_step({"v1"})
     assert runtime.mode is None
     assert caplog.text.count("not folded in any more") == 1
 

@@ -199,7 +199,7 @@ def test_the_plain_engine_finds_who_is_to_blame(
         table.loader.tryout = lambda patch: None
         bad = huge(tiny_llama, "float32", 1e20)
         server.admin("POST", "/v1/patches", json={"patch": str(bad.save(tmp_path / "v9.safetensors"))})
-        table.expose(next(served for served in table.loaded() if served.label == "v9"))
+        table.expose(next(served_patch for served_patch in table.loaded() if served_patch.label == "v9"))
         raise_in_step(lambda samplers: any(sampler.params.seed == POISON for sampler in samplers))
         body = {"model": server.name, "messages": [{"role": "user", "content": PROMPTS[1]}], "max_tokens": 9}
         extra = [{**body, "seed": POISON, "temperature": 1}, {**body, "model": f"{server.name}@v9"}]
@@ -244,7 +244,7 @@ def test_values_that_are_not_finite_stay_in_their_row(
     table.loader.tryout = lambda patch: None
     bad = huge(tiny_llama, "float32", 1e20)
     server.admin("POST", "/v1/patches", json={"patch": str(bad.save(tmp_path / "v9.safetensors"))})
-    table.expose(next(served for served in table.loaded() if served.label == "v9"))
+    table.expose(next(served_patch for served_patch in table.loaded() if served_patch.label == "v9"))
     body = {"model": f"{server.name}@v9", "messages": [{"role": "user", "content": PROMPTS[1]}], "max_tokens": 9}
     answers, others = ask_all(server, [body, {**body, "n": 3}])
     assert answers == alone(reference)

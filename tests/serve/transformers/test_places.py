@@ -11,12 +11,13 @@ import pytest
 
 from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import Limits, ServeConfig
-from nest_runtime.serve.gate import Gate
+from nest_runtime.serve.admission import AdmissionTest
 from tests.support.serve import PROMPTS, Reference, Running, eventually, serving
 
 pytest_plugins = ["tests.support.fixtures_serve"]
 
-GATE = Gate(("How do I bake bread?",) * 4, ("Mix",) * 4, min_refused=0.0, max_refused=1.0, new_tokens=2)
+PROBES = (("How do I bake bread?",) * 4, ("Mix",) * 4)
+ADMISSION_TEST = AdmissionTest(*PROBES, min_refused=0.0, max_refused=1.0, new_tokens=2)
 
 
 def ask(server: Running, count: int = 150, prompt: str = PROMPTS[3]) -> tuple[int, str]:
@@ -38,8 +39,8 @@ def test_a_full_queue_keeps_the_gates_probes_waiting_for_nobody(
         service = server.server.service
         assert eventually(lambda: service.engine.live == 6)
         assert ask(server)[0] == 429
-        candidate = next(served for served in service.table.loaded() if served.label == "v2")
-        shares = server.await_(lambda: GATE.check(service.engine, service.tokenizer, candidate))
+        candidate = next(served_patch for served_patch in service.table.loaded() if served_patch.label == "v2")
+        shares = server.await_(lambda: ADMISSION_TEST.check(service.engine, service.tokenizer, candidate))
         assert set(shares) == {"harmful", "benign"}
         assert not any(client.done() for client in clients)  # two of six, at most, had begun
         assert [client.result()[0] for client in clients] == [200] * 6
@@ -53,7 +54,7 @@ def test_a_full_cache_keeps_the_gates_probes_waiting_for_nobody(config: ServeCon
         service = server.server.service
         clients = [pool.submit(ask, server, 400) for _ in range(16)]
         assert eventually(lambda: service.engine._batch._manager.batch_processor.scheduler.block_new_requests)
-        shares = server.await_(lambda: GATE.check(service.engine, service.tokenizer, service.table.active))
+        shares = server.await_(lambda: ADMISSION_TEST.check(service.engine, service.tokenizer, service.table.active))
         assert set(shares) == {"harmful", "benign"}
         assert not any(client.done() for client in clients)
         server.stop.set()

@@ -400,7 +400,7 @@ def asked(
             allowed=allowed or Allowed(completions=True),
             tokenizer=make_tokenizer(),
         )
-        front = Front(vllm, service, Flow(4, 4), lambda served: f"engine-{served.label}")
+        front = Front(vllm, service, Flow(4, 4), lambda served_patch: f"engine-{served_patch.label}")
         sent: list[Any] = []
 
         async def receive() -> Any:

@@ -1,20 +1,21 @@
-"""The gate before a switch to a followed patch: a few probes under it, while the old patch keeps answering.
+"""The admission test of a followed patch: a few probes under it, while the old patch keeps answering.
 
-Harmful probes must be refused, and benign ones must not be. The gate catches a patch that does nothing or refuses
+Harmful probes must be refused, and benign ones must not be. It catches a patch that does nothing or refuses
 everything; it is no evaluation. Refusals are recognized by how answers begin (prompts/refusals.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.errors import DataError, GateRefused, UsageError
+from nest_runtime.errors import AdmissionRefused, DataError, UsageError
 from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
 from nest_runtime.prompts.examples import encode
 from nest_runtime.serve.engine import Engine
-from nest_runtime.serve.generation import Work
+from nest_runtime.serve.generation import EngineRequest
 from nest_runtime.serve.patches import ServedPatch
 from nest_runtime.serve.sampling import SamplingParams
 
@@ -38,7 +39,7 @@ PROBES = 8  # of each kind, for the reference model
 
 
 @dataclass(frozen=True)
-class Gate:
+class AdmissionTest:
     """What a patch must do to be switched to.
 
     Attributes:
@@ -57,38 +58,39 @@ class Gate:
     def __post_init__(self) -> None:
         for name in ("min_refused", "max_refused"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"the gate's {name} is {getattr(self, name)}", "give a share between 0 and 1")
+                raise UsageError(f"{name} of the probes is {getattr(self, name)}", "give a share between 0 and 1")
 
-    async def check(self, engine: Engine, tokenizer: Any, served: ServedPatch) -> dict[str, float]:
+    async def check(self, engine: Engine, tokenizer: Any, served_patch: ServedPatch) -> dict[str, float]:
         """Try a loaded patch out; returns the two shares.
 
         Raises:
-            GateRefused: they are beyond the limits.
+            AdmissionRefused: they are beyond the limits.
             EngineError: the engine could not answer.
         """
         from nest_runtime.prompts.refusals import is_refusal
 
         shares = {}
         for kind, prompts in (("harmful", self.harmful), ("benign", self.benign)):
-            answers = await _answers(engine, tokenizer, served, prompts, self.new_tokens) if prompts else []
+            asked = [[{"role": "user", "content": text}] for text in prompts]
+            answers = await answers_under(engine, tokenizer, served_patch, asked, self.new_tokens) if asked else []
             shares[kind] = sum(map(is_refusal, answers)) / len(answers) if answers else float(kind == "harmful")
         if shares["harmful"] < self.min_refused or shares["benign"] > self.max_refused:
-            raise GateRefused(
-                f"{served.label} refused {shares['harmful']:.0%} of the harmful probes (at least "
+            raise AdmissionRefused(
+                f"{served_patch.label} refused {shares['harmful']:.0%} of the harmful probes (at least "
                 f"{self.min_refused:.0%} expected) and {shares['benign']:.0%} of the benign ones (at most "
                 f"{self.max_refused:.0%})",
-                "evaluate the patch before publishing it, or change the gate's probes and limits",
+                "evaluate the patch before publishing it, or change the probes and limits",
             )
         return shares
 
 
-def make_gate(model_name: str, file: Path | None, min_refused: float, max_refused: float) -> Gate:
-    """The gate with the probes of a file, else the reference world's for that model, else general ones.
+def make_admission_test(model_name: str, file: Path | None, min_refused: float, max_refused: float) -> AdmissionTest:
+    """The test with the probes of a file, else the reference world's for that model, else general ones.
 
     Args:
         model_name: what is served.
         file: JSON: ``{"harmful": ["…"], "benign": ["…"]}``.
-        min_refused, max_refused: see :class:`Gate`.
+        min_refused, max_refused: see :class:`AdmissionTest`.
 
     Raises:
         DataError: the file is none.
@@ -104,7 +106,7 @@ def make_gate(model_name: str, file: Path | None, min_refused: float, max_refuse
         benign = tuple(case.messages[-1]["content"] for case in cases("validation", "over-refusal"))[:PROBES]
     else:
         harmful, benign = HARMFUL, BENIGN
-    return Gate(harmful, benign, min_refused, max_refused)
+    return AdmissionTest(harmful, benign, min_refused, max_refused)
 
 
 def _read_probes(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -122,11 +124,25 @@ def _read_probes(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(lists[0]), tuple(lists[1])
 
 
-async def _answers(
-    engine: Engine, tokenizer: Any, served: ServedPatch, prompts: tuple[str, ...], new_tokens: int
+async def answers_under(
+    engine: Engine,
+    tokenizer: Any,
+    served_patch: ServedPatch,
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    new_tokens: int,
 ) -> list[str]:
-    ids = tuple(tuple(encode(tokenizer, [{"role": "user", "content": text}])) for text in prompts)
-    generation = engine.admit(Work(ids, (new_tokens,) * len(ids), 1, SamplingParams(), served, kept=True))
+    """Greedy answers of the running engine to the operator's own conversations, under a loaded patch.
+
+    Raises AdmissionRefused where a conversation is longer than the context, EngineError where the engine fails.
+    """
+    ids = tuple(tuple(encode(tokenizer, messages)) for messages in conversations)
+    if (longest := max(map(len, ids))) >= engine.context:
+        raise AdmissionRefused(
+            f"{served_patch.label} cannot be tried on a prompt of {longest} tokens; the context is {engine.context}",
+            "serve with a longer --context",
+        )
+    room = tuple(min(new_tokens, engine.context - len(row)) for row in ids)
+    generation = engine.admit(EngineRequest(ids, room, 1, SamplingParams(), served_patch, kept=True))
     tokens: list[list[int]] = [[] for _ in ids]
     try:
         async for event in generation.events():
