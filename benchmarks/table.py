@@ -47,12 +47,12 @@ class Row:
 
 
 ROWS = {
-    "decode": Row("Decoding under one patch", "decode.py", 300),
+    "decode": Row("Decoding under one patch", "decode.py", 270),
     "server": Row("A server under one patch", "server.py", 540),
     "mixed": Row("Many patches in one batch", "mixed.py", 180),
     "swap": Row("Swapping patches", "swap.py", 90),
     "load": Row("From disk to active", "load.py", 120),
-    "hash": Row("Hashing a model", "hash.py", 60),
+    "hash": Row("Hashing a model", "hash.py", 90),
     "locate": Row("Locating", "locate.py", 150),
     "tune": Row("A training step", "tune.py", 300),
     "eval": Row("Answers of an evaluation", "evaluate.py", 300),
