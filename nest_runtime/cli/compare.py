@@ -19,7 +19,7 @@ from nest_runtime.cli.case_options import (
     MaxTokensOption,
     SuiteOption,
 )
-from nest_runtime.cli.common import examples, model_for, writable_folder
+from nest_runtime.cli.common import examples, model_for, prompts_named, writable_folder
 from nest_runtime.cli.measuring import cases_of, change, interval
 from nest_runtime.cli.output import (
     DeviceOption,
@@ -202,9 +202,7 @@ def _prompts(asked: CompareOptions) -> tuple[list[Example], list[Example]]:
         missing = "--benign" if asked.benign is None else "--harmful"
         raise UsageError(f"{missing} is missing", "give both files, or neither for the reference world's prompts")
     if asked.harmful is not None and asked.benign is not None:
-        from nest_runtime.prompts.examples import load_examples
-
-        return load_examples(asked.harmful), load_examples(asked.benign)
+        return prompts_named(asked.harmful, "harmful"), prompts_named(asked.benign, "benign")
     if asked.model != "reference":
         raise UsageError(
             f"no training prompts for {asked.model}: the reference world's are for the reference model",

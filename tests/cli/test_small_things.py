@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.cli.common import prompts_named
-from nest_runtime.cli.compare import DEFAULT_METHODS
+from nest_runtime.cli.compare import DEFAULT_METHODS, CompareOptions
+from nest_runtime.cli.compare import _prompts as prompts_of
 from nest_runtime.demo.server import Listen, bind
 from nest_runtime.errors import EngineError
 from nest_runtime.serve import ServeConfig
@@ -62,6 +63,9 @@ def test_reference_names_prompts_wherever_prompts_are_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (len(prompts_named("reference", "harmful")), len(prompts_named("reference", "benign"))) == (602, 1343)
+    files = dict.fromkeys(("suite", "behaviors", "attacks", "judge", "limit"))
+    compared = CompareOptions("tiny", "reference", "reference", **files, device="cpu", dtype="auto")
+    assert [len(prompts) for prompts in prompts_of(compared)] == [602, 1343]
     monkeypatch.chdir(tmp_path)
     Path("reference").write_text("a file of that name\n")
     (tmp_path / "reference").rename(tmp_path / "reference.txt")
