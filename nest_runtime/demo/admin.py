@@ -58,7 +58,7 @@ def build_admin() -> AdminParts:
     """Lay the controls out."""
     gr.HTML(markup.wrap("<h2>Switch</h2>"), padding=False)
     with gr.Row(equal_height=True):
-        which = gr.Dropdown(label="Patch", interactive=True, filterable=False, elem_id="which", scale=2, min_width=120)
+        which = gr.Dropdown(label="Patch", interactive=True, filterable=False, elem_id="which", scale=2, min_width=240)
         activate = gr.Button(
             "Activate", variant="primary", elem_id="activate", elem_classes="nr-go", size="md", min_width=100
         )

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
     from nest_runtime.store.entries import Entry
 
+PERCENT = "\N{NO-BREAK SPACE}%"  # in sentences, where a line may end
+
 
 @dataclass(frozen=True)
 class PatchesParts:
@@ -56,7 +58,7 @@ def listing_html(state: DemoState) -> str:
     if not rows:
         return markup.wrap(first_patch(state))
     numbers = (*(measure.title for measure in MEASURES.values()), "neurons", "trained numbers", "file")
-    columns = ("version", *numbers, "lineage", "signature")
+    columns = ("version", *numbers, "lineage", "signature", "name", "digest")
     marked = [n for n, entry in enumerate(entries) if entry.digest == active]
     base = next((figures[1] for figures in (_figures(state.patch(e.digest)) for e in entries) if figures[1]), "")
     table = markup.table(columns, rows, caption="Patches of this model", numbers=numbers, marked=marked)
@@ -68,21 +70,21 @@ def listing_html(state: DemoState) -> str:
 def _row(state: DemoState, entry: Entry, entries: list[Entry], active: str | None) -> list[str]:
     patch = state.patch(entry.digest)
     now = ' <span class="nr-badge nr-active">active</span>' if entry.digest == active else ""
-    about = entry.name + (", comes with the package" if entry.builtin else "")
-    under = f"<div class='nr-note'>{markup.text(about)}<br>{markup.code(entry.digest)}</div>"
     return [
-        f"{markup.text(state.called(entry.digest))}{now}{under}",
+        f"{markup.text(state.called(entry.digest))}{now}",
         *_figures(patch)[0],
         f"{patch.neurons:,}",
         f"{patch.parameters:,}",
         _size(entry.bytes),
         markup.text(_lineage(entry, entries)),
         markup.text(state.signature(entry)),
+        markup.text(entry.name),
+        markup.code(entry.digest),
     ]
 
 
 def _lineage(entry: Entry, entries: list[Entry]) -> str:
-    """``from v2, from v1``, as far back as the store knows."""
+    """``v3 ← v2 ← v1``, as far back as the store knows."""
     by_digest = {item.digest: item for item in entries}
     steps: list[str] = []
     parent = entry.parent
@@ -90,7 +92,7 @@ def _lineage(entry: Entry, entries: list[Entry]) -> str:
         known = by_digest.get(parent)
         steps.append(known.version if known else f"{parent[:15]}…")
         parent = known.parent if known else None
-    return " ← ".join([entry.version, *steps]) if steps else f"{entry.version}, trained anew"
+    return " ← ".join([entry.version, *steps]) if steps else "trained anew"
 
 
 def _figures(patch: Patch) -> tuple[list[str], str]:
@@ -100,7 +102,8 @@ def _figures(patch: Patch) -> tuple[list[str], str]:
     shown = [markup.percent(test.get(name)) for name in MEASURES]
     if ATTACK_SUCCESS.key not in base:
         return shown, ""
-    words = ", ".join(f"{measure.title} {markup.percent(base.get(name))}" for name, measure in MEASURES.items())
+    rates = (f"{measure.title} {markup.percent(base.get(name))}" for name, measure in MEASURES.items())
+    words = ", ".join(rates).replace(" %", PERCENT)
     return shown, f"Of jailbreaks and of harmless prompts, as the patches' headers state. The base: {words}."
 
 

@@ -14,6 +14,20 @@ from nest_runtime.measures import ATTACK_SUCCESS, MEASURES, measures_of, stated_
 from nest_runtime.model.load import REFERENCE
 
 MARKED = ("nest", "@")  # in the names of methods that are ours
+CAPTION = "Every method on the same prompts; the interval is that of attack success"
+SUITES = {  # of benchmarks/real_models.py, for people
+    "plain": "harmful, asked plainly",
+    "wild": "harmful, behind prompts from the wild",
+    "jailbreakchat": "harmful, in JailbreakChat's prompts",
+    "selfcipher": "harmful, in SelfCipher",
+    "codeattack": "harmful, in CodeAttack",
+    "built-in-attacked": "harmful, in the built-in attacks",
+    "jailbreaks, pooled": "harmful, all jailbreaks",
+    "XSTest, safe": "harmless, XSTest",
+    "JailbreakBench, benign": "harmless, JailbreakBench",
+    "CoCoNot, contrast": "harmless, CoCoNot's contrasts",
+    "benign, pooled": "harmless, all",
+}
 
 
 def comparison_folder() -> Path | None:
@@ -67,7 +81,11 @@ def _measured(state: DemoState, found: Mapping[str, Any]) -> str:
     name = state.called(found["digest"])
     base, patch = found["base"]["rates"], found["patch"]["rates"]
     rows = [
-        [markup.text(suite), *(_rate(rates.get(suite)) for rates in (base, patch)), f"{patch[suite]['n']:,}"]
+        [
+            markup.text(SUITES.get(suite, suite)),
+            *(_rate(rates.get(suite)) for rates in (base, patch)),
+            f"{patch[suite]['n']:,}",
+        ]
         for suite in patch
     ]
     about = (
@@ -123,7 +141,7 @@ def comparison_html(folder: Path) -> str:
     columns = ("method", *measured, "95 % interval", "garbled", "trained numbers")
     rows = [_row(row) for row in data["rows"]]
     marked = [n for n, row in enumerate(data["rows"]) if any(part in row["method"] for part in MARKED)]
-    table = markup.table(columns, rows, caption="Every method on the same prompts", numbers=columns[1:], marked=marked)
+    table = markup.table(columns, rows, caption=CAPTION, numbers=columns[1:], marked=marked)
     return markup.wrap(head, markup.note(made), table, _charts(data["rows"]))
 
 

@@ -395,6 +395,7 @@ def test_results_of_the_patches_shown(state: Any, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(results, "_folders", lambda name: [tmp_path])
     html = results.results_html(state)
     assert html.count("<table") == 1  # that of the other patch is not this model's
+    assert "harmful, asked plainly" in html
     assert '90.0 % <br class="nr-break">[80, 95]' in html
     assert '20.0 % <br class="nr-break">[10, 35]' in html
 
