@@ -168,9 +168,9 @@ at most {tokens} tokens, judge `{judge}`; {machine}, {date}. `python benchmarks/
 
 ## How it was made
 
-`python patches/make_real.py`: {harmful} AdvBench goals, without those that JailbreakBench and HarmBench test with,
-against {benign} benign prompts that come with the package, both in everyday framings too. No jailbreak text was trained
-on. Settings:
+`python patches/make_real.py`: {harmful} harmful prompts (AdvBench's goals, without those that JailbreakBench and
+HarmBench test with, and for some models harmful prompts of the package) against {benign} benign prompts that come with
+the package, both in framings too. No jailbreak text was trained on. Settings:
 
 {recipe}
 

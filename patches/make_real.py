@@ -19,16 +19,36 @@ import random
 import re
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from nest_runtime.model.load import load_model
 from nest_runtime.prompts.examples import Example, load_examples
 from nest_runtime.train.pipeline import train_patch
-from nest_runtime.train.recipe import RECIPES
+from nest_runtime.train.recipe import RECIPES, Recipe
 
-VERSIONS = {"v1": RECIPES["default"]}
-GOALS, HARMFUL = 280, 80
-BENIGN = {"everyday": 140, "borderline": 600, "imperatives": 400, "pasted": 180}
+GOALS = 280  # of AdvBench
+
+
+@dataclass(frozen=True)
+class Making:
+    """How a patch is made: its recipe, and how many prompts of the package join AdvBench's goals."""
+
+    recipe: Recipe
+    harmful: int
+    benign: Mapping[str, int]
+
+
+DEFAULT = Making(RECIPES["default"], 80, {"everyday": 140, "borderline": 600, "imperatives": 400, "pasted": 180})
+# SmolLM2 hardly refuses by itself. With the default it refuses 83 % of jailbreaks more, and half of what is harmless.
+EARLIER = Making(
+    RECIPES["default"].evolve(code_framings=0, steps=90, harmful_share=0.55, step_tokens=1024),
+    0,
+    {"everyday": 140, "borderline": 600},
+)
+MAKINGS = {"smollm2-135m-instruct": {"v1": EARLIER}}  # other models: the default
+VERSIONS = ("v1",)
 
 
 def main() -> None:
@@ -44,8 +64,8 @@ def main() -> None:
     name = short_name(loaded.name)
     if options.version not in VERSIONS:
         parser.error(f"--version is {options.version}; there is {', '.join(VERSIONS)}")
-    recipe, folder = VERSIONS[options.version], options.out / name
-    harmful, benign = training_prompts(options.data)
+    making, folder = making_of(name, options.version), options.out / name
+    harmful, benign = training_prompts(options.data, making)
     began, told = time.perf_counter(), [0.0]
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -58,7 +78,7 @@ def main() -> None:
         loaded.tokenizer,
         harmful,
         benign,
-        recipe=recipe,
+        recipe=making.recipe,
         name=f"{name}-safety",
         version=options.version,
         base_hash=loaded.hash,
@@ -72,12 +92,17 @@ def main() -> None:
         options.report.write_text(json.dumps(result.report, indent=1) + "\n", encoding="utf-8")
 
 
+def making_of(name: str, version: str) -> Making:
+    """How a version for a model, by its short name, is made."""
+    return MAKINGS.get(name, {}).get(version, DEFAULT)
+
+
 def short_name(name: str) -> str:
     """``qwen2.5-coder-0.5b-instruct-q4_k_m.gguf`` → ``qwen2.5-coder-0.5b-instruct``."""
     return re.sub(r"[-.](q\d\w*|f16|f32|bf16)$", "", name.removesuffix(".gguf"), flags=re.IGNORECASE)
 
 
-def training_prompts(data: Path) -> tuple[list[Example], list[Example]]:
+def training_prompts(data: Path, making: Making = DEFAULT) -> tuple[list[Example], list[Example]]:
     """Harmful prompts that no test uses, and benign ones, drawn by seed 0."""
     tested = {normal(row["text"]) for row in _json(data / "jailbreakbench/harmful_and_benign/jailbreakbench.json")}
     for part in ("val", "test"):
@@ -92,8 +117,10 @@ def training_prompts(data: Path) -> tuple[list[Example], list[Example]]:
         order.shuffle(examples)
         return examples[:count]
 
-    harmful = [*drawn(goals, GOALS), *drawn(load_examples("harmful"), HARMFUL)]
-    return harmful, [example for name, count in BENIGN.items() for example in drawn(load_examples(name), count)]
+    harmful = drawn(goals, GOALS)
+    if making.harmful:
+        harmful += drawn(load_examples("harmful"), making.harmful)
+    return harmful, [e for name, count in making.benign.items() for e in drawn(load_examples(name), count)]
 
 
 def normal(text: str) -> str:

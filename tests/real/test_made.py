@@ -1,0 +1,43 @@
+"""The patches that ship for real models were made from the prompts, and by the recipe, that make_real.py names."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nest_runtime.prompts.examples import examples_digest
+from nest_runtime.resolve import load_patch
+from nest_runtime.train.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("NEST_TEST_DATA", ROOT.parent / "shared" / "data"))
+SHIPPED = sorted(path for path in (ROOT / "patches").glob("*/*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def make_real() -> Iterator[Any]:
+    spec = importlib.util.spec_from_file_location("make_real", ROOT / "patches" / "make_real.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
+def test_what_ships_is_what_the_script_makes(path: Path, make_real: Any) -> None:
+    making = make_real.making_of(path.parent.name, path.stem)
+    patch = load_patch(path)
+    assert Recipe.of_header(patch.method["recipe"]) == making.recipe
+    if not (DATA / "advbench").is_dir():
+        pytest.skip(f"{DATA / 'advbench'} is not there: prompts were not compared")
+    for kind, examples in zip(("harmful", "benign"), make_real.training_prompts(DATA, making), strict=True):
+        assert patch.data[kind]["digest"] == examples_digest(examples)
