@@ -20,7 +20,7 @@ SuiteOption = Annotated[
 ]
 CaseFilesOption = Annotated[
     list[str] | None,
-    typer.Option("--behaviors", metavar="FILE", help="Cases of a file: HarmBench, XSTest, … or prompts; repeat it."),
+    typer.Option("--behaviors", metavar="FILE", help="Cases of a file: HarmBench, XSTest, others; repeat it."),
 ]
 AttacksOption = Annotated[
     list[str] | None,
