@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from nest_runtime.cli.claim import claim
 from nest_runtime.cli.evaluate_view import render
-from nest_runtime.cli.measuring import with_limits
+from nest_runtime.cli.options import with_flags
 from nest_runtime.cli.output import Output
 from nest_runtime.compare.cells import Cell
 from nest_runtime.compare.rows import rows
@@ -121,7 +121,7 @@ def test_it_can_be_claimed_and_demanded(hedging: Measure) -> None:
 
 def test_the_command_claim_has_its_option(hedging: Measure) -> None:
     app = typer.Typer()
-    app.command()(with_limits(claim))
+    app.command()(with_flags(claim))
     text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
     assert "--max-hedging" in text
     assert "Hedged answers at most, 0 to 1." in text

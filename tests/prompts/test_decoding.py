@@ -67,7 +67,7 @@ def test_a_shared_beginning_is_computed_once(loaded: Any) -> None:
 
     ways = generate._Ways(loaded.model, [(row, None) for row in rows])
     assert ways.shared(rows) == shared
-    config = generate._greedy_config(loaded.model, loaded.tokenizer, 1)
+    config = generate.greedy_config(loaded.model, loaded.tokenizer, 1)
     with loaded.model.get_input_embeddings().register_forward_hook(count):
         generate._answer_batch(loaded.model, loaded.tokenizer, [(row, None) for row in rows], config, (), ways)
     width = max(len(row) for row in rows)
