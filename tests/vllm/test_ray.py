@@ -47,7 +47,8 @@ def fleet(folder: Path, files: dict[str, str], tmp_path_factory: pytest.TempPath
     token = home / "token"
     token.write_text(f"{TOKEN}\n")
     token.chmod(0o600)
-    options = ["--dtype", "float32", "--engine-args", "--enforce-eager --max-model-len 768"]
+    options = ["--allow-completions", "--allow-special-tokens", "--dtype", "float32"]
+    options += ["--engine-args", "--enforce-eager --max-model-len 768"]
     arguments = {"model": str(folder), "patch": files["v1"], "replicas": 2, "options": options, "num_cpus": 0.5}
     ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": {"NEST_HOME": str(home)}})
     serve.start(http_options={"port": 18471})
