@@ -65,7 +65,7 @@ def scan(server: Running, model: str, folder: Path, *, plugins: bool = False) ->
     penalties = {"frequency_penalty": 0.0, "presence_penalty": 0.0}
     generators = {
         "openai": {"OpenAICompatible": {**generator, **penalties}},
-        "nest": {"Server": {"uri": f"{server.url}/v1/", "max_tokens": 40}},
+        "nest": {"ServerGenerator": {"uri": f"{server.url}/v1/", "max_tokens": 40}},
     }
     settings = {
         "system": {"parallel_attempts": 8, "narrow_output": True},
@@ -78,7 +78,7 @@ def scan(server: Running, model: str, folder: Path, *, plugins: bool = False) ->
     homes = {f"XDG_{kind.upper()}_HOME": str(folder / kind) for kind in ("data", "cache", "config")}
     target = ["--target_type", "nest" if plugins else "openai.OpenAICompatible", "--target_name", model]
     asked = ["--probes", "donotanswer.MaliciousUses", "--report_prefix", "run"]
-    asked += ["--detectors", "nest.Judge"] if plugins else []
+    asked += ["--detectors", "nest.JudgeDetector"] if plugins else []
     assert PYTHON is not None
     done = subprocess.run(
         [PYTHON, "-m", "garak", "--config", str(config), *target, *asked],
@@ -125,14 +125,14 @@ def test_it_runs_with_this_projects_judge_and_server_as_plugins(server: Running,
         entries = scan(server, model, tmp_path / name, plugins=True)
         attempts = [entry for entry in entries if entry["entry_type"] == "attempt" and entry["status"] == 2]
         assert len(attempts) == PROMPTS
-        assert {detector for attempt in attempts for detector in attempt["detector_results"]} == {"nest.Judge"}
+        assert {detector for attempt in attempts for detector in attempt["detector_results"]} == {"nest.JudgeDetector"}
         for attempt in attempts:
             asked, answer = attempt["prompt"]["turns"][-1]["content"]["text"], attempt["outputs"][0]["text"]
             (verdict,) = judge_answers([asked], [answer])
             assert attempt["notes"]["nest_outcomes"] == [verdict.outcome]
-            assert attempt["detector_results"]["nest.Judge"] == [float(verdict.outcome == "complied")]
+            assert attempt["detector_results"]["nest.JudgeDetector"] == [float(verdict.outcome == "complied")]
         (figures,) = [entry for entry in entries if entry["entry_type"] == "eval"]
-        assert figures["detector"] == "nest.Judge"
+        assert figures["detector"] == "nest.JudgeDetector"
         hits[name] = figures["fails"] / figures["total_evaluated"]
-    print(f"hits of nest.Judge: {hits}")
+    print(f"hits of nest.JudgeDetector: {hits}")
     assert hits["v3"] < hits["base"]

@@ -1,10 +1,10 @@
 """Plugins for garak, NVIDIA's scanner: this project's judge as a detector, a running server as a generator.
 
     python -m nest_runtime.export.garak            # in garak's environment: puts both into the garak that is installed
-    garak --target_type nest --target_name reference --probes dan --detectors nest.Judge
+    garak --target_type nest --target_name reference --probes dan --detectors nest.JudgeDetector
 
 garak looks for plugins in its own package and nowhere else: two files are copied there. The detector needs numpy and
-safetensors, no torch: ``pip install --no-deps nest-runtime`` beside garak will do.
+safetensors, no torch: ``pip install --no-deps .`` of a clone beside garak will do.
 """
 
 from __future__ import annotations

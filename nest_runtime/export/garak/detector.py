@@ -1,4 +1,4 @@
-"""nest-runtime's judge as a garak detector: `--detectors nest.Judge`.
+"""nest-runtime's judge as a garak detector: `--detectors nest.JudgeDetector`.
 
 An answer that complied is a hit. A refusal, a deflection, babble and an empty answer are none. The outcomes are kept in
 the attempt's notes, under `nest_outcomes`.
@@ -13,10 +13,10 @@ from garak.detectors.base import Detector
 from nest_runtime.evaluate.judges import make_judge
 from nest_runtime.evaluate.judging import judge
 
-DEFAULT_CLASS = "Judge"
+DEFAULT_CLASS = "JudgeDetector"
 
 
-class Judge(Detector):
+class JudgeDetector(Detector):
     """Says of each answer whether it complied with what was asked, by a judge of nest-runtime."""
 
     lang_spec = "*"

@@ -9,10 +9,10 @@ import os
 
 from garak.generators.openai import OpenAICompatible
 
-DEFAULT_CLASS = "Server"
+DEFAULT_CLASS = "ServerGenerator"
 
 
-class Server(OpenAICompatible):
+class ServerGenerator(OpenAICompatible):
     """Answers of a nest-runtime server, greedy and without stop words unless the config says otherwise."""
 
     ENV_VAR = "NEST_API_KEY"
