@@ -266,7 +266,8 @@ def _results(paths: Sequence[Path]) -> dict[str, Any] | None:
         try:
             document = parse_json(read_text(path, MAX_RESULT))
         except (OSError, ValueError) as error:
-            raise DataError(f"the results {path} cannot be read: {error}", "give what `eval --json` printed") from error
+            why = getattr(error, "strerror", None) or error
+            raise DataError(f"the results {path} cannot be read: {why}", "give what `eval --json` printed") from error
         if not isinstance(document, dict):
             raise DataError(f"the results {path} are no JSON object", "give what `eval --json` printed")
         found |= {ADAPTIVE: document} if isinstance(document.get("patch"), list) else document
