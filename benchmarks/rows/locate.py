@@ -26,7 +26,7 @@ from nest_runtime.train.cluster import cluster
 from nest_runtime.train.forward import device_of, hidden_states, length_batches, pad_rows
 from nest_runtime.train.locate import locate
 from nest_runtime.train.recipe import Recipe
-from nest_runtime.train.run import within_depth
+from nest_runtime.train.run import chosen_projections
 
 
 def measure(arguments: argparse.Namespace) -> Report:
@@ -60,7 +60,7 @@ def measure(arguments: argparse.Namespace) -> Report:
 
 def ours(loaded: Any, talks: Sequence[Any], labels: Sequence[int], recipe: Recipe) -> dict[str, float]:
     """Seconds of the pass that pools, and of probes and clusters."""
-    projections = within_depth(find_projections(loaded.model), recipe)
+    projections = chosen_projections(find_projections(loaded.model), recipe)
     began = time.perf_counter()
     pooled = pooled_activations(
         loaded.model,

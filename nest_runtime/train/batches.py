@@ -35,7 +35,8 @@ class Row:
     """One training example in tokens: ``prompt`` is read, ``answer`` (with its end token) is learned.
 
     A ``given`` answer is not the base's greedy one, so it is learned by its words, not by staying near the base. A
-    ``probe`` is never learned: it measures how likely the answer to a harmless prompt is to begin as a refusal.
+    ``probe`` is never learned: it measures how likely the answer to a harmless prompt is to begin as a refusal. A
+    ``rival`` is the token that a harmful answer would have in place of the refusal's first; -1 where none is known.
     """
 
     prompt: tuple[int, ...]
@@ -44,13 +45,15 @@ class Row:
     images: PromptImages | None = None
     given: bool = False
     probe: bool = False
+    rival: int = -1
 
     @property
     def content(self) -> list[Any]:
         """Everything that decides what is learned, as JSON values."""
         images = [] if self.images is None else [self.images.digest]
         kinds = [kind for kind in ("given", "probe") if getattr(self, kind)]
-        return [list(self.prompt), list(self.answer), self.harmful, *images, *kinds]
+        rival = [] if self.rival < 0 else [self.rival]
+        return [list(self.prompt), list(self.answer), self.harmful, *images, *kinds, *rival]
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Batch:
         given: (answer tokens,) bool: whether each belongs to a given answer.
         row: (answer tokens,) int64: which row each belongs to.
         place: (answer tokens,) int64: its place in the answer, from 0.
+        rival: (answer tokens,) int64: the row's rival at its first answer token, -1 elsewhere.
         rows: the rows themselves, in order.
         inputs: what the model takes besides ids and mask, where prompts hold images.
     """
@@ -77,6 +81,7 @@ class Batch:
     given: torch.Tensor
     row: torch.Tensor
     place: torch.Tensor
+    rival: torch.Tensor
     rows: tuple[Row, ...]
     inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
@@ -122,6 +127,15 @@ def probe_row(row: Row, refusal: Row) -> Row:
     return replace(row, answer=refusal.answer[:OPENING], given=False, probe=True)
 
 
+def rival_row(tokenizer: Any, example: Example, row: Row) -> Row:
+    """The row with the first token of the example's ``target`` as its rival; as it is without a target."""
+    target = example.meta.get("target")
+    if not isinstance(target, str) or not target.strip():
+        return row
+    tokens = _answer_tokens(tokenizer, example, target, list(row.prompt))
+    return replace(row, rival=tokens[0]) if tokens and tokens[0] != row.answer[0] else row
+
+
 def recovery_row(tokenizer: Any, example: Example, row: Row, most: int) -> Row | None:
     """The same refusal, learned after the first tokens of a harmful answer.
 
@@ -134,14 +148,17 @@ def recovery_row(tokenizer: Any, example: Example, row: Row, most: int) -> Row |
         most: 1 to this many tokens of the target, chosen by the prompt's text.
 
     Returns:
-        The row, or None if ``most`` is 0 or the example has no target.
+        The row, or None if ``most`` is 0 or the example has no target. Where the example's own row has a rival, its is
+        the token with which the target goes on.
     """
     target = example.meta.get("target")
     if not most or not isinstance(target, str) or not target.strip():
         return None
     number = int.from_bytes(hashlib.sha256(example.prompt.encode()).digest()[4:8], "big")
-    begun = _answer_tokens(tokenizer, example, target, list(row.prompt))[: 1 + number % most]
-    return replace(row, prompt=(*row.prompt, *begun))
+    tokens = _answer_tokens(tokenizer, example, target, list(row.prompt))
+    begun, rest = tokens[: 1 + number % most], tokens[1 + number % most :]
+    rival = rest[0] if row.rival >= 0 and rest and rest[0] != row.answer[0] else -1
+    return replace(row, prompt=(*row.prompt, *begun), rival=rival)
 
 
 def _answer_tokens(tokenizer: Any, example: Example, answer: str, prompt: list[int]) -> list[int]:
@@ -200,4 +217,6 @@ def make_batch(
     numbers = torch.arange(len(rows)).repeat_interleave(lengths).to(device)
     inputs = batch_inputs([row.images for row in rows], ids, [0] * len(rows), dtype)
     places = torch.cat([torch.arange(len(row.answer)) for row in rows]).to(device)
-    return Batch(ids, mask, where.to(device), targets, harmful, given, numbers, places, tuple(rows), inputs)
+    rivals = torch.tensor([row.rival if place == 0 else -1 for row in rows for place in range(len(row.answer))])
+    rivals = rivals.to(device)
+    return Batch(ids, mask, where.to(device), targets, harmful, given, numbers, places, rivals, tuple(rows), inputs)

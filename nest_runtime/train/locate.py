@@ -69,10 +69,30 @@ def locate(
         accuracies.append(known[1]["accuracy"])
         if progress is not None:
             progress("locate", number + 1, len(activations.projections))
+    return keep_neurons(activations.projections, weights, accuracies, settings)
+
+
+def keep_neurons(
+    projections: Sequence[Projection],
+    weights: Sequence[np.ndarray],
+    accuracies: Sequence[float | None],
+    settings: Recipe,
+) -> list[LocatedSite]:
+    """Sites of the neurons whose weight has a z-score beyond the threshold.
+
+    Args:
+        projections: whose neurons they are.
+        weights: one (d_out,) float32 array per projection.
+        accuracies: of the probes that the weights come from; None where there is none.
+        settings: the recipe; ``normalization``, ``sign`` and ``z`` count.
+
+    Returns:
+        One site per projection, in order, without clusters yet.
+    """
     scores = z_scores(weights, settings.normalization)
     return [
         _keep(projection, z, weight, accuracy, settings)
-        for projection, z, weight, accuracy in zip(activations.projections, scores, weights, accuracies, strict=True)
+        for projection, z, weight, accuracy in zip(projections, scores, weights, accuracies, strict=True)
     ]
 
 

@@ -1,8 +1,8 @@
 """What tuning minimizes, over answer tokens, without ever holding their logits all at once.
 
-Cross-entropy on refusals to harmful prompts and on benign answers, and the divergence of the patched model from the
-base on benign ones. The head is frozen, so the gradient with respect to its input is found slice by slice in the
-forward pass, and the logits of a slice are gone before the next one's are made.
+Cross-entropy on refusals to harmful prompts and on benign answers, the divergence of the patched model from the base
+on benign ones, and a margin of refusals over harmful answers. The head is frozen, so the gradient with respect to its
+input is found slice by slice in the forward pass, and the logits of a slice are gone before the next one's are made.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy, log_softmax, softplus
 
 SLICE_NUMBERS = 2**24  # logits in one slice: 64 MiB in float32
 TOP = 64  # tokens of the base's distribution that are kept by themselves; the rest count as one
+MARGIN = 5.0  # nats by which a refusal's first token is to be likelier than its rival
 ONSET = 4  # tokens at an answer's beginning that Recipe.onset_weight is about
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -66,6 +67,21 @@ def divergence(logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor) -
 
 def _rest(probs: torch.Tensor) -> torch.Tensor:
     return (1 - probs.sum(-1)).clamp(min=1e-6)
+
+
+def margin(logits: torch.Tensor, targets: torch.Tensor, rivals: torch.Tensor) -> torch.Tensor:
+    """By how much each target's logit falls short of its rival's plus ``MARGIN``, softly; 0 without a rival.
+
+    Args:
+        logits: (n, vocabulary) float32.
+        targets: (n,) int64.
+        rivals: (n,) int64, -1 where there is none.
+
+    Returns:
+        (n,) float32.
+    """
+    ahead = logits.gather(-1, targets[:, None]) - logits.gather(-1, rivals.clamp(min=0)[:, None])
+    return torch.where(rivals >= 0, softplus(MARGIN - ahead[:, 0]), 0.0)
 
 
 class _Sliced(torch.autograd.Function):

@@ -20,7 +20,7 @@ from nest_runtime.model.anatomy import Projection, find_projections, unwrap
 from nest_runtime.train.lower import KEPT_BYTES
 from nest_runtime.train.objective import SLICE_NUMBERS
 from nest_runtime.train.recipe import Recipe
-from nest_runtime.train.run import within_depth
+from nest_runtime.train.run import chosen_projections
 
 EFFICIENCY = 0.6  # of a large matrix product's speed, in a whole model
 REFUSAL_TOKENS = 12  # of the built-in ones, with their end
@@ -117,7 +117,7 @@ def shape_of(model: nn.Module, dtype: str, recipe: Recipe) -> Shape:
     config: Any = unwrap(model).config
     text = config.get_text_config()
     every = find_projections(model)
-    sites = within_depth(every, recipe)
+    sites = chosen_projections(every, recipe)
     layers = max(site.layer for site in every) + 1
     parameters = sum(parameter.numel() for parameter in model.parameters())
     experts = max((site.experts for site in every), default=0)

@@ -61,6 +61,18 @@ class Recipe:
         more="``projection`` is the paper's.",
         choices=("projection", "robust", "model"),
     )
+    score: str = setting(
+        "probe",
+        "What a neuron is scored by: its probe weight, or what the base's refusals lose without it.",
+        more="``causal`` is the first-order effect on a refusal's first tokens (train/causal.py); beyond the paper.",
+        choices=("probe", "causal"),
+    )
+    projections: str = setting(
+        "all",
+        "Which first projections of an FFN are looked at.",
+        more="``gate`` and ``up`` need a gated FFN. arXiv 2507.17075 finds up enough for weight edits.",
+        choices=("all", "gate", "up"),
+    )
     depth_from: float = setting(
         0.3,
         "The first layer, as a share of the model's depth.",
@@ -131,6 +143,13 @@ class Recipe:
         low=0,
         high=1e4,
         before=1.0,
+    )
+    margin_weight: float = setting(
+        0.0,
+        "Weight of a margin, at a refusal's first token, over the token that a harmful answer would begin with.",
+        more="Learned where the harmful file has a ``target``. Beyond the paper.",
+        low=0,
+        high=1e4,
     )
     ablation: float = setting(
         0.0,

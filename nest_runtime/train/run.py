@@ -23,16 +23,17 @@ from nest_runtime.model.fingerprint import rows_digest
 from nest_runtime.patch.patch import Patch, Site
 from nest_runtime.progress import Progress
 from nest_runtime.prompts.examples import Example, examples_digest
-from nest_runtime.prompts.generate import ModelAnswer, answer_conversations, end_token_ids
+from nest_runtime.prompts.generate import ModelAnswer, answer_conversations, end_token_ids, pad_token_id
 from nest_runtime.train.activations import PooledActivations, pooled_activations
+from nest_runtime.train.causal import refusal_effects
 from nest_runtime.train.cluster import cluster
 from nest_runtime.train.deltas import Deltas
 from nest_runtime.train.forward import device_of
-from nest_runtime.train.locate import locate
+from nest_runtime.train.locate import keep_neurons, locate
 from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.sites import LocatedSite, SitesFile
 from nest_runtime.train.stages import stage_folder, stage_key
-from nest_runtime.train.teaching import ASKED, Teaching, own_refusals, teach
+from nest_runtime.train.teaching import ASKED, Teaching, own_refusals, refusal_row, teach
 from nest_runtime.train.tune import TuneResult, tune
 from nest_runtime.train.warm_start import Moved, WarmStart, carried_values, moved_to, parent_sites, parent_values
 from nest_runtime.train.workers import Workers
@@ -50,11 +51,11 @@ class TrainResult:
     report: dict[str, Any]
 
 
-def within_depth(projections: Sequence[Projection], settings: Recipe) -> tuple[Projection, ...]:
-    """The projections of the layers that the recipe takes.
+def chosen_projections(projections: Sequence[Projection], settings: Recipe) -> tuple[Projection, ...]:
+    """The projections that the recipe takes: its layers, and of those gate, up or all.
 
     Raises:
-        UsageError: no layer lies in its range.
+        UsageError: no layer lies in its range, or none has such a projection.
     """
     layers = max(projection.layer for projection in projections) + 1
     chosen = tuple(
@@ -67,7 +68,14 @@ def within_depth(projections: Sequence[Projection], settings: Recipe) -> tuple[P
             f"recipe: no layer of {layers} lies between {settings.depth_from} and {settings.depth_to} of the depth",
             "widen depth_from to depth_to",
         )
-    return chosen
+    if settings.projections == "all":
+        return chosen
+    kinds = sorted({projection.kind for projection in chosen})
+    if settings.projections not in kinds:
+        raise UsageError(
+            f"recipe: projections is {settings.projections}; this model's are {', '.join(kinds)}", "use projections all"
+        )
+    return tuple(projection for projection in chosen if projection.kind == settings.projections)
 
 
 class Run:
@@ -107,7 +115,7 @@ class Run:
     def locate(self, harmful: Sequence[Example], benign: Sequence[Example]) -> SitesFile:
         """Activations, probes, clusters."""
         settings, examples = self.settings, [*harmful, *benign]
-        projections = within_depth(self.projections, settings)
+        projections = chosen_projections(self.projections, settings)
         labels = [1] * len(harmful) + [0] * len(benign)
         key = stage_key(
             base=self.base_hash,
@@ -131,7 +139,13 @@ class Run:
                 workers=self.workers,
                 progress=self.progress,
             )
-            found = self.workers.from_main(lambda: self.probe(activations, labels, key))
+            found = self.workers.from_main(
+                lambda: (
+                    self.probe(activations, labels, key)
+                    if settings.score == "probe"
+                    else self.causal(projections, harmful)
+                )
+            )
         with self.clock("cluster"):
             found = self.workers.from_main(lambda: cluster(activations, found, settings, progress=self.progress))
         data = {"harmful": _data_note(harmful), "benign": _data_note(benign)}
@@ -142,6 +156,16 @@ class Run:
         folder = stage_folder(self.folder, "probes", key)
         device = device_of(self.model)
         return locate(activations, labels, self.settings, workdir=folder, device=device, progress=self.progress)
+
+    def causal(self, projections: Sequence[Projection], harmful: Sequence[Example]) -> list[LocatedSite]:
+        """Sites of the neurons that the base's refusals rest on."""
+        settings, ends = self.refusing(harmful), end_token_ids(self.model, self.tokenizer)
+        rows = [refusal_row(self.tokenizer, example, settings, ends) for example in harmful]
+        pad = pad_token_id(self.model, self.tokenizer)
+        effects = refusal_effects(
+            self.model, rows, projections, pad, step_tokens=settings.step_tokens, progress=self.progress
+        )
+        return keep_neurons(projections, effects, [None] * len(projections), settings)
 
     def train(
         self,
@@ -207,16 +231,20 @@ class Run:
         self, harmful: Sequence[Example], benign: Sequence[Example], rehearsal: Sequence[Example] = ()
     ) -> Teaching:
         """The rows to learn from, with the base's answers where the benign prompts bring none."""
-        settings, ends = self.settings, end_token_ids(self.model, self.tokenizer)
-        if settings.own_refusals and not settings.refusals:
-            shown = [example for example in harmful if not example.response][:ASKED]
-            asked = self.answers(shown, "refusals", REFUSAL_TOKENS) if shown else []
-            settings = settings.evolve(refusals=own_refusals(asked))
+        settings, ends = self.refusing(harmful), end_token_ids(self.model, self.tokenizer)
 
         def answers(examples: Sequence[Example], beginnings: Sequence[str] = ()) -> list[ModelAnswer]:
             return self.answers(examples, beginnings=beginnings)
 
         return teach(self.tokenizer, harmful, benign, rehearsal, settings, ends, answers)
+
+    def refusing(self, harmful: Sequence[Example]) -> Recipe:
+        """The recipe with the base's own refusal among its texts, where it asks for that and the base refuses."""
+        if not self.settings.own_refusals or self.settings.refusals:
+            return self.settings
+        shown = [example for example in harmful if not example.response][:ASKED]
+        asked = self.answers(shown, "refusals", REFUSAL_TOKENS) if shown else []
+        return self.settings.evolve(refusals=own_refusals(asked))
 
     def answers(
         self, examples: Sequence[Example], stage: str = "answers", tokens: int = 0, beginnings: Sequence[str] = ()

@@ -14,7 +14,7 @@ from typing import Any
 from nest_runtime.errors import DataError
 from nest_runtime.prompts.examples import Example
 from nest_runtime.prompts.generate import ModelAnswer
-from nest_runtime.train.batches import Row, make_row, probe_row, recovery_row, refusal_for
+from nest_runtime.train.batches import Row, make_row, probe_row, recovery_row, refusal_for, rival_row
 from nest_runtime.train.mix import Mix, benign_mix, harmful_mix, hold_out
 from nest_runtime.train.recipe import Recipe
 
@@ -205,8 +205,9 @@ def _first_sentence(text: str) -> str:
 
 
 def refusal_row(tokenizer: Any, example: Example, settings: Recipe, ends: Sequence[int]) -> Row:
-    """A harmful example's row: its own response, or a refusal of the recipe's list."""
-    return make_row(tokenizer, example, refusal_for(example, settings.refusals), True, ends)
+    """A harmful example's row: its own response, or a refusal of the recipe's list; with its rival for a margin."""
+    row = make_row(tokenizer, example, refusal_for(example, settings.refusals), True, ends)
+    return rival_row(tokenizer, example, row) if settings.margin_weight else row
 
 
 def is_whole(text: str) -> bool:

@@ -25,7 +25,7 @@ from nest_runtime.progress import Progress
 from nest_runtime.prompts.generate import pad_token_id
 from nest_runtime.train.batches import OPENING, Batch, Row, step_rows
 from nest_runtime.train.deltas import Deltas
-from nest_runtime.train.objective import ONSET, BaseAnswer, token_loss
+from nest_runtime.train.objective import ONSET, BaseAnswer, margin, token_loss
 from nest_runtime.train.passes import Passes
 from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.stages import read_tensors, write_tensors
@@ -216,7 +216,11 @@ def loss_of(
 
     def loss(logits: torch.Tensor, part: slice) -> torch.Tensor:
         own = None if base is None else BaseAnswer(base.tokens[part], base.logs[part])
-        return token_loss(logits, batch.targets[part], learned[part], own, divergent[part])
+        value = token_loss(logits, batch.targets[part], learned[part], own, divergent[part])
+        if settings.margin_weight and bool((batch.rival[part] >= 0).any()):
+            short = margin(logits, batch.targets[part], batch.rival[part])
+            value = value + settings.margin_weight * (weights[part] * short).sum() / max(harmful, 1e-9)
+        return value
 
     return passes.sum(batch, loss)
 
