@@ -48,6 +48,7 @@ LEVERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "z3": ("z 3, the paper's scale", {"z": 3.0}),
     "ablation": ("refusal direction taken away at half of the tokens", {"ablation": 0.5}),
     "margin": ("a margin over harmful beginnings", {"margin_weight": 1.0}),
+    "mask": ("learned row masks", {"mask_weight": 1.0, "z": 1.5}),
     "recovery": ("no recovery rows", {"recovery_tokens": 0}),
     "kl": ("no divergence from the base; cross-entropy on benign answers", {"kl_weight": 0.0, "benign_weight": 1.0}),
     "framings": ("no framings, nothing in code", {"framings": 0, "code_framings": 0}),

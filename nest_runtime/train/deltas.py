@@ -19,6 +19,8 @@ from nest_runtime.model.experts import Half, difference, routed, units_of
 from nest_runtime.train.forward import checkpointed
 from nest_runtime.train.sites import LocatedSite
 
+MASKED = 0.1  # a learned loading smaller than this leaves its neuron out, where the recipe asks for it
+
 
 @dataclass
 class SiteDelta:
@@ -91,6 +93,23 @@ class Deltas:
         with torch.no_grad():
             for name, tensor in self.tensors.items():
                 tensor.copy_(values[name].to(tensor.device))
+
+    def add_mask_gradient(self, weight: float) -> None:
+        """Add the gradient of ``weight`` · mean |loading| to the loadings' gradients, as Recipe.mask_weight asks."""
+        learned = [part.loadings for part in self.parts if part.loadings is not None]
+        count = sum(loadings.numel() for loadings in learned)
+        for loadings in learned:
+            pull = weight / count * loadings.detach().sign()
+            loadings.grad = pull if loadings.grad is None else loadings.grad + pull
+
+    def mask(self) -> None:
+        """Set loadings below ``MASKED`` to 0, one of every site excepted: an update without neurons is none."""
+        with torch.no_grad():
+            for part in self.parts:
+                if part.loadings is not None:
+                    small = part.loadings.abs() < MASKED
+                    small[part.loadings.abs().argmax()] = False
+                    part.loadings[small] = 0.0
 
     def round_to(self, dtype: torch.dtype) -> None:
         """Round the cluster rows to the values that a patch of ``dtype`` ships."""

@@ -151,6 +151,13 @@ class Recipe:
         low=0,
         high=1e4,
     )
+    mask_weight: float = setting(
+        0.0,
+        "Weight of the loadings' mean size; neurons whose loading comes near 0 are left out of the patch.",
+        more="A learned choice of rows; needs learned loadings. Beyond the paper.",
+        low=0,
+        high=1e4,
+    )
     ablation: float = setting(
         0.0,
         "Probability, per layer and token, of taking the refusal direction away from harmful rows while tuning.",
@@ -247,6 +254,11 @@ class Recipe:
             raise UsageError(
                 f"recipe: depth_to is {self.depth_to}, not above depth_from {self.depth_from}",
                 "give a range of layers, for example 0.0 to 1.0",
+            )
+        if self.mask_weight and self.loadings != "learned":
+            raise UsageError(
+                f"recipe: mask_weight is {self.mask_weight:g} and loadings are {self.loadings}",
+                "set loadings to learned, or mask_weight to 0",
             )
         if self.k_max < self.k_min:
             raise UsageError(f"recipe: k_max is {self.k_max}, below k_min {self.k_min}", "raise k_max or lower k_min")

@@ -382,14 +382,22 @@ def _patch_site(site: LocatedSite, part: Any, dtype: torch.dtype) -> Site:
     deltas = torch.zeros(0, site.d_in) if part is None else part.deltas.detach().cpu()
     stats = {"silhouette": site.silhouette, "probe_accuracy": site.probe_accuracy, "threshold": site.threshold}
     loadings = None if part is None or part.loadings is None else part.loadings.detach().cpu()
+    neurons = torch.tensor(site.neurons, dtype=torch.int32)
+    clusters = torch.tensor(site.clusters, dtype=torch.int32)
+    z = torch.tensor(site.z, dtype=torch.float32)
+    if loadings is not None and not bool(loadings.all()):  # masked neurons, and clusters that are left without any
+        kept = loadings != 0
+        neurons, z, loadings = neurons[kept], z[kept], loadings[kept]
+        rows, clusters = clusters[kept].unique(return_inverse=True)
+        deltas, clusters = deltas[rows.long()], clusters.int()
     return Site(
         name=site.site,
         d_out=site.d_out,
         deltas=deltas.to(dtype),  # type: ignore[arg-type]
-        neurons=torch.tensor(site.neurons, dtype=torch.int32),  # type: ignore[arg-type]
-        clusters=torch.tensor(site.clusters, dtype=torch.int32),  # type: ignore[arg-type]
+        neurons=neurons,  # type: ignore[arg-type]
+        clusters=clusters,  # type: ignore[arg-type]
         loadings=loadings,
-        z=torch.tensor(site.z, dtype=torch.float32),  # type: ignore[arg-type]
+        z=z,  # type: ignore[arg-type]
         stats=stats,
     )
 

@@ -122,6 +122,8 @@ def tune(
             if progress is not None:
                 progress("tune", state.step, settings.steps)
         deltas.load(best)
+        if settings.mask_weight:
+            deltas.mask()
         deltas.round_to(getattr(torch, settings.delta_dtype))
         after = measure(passes, validation, team)
     return TuneResult(state.before, after, state.history, state.best_step, state.step)
@@ -182,6 +184,8 @@ def _step(passes: Passes, optimizer: torch.optim.Optimizer, rows: Sequence[Row],
         raise TrainingError(f"the loss is {value} at step {step}", "lower lr, or train in bfloat16 or float32")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     team.sum_gradients(parameters)
+    if settings.mask_weight:
+        passes.deltas.add_mask_gradient(settings.mask_weight)
     if settings.grad_clip:
         torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
     optimizer.step()

@@ -21,10 +21,10 @@ from nest_runtime.train.objective import MARGIN, margin
 from nest_runtime.train.passes import Passes
 from nest_runtime.train.pipeline import locate_sites, train_patch
 from nest_runtime.train.recipe import Recipe
-from nest_runtime.train.run import chosen_projections
+from nest_runtime.train.run import Run, chosen_projections
 from nest_runtime.train.sites import LocatedSite
 from nest_runtime.train.teaching import refusal_row
-from nest_runtime.train.tune import loss_of
+from nest_runtime.train.tune import loss_of, measure
 from tests.conftest import save_tiny
 from tests.support.train import QUICK, benign_examples, harmful_examples
 
@@ -168,7 +168,58 @@ def test_the_loss_counts_the_margin_at_the_first_token(loaded: Any) -> None:
     assert more == pytest.approx(2.0 * expected / len(row.answer), rel=1e-3)
 
 
+def test_masked_neurons_do_not_ship(loaded: Any, tmp_path: Path) -> None:
+    def made(weight: float) -> Any:
+        return train_patch(
+            loaded.model,
+            loaded.tokenizer,
+            harmful_examples(),
+            benign_examples(),
+            recipe=QUICK.evolve(mask_weight=weight, loadings="learned", loadings_lr=0.1, grad_clip=0.0),
+            name="masked",
+            version="v1",
+            base_hash=loaded.hash,
+            base_model="tiny",
+            workdir=tmp_path / f"{weight}",
+        )
+
+    whole, masked = made(0.0), made(50.0)
+    assert 0 < masked.patch.neurons < whole.patch.neurons
+    for site in masked.patch.sites:
+        if site.n_neurons:
+            assert float(site.loadings.tensor().abs().max()) > 0
+            assert set(site.clusters.tensor().tolist()) == set(range(site.n_clusters))
+    # What was measured last is what ships: the loss of the written patch is the one that the report gives.
+    deltas = {site.name: (site.deltas.tensor().float(), site.loadings.tensor()) for site in masked.patch.sites}
+    located = [
+        LocatedSite(
+            site.name,
+            0,
+            "up",
+            site.d_in,
+            site.d_out,
+            tuple(site.neurons.tensor().tolist()),
+            tuple(site.z.tensor().tolist()),
+            tuple(site.clusters.tensor().tolist()),
+        )
+        for site in masked.patch.sites
+    ]
+    found = Deltas(loaded.model, find_projections(loaded.model), located, "learned", deltas)
+    run = Run(loaded.model, loaded.tokenizer, found.projections, QUICK, loaded.hash, "tiny", tmp_path / "again", None)
+    held = run.teaching(harmful_examples(), benign_examples()).validation
+    with found.attached():
+        again = measure(Passes(loaded.model, found, 0, QUICK), held)
+    after = masked.report["validation"]["after"]
+    assert again["harmful_loss"] == pytest.approx(after["harmful_loss"], rel=1e-4)
+
+
+def test_masks_need_learned_loadings() -> None:
+    with pytest.raises(UsageError, match="mask_weight is 1 and loadings are tied"):
+        QUICK.evolve(mask_weight=1.0, loadings="tied")
+
+
 def test_settings_of_earlier_patches_are_off() -> None:
     assert (
-        Recipe.of_header({}).to_json().items() >= {"score": "probe", "projections": "all", "margin_weight": 0.0}.items()
+        Recipe.of_header({}).to_json().items()
+        >= {"score": "probe", "projections": "all", "margin_weight": 0.0, "mask_weight": 0.0}.items()
     )
