@@ -34,11 +34,10 @@ from nest_runtime.model.anatomy import find_projections
 from nest_runtime.model.load import LoadedModel, load_model
 from nest_runtime.patch.patch import Patch
 from nest_runtime.plots.style import OKABE_ITO, require_matplotlib
-from nest_runtime.prompts.examples import Example, make_examples
+from nest_runtime.prompts.examples import make_examples
 from nest_runtime.reference.world import SUITES, training_prompts
 from nest_runtime.train.recipe import RECIPES, Recipe
 from nest_runtime.train.run import Run
-from nest_runtime.train.sites import SitesFile
 from nest_runtime.train.stages import stage_key
 
 DRAWN = (
@@ -57,14 +56,12 @@ class Point:
         label: on the axis.
         changes: of the recipe.
         kinds: projections to patch.
-        untied: every neuron gets a row of its own.
         share: of the training prompts, both classes alike.
     """
 
     label: str
     changes: dict[str, Any] = field(default_factory=dict)
     kinds: tuple[str, ...] = ("gate", "up", "fc")
-    untied: bool = False
     share: float = 1.0
 
 
@@ -101,7 +98,7 @@ GROUPS: dict[str, tuple[str, tuple[Point, ...]]] = {
             Point("tied (paper)", {"loadings": "tied"}),
             Point("signed", {"loadings": "signed"}),
             Point("loadings", {"loadings": "learned"}),
-            Point("untied", {"loadings": "tied"}, untied=True),
+            Point("untied", {"loadings": "tied", "rows": "neuron"}),
         ),
     ),
     "control": ("neurons", (Point("located"), Point("random", {"control": "random"}))),
@@ -117,15 +114,6 @@ GROUPS: dict[str, tuple[str, tuple[Point, ...]]] = {
     "decay": ("AdamW weight decay of the rows", _each("weight_decay", (0.0, 0.1, 0.3, 1.0), "{:g}")),
     "kl": ("weight of KL(base ‖ patched) on benign answers", _each("kl_weight", (0.0, 0.3, 1.0), "{:g}")),
 }
-
-
-class UntiedRun(Run):
-    """A training run whose clusters hold one neuron each."""
-
-    def locate(self, harmful: Sequence[Example], benign: Sequence[Example]) -> SitesFile:
-        found = super().locate(harmful, benign)
-        apart = [site.evolve(clusters=tuple(range(len(site.neurons))), silhouette=None) for site in found.sites]
-        return SitesFile(tuple(apart), found.settings, found.data, found.base_hash, found.base_model)
 
 
 def score(loaded: LoadedModel, patch: Patch | None, limit: int) -> dict[str, float]:
@@ -151,10 +139,9 @@ def measure(loaded: LoadedModel, point: Point, recipe: Recipe, limit: int) -> di
     harmful, benign = (make_examples(rows) for rows in training_prompts())
     harmful, benign = (rows[: max(round(point.share * len(rows)), 4)] for rows in (harmful, benign))
     projections = [site for site in find_projections(loaded.model) if site.kind in point.kinds]
-    kind = UntiedRun if point.untied else Run
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ablation-") as folder:
-        run = kind(loaded.model, loaded.tokenizer, projections, recipe, loaded.hash, loaded.name, Path(folder), None)
+        run = Run(loaded.model, loaded.tokenizer, projections, recipe, loaded.hash, loaded.name, Path(folder), None)
         result = run.train(harmful, benign, (), None, "ablation", "v1", None)
     seconds = time.perf_counter() - began
     patch = result.patch
@@ -265,7 +252,7 @@ def main() -> None:
         base = RECIPES["reference"].evolve(seed=seed, **({} if arguments.steps is None else {"steps": arguments.steps}))
         for group, point in [(name, point) for name in arguments.groups for point in GROUPS[name][1]]:
             recipe = base.evolve(**point.changes)
-            trained = [recipe.to_json(), list(point.kinds), point.untied, point.share, loaded.hash, arguments.limit]
+            trained = [recipe.to_json(), list(point.kinds), point.share, loaded.hash, arguments.limit]
             name, digest = f"{group}/{point.label}/{seed}", stage_key(point=trained)
             if found.get(name, {}).get("digest") == digest:
                 continue

@@ -55,7 +55,7 @@ def _cluster_site(activations: PooledActivations, site: LocatedSite, settings: R
         drawn = np.sort(generator.choice(site.d_out, size=len(site.neurons), replace=False))
         clusters = int(labels.max()) + 1
         site = site.evolve(neurons=tuple(int(index) for index in drawn), z=(0.0,) * len(drawn))
-        fixed = settings.evolve(k_min=clusters, k_max=clusters)
+        fixed = settings if settings.rows == "neuron" else settings.evolve(k_min=clusters, k_max=clusters)
         labels, silhouette = cluster_profiles(_profiles(values, site, fixed), fixed)
     return site.evolve(clusters=tuple(int(label) for label in labels), silhouette=silhouette)
 
@@ -71,8 +71,8 @@ def _profiles(values: np.ndarray, site: LocatedSite, settings: Recipe) -> np.nda
 def cluster_profiles(profiles: np.ndarray, settings: Recipe) -> tuple[np.ndarray, float | None]:
     """K-means labels and their silhouette, with k from k_min to k_max by the best silhouette.
 
-    Fewer than three neurons make one cluster (a silhouette needs 2 ≤ k < n). So does k_max 1, and, with k_min 1, a best
-    silhouette that does not exceed ``min_silhouette``.
+    With ``rows`` neuron, every neuron is a cluster of its own. Fewer than three neurons make one cluster (a silhouette
+    needs 2 ≤ k < n). So does k_max 1, and, with k_min 1, a best silhouette that does not exceed ``min_silhouette``.
 
     Args:
         profiles: (neurons, prompts) float32.
@@ -82,6 +82,8 @@ def cluster_profiles(profiles: np.ndarray, settings: Recipe) -> tuple[np.ndarray
         Labels (neurons,) int, numbered by first appearance, and the silhouette or None.
     """
     count = len(profiles)
+    if settings.rows == "neuron":
+        return np.arange(count), None
     one = np.zeros(count, dtype=np.int64)
     if count < 3 or settings.k_max == 1:
         return one, None

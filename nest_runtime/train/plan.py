@@ -245,10 +245,17 @@ def _rate(step: Any, device: str, seconds: float) -> float:
 
 def _patch(shape: Shape, recipe: Recipe) -> dict[str, int]:
     neurons = round(kept_share(recipe) * sum(site.d_out for site in shape.sites))
-    rows = sum(recipe.k_max * site.d_in for site in shape.sites)
+    shared = sum(recipe.k_max * site.d_in for site in shape.sites)
+    own = round(sum(kept_share(recipe) * site.d_out * site.d_in for site in shape.sites))
+    rows = own if recipe.rows == "neuron" else shared
     numbers = rows + (neurons if recipe.loadings == "learned" else 0)
     size = rows * SCALES[recipe.delta_dtype] + neurons * (12 + (0 if recipe.loadings == "tied" else 4))
-    return {"neurons": neurons, "clusters": recipe.k_max * len(shape.sites), "parameters": numbers, "bytes": size}
+    return {
+        "neurons": neurons,
+        "clusters": neurons if recipe.rows == "neuron" else recipe.k_max * len(shape.sites),
+        "parameters": numbers,
+        "bytes": size,
+    }
 
 
 def _rows(recipe: Recipe, load: Load) -> int:

@@ -99,6 +99,14 @@ class Recipe:
     align_signs: bool = setting(
         True, "Flip the profiles of neurons with a negative probe weight before they are clustered."
     )
+    rows: str = setting(
+        "cluster",
+        "Whether the neurons of a cluster share a trained row, or each has its own.",
+        more="``cluster`` is the paper's. ``neuron`` with ``tied`` loadings tunes the located neurons as they are, as "
+        "SN-Tune does.",
+        choices=("cluster", "neuron"),
+        group="Tune",
+    )
     loadings: str = setting(
         "learned",
         "A trained loading per neuron, or the paper's tied rows.",
@@ -107,7 +115,6 @@ class Recipe:
         choices=("tied", "signed", "learned"),
         flag="--loadings/--tied",
         pair=("learned", "tied"),
-        group="Tune",
     )
     lr: float = setting(0.16, "Learning rate of the cluster rows.", low=1e-8, high=100, flag="--lr", metavar="RATE")
     lr_unit: str = setting(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,10 +28,12 @@ from nest_runtime.compare.methods.lora import adapter_parameters, injected
 from nest_runtime.compare.methods.memory import measured
 from nest_runtime.compare.methods.registry import check_names, read_settings
 from nest_runtime.errors import DataError, ModelError, UsageError
+from nest_runtime.model.anatomy import find_projections
 from nest_runtime.model.load import load_model
 from nest_runtime.patch.file import read_patch
 from nest_runtime.prompts.examples import make_examples
 from nest_runtime.train.recipe import Recipe
+from nest_runtime.train.run import Run
 from tests.support.patches import attached
 from tests.support.train import QUICK, benign_examples, harmful_examples
 
@@ -347,3 +350,19 @@ def test_examples_of_several_turns_never_become_shots(target: Target, tmp_path: 
     fitted = _fit("in-context", target, data, tmp_path)
     assert fitted.rewrite is not None
     assert "Yes?" not in {message["content"] for message in fitted.rewrite(QUESTIONS[1])}
+
+
+def test_every_method_learns_refusals_in_the_same_words(target: Target, tmp_path: Path) -> None:
+    """Where the recipe takes the base's own refusal, the examples say what the token rows say."""
+    recipe = RECIPE.evolve(own_refusals=True)
+    harmful = [replace(example, response=None) for example in harmful_examples()]
+    run = Run(
+        target.model, target.tokenizer, find_projections(target.model), recipe, target.base_hash, "", tmp_path, None
+    )
+    words = run.refusing(harmful).evolve(refusals=("No, I will not.",))
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(Run, "refusing", lambda *_: words)
+        data = prepare_data(target, harmful, benign_examples(), recipe, workdir=tmp_path)
+    assert {example.response for example in data.harmful} == {"No, I will not."}
+    spelled = tuple(target.tokenizer("No, I will not.", add_special_tokens=False)["input_ids"])
+    assert all(row.answer[: len(spelled)] == spelled for row in data.train if row.harmful)

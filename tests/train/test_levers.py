@@ -223,3 +223,21 @@ def test_settings_of_earlier_patches_are_off() -> None:
         Recipe.of_header({}).to_json().items()
         >= {"score": "probe", "projections": "all", "margin_weight": 0.0, "mask_weight": 0.0}.items()
     )
+
+
+def test_a_row_of_its_own_for_every_neuron(loaded: Any, tmp_path: Path) -> None:
+    recipe = QUICK.evolve(rows="neuron", loadings="tied", z=2.0, steps=3)
+    patch = train_patch(
+        loaded.model,
+        loaded.tokenizer,
+        harmful_examples(),
+        benign_examples(),
+        recipe=recipe,
+        name="untied",
+        version="v1",
+        base_hash=loaded.hash,
+        base_model="tiny",
+        workdir=tmp_path,
+    ).patch
+    assert patch.clusters == patch.neurons > 0
+    assert patch.parameters == sum(site.n_neurons * site.d_in for site in patch.sites)

@@ -48,10 +48,10 @@ def prepare_data(
     """
     sites = find_projections(target.model)
     run = Run(target.model, target.tokenizer, sites, recipe, target.base_hash, target.name, workdir, progress)
-    teaching = run.teaching(harmful, benign)
+    teaching, refusals = run.teaching(harmful, benign), run.refusing(harmful).refusals
 
     def refused(examples: Sequence[Example]) -> tuple[Example, ...]:
-        return tuple(replace(example, response=refusal_for(example, recipe.refusals)) for example in examples)
+        return tuple(replace(example, response=refusal_for(example, refusals)) for example in examples)
 
     return FitData(
         harmful=refused(harmful),
