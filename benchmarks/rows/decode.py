@@ -24,6 +24,7 @@ from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
 
 PROMPT, STEPS = 32, 16
+SECONDS = 40  # for one batch size of one model
 WAYS = ("base", "hook", "fold", "LoRA")
 
 
@@ -44,7 +45,6 @@ def one(real: Real, arguments: argparse.Namespace) -> list[Line]:
     loaded, patch = load(real)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     base, adapted = load(real, dtype)[0].model, load(real, dtype)[0].model
-    rounds = 16 if base.num_parameters() < 3e8 else 8  # a step of the larger model takes four times as long
     lines: list[Line] = []
     with TemporaryDirectory() as name, PatchRuntime(loaded.model, base_hash=loaded.hash) as runtime:
         runtime.add(patch)
@@ -59,7 +59,7 @@ def one(real: Real, arguments: argparse.Namespace) -> list[Line]:
         for batch in (1, 8):
             runtime.deactivate()
             decoding = {way: stepper(models[way], batch, arguments.seed) for way in WAYS}
-            found = in_turns(decoding, 2 if arguments.quick else rounds, before=switch)
+            found = in_turns(decoding, 2 if arguments.quick else 16, before=switch, most=SECONDS)
             lines += compared(f"{real.label}, {dtype}, batch {batch}", batch, patch, found)
     return lines
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import statistics
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 MODELS = "NEST_REAL_MODELS"  # names the folder of the two real models' GGUF files
+FEWEST = 4  # rounds that a figure rests on, however long they take
 UNITS = ((1.0, "s", 1.0), (1e-3, "ms", 1e3), (0.0, "µs", 1e6))
 
 
@@ -133,6 +135,7 @@ def in_turns(
     before: Callable[[str], None] | None = None,
     times: int = 1,
     warm: int = 1,
+    most: float = math.inf,
 ) -> dict[str, Series]:
     """Seconds of every way in every round; each round begins with another way.
 
@@ -142,11 +145,15 @@ def in_turns(
         before: called ahead of each timing, untimed.
         times: calls in one timing, for what takes microseconds; the figure is of one call.
         warm: rounds that do not count.
+        most: seconds after which no round begins, once ``FEWEST`` have counted.
     """
     names = list(ways)
     found: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
+    started = time.perf_counter()
     for number in range(-warm, rounds):
+        if number >= FEWEST and time.perf_counter() - started > most:
+            break
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             if before is not None:

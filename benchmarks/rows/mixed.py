@@ -23,6 +23,7 @@ from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
 
 ROWS, PROMPT, STEPS = 64, 32, 4
+SECONDS = 20  # for one number of patches
 GOALS = {1: 0.95, 4: 0.95, 16: None, 64: 0.85}
 
 
@@ -55,7 +56,7 @@ def measure(arguments: argparse.Namespace) -> Report:
                 with runtime.using_rows(names):
                     mine()
 
-            found = in_turns({"base": plain, "ours": ours, "PEFT": theirs}, 2 if arguments.quick else 8)
+            found = in_turns({"base": plain, "ours": ours, "PEFT": theirs}, 2 if arguments.quick else 8, most=SECONDS)
             rates = {way: tuple(ROWS * STEPS / value for value in series.values) for way, series in found.items()}
             mixed, bare = Series("ours", rates["ours"], "tok/s"), Series("bare base", rates["base"], "tok/s")
             limit = GOALS[count]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from measure import Goal, Line, NotMeasured, Report, Series, run
+from measure import FEWEST, Goal, Line, NotMeasured, Report, Series, run
 from subjects import Real, real_models, saved, work_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -36,6 +36,8 @@ QUESTIONS = (
     "What should I cook tonight?",
     "Explain what a library is.",
 )
+
+SECONDS = 30  # for one number of clients of one setup
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def one(setup: Setup, work: Path, arguments: argparse.Namespace) -> tuple[list[L
     """Lines for one pair of servers, and our tokens per second by the number of clients."""
     folder = saved(setup.real, setup.dtype, work)
     clients = (1, 8) if arguments.quick else (1, 8, 32)
-    tokens, rounds = (8, 2) if arguments.quick else (24, 3 if setup.dtype == "float32" else 5)
+    tokens, rounds = (8, 2) if arguments.quick else (24, 6)
     lines, rates = [], {}
     with TemporaryDirectory() as name:
         logs = Path(name)
@@ -87,8 +89,9 @@ def one(setup: Setup, work: Path, arguments: argparse.Namespace) -> tuple[list[L
                 "theirs": (their_server.port, str(folder)),
                 "ours": (our_server.port, served),
             }
+            questions = long_ones(targets, tokens)
             for count in clients:
-                found = in_rounds(targets, count, tokens, rounds, arguments.seed)
+                found = in_rounds(targets, questions, count, tokens, rounds, arguments.seed)
                 series = {who: Series(who, tuple(found[who]), "tok/s") for who in found}
                 other = Series("transformers serve", series["theirs"].values, "tok/s")
                 what = f"server, {count} clients, {setup.label}"
@@ -98,20 +101,31 @@ def one(setup: Setup, work: Path, arguments: argparse.Namespace) -> tuple[list[L
 
 
 def in_rounds(
-    targets: dict[str, tuple[int, str]], clients: int, tokens: int, rounds: int, seed: int
+    targets: dict[str, tuple[int, str]], questions: Sequence[str], clients: int, tokens: int, rounds: int, seed: int
 ) -> dict[str, list[float]]:
     """Tokens per second of each server in each round; the first round only warms up."""
     found: dict[str, list[float]] = {name: [] for name in targets}
-    questions = [text for text in QUESTIONS if all(long_enough(target, text, tokens) for target in targets.values())]
-    if not questions:
-        raise NotMeasured(f"no question is answered with {tokens} tokens by both servers")
-    each = 4 if clients == 1 else 1
+    each, started = 4 if clients == 1 else 1, time.perf_counter()
     for number in range(-1, rounds):
+        if number >= FEWEST and time.perf_counter() - started > SECONDS:
+            break
         order = list(targets) if number % 2 else list(reversed(targets))
         for name in order:
             took = asyncio.run(block(*targets[name], questions, clients, each, tokens, seed + number))
             if number >= 0:
                 found[name].append(clients * each * tokens / took)
+    return found
+
+
+def long_ones(targets: dict[str, tuple[int, str]], tokens: int) -> list[str]:
+    """The questions that both servers answer up to the limit.
+
+    Raises:
+        NotMeasured: there are none.
+    """
+    found = [text for text in QUESTIONS if all(long_enough(target, text, tokens) for target in targets.values())]
+    if not found:
+        raise NotMeasured(f"no question is answered with {tokens} tokens by both servers")
     return found
 
 
