@@ -47,16 +47,16 @@ class Row:
 
 
 ROWS = {
-    "decode": Row("Decoding under one patch", "decode.py", 270),
-    "server": Row("A server under one patch", "server.py", 540),
-    "mixed": Row("Many patches in one batch", "mixed.py", 180),
-    "swap": Row("Swapping patches", "swap.py", 90),
-    "load": Row("From disk to active", "load.py", 120),
-    "hash": Row("Hashing a model", "hash.py", 90),
+    "decode": Row("Decoding under one patch", "decode.py", 220),
+    "server": Row("A server under one patch", "server.py", 480),
+    "mixed": Row("Many patches in one batch", "mixed.py", 150),
+    "swap": Row("Swapping patches", "swap.py", 45),
+    "load": Row("From disk to active", "load.py", 60),
+    "hash": Row("Hashing a model", "hash.py", 40),
     "locate": Row("Locating", "locate.py", 150),
-    "tune": Row("A training step", "tune.py", 300),
-    "eval": Row("Answers of an evaluation", "evaluate.py", 300),
-    "start": Row("Starting", "start.py", 150),
+    "tune": Row("A training step", "tune.py", 360),
+    "eval": Row("Answers of an evaluation", "evaluate.py", 520),
+    "start": Row("Starting", "start.py", 160),
     "growth": Row("Growth", "growth.py", 210),
 }
 ELSEWHERE = {
