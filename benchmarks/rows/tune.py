@@ -57,7 +57,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         for found in even_batches(lengths, Recipe().step_tokens)
     ]
     others = {name: build(load(real, dtype)[0].model, batches) for name, build in make.items()}
-    times = steps(loaded, patch, rows, others, 2 if arguments.quick else 5)
+    times = steps(loaded, patch, rows, others, 2 if arguments.quick else 4)
     found = {name: Series(name, tuple(values)) for name, values in times.items()}
     what = f"tune step, {len(rows)} rows of {max(lengths)} tokens at most, {real.label}, {dtype}"
     note = f"lowest patched layer {lowest} of {loaded.model.config.num_hidden_layers}"
