@@ -47,15 +47,15 @@ class Row:
 
 
 ROWS = {
-    "decode": Row("Decoding under one patch", "decode.py", 220),
+    "decode": Row("Decoding under one patch", "decode.py", 230),
     "server": Row("A server under one patch", "server.py", 480),
-    "mixed": Row("Many patches in one batch", "mixed.py", 150),
+    "mixed": Row("Many patches in one batch", "mixed.py", 160),
     "swap": Row("Swapping patches", "swap.py", 45),
     "load": Row("From disk to active", "load.py", 60),
     "hash": Row("Hashing a model", "hash.py", 40),
     "locate": Row("Locating", "locate.py", 150),
     "tune": Row("A training step", "tune.py", 360),
-    "eval": Row("Answers of an evaluation", "evaluate.py", 520),
+    "eval": Row("Answers of an evaluation", "evaluate.py", 500),
     "start": Row("Starting", "start.py", 160),
     "growth": Row("Growth", "growth.py", 210),
 }

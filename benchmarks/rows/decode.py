@@ -24,7 +24,7 @@ from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
 
 PROMPT, STEPS = 32, 16
-SECONDS = 40  # for one batch size of one model
+SECONDS = 25  # for one batch size of one model
 WAYS = ("base", "hook", "fold", "LoRA")
 
 

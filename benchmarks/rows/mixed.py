@@ -23,7 +23,7 @@ from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
 
 ROWS, PROMPT, STEPS = 64, 32, 4
-SECONDS = 20  # for one number of patches
+SECONDS = 15  # for one number of patches
 GOALS = {1: 0.95, 4: 0.95, 16: None, 64: 0.85}
 
 
