@@ -78,15 +78,15 @@ def compared(what: str, batch: int, patch: Patch, found: dict[str, Series]) -> l
 
 
 def overhead(what: str, found: dict[str, Series]) -> list[Line]:
-    """What a hook adds to a step beside what a LoRA adds, medians; nothing where the LoRA's is lost in the noise."""
+    """What a hook adds to a step beside what a LoRA adds, medians; nothing where either is lost in the noise."""
     base = found["base"].values
     added = {
         way: statistics.median(a - b for a, b in zip(found[way].values, base, strict=True)) / STEPS
         for way in ("hook", "LoRA")
     }
-    if added["LoRA"] <= 0:
+    if min(added.values()) <= 0:
         return []
-    hook, lora = Series("hook", (max(added["hook"], 0.0),)), Series("PEFT LoRA adds", (added["LoRA"],))
+    hook, lora = Series("hook", (added["hook"],)), Series("PEFT LoRA adds", (added["LoRA"],))
     return [Line(f"added to a step by the hook, {what}", hook, lora, Goal(0.5))]
 
 

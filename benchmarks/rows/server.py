@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from measure import FEWEST, Goal, Line, NotMeasured, Report, Series, run
+from measure import Goal, Line, NotMeasured, Report, Series, run
 from subjects import Real, real_models, saved, work_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -37,7 +37,7 @@ QUESTIONS = (
     "Explain what a library is.",
 )
 
-SECONDS = 30  # for one number of clients of one setup
+FEWEST, SECONDS = 3, 30  # rounds, and after how long no further one begins, for one number of clients
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def one(setup: Setup, work: Path, arguments: argparse.Namespace) -> tuple[list[L
     """Lines for one pair of servers, and our tokens per second by the number of clients."""
     folder = saved(setup.real, setup.dtype, work)
     clients = (1, 8) if arguments.quick else (1, 8, 32)
-    tokens, rounds = (8, 2) if arguments.quick else (24, 6)
+    tokens, rounds = (8, 2) if arguments.quick else (16, 6)
     lines, rates = [], {}
     with TemporaryDirectory() as name:
         logs = Path(name)
@@ -103,17 +103,16 @@ def one(setup: Setup, work: Path, arguments: argparse.Namespace) -> tuple[list[L
 def in_rounds(
     targets: dict[str, tuple[int, str]], questions: Sequence[str], clients: int, tokens: int, rounds: int, seed: int
 ) -> dict[str, list[float]]:
-    """Tokens per second of each server in each round; the first round only warms up."""
+    """Tokens per second of each server in each round; both are warm of the questions asked before."""
     found: dict[str, list[float]] = {name: [] for name in targets}
-    each, started = 4 if clients == 1 else 1, time.perf_counter()
-    for number in range(-1, rounds):
+    each, started = 2 if clients == 1 else 1, time.perf_counter()
+    for number in range(rounds):
         if number >= FEWEST and time.perf_counter() - started > SECONDS:
             break
         order = list(targets) if number % 2 else list(reversed(targets))
         for name in order:
             took = asyncio.run(block(*targets[name], questions, clients, each, tokens, seed + number))
-            if number >= 0:
-                found[name].append(clients * each * tokens / took)
+            found[name].append(clients * each * tokens / took)
     return found
 
 

@@ -74,9 +74,16 @@ def test_an_effect_is_the_slope_of_turning_a_neuron_down(loaded: Any) -> None:
 
 
 def test_causal_scores_keep_neurons_that_refusals_rest_on(loaded: Any, tmp_path: Path) -> None:
-    sites = locate_sites(
-        loaded.model, loaded.tokenizer, harmful_examples(), benign_examples(), recipe=CAUSAL, workdir=tmp_path
-    ).sites
+    found = locate_sites(
+        loaded.model,
+        loaded.tokenizer,
+        harmful_examples(),
+        benign_examples(),
+        recipe=CAUSAL,
+        base_hash=loaded.hash,
+        workdir=tmp_path,
+    )
+    sites = found.file.sites
     rows = [refusal_row(loaded.tokenizer, example, CAUSAL, [2]) for example in harmful_examples()]
     for site, effect in zip(sites, refusal_effects(loaded.model, rows, find_projections(loaded.model), 0), strict=True):
         assert site.probe_accuracy is None
