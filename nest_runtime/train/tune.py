@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from nest_runtime.errors import TrainingError
+from nest_runtime.heap import Trimmer
 from nest_runtime.progress import Progress
 from nest_runtime.prompts.generate import pad_token_id
 from nest_runtime.train.batches import OPENING, Batch, Row, step_rows
@@ -102,6 +103,7 @@ def tune(
     optimizer, state, team = _optimizer(deltas, settings), _TuneState(), workers or Workers()
     best = deltas.copy()
     path = workdir / CHECKPOINT if workdir else None
+    trimmer = Trimmer()
     with _frozen(model), deltas.attached():
         passes = Passes(model, deltas, pad_token_id(model, tokenizer), settings)
         passes.prepare(train)
@@ -115,6 +117,7 @@ def tune(
             rows = step_rows(train, state.step, settings.batch_size, settings.harmful_share, settings.seed)
             state.losses.append(_step(passes, optimizer, rows, state.step, team))
             state.step += 1
+            trimmer.step_done()
             if state.step % settings.validate_every == 0 or state.step == settings.steps:
                 best = _validate(passes, validation, state, best, team)
                 if path is not None and team.main:

@@ -8,10 +8,8 @@ was in use when the block began.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import re
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +20,8 @@ from typing import Protocol
 
 import psutil
 import torch
+
+from nest_runtime.heap import release
 
 INTERVAL = 0.02  # seconds between two samples
 
@@ -44,7 +44,8 @@ class _Meter(Protocol):
 def measured(device: torch.device) -> Iterator[Cost]:
     """Measure the block; the yielded Cost is filled when it ends."""
     cost = Cost()
-    _give_back()
+    gc.collect()
+    release()
     meter = _meter(device)
     began = time.perf_counter()
     try:
@@ -111,12 +112,3 @@ class _Sampler:
     def _run(self) -> None:
         while not self._stop.wait(INTERVAL):
             self._peak = max(self._peak, self._process.memory_info().rss)
-
-
-def _give_back() -> None:
-    """Collect garbage, and on glibc return free heap pages to the system."""
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent from other C libraries
-        if trim is not None:
-            trim(0)
