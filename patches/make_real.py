@@ -23,8 +23,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nest_runtime.compare.methods.memory import measured
 from nest_runtime.model.load import load_model
 from nest_runtime.prompts.examples import Example, load_examples
+from nest_runtime.train.forward import device_of
 from nest_runtime.train.pipeline import train_patch
 from nest_runtime.train.recipe import RECIPES, Recipe
 
@@ -66,30 +68,32 @@ def main() -> None:
         parser.error(f"--version is {options.version}; there is {', '.join(VERSIONS)}")
     making, folder = making_of(name, options.version), options.out / name
     harmful, benign = training_prompts(options.data, making)
-    began, told = time.perf_counter(), [0.0]
+    began, used, told = time.perf_counter(), time.process_time(), [0.0]
 
     def progress(stage: str, done: int, total: int) -> None:
         if time.perf_counter() - told[0] > 30 or done == total:
             told[0] = time.perf_counter()
             print(f"{told[0] - began:6.0f} s  {stage} {done}/{total}", file=sys.stderr, flush=True)
 
-    result = train_patch(
-        loaded.model,
-        loaded.tokenizer,
-        harmful,
-        benign,
-        recipe=making.recipe,
-        name=f"{name}-safety",
-        version=options.version,
-        base_hash=loaded.hash,
-        base_model=loaded.name,
-        progress=progress,
-    )
+    with measured(device_of(loaded.model)) as cost:
+        result = train_patch(
+            loaded.model,
+            loaded.tokenizer,
+            harmful,
+            benign,
+            recipe=making.recipe,
+            name=f"{name}-safety",
+            version=options.version,
+            base_hash=loaded.hash,
+            base_model=loaded.name,
+            progress=progress,
+        )
     folder.mkdir(parents=True, exist_ok=True)
     path = result.patch.save(folder / f"{options.version}.safetensors")
-    print(f"{path}: {result.patch!r}; {json.dumps(result.report['seconds'])}", file=sys.stderr)
+    took = {"peak_bytes": cost.peak_bytes, "processor_seconds": round(time.process_time() - used)}
+    print(f"{path}: {result.patch!r}; {json.dumps({**result.report['seconds'], **took})}", file=sys.stderr)
     if options.report:
-        options.report.write_text(json.dumps(result.report, indent=1) + "\n", encoding="utf-8")
+        options.report.write_text(json.dumps({**result.report, **took}, indent=1) + "\n", encoding="utf-8")
 
 
 def making_of(name: str, version: str) -> Making:
