@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from measure import Goal, Line, Report, Series, run, threads
+from measure import Clock, Goal, Line, Report, Series, run, threads
 from subjects import load, smallest
 
 from nest_runtime.evaluate.run import model_answerer
@@ -37,7 +37,10 @@ def measure(arguments: argparse.Namespace) -> Report:
     with PatchRuntime(loaded.model, base_hash=loaded.hash) as runtime, runtime.using(runtime.add(patch)):
         plain(loaded, talks[:8], 4)
         answer(talks[:8], lambda positions, answers: None)
+        clock = Clock(arguments.seconds)
         for number in range(rounds):
+            if not clock.one_more():
+                break
             for way in ("ours", "plain") if number % 2 else ("plain", "ours"):
                 began = time.perf_counter()
                 if way == "ours":

@@ -121,6 +121,24 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
     return first, third
 
 
+class Clock:
+    """Tells whether there is time for one more piece of work, by what the longest piece so far took.
+
+    Args:
+        seconds: for all of them.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.longest = seconds, 0.0
+        self.began = self.last = time.perf_counter()
+
+    def one_more(self) -> bool:
+        """Whether the next piece fits; called before each of them, the first one included."""
+        now = time.perf_counter()
+        self.longest, self.last = max(self.longest, now - self.last), now
+        return now - self.began + 1.1 * self.longest <= self.seconds
+
+
 def seconds(action: Callable[[], Any]) -> float:
     """What one call takes."""
     began = time.perf_counter()
@@ -181,6 +199,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="few rounds and small sizes: shows that it runs")
     made.add_argument("--models", default=os.environ.get(MODELS), help=f"folder of the real models (${MODELS})")
     made.add_argument("--work", help="folder for copies of models that several rows need; a temporary one without it")
+    made.add_argument(
+        "--seconds", type=float, default=math.inf, help="leave out what would take longer than this in all"
+    )
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--json", action="store_true", help="one JSON document on stdout")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from measure import Goal, Line, NotMeasured, Report, Series, run
+from measure import Clock, Goal, Line, NotMeasured, Report, Series, run
 from subjects import Real, real_models, saved, work_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -57,10 +57,14 @@ def measure(arguments: argparse.Namespace) -> Report:
     reals = real_models(arguments)
     setups = [Setup(reals[0], "bfloat16", "hook")]
     if not arguments.quick:
-        setups += [Setup(reals[0], "float32", "folded"), Setup(reals[1], "bfloat16", "hook")]
-    report, growth = Report(), {}
+        setups += [Setup(reals[1], "bfloat16", "hook"), Setup(reals[0], "float32", "folded")]
+    report, growth, left_out = Report(), {}, []
+    clock = Clock(arguments.seconds)
     with work_folder(arguments) as work:
         for setup in setups:
+            if not clock.one_more():
+                left_out.append(setup.label)
+                continue
             lines, rates = one(setup, work, arguments)
             report.lines += lines
             growth[setup.label] = rates
@@ -69,6 +73,8 @@ def measure(arguments: argparse.Namespace) -> Report:
     table |= {label: [rates[clients] for clients in every] for label, rates in growth.items()}
     plot = {"title": "clients of our server", "x": "clients", "y": "tokens per second", "lines": table}
     report.more["plots"] = {"clients": plot}
+    if left_out:
+        report.more["left_out"] = left_out
     return report
 
 

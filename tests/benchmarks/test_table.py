@@ -46,6 +46,20 @@ def measure(arguments):
     raise NotMeasured("no models here")
 run("absent", None, measure)
 """
+HURRIED = """
+import time
+from measure import Clock, Line, Report, Series, run
+def measure(arguments):
+    clock, report = Clock(arguments.seconds), Report(more={"left_out": []})
+    for name in ("one", "two", "three", "four"):
+        if not clock.one_more():
+            report.more["left_out"].append(name)
+            continue
+        time.sleep(0.4)
+        report.lines.append(Line(name, Series("ours", (1.0,))))
+    return report
+run("hurried", None, measure)
+"""
 SLOW = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
@@ -116,3 +130,16 @@ def test_every_row_has_a_script(table: Any) -> None:
     scripts = {row.script for row in table.ROWS.values()}
     assert scripts == {path.name for path in (BENCHMARKS / "rows").glob("*.py")} - {"measure.py", "subjects.py"}
     assert sum(row.seconds for row in table.ROWS.values()) <= 40 * 60
+
+
+def test_a_row_leaves_out_what_would_take_too_long(
+    table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows(table, tmp_path, hurried=HURRIED)
+    monkeypatch.setattr(table, "ROWS", {"hurried": table.Row("Hurried", str(tmp_path / "hurried.py"), 5)})
+    monkeypatch.setattr(table, "MARGIN", 5 - 1.0)  # one second for pieces of 0.4
+    arguments = table.argparse.Namespace(threads=1, seed=0, quick=False, models=None)
+    found = table.one("hurried", arguments, str(tmp_path))
+    assert [line["what"] for line in found["lines"]] == ["one", "two"]
+    assert found["left_out"] == ["three", "four"]
+    assert "left out for want of time: three, four" in " ".join(table.section(found))
