@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy, log_softmax, softplus
+from torch.nn.functional import log_softmax, softplus
 
 SLICE_NUMBERS = 2**24  # logits in one slice: 64 MiB in float32
 TOP = 64  # tokens of the base's distribution that are kept by themselves; the rest count as one
 MARGIN = 5.0  # nats by which a refusal's first token is to be likelier than its rival
+LEFT = 1e-6  # the least probability that all other tokens together count as having
 ONSET = 4  # tokens at an answer's beginning that Recipe.onset_weight is about
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -66,7 +67,7 @@ def divergence(logits: torch.Tensor, tokens: torch.Tensor, logs: torch.Tensor) -
 
 
 def _rest(probs: torch.Tensor) -> torch.Tensor:
-    return (1 - probs.sum(-1)).clamp(min=1e-6)
+    return (1 - probs.sum(-1)).clamp(min=LEFT)
 
 
 def margin(logits: torch.Tensor, targets: torch.Tensor, rivals: torch.Tensor) -> torch.Tensor:
@@ -127,7 +128,7 @@ def token_loss(
     base: BaseAnswer | None,
     base_weights: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Weighted cross-entropy plus weighted divergence from the base, summed over tokens.
+    """Weighted cross-entropy plus weighted :func:`divergence` from the base, summed over tokens.
 
     Args:
         logits: (n, vocabulary) float32.
@@ -139,9 +140,44 @@ def token_loss(
     Returns:
         A scalar, float32.
     """
-    loss = (weights * cross_entropy(logits, targets, reduction="none")).sum()
-    if base is not None and base_weights is not None and bool((base_weights > 0).any()):
-        chosen = base_weights > 0
-        parted = divergence(logits[chosen], base.tokens[chosen], base.logs[chosen])
-        loss = loss + (base_weights[chosen] * parted).sum()
-    return loss
+    if base is None or base_weights is None:
+        none = torch.zeros_like(weights)
+        empty = targets.new_zeros(len(targets), 0)
+        return _TokenLoss.apply(logits, targets, weights, empty, none.new_zeros(len(targets), 0), none)
+    return _TokenLoss.apply(logits, targets, weights, base.tokens, base.logs, base_weights)
+
+
+class _TokenLoss(torch.autograd.Function):
+    """The loss and its gradient in one go, from one softmax.
+
+    Of a token with softmax q, cross-entropy weight w and divergence weight v, whose base gives its likeliest tokens the
+    probabilities p and all others r, the gradient is (w + v (Σp − c Σq)) q, minus w at the target, plus v (c q − p) at
+    the likeliest tokens. Σ is over these, and c is r over what q leaves to the others.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, weights, tokens, logs, base_weights):  # type: ignore[no-untyped-def]
+        scale = logits.logsumexp(-1, keepdim=True)
+        ours = logits.gather(-1, tokens) - scale  # (n, TOP)
+        probs, likely = logs.exp(), ours.exp()
+        left, our_left = _rest(probs), _rest(likely)
+        parted = (probs * (logs - ours)).sum(-1) + left * (left.log() - our_left.log())
+        missed = (scale - logits.gather(-1, targets[:, None]))[:, 0]
+        diverging = base_weights > 0
+        value = (weights * missed).sum() + torch.where(diverging, base_weights * parted, 0.0).sum()
+        if not ctx.needs_input_grad[0]:
+            return value
+        moves = 1 - likely.sum(-1) > LEFT  # where nothing is left to the others, that term does not move
+        ratio = torch.where(moves, left / our_left, 0.0)
+        pull = torch.where(diverging, base_weights * (probs.sum(-1) - ratio * likely.sum(-1)), 0.0)
+        gradient = (logits - scale).exp_().mul_((weights + pull)[:, None])
+        gradient.scatter_add_(-1, targets[:, None], -weights[:, None])
+        at_likely = torch.where(diverging[:, None], base_weights[:, None] * (ratio[:, None] * likely - probs), 0.0)
+        gradient.scatter_add_(-1, tokens, at_likely)
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    def backward(ctx, given):  # type: ignore[no-untyped-def]
+        (gradient,) = ctx.saved_tensors
+        return gradient * given, None, None, None, None, None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from nest_runtime.errors import DataError, TrainingError
 from nest_runtime.model.anatomy import find_projections, module_of
@@ -18,7 +19,7 @@ from nest_runtime.train.batches import REFUSALS, Row, make_batch, make_row, refu
 from nest_runtime.train.deltas import Deltas
 from nest_runtime.train.forward import Readout, even_batches, hidden_states
 from nest_runtime.train.lower import LowerLayers
-from nest_runtime.train.objective import BaseAnswer, divergence
+from nest_runtime.train.objective import BaseAnswer, divergence, token_loss
 from nest_runtime.train.passes import Passes
 from nest_runtime.train.sites import LocatedSite
 from nest_runtime.train.tune import loss_of, lr_factor, tune
@@ -413,3 +414,24 @@ def test_ablation_takes_the_direction_from_harmful_rows_alone(loaded: Any) -> No
     assert not torch.allclose(plain[0], ablated[0], atol=1e-4)
     torch.testing.assert_close(plain[1], ablated[1])
     torch.testing.assert_close(plain, after)
+
+
+@pytest.mark.parametrize("sure", [1.0, 40.0])
+def test_the_gradient_of_the_loss_is_autograds(sure: float) -> None:
+    """One softmax gives what autograd makes of cross-entropy and divergence, tokens without weight or base included."""
+    generator = torch.Generator().manual_seed(3)
+    logits = (sure * torch.randn(7, 300, generator=generator)).requires_grad_(True)
+    base = BaseAnswer.of(sure * torch.randn(7, 300, generator=generator))
+    targets = torch.randint(0, 300, (7,), generator=generator)
+    weights, base_weights = torch.tensor([1.0, 0, 2, 0.5, 0, 1, 0]), torch.tensor([0.0, 1, 0, 2, 0.5, 0, 0])
+    for known in (base, None):
+        value = token_loss(logits, targets, weights, known, base_weights)
+        (found,) = torch.autograd.grad(3 * value, logits)
+        wanted = (weights * cross_entropy(logits, targets, reduction="none")).sum()
+        if known is not None:
+            wanted = wanted + (base_weights * divergence(logits, known.tokens, known.logs)).sum()
+        (expected,) = torch.autograd.grad(3 * wanted, logits)
+        torch.testing.assert_close(value, wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(token_loss(logits, targets, weights, known, base_weights), value.detach())
