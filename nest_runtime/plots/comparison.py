@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _OTHERS = (
     *(("#332288", "p"), ("#44AA99", "d"), ("#882255", "H"), ("#117733", "8")),
     *zip(style.OKABE_ITO[:7], "os^DvPX", strict=True),
+    *zip(style.OKABE_ITO[:7], "ph8*d<>", strict=True),
 )
 Row = Mapping[str, Any]
 

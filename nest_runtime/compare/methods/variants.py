@@ -48,7 +48,7 @@ class RowMasks(_Changed):
     name = "row-masks"
     title = "learned row masks"
     place = 63
-    look = ("#CC79A7", "X")
+    look = ("#CC79A7", "8")
     usual = False
     changes: ClassVar[Settings] = {"mask_weight": 1.0}
 
