@@ -36,7 +36,7 @@ from nest_runtime.serve.http.problems import install
 from nest_runtime.serve.http.service import E_co
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.patches import PatchTable, ServedPatch, Switch
-from nest_runtime.serve.pools import Pool
+from nest_runtime.serve.pools import Pool, apart
 from nest_runtime.serve.sampling import SamplingParams
 from nest_runtime.serve.tokens import AccessTokens, read_tokens
 from nest_runtime.serve.transformers.engine import TransformersEngine
@@ -87,11 +87,11 @@ class Server(Generic[E_co]):
             NestError: a patch cannot be loaded. Then nothing is served, and never the bare base.
         """
         table, config = self.service.table, self.config
-        table.home = asyncio.get_running_loop()
+        table.home, starting = asyncio.get_running_loop(), Pool("start", 1)
         if config.engine == "transformers" and not config.allowed.special_tokens:
             # Now, so that the first prompt that spells a control token does not wait for it.
-            await asyncio.to_thread(controls(self.service.tokenizer).reader.prepare)
-        first = await asyncio.to_thread(_first_patch, config, table, Store())
+            await starting.run(controls(self.service.tokenizer).reader.prepare)
+        first = await starting.run(_first_patch, config, table, Store())
         who = f"server start by {actor()}"
         if first is not None:
             try:
@@ -145,7 +145,11 @@ class Server(Generic[E_co]):
 
 
 def build(config: ServeConfig) -> Server[TransformersEngine]:
-    """Load the model and build everything around it. Raises NestError."""
+    """Load the model and build everything around it, in a thread of its own (pools.apart). Raises NestError."""
+    return apart("build", _build, config)
+
+
+def _build(config: ServeConfig) -> Server[TransformersEngine]:
     api_keys, admin = secrets_of(config)
     store = Store()
     guard = guard_of(config, store)

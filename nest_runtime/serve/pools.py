@@ -69,6 +69,31 @@ class Pool:
             del future, context, call
 
 
+def apart(name: str, call: Callable[P, T], *arguments: P.args, **more: P.kwargs) -> T:
+    """What a call gives, or raises, made in a thread that ends with it.
+
+    For whatever computes before or beside the engine: OpenMP keeps helpers for every thread that ever computed. With
+    more of them than cores, GNU's puts those of the engine to sleep between any two operations, and each wakes late.
+
+    Args:
+        name: of the thread.
+        call: what to call, with its arguments.
+    """
+    future: Future[T] = Future()
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        try:
+            future.set_result(context.run(call, *arguments, **more))
+        except BaseException as error:  # handed to whoever waits for it, whatever it is
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name=f"nest-{name}", daemon=True)
+    thread.start()
+    thread.join()
+    return future.result()
+
+
 class _Homed(Protocol):
     home: asyncio.AbstractEventLoop | None
 

@@ -24,6 +24,7 @@ from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.generation import EngineRequest, Generation
 from nest_runtime.serve.jobs import Blame, Delivery, Job, dead
 from nest_runtime.serve.limits import Limits
+from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.sampling import Sampler, SamplingParams
 from nest_runtime.serve.served_patch import BASE, NO_DIGEST, ServedPatch
 from nest_runtime.serve.transformers.batch import EngineBatch
@@ -108,7 +109,7 @@ class TransformersEngine:
             EngineError: it does not.
         """
         self._loop = asyncio.get_running_loop()
-        await asyncio.to_thread(self._batch.start)
+        await Pool("start", 1).run(self._batch.start)
         self._watcher = asyncio.create_task(self._watch())
         await self._compare()
         self._truths = []
@@ -151,7 +152,7 @@ class TransformersEngine:
                 pass
         finally:
             generation.cancel()
-        return max(follower.error() for follower in followers)
+        return await Pool("check", 1).run(lambda: max(follower.error() for follower in followers))
 
     def _paged(self, model: Any, runtime: PatchRuntime, sizes: BatchSizes) -> ContinuousBatch:
         try:
