@@ -10,7 +10,7 @@ import sys
 import pytest
 
 PROGRAM = """
-import json, os
+import json, os, time
 import torch
 from nest_runtime.serve.pools import apart
 
@@ -19,6 +19,7 @@ def compute():
     return float((left @ left).exp().sum())
 
 def helpers():
+    time.sleep(0.5)  # threads end a moment after they are joined
     return len(os.listdir("/proc/self/task"))
 
 found = [helpers()]
