@@ -42,8 +42,8 @@ class Setting:
         low, high: the lowest and the highest value allowed, both included; None sets no limit.
         above: a value has to be greater than this.
         choices: the only values allowed.
-        flag: on the command line: ``--k-max``, ``--no-gate`` for a field that is true without it, or a pair
-            ``--loadings/--tied``; empty for a setting without an option.
+        flag: on the command line: ``--k-max``, ``--no-admission-test`` for a field that is true without it, or
+            a pair ``--loadings/--tied``; empty for a setting without an option.
         pair: the two values that such a pair of flags stands for.
         metavar: what stands for the value in ``--help``.
         duration: seconds, typed as ``60s`` or ``5m``.
@@ -103,7 +103,7 @@ class Setting:
 
     @property
     def denied(self) -> bool:
-        """Whether the flag says the opposite of the field: ``--no-gate`` of ``gate``."""
+        """Whether the flag says the opposite of the field: ``--no-admission-test`` of ``admission_test``."""
         return self.kind is bool and self.flag.startswith("--no-")
 
     @property

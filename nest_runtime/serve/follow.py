@@ -64,9 +64,9 @@ class Following(FollowHost):
         self.on_event: Callable[[Event], None] = lambda event: None
         self._config, self._service, self._store, self._audit, self._guard = config, service, store, audit, guard
         self._admission_test: AdmissionTest | None = None
-        if config.gate:
-            limits = (config.min_refused, config.max_refused)
-            self._admission_test = make_admission_test(model_name, config.probes, *limits)
+        if config.admission_test:
+            limits = (config.admission_min_refused, config.admission_max_refused)
+            self._admission_test = make_admission_test(model_name, config.admission_probes, *limits)
         self._follower = Follower(
             config.ref,
             base_hash=table.model_hash,

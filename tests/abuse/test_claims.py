@@ -1,4 +1,4 @@
-"""Claims where they are demanded: channels, followers, policies and the gate take no patch that falls short."""
+"""Claims where they are demanded: channels, followers, policies and admission tests take no patch that falls short."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def test_a_server_goes_on_answering_whatever_the_hub_does(
     publish_revocation(small_patch("v0", seed=9), "answers recipes", REF, key=keys[0])
     point("v2", store, keys)
     news, repo.heads["main"] = repo.heads["main"], before
-    follow = FollowConfig(f"hf://{REPO}@stable", every=0.2, gate=False)
+    follow = FollowConfig(f"hf://{REPO}@stable", every=0.2, admission_test=False)
     config = ServeConfig(model=str(tiny_llama), port=0, trust=(keys[1],), require_signature=True, follow=follow)
     with serving(config) as server:
         seen: list[tuple[int, str]] = []

@@ -37,7 +37,7 @@ def patches(tiny_llama: Path) -> dict[str, Patch]:
 
 
 def following(tiny_llama: Path, keys: Keys, expose: tuple[str, ...] = (), **options: object) -> ServeConfig:
-    options = {"every": 0.3, "gate": False, **options}
+    options = {"every": 0.3, "admission_test": False, **options}
     return ServeConfig(
         model=str(tiny_llama),
         port=0,
@@ -259,7 +259,7 @@ def test_the_gate_keeps_a_useless_patch_out(
 ) -> None:
     publish(patches["v1"], store, keys)
     set_channel(REF, "stable", "v1", store=store, key=keys[0])
-    with serving(following(tiny_llama, keys, gate=True)) as server:
+    with serving(following(tiny_llama, keys, admission_test=True)) as server:
         publish(patches["v2"], store, keys)
         set_channel(REF, "stable", "v2", store=store, key=keys[0])
         assert eventually(

@@ -96,7 +96,7 @@ def test_every_metric_of_the_dashboard_exists(
 ) -> None:
     publish(patches[0], store, keys)
     set_channel(parse_repo("alice/safety"), "stable", "v1", store=store, key=keys[0])
-    follow = FollowConfig("hf://alice/safety@stable", every=30, gate=False)
+    follow = FollowConfig("hf://alice/safety@stable", every=30, admission_test=False)
     with serving(replace(config, patch=None, trust=(keys[1],), require_signature=True, follow=follow)) as server:
         exposed = set(re.findall(r"^# TYPE (\S+) ", server.http("GET", "/metrics").text, re.MULTILINE))
     dashboard = json.loads(DASHBOARD.read_text())

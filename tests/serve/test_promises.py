@@ -75,7 +75,7 @@ def test_a_candidate_s_claims_are_tried_before_the_switch(tmp_path: Path) -> Non
         return of.evolve(version=f"v{n}", serial=n, created="2026-02-18T12:00:00Z")
 
     held_out = ("jailbreak-held-out", "asr")
-    follow = FollowConfig(f"{repo.place}@stable", every=0.3, min_refused=0.0, max_refused=1.0)
+    follow = FollowConfig(f"{repo.place}@stable", every=0.3, admission_min_refused=0.0, admission_max_refused=1.0)
     config = ServeConfig(port=0, trust_policy=policy, follow=follow)
     point(promising(version(10, good), *held_out, 0.2))
     with serving(config) as server:

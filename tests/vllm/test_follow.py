@@ -35,9 +35,9 @@ def test_a_published_version_reaches_the_engine_under_load(
     publish(patches[0], store, (private, public), place=mirror)
     point("v1")
     options = ["--follow", f"{mirror}@stable", "--every", "1s", "--trust", str(public), "--require-signature"]
-    gate = ["--gate-min-refused", "0", "--gate-max-refused", "1"]  # random weights refuse nothing: tried all the same
+    admission = ["--admission-min-refused", "0", "--admission-max-refused", "1"]  # random weights refuse nothing
     seen: list[tuple[str, int, list[int]]] = []
-    with vllm_server(folder, tmp_path / "home", *options, *gate) as server:
+    with vllm_server(folder, tmp_path / "home", *options, *admission) as server:
         stop = threading.Event()
 
         def client(number: int) -> None:

@@ -173,9 +173,9 @@ def test_every_option_of_serve_has_an_environment_variable(monkeypatch: pytest.M
         "REQUIRE_SIGNATURE": "true",
         "FOLLOW": "hf://org/repo@stable",
         "EVERY": "30s",
-        "GATE_PROBES": str(tmp_path / "probes"),
-        "GATE_MIN_REFUSED": "0.5",
-        "GATE_MAX_REFUSED": "0.4",
+        "ADMISSION_PROBES": str(tmp_path / "probes"),
+        "ADMISSION_MIN_REFUSED": "0.5",
+        "ADMISSION_MAX_REFUSED": "0.4",
         "JSON": "1",
     }
     for name, value in variables.items():
@@ -199,7 +199,11 @@ def test_every_option_of_serve_has_an_environment_variable(monkeypatch: pytest.M
             trust=(tmp_path / "a.pub", tmp_path / "b.pub"),
             require_signature=True,
             follow=FollowConfig(
-                "hf://org/repo@stable", every=30, probes=tmp_path / "probes", min_refused=0.5, max_refused=0.4
+                "hf://org/repo@stable",
+                every=30,
+                admission_probes=tmp_path / "probes",
+                admission_min_refused=0.5,
+                admission_max_refused=0.4,
             ),
             json=True,
         )
