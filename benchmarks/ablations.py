@@ -138,7 +138,7 @@ def measure(loaded: LoadedModel, point: Point, recipe: Recipe, limit: int) -> di
     """Train one point and score it."""
     harmful, benign = (make_examples(rows) for rows in training_prompts())
     harmful, benign = (rows[: max(round(point.share * len(rows)), 4)] for rows in (harmful, benign))
-    projections = [site for site in find_projections(loaded.model) if site.kind in point.kinds]
+    projections = [one for one in find_projections(loaded.model) if one.kind in point.kinds]
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="ablation-") as folder:
         run = Run(loaded.model, loaded.tokenizer, projections, recipe, loaded.hash, loaded.name, Path(folder), None)

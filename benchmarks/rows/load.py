@@ -75,10 +75,10 @@ def rows_of_8b(model: Any, seed: int) -> Patch:
     """A random patch, after its rows of the model have become random numbers."""
     patch = random_patch(model, "v1", share=SHARE, clusters=2, base_hash=SOME_HASH, seed=seed, rows_digest=SOME_HASH)
     generator = torch.Generator().manual_seed(seed)
-    sites = {projection.name: projection for projection in find_projections(model)}
+    projections = {projection.name: projection for projection in find_projections(model)}
     for site in patch.sites:
         rows = torch.randn(site.n_neurons, site.d_in, generator=generator)
-        projection = sites[site.name]
+        projection = projections[site.name]
         assert module_of(model, projection) is not None
         write_rows(model, projection, site.neurons.tensor(), rows)
     return random_patch(model, "v1", share=SHARE, clusters=2, base_hash=SOME_HASH, seed=seed)

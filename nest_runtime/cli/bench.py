@@ -228,12 +228,12 @@ def random_patch(loaded: LoadedModel) -> Patch:
 
     generator = torch.Generator().manual_seed(0)
     sites = []
-    for place in find_projections(loaded.model):
-        count = max(CLUSTERS, round(NEURON_SHARE * place.d_out))
-        neurons = torch.randperm(place.d_out, generator=generator)[:count].sort().values.int()
-        deltas = 0.01 * torch.randn(CLUSTERS, place.d_in, generator=generator)
+    for projection in find_projections(loaded.model):
+        count = max(CLUSTERS, round(NEURON_SHARE * projection.d_out))
+        neurons = torch.randperm(projection.d_out, generator=generator)[:count].sort().values.int()
+        deltas = 0.01 * torch.randn(CLUSTERS, projection.d_in, generator=generator)
         clusters = (torch.arange(count) % CLUSTERS).int()
-        sites.append(Site(place.name, place.d_out, deltas, neurons, clusters))  # type: ignore[arg-type]
+        sites.append(Site(projection.name, projection.d_out, deltas, neurons, clusters))  # type: ignore[arg-type]
     return Patch(
         name="random",
         version="bench",

@@ -64,11 +64,11 @@ def _lane(site: SiteView, least: float, largest: float) -> str:
         if norm is not None and norm < least:
             continue
         cluster = int(site.clusters[index])
-        place = 1 + 98 * float(neuron) / max(site.d_out - 1, 1)
+        along = 1 + 98 * float(neuron) / max(site.d_out - 1, 1)
         size = 2.2 + 2.4 * ((norm or 0.0) / largest) ** 0.5
         said = f"<title>{text(describe(site, index))}</title>"
         marks.append(
-            f'<svg x="{place:.2f}%" y="{float(rows[cluster]):.1f}" overflow="visible" data-neuron="" data-says="">'
+            f'<svg x="{along:.2f}%" y="{float(rows[cluster]):.1f}" overflow="visible" data-neuron="" data-says="">'
             f"{said}{charts.mark(cluster, size)}</svg>"
         )
     return (
@@ -78,7 +78,7 @@ def _lane(site: SiteView, least: float, largest: float) -> str:
 
 
 def describe(site: SiteView, index: int) -> str:
-    """One neuron in words: place, z, cluster, loading, norm of its row's update."""
+    """One neuron in words: projection, z, cluster, loading, norm of its row's update."""
     parts = [f"layer {site.layer}, {site.kind}_proj, neuron {int(site.neurons[index])}"]
     parts.append("z –" if site.z is None else f"z {site.z[index]:+.2f}")
     parts.append(f"cluster {int(site.clusters[index])}")

@@ -82,10 +82,10 @@ class Neurons:
         try:
             entry = self.state.entry(digest)
             messages = _messages(own, talk)
-            place = None if site in (None, ALL) else site
+            chosen = None if site in (None, ALL) else site
             backend = self.state.local
             assert backend is not None  # the button exists only where it is not
-            found = activations(backend, entry.digest, self.state.called(entry.digest), messages, place)
+            found = activations(backend, entry.digest, self.state.called(entry.digest), messages, chosen)
         except NestError as error:
             return markup.wrap(markup.alert(error))
         prompt = f'<p class="nr-note">Prompt: {markup.text(messages[-1]["content"])}</p>'

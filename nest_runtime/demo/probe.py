@@ -85,7 +85,7 @@ def activations(
     rows = _by_neuron(patch, site) if site is not None else _by_cluster(patch, base)
     names = tuple(name for name, _, _ in rows)
     values = [
-        np.stack([raw[place][-len(shown) :, columns].mean(axis=1) for _, place, columns in rows])
+        np.stack([raw[name][-len(shown) :, columns].mean(axis=1) for _, name, columns in rows])
         for raw in (base, patched)
     ]
     first = max(_own_tokens(backend.loaded.tokenizer, messages, ids) - (len(ids) - len(shown)), 0)
@@ -110,9 +110,9 @@ def _by_cluster(patch: Patch, raw: _Raw) -> list[tuple[str, str, np.ndarray]]:
         if site.name not in raw:
             continue
         clusters = site.clusters.tensor().numpy()
-        place = _place(site.name)
+        projection = _layer_and_kind(site.name)
         rows += [
-            (f"{place} c{k} ({int((clusters == k).sum())})", site.name, np.flatnonzero(clusters == k))
+            (f"{projection} c{k} ({int((clusters == k).sum())})", site.name, np.flatnonzero(clusters == k))
             for k in np.unique(clusters)
         ]
     return rows
@@ -126,10 +126,10 @@ def _by_neuron(patch: Patch, name: str) -> list[tuple[str, str, np.ndarray]]:
     return [(f"neuron {neurons[i]} (c{clusters[i]})", name, np.array([i])) for i in order]
 
 
-def _place(name: str) -> str:
-    from nest_runtime.plots.view import place_of
+def _layer_and_kind(name: str) -> str:
+    from nest_runtime.plots.view import layer_and_kind
 
-    layer, kind = place_of(name)
+    layer, kind = layer_and_kind(name)
     return f"layer {layer} {kind}"
 
 

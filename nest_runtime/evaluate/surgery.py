@@ -180,8 +180,8 @@ def _layers(model: Any) -> Any:
     from nest_runtime.model.anatomy import find_projections
     from nest_runtime.train.lower import decoder_layers
 
-    sites = find_projections(model)
-    layers = decoder_layers(model, sites[0])[0] if sites else None
+    projections = find_projections(model)
+    layers = decoder_layers(model, projections[0])[0] if projections else None
     if layers is None:
         raise EvaluationError("the model's decoder layers are not in one list", "other attacks need no layers")
     return layers

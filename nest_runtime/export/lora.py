@@ -1,8 +1,8 @@
 """A patch as low-rank pairs: ΔW = B·A for every module it changes, exactly.
 
-A site's update M·D (docs/reference/patch-format.md) is a LoRA with A = D, B = M and scaling 1. The halves of a fused
-module stack: A holds both sets of cluster rows, B has each half's columns in its own rows. Experts take the form
-of PEFT's ``target_parameters``: the same A for every expert, one B for each. All numbers are float32,
+A site's update M·D (docs/reference/patch-format.md) is a LoRA with A = D, B = M and scaling 1. Both sites of a
+fused module stack: A holds both sets of cluster rows, B has each site's columns in its own rows. Experts take the
+form of PEFT's ``target_parameters``: the same A for every expert, one B for each. All numbers are float32,
 which holds every dtype of a patch exactly.
 """
 
@@ -89,13 +89,13 @@ def pairs_of(patch: Patch, layout: Mapping[str, Projection]) -> list[Pair]:
 
 
 def _guess(site: Site) -> Projection:
-    """What a site's name says of its module: the halves of a fused one lie one after the other."""
-    whole, _, half = site.name.partition(":")
-    return Projection(site.name, 0, half or "fc", whole, site.d_in, site.d_out, site.d_out if half == "up" else 0)
+    """What a site's name says of its module: gate and up of a fused one lie one after the other."""
+    whole, _, kind = site.name.partition(":")
+    return Projection(site.name, 0, kind or "fc", whole, site.d_in, site.d_out, site.d_out if kind == "up" else 0)
 
 
 def outputs_of(projection: Projection) -> int:
-    """Outputs of the module behind a projection, or of one of its experts: both halves where it is fused."""
+    """Outputs of the module behind a projection, or of one of its experts: of gate and up where it is fused."""
     return projection.each * (2 if ":" in projection.name else 1)
 
 

@@ -226,8 +226,8 @@ def _site(
         a, b = (tensors[f"{_PREFIX}{module}.lora_{part}.weight"] for part in "AB")
         deltas = a[column : column + facts["rows"]]
         experts = max(projection.experts, 1)
-        expert, row, place = b_index(neurons, clusters, projection, column)
-        loadings = b[row, place * experts + expert].float() if facts["loadings"] else None
+        expert, row, cluster = b_index(neurons, clusters, projection, column)
+        loadings = b[row, cluster * experts + expert].float() if facts["loadings"] else None
     return Site(
         name=entry["name"],
         d_out=entry["d_out"],

@@ -1,10 +1,10 @@
-"""Where a model keeps its FFN neurons: one :class:`Projection` for every patchable linear map.
+"""Where a model keeps its FFN neurons: one :class:`Projection` for every matrix that can be patched.
 
 Detection reads the module tree, not a list of model classes. It finds a decoder layer's ``gate_proj`` and ``up_proj``,
-a fused ``gate_up_proj``, the first matrix of a two-matrix FFN, or the first matrices of a layer's experts in one
-parameter. Of a multimodal model only the language model counts. What it cannot identify with certainty (experts
-stored otherwise, several towers, layers of different kinds) it refuses with UnknownArchitecture. It never patches in
-part. ``register_architecture`` adds another layout. Nothing here installs hooks or knows of patches.
+a fused ``gate_up_proj``, the first of an FFN's two matrices, or gate and up of a layer's experts in one parameter. Of
+a multimodal model only the language model counts. What it cannot identify with certainty (experts stored otherwise,
+several towers, layers of different kinds) it refuses with UnknownArchitecture. It never patches in part.
+``register_architecture`` adds another layout. Nothing here installs hooks or knows of patches.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def register_architecture(
         gate, up: canonical module names with ``{layer}`` in place of the layer's index,
             e.g. ``transformer.blocks.{layer}.ffn.w1``.
         gate_up: one fused module; the first half of its outputs is gate, the second up.
-        fc: the first matrix of a two-matrix FFN.
+        fc: the first of an FFN's two matrices.
 
     Raises:
         UsageError: no pattern is given, or one lacks ``{layer}``.
@@ -166,17 +166,17 @@ def _detected_projections(model: nn.Module, linears: _Linears) -> list[Projectio
     towers: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for path, module in model.named_modules():
         name = canonical_name(path)
-        place = _place(name) if name.startswith(within) else None
-        if place is None:
+        found_at = _position(name) if name.startswith(within) else None
+        if found_at is None:
             continue
-        tower, layer, leaf = place
+        tower, layer, leaf = found_at
         if is_experts(module):
             towers[tower][layer] |= {"gate", "up"}
             found += _expert_projections(path, module, layer)
         elif is_linear(module) and leaf in _FC_LEAVES | {"gate_proj", "up_proj", "gate_up_proj"}:
             kind = _kind(name, leaf, linears)
             if kind == "gate_up" and model_type not in _FUSED_GATE_FIRST:
-                raise _unknown(model, linears, f"the order of the halves of {name} is not known")
+                raise _unknown(model, linears, f"whether gate or up comes first in {name} is not known")
             towers[tower][layer] |= {"gate", "up"} if kind == "gate_up" else {kind}
             found += _projections(name, path, module, layer, kind)
     _refuse_uneven(model, linears, towers)
@@ -197,7 +197,7 @@ def _language_tower(model: nn.Module, linears: _Linears) -> str:
     return canonical_name(path) + "."
 
 
-def _place(name: str) -> tuple[str, int, str] | None:
+def _position(name: str) -> tuple[str, int, str] | None:
     """Tower, layer and leaf of a module's name within a stack of layers, or None if it is something else."""
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]

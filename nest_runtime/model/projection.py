@@ -1,4 +1,4 @@
-"""One patchable FFN projection, the live module behind it, and the names both go by.
+"""One projection: a matrix of the model that can be patched. The live module behind it, and the names both go by.
 
 Names are canonical: free of what torch.compile, PEFT, DDP and FSDP put in between, so that a patch
 made on the bare model fits the wrapped one. Which projections a model has is anatomy.py's business.
@@ -19,18 +19,18 @@ _WRAPPER_PREFIXES = ("module.", "base_model.model.")
 
 @dataclass(frozen=True)
 class Projection:
-    """One FFN projection whose output neurons can be patched.
+    """A matrix of the model, (d_out, d_in), whose rows are neurons that can be patched.
 
-    The projections of all experts of a layer are one: neuron n is neuron n mod (d_out / experts) of expert
+    Those of all experts of a layer are one: neuron n is neuron n mod (d_out / experts) of expert
     n // (d_out / experts).
 
     Attributes:
-        name: canonical, e.g. ``model.layers.0.mlp.gate_proj``; the halves of a fused one end in ``:gate`` and ``:up``.
+        name: canonical, e.g. ``model.layers.0.mlp.gate_proj``; of a fused module ``….gate_up_proj:gate`` and ``:up``.
         layer: index of the decoder layer.
-        kind: ``gate``, ``up``, or ``fc`` (first matrix of a two-matrix FFN).
+        kind: ``gate``, ``up``, or ``fc`` (the first of an FFN's two matrices).
         module: dotted path of the module in the live model; differs from ``name`` when wrapped.
         d_in: inputs.
-        d_out: neurons of this projection, those of all experts; half the module's outputs when it is fused.
+        d_out: neurons of this projection, those of all experts; half the outputs of a fused module.
         offset: first of them in the output of the module, or of one expert.
         layout: ``linear`` for a weight [outputs, d_in], ``conv1d`` for [d_in, outputs] (GPT-2).
         stride: step from one neuron to the next in that output; 2 where gate and up alternate (gpt-oss).
@@ -107,7 +107,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds the first matrices of several gated experts in one parameter.
+    """Whether a module holds gate and up of several experts in one parameter.
 
     transformers 5 marks them (``use_experts_implementation``) with how they are stored and, in ``_apply_gate``, how
     gate and up are joined; a module without these marks is not understood.

@@ -1,6 +1,6 @@
 """A safety patch as an immutable value.
 
-A :class:`Patch` is a header and a tuple of :class:`Site`. A site holds, for one FFN projection,
+A :class:`Patch` is a header and a tuple of :class:`Site`. A site holds, for one projection,
 the K trained cluster rows D [K, d_in], the n patched neurons (row indices of W [d_out, d_in]),
 each neuron's cluster, and optionally one loading per neuron. Its update is
 

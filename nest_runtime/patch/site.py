@@ -1,4 +1,7 @@
-"""The update of one FFN projection as an immutable, validated value. See patch.py for the whole patch."""
+"""A projection that a patch changes, with its neurons and their update: an immutable, validated value.
+
+See patch.py for the whole patch.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,255}")
 
 @dataclass(frozen=True)
 class Site:
-    """The update of one FFN projection.
+    """A projection that a patch changes: its neurons, and what is added to their rows.
 
     Attributes:
         name: the projection's name (``anatomy.Projection.name``).

@@ -110,7 +110,7 @@ def view_of_sites(file: SitesFile, title: str) -> NeuronView:
     return NeuronView(title, sites, dict(file.settings), file.base_hash, file.base_model)
 
 
-def place_of(name: str) -> tuple[int, str]:
+def layer_and_kind(name: str) -> tuple[int, str]:
     """The layer and kind of a projection, by its canonical name (anatomy.Projection.name)."""
     found = _LAYER.search(name)
     leaf = name.rsplit(".", 1)[-1]
@@ -119,7 +119,7 @@ def place_of(name: str) -> tuple[int, str]:
 
 
 def _patch_site(site: Site) -> SiteView:
-    layer, kind = place_of(site.name)
+    layer, kind = layer_and_kind(site.name)
     stats = site.stats
     return SiteView(
         site.name,

@@ -23,14 +23,14 @@ from nest_runtime.model.gguf.header import find_gguf, read_header
 from nest_runtime.model.gguf.model import GgufRows
 from nest_runtime.model.projection import Projection
 from nest_runtime.patch.patch import Patch
-from nest_runtime.runtime.delta import Place
+from nest_runtime.runtime.delta import LiveProjection
 
 _HINT = (
     "use the patch's own base model, loaded from its checkpoint, unmerged; `nest-runtime retarget` makes of it a patch "
     "for a sibling; force=True overrides, and is recorded"
 )
 
-Rows = Callable[[Place, torch.Tensor], torch.Tensor]
+Rows = Callable[[LiveProjection, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,20 @@ class LiveBase:
 
     Attributes:
         model: the live model.
-        places: its projections by site name.
+        live: its projections by name.
         hash: its hash in memory, or a given one; None if it cannot be hashed (quantized).
-        rows: reads pristine rows [n, d_in] of a place, whatever is folded.
+        rows: reads pristine rows [n, d_in] of a projection, whatever is folded.
     """
 
     model: nn.Module
-    places: Mapping[str, Place]
+    live: Mapping[str, LiveProjection]
     hash: str | None
     rows: Rows
 
     @property
     def projections(self) -> list[Projection]:
         """The model's projections."""
-        return [place.projection for place in self.places.values()]
+        return [live.projection for live in self.live.values()]
 
 
 def memory_hash(model: nn.Module) -> str | None:
@@ -65,14 +65,13 @@ def memory_hash(model: nn.Module) -> str | None:
 
 def saved_rows(patch: Patch, base: LiveBase) -> dict[str, torch.Tensor]:
     """CPU copies of the pristine rows that a patch changes, by site: [n, d_in] in the weight's dtype. Quantized sites
-        are
-    left out.
+    are left out.
     """
     saved = {}
     for site in patch.sites:
         if site.n_neurons:
             try:
-                saved[site.name] = base.rows(base.places[site.name], site.neurons.tensor().long()).cpu()
+                saved[site.name] = base.rows(base.live[site.name], site.neurons.tensor().long()).cpu()
             except ModelError:
                 continue  # hook mode needs no rows, and folding such a site raises this very error
     return saved
@@ -150,7 +149,7 @@ def _checkpoint_fits(patch: Patch, base: LiveBase, saved: Mapping[str, torch.Ten
         if site.name not in saved:
             continue
         try:
-            stored[site.name] = reader.read(base.places[site.name].projection, site.neurons.tensor())
+            stored[site.name] = reader.read(base.live[site.name].projection, site.neurons.tensor())
         except ModelError:
             return False  # it keeps no such rows, so it cannot speak for them
         if not torch.equal(stored[site.name].to(saved[site.name].dtype), saved[site.name]):

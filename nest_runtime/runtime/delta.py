@@ -27,7 +27,7 @@ Call = tuple[torch.Tensor, ...]  # a module's inputs, each with the tokens first
 
 
 @dataclass(frozen=True)
-class Place:
+class LiveProjection:
     """One projection and the live module behind it, found once.
 
     The module object is kept, not its path: wrapping the model later (PEFT, torch.compile) changes
@@ -39,17 +39,17 @@ class Place:
 
     @property
     def key(self) -> str:
-        """The module's canonical name; the halves of a fused module share it."""
+        """The module's canonical name; gate and up of a fused module share it."""
         return self.projection.name.partition(":")[0]
 
 
-def find_places(model: nn.Module) -> dict[str, Place]:
-    """Every patchable projection of a model, by site name.
+def live_projections(model: nn.Module) -> dict[str, LiveProjection]:
+    """Every patchable projection of a model, by name.
 
     Raises:
         UnknownArchitecture: no FFN projections are known for it.
     """
-    return {p.name: Place(module_of(model, p), replace(p, module="")) for p in find_projections(model)}
+    return {p.name: LiveProjection(module_of(model, p), replace(p, module="")) for p in find_projections(model)}
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,14 @@ class LinearDelta:
     """The update of one linear module's outputs: y[..., rows] += loadings · (x Dᵀ)[..., clusters].
 
     Args:
-        parts: the module's non-empty sites with their projections, all of one d_in.
+        sites: the module's non-empty sites with their projections, all of one d_in.
     """
 
-    def __init__(self, parts: Sequence[tuple[Site, Projection]]) -> None:
-        self.parts = tuple(parts)
-        self.n_clusters = sum(site.n_clusters for site, _ in parts)
-        self.n_neurons = sum(site.n_neurons for site, _ in parts)
-        self.d_in = parts[0][0].d_in
+    def __init__(self, sites: Sequence[tuple[Site, Projection]]) -> None:
+        self.sites = tuple(sites)
+        self.n_clusters = sum(site.n_clusters for site, _ in sites)
+        self.n_neurons = sum(site.n_neurons for site, _ in sites)
+        self.d_in = sites[0][0].d_in
         self._cached: tuple[torch.device, torch.dtype, DeltaTensors] | None = None
         self.stacks: dict[Any, StackedTensors] = {}  # with those of other patches; kept by the first of them
 
@@ -143,13 +143,13 @@ class LinearDelta:
         # Not inference tensors even when first needed inside inference_mode: a training pass may come next.
         with torch.inference_mode(False), torch.no_grad():
             deltas, rows, clusters, loadings, first = [], [], [], [], 0
-            for site, projection in self.parts:
+            for site, projection in self.sites:
                 deltas.append(site.deltas.tensor().to(dtype))
                 rows.append(projection.rows(site.neurons.tensor()))
                 clusters.append(site.clusters.tensor().long() + first)
                 loadings.append(torch.ones(site.n_neurons) if site.loadings is None else site.loadings.tensor())
                 first += site.n_clusters
-            tied = all(site.loadings is None for site, _ in self.parts)
+            tied = all(site.loadings is None for site, _ in self.sites)
             return DeltaTensors(
                 torch.cat(deltas).to(device),
                 torch.cat(rows).to(device),

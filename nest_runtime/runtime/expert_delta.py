@@ -14,7 +14,7 @@ from torch import nn
 from nest_runtime.model.experts import Half, difference, units_of
 from nest_runtime.model.projection import Projection
 from nest_runtime.patch.patch import Patch, Site
-from nest_runtime.runtime.delta import Call, LinearDelta, ModuleDelta, Place, settle
+from nest_runtime.runtime.delta import Call, LinearDelta, LiveProjection, ModuleDelta, settle
 from nest_runtime.runtime.fold import FoldRecord, read_rows
 
 
@@ -31,13 +31,13 @@ class ExpertsDelta:
     """The update of one experts module's gate and up neurons.
 
     Args:
-        parts: its non-empty sites with their projections.
-        halves: places of gate and of up, in this order; both, whichever has a site.
+        sites: its non-empty sites with their projections.
+        projections: gate and up, in this order; both, whichever has a site.
     """
 
-    def __init__(self, parts: Sequence[tuple[Site, Projection]], halves: Sequence[Place]) -> None:
-        self._sites = {projection.kind: site for site, projection in parts}
-        self._halves = tuple(halves)
+    def __init__(self, sites: Sequence[tuple[Site, Projection]], projections: Sequence[LiveProjection]) -> None:
+        self._sites = {projection.kind: site for site, projection in sites}
+        self._projections = tuple(projections)
         self._cached: tuple[torch.device, torch.dtype, ExpertTensors] | None = None
 
     def build(self, device: torch.device, dtype: torch.dtype) -> ExpertTensors:
@@ -56,27 +56,29 @@ class ExpertsDelta:
             settle([x.device])
             self._cached = cached
         tensors = cached[2]
-        gate, up = (_rows(place, tensors.units, fold) for place in self._halves)
+        gate, up = (_rows(live, tensors.units, fold) for live in self._projections)
         base = (gate, up)
         added = difference(module, (x, chosen, weights), tensors.units, base, base, tensors.gate, tensors.up)
         return y + added.reshape(y.shape).to(y.dtype)
 
 
-def module_deltas(patch: Patch, places: Mapping[str, Place]) -> dict[str, ModuleDelta]:
-    """A patch's updates by canonical module name; its sites must be among ``places``."""
-    parts: dict[str, list[tuple[Site, Projection]]] = {}
+def module_deltas(patch: Patch, projections: Mapping[str, LiveProjection]) -> dict[str, ModuleDelta]:
+    """A patch's updates by canonical module name; its sites must be among ``projections``."""
+    sites: dict[str, list[tuple[Site, Projection]]] = {}
     for site in patch.sites:
         if site.n_neurons:
-            place = places[site.name]
-            parts.setdefault(place.key, []).append((site, place.projection))
-    return {key: _module_delta(key, found, places) for key, found in parts.items()}
+            live = projections[site.name]
+            sites.setdefault(live.key, []).append((site, live.projection))
+    return {key: _module_delta(key, found, projections) for key, found in sites.items()}
 
 
-def _module_delta(key: str, parts: Sequence[tuple[Site, Projection]], places: Mapping[str, Place]) -> ModuleDelta:
-    if not parts[0][1].experts:
-        return LinearDelta(parts)
-    halves = {place.projection.kind: place for place in places.values() if place.key == key}
-    return ExpertsDelta(parts, (halves["gate"], halves["up"]))
+def _module_delta(
+    key: str, sites: Sequence[tuple[Site, Projection]], projections: Mapping[str, LiveProjection]
+) -> ModuleDelta:
+    if not sites[0][1].experts:
+        return LinearDelta(sites)
+    by_kind = {live.projection.kind: live for live in projections.values() if live.key == key}
+    return ExpertsDelta(sites, (by_kind["gate"], by_kind["up"]))
 
 
 def _half(site: Site, units: torch.Tensor, device: torch.device, dtype: torch.dtype) -> Half:
@@ -86,6 +88,6 @@ def _half(site: Site, units: torch.Tensor, device: torch.device, dtype: torch.dt
     return Half(half.deltas.to(device), half.clusters.to(device), half.loadings.to(device))
 
 
-def _rows(place: Place, units: torch.Tensor, fold: FoldRecord | None) -> torch.Tensor:
-    """Pristine rows (m, d_in) of one half."""
-    return read_rows(place, units) if fold is None else fold.rows(place, units)
+def _rows(live: LiveProjection, units: torch.Tensor, fold: FoldRecord | None) -> torch.Tensor:
+    """Pristine rows (m, d_in) of one projection."""
+    return read_rows(live, units) if fold is None else fold.rows(live, units)

@@ -24,7 +24,7 @@ from nest_runtime.errors import BaseMismatch
 from nest_runtime.model import anatomy
 from nest_runtime.model.experts import difference, units_of
 from nest_runtime.model.row_bytes import RowBytes, bits_of, row_bytes
-from nest_runtime.runtime.delta import Call, Loaded, Place
+from nest_runtime.runtime.delta import Call, LiveProjection, Loaded
 
 _ROUNDINGS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -33,7 +33,7 @@ _ROUNDINGS = (torch.bfloat16, torch.float16, torch.float32)
 class FoldedSite:
     """One site's rows before and after, in the dtype and on the device they had then."""
 
-    place: Place
+    live: LiveProjection
     neurons: torch.Tensor  # (n,) int64
     pristine: torch.Tensor  # (n, d_in)
     folded: torch.Tensor  # (n, d_in)
@@ -44,16 +44,16 @@ class FoldedSite:
         Raises:
             BaseMismatch: the rows in the model come from the folded ones by no conversion of dtype.
         """
-        current = read_rows(self.place, self.neurons)
+        current = read_rows(self.live, self.neurons)
         candidates = zip(_conversions(self.folded, current), _conversions(self.pristine, current), strict=True)
         for folded, pristine in candidates:
             if torch.equal(folded, current):
                 return pristine
-        raise _edited(self.place, loaded, "while it was folded in")
+        raise _edited(self.live, loaded, "while it was folded in")
 
     def undo(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """``y`` [..., outputs] with this site's rows computed from the pristine weights; x is [..., d_in]."""
-        rows = self.place.projection.rows(self.neurons).to(y.device)
+        rows = self.live.projection.rows(self.neurons).to(y.device)
         bias = module.bias[rows].to(x.dtype) if isinstance(module.bias, torch.Tensor) else None
         base = F.linear(x, self.pristine.to(x.device, x.dtype), bias)  # (..., n)
         return y.index_copy(-1, rows, base.to(y.dtype))
@@ -64,7 +64,7 @@ class _Pair:
     """One site's rows before and after, as bytes, and where they are in the live model."""
 
     site: FoldedSite
-    live: RowBytes
+    memory: RowBytes
     pristine: tuple[bytearray, np.ndarray]
     folded: tuple[bytearray, np.ndarray]
     scratch: np.ndarray  # (n, d_in); shared with the other sites
@@ -82,7 +82,7 @@ class Exchange:
         if not all(self._stands(pair, pair.pristine[0]) for pair in self._pairs):
             return False
         for pair in self._pairs:
-            journal.write_bits(pair.site.place, pair.site.neurons, pair.site.pristine, pair.live, pair.folded[1])
+            journal.write_bits(pair.site.live, pair.site.neurons, pair.site.pristine, pair.memory, pair.folded[1])
         return True
 
     def unfold(self, journal: Journal) -> bool:
@@ -90,7 +90,7 @@ class Exchange:
         if not all(self._stands(pair, pair.folded[0]) for pair in self._pairs):
             return False
         for pair in self._pairs:
-            journal.write_bits(pair.site.place, pair.site.neurons, pair.site.folded, pair.live, pair.pristine[1])
+            journal.write_bits(pair.site.live, pair.site.neurons, pair.site.folded, pair.memory, pair.pristine[1])
         return True
 
     def follow(self, earlier: Exchange, journal: Journal) -> bool:
@@ -100,14 +100,14 @@ class Exchange:
         if not all(earlier._stands(pair, pair.folded[0]) for pair in earlier._pairs):
             return False
         for mine, other in zip(self._pairs, earlier._pairs, strict=True):
-            journal.write_bits(other.site.place, other.site.neurons, other.site.folded, other.live, mine.folded[1])
+            journal.write_bits(other.site.live, other.site.neurons, other.site.folded, other.memory, mine.folded[1])
         return True
 
     def _alike(self, other: Exchange) -> bool:
         """Whether both are about the same rows of the same base; the answer for the last one asked about is kept."""
         if self._compared is None or self._compared[0]() is not other:
             same = len(self._pairs) == len(other._pairs) and all(
-                mine.site.place is theirs.site.place
+                mine.site.live is theirs.site.live
                 and torch.equal(mine.site.neurons, theirs.site.neurons)
                 and mine.pristine[0] == theirs.pristine[0]
                 for mine, theirs in zip(self._pairs, other._pairs, strict=True)
@@ -116,9 +116,9 @@ class Exchange:
         return self._compared[1]
 
     def _stands(self, pair: _Pair, expected: bytearray) -> bool:
-        if pair.live.find() is not self._dtype:
+        if pair.memory.find() is not self._dtype:
             return False
-        pair.live.read(pair.scratch)
+        pair.memory.read(pair.scratch)
         return expected == pair.scratch  # one comparison of memory
 
 
@@ -128,12 +128,12 @@ class FoldRecord:
 
     loaded: Loaded
     sites: Mapping[str, tuple[FoldedSite, ...]]
-    halves: Mapping[str, tuple[Place, Place]]  # gate and up of the experts modules among ``sites``
+    experts: Mapping[str, tuple[LiveProjection, LiveProjection]]  # gate and up of the experts modules among ``sites``
     exchange: Exchange | None = None  # where all rows are plain memory
 
     def undo(self, key: str, module: nn.Module, call: Call, y: torch.Tensor) -> torch.Tensor:
         """A module's output [..., outputs] as the pristine weights give it; ``y`` itself is not changed."""
-        if key in self.halves:
+        if key in self.experts:
             return self._undo_experts(key, module, call, y)
         for site in self.sites.get(key, ()):
             y = site.undo(module, call[0], y)
@@ -142,19 +142,19 @@ class FoldRecord:
     def _undo_experts(self, key: str, module: nn.Module, call: Call, y: torch.Tensor) -> torch.Tensor:
         x, chosen, weights = call
         units = units_of([site.neurons for site in self.sites[key]])
-        gate, up = self.halves[key]
+        gate, up = self.experts[key]
         have = read_rows(gate, units), read_rows(up, units)
         base = self.rows(gate, units), self.rows(up, units)
         added = difference(module, (x, chosen, weights), units.to(x.device), have, base)
         return y + added.reshape(y.shape).to(y.dtype)
 
-    def rows(self, place: Place, neurons: torch.Tensor) -> torch.Tensor:
+    def rows(self, live: LiveProjection, neurons: torch.Tensor) -> torch.Tensor:
         """Rows [n, d_in] of the live weights, with folded ones replaced by their pristine values; ``neurons`` is [n]
         int64.
         """
-        current, neurons = read_rows(place, neurons), neurons.cpu()
-        for site in self.sites.get(place.key, ()):
-            if site.place.projection.name == place.projection.name:
+        current, neurons = read_rows(live, neurons), neurons.cpu()
+        for site in self.sites.get(live.key, ()):
+            if site.live.projection.name == live.projection.name:
                 where = torch.searchsorted(site.neurons, neurons).clamp(max=len(site.neurons) - 1)
                 hit = site.neurons[where] == neurons  # (n,)
                 pristine = site.pristine_now(self.loaded)
@@ -166,25 +166,25 @@ class Journal:
     """Writes rows and remembers the old ones, so that all of them can be restored."""
 
     def __init__(self) -> None:
-        self._written: list[tuple[Place, torch.Tensor, torch.Tensor]] = []
+        self._written: list[tuple[LiveProjection, torch.Tensor, torch.Tensor]] = []
 
-    def write(self, place: Place, neurons: torch.Tensor, rows: torch.Tensor) -> None:
+    def write(self, live: LiveProjection, neurons: torch.Tensor, rows: torch.Tensor) -> None:
         """Overwrite rows and remember the old ones.
 
         Args:
-            place: the projection on the model.
+            live: the projection on the model.
             neurons: [n] int64 row numbers.
             rows: [n, d_in] in any floating-point dtype; converted to the weight's.
         """
-        self._written.append((place, neurons, read_rows(place, neurons)))
-        write_rows(place, neurons, rows)
+        self._written.append((live, neurons, read_rows(live, neurons)))
+        write_rows(live, neurons, rows)
 
     def write_bits(
-        self, place: Place, neurons: torch.Tensor, before: torch.Tensor, live: RowBytes, bits: np.ndarray
+        self, live: LiveProjection, neurons: torch.Tensor, before: torch.Tensor, memory: RowBytes, bits: np.ndarray
     ) -> None:
         """Overwrite rows as bytes; ``before`` [n, d_in] is known to be there now."""
-        self._written.append((place, neurons, before))
-        anatomy.write_rows(place.module, place.projection, live, bits)
+        self._written.append((live, neurons, before))
+        anatomy.write_rows(live.module, live.projection, memory, bits)
 
     def roll_back(self) -> None:
         """Restore all rows, latest first. Continues past a write that fails, and raises its error at the end."""
@@ -198,31 +198,33 @@ class Journal:
             raise failed
 
 
-def read_rows(place: Place, neurons: torch.Tensor) -> torch.Tensor:
+def read_rows(live: LiveProjection, neurons: torch.Tensor) -> torch.Tensor:
     """A normal-tensor copy [n, d_in] of live rows, even of weights made in inference mode; ``neurons`` is [n] int64."""
     with torch.inference_mode(False), torch.no_grad():
-        return anatomy.read_rows(place.module, place.projection, neurons)
+        return anatomy.read_rows(live.module, live.projection, neurons)
 
 
-def write_rows(place: Place, neurons: torch.Tensor, rows: torch.Tensor) -> None:
+def write_rows(live: LiveProjection, neurons: torch.Tensor, rows: torch.Tensor) -> None:
     """Overwrite live rows in place, even of weights made in inference mode.
 
     Args:
-        place: the projection on the model.
+        live: the projection on the model.
         neurons: [n] int64 row numbers.
         rows: [n, d_in] in any floating-point dtype.
     """
-    weight = anatomy.weight_of(place.module, place.projection)
+    weight = anatomy.weight_of(live.module, live.projection)
     with torch.inference_mode(weight is not None and weight.is_inference()):
-        anatomy.write_rows(place.module, place.projection, neurons, rows)
+        anatomy.write_rows(live.module, live.projection, neurons, rows)
 
 
-def fold(loaded: Loaded, places: Mapping[str, Place], journal: Journal, kept: FoldRecord | None = None) -> FoldRecord:
+def fold(
+    loaded: Loaded, projections: Mapping[str, LiveProjection], journal: Journal, kept: FoldRecord | None = None
+) -> FoldRecord:
     """Write W[rows] = W₀[rows] + ΔW for every site; the sum is taken in float32 (or wider) and rounded once.
 
     Args:
         loaded: the patch; nothing may be folded now.
-        places: the model's projections by site name.
+        projections: the model's, by name.
         journal: receives every write.
         kept: the record of an earlier fold of this patch.
 
@@ -235,23 +237,23 @@ def fold(loaded: Loaded, places: Mapping[str, Place], journal: Journal, kept: Fo
     plan: dict[str, list[FoldedSite]] = {}
     for site in loaded.patch.sites:
         if site.n_neurons:
-            place, neurons = places[site.name], site.neurons.tensor().long()
-            current = read_rows(place, neurons)
+            live, neurons = projections[site.name], site.neurons.tensor().long()
+            current = read_rows(live, neurons)
             if site.name in loaded.saved and not _matches(loaded.saved[site.name], current):
-                raise _edited(place, loaded, "since the patch was added")
+                raise _edited(live, loaded, "since the patch was added")
             wide = torch.promote_types(current.dtype, torch.float32)
             folded = current.to(wide) + site.row_deltas(wide).to(current.device)
-            plan.setdefault(place.key, []).append(FoldedSite(place, neurons, current, folded.to(current.dtype)))
+            plan.setdefault(live.key, []).append(FoldedSite(live, neurons, current, folded.to(current.dtype)))
     exchange = _exchange(plan)
     for sites in plan.values():
         for planned in sites:
-            journal.write(planned.place, planned.neurons, planned.folded)
-    halves = {
-        key: tuple(place for place in places.values() if place.key == key)
+            journal.write(planned.live, planned.neurons, planned.folded)
+    experts = {
+        key: tuple(live for live in projections.values() if live.key == key)
         for key, sites in plan.items()
-        if sites[0].place.projection.experts
+        if sites[0].live.projection.experts
     }
-    return FoldRecord(loaded, {key: tuple(sites) for key, sites in plan.items()}, halves, exchange)  # type: ignore[arg-type]
+    return FoldRecord(loaded, {key: tuple(sites) for key, sites in plan.items()}, experts, exchange)  # type: ignore[arg-type]
 
 
 def _exchange(plan: Mapping[str, list[FoldedSite]]) -> Exchange | None:
@@ -259,21 +261,21 @@ def _exchange(plan: Mapping[str, list[FoldedSite]]) -> Exchange | None:
     planned = [(key, number, site) for key, sites in plan.items() for number, site in enumerate(sites)]
     found = []
     for _, _, site in planned:
-        live = row_bytes(site.place.module, site.place.projection, site.neurons)
-        if live is None or live.find() is not site.pristine.dtype:
+        memory = row_bytes(site.live.module, site.live.projection, site.neurons)
+        if memory is None or memory.find() is not site.pristine.dtype:
             return None
-        found.append(live)
+        found.append(memory)
     if len({site.pristine.dtype for _, _, site in planned}) != 1:  # or there is none
         return None
     scratch = bytearray(max(site.pristine.nbytes for _, _, site in planned))
     pairs = []
-    for (key, number, site), live in zip(planned, found, strict=True):
+    for (key, number, site), memory in zip(planned, found, strict=True):
         before, before_bits, pristine = bits_of(site.pristine)
         after, after_bits, folded = bits_of(site.folded)
-        shared = FoldedSite(site.place, site.neurons, pristine, folded)
+        shared = FoldedSite(site.live, site.neurons, pristine, folded)
         plan[key][number] = shared
         room = np.frombuffer(scratch, before_bits.dtype, before_bits.size).reshape(before_bits.shape)
-        pairs.append(_Pair(shared, live, (before, before_bits), (after, after_bits), room))
+        pairs.append(_Pair(shared, memory, (before, before_bits), (after, after_bits), room))
     return Exchange(pairs, planned[0][2].pristine.dtype)
 
 
@@ -292,7 +294,7 @@ def unfold(record: FoldRecord, journal: Journal) -> None:
         for site in sites:
             restored.append((site, site.pristine_now(record.loaded)))
     for site, pristine in restored:
-        journal.write(site.place, site.neurons, pristine)
+        journal.write(site.live, site.neurons, pristine)
 
 
 def follow(record: FoldRecord, kept: FoldRecord | None, journal: Journal) -> bool:
@@ -311,9 +313,9 @@ def follow(record: FoldRecord, kept: FoldRecord | None, journal: Journal) -> boo
     return kept.exchange.follow(record.exchange, journal)
 
 
-def _edited(place: Place, loaded: Loaded, when: str) -> BaseMismatch:
+def _edited(live: LiveProjection, loaded: Loaded, when: str) -> BaseMismatch:
     return BaseMismatch(
-        f"rows of {place.projection.name} that {loaded.full_name} changes were changed by something else {when}",
+        f"rows of {live.projection.name} that {loaded.full_name} changes were changed by something else {when}",
         "load the base model again; merge or train only with no patch folded in",
     )
 

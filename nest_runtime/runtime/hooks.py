@@ -22,7 +22,7 @@ from torch import nn
 from nest_runtime.errors import NestError
 from nest_runtime.model.experts import routed
 from nest_runtime.runtime.bank import active_slot, add_from_bank, snapshot
-from nest_runtime.runtime.delta import Loaded, Place
+from nest_runtime.runtime.delta import LiveProjection, Loaded
 from nest_runtime.runtime.passes import PassLock
 from nest_runtime.runtime.selection import Active, Selection, View
 
@@ -213,21 +213,21 @@ class Wiring:
         self._forward: PassForward | None = None
         self._before: Any = None
 
-    def cover(self, places: Mapping[str, Place], keys: Mapping[str, Any]) -> None:
+    def cover(self, projections: Mapping[str, LiveProjection], keys: Mapping[str, Any]) -> None:
         """Hook the modules named by ``keys`` that have no hook yet."""
-        missing = {p.key: p for p in places.values() if p.key in keys and p.key not in self._handles}
+        missing = {p.key: p for p in projections.values() if p.key in keys and p.key not in self._handles}
         if self._forward is None:
             trunk = self._board.trunk
             self._before = trunk.__dict__.get("forward")  # a wrapper of somebody else (accelerate)
             self._forward = PassForward(self._board)
             trunk.forward = self._forward
-        for key, place in missing.items():
-            if place.projection.experts:
+        for key, live in missing.items():
+            if live.projection.experts:
                 self._board.experts = True
                 hook = ExpertsHook(self._board, key)
-                self._handles[key] = place.module.register_forward_hook(hook, with_kwargs=True)
+                self._handles[key] = live.module.register_forward_hook(hook, with_kwargs=True)
             else:
-                self._handles[key] = place.module.register_forward_hook(SiteHook(self._board, key))
+                self._handles[key] = live.module.register_forward_hook(SiteHook(self._board, key))
         if missing:
             _forget_graphs()
 

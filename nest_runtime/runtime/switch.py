@@ -17,7 +17,7 @@ from nest_runtime.model.anatomy import find_projections, weight_of
 from nest_runtime.patch.patch import Patch, check_sites
 from nest_runtime.runtime import checks
 from nest_runtime.runtime.bank import Bank
-from nest_runtime.runtime.delta import Loaded, Place, find_places, settle
+from nest_runtime.runtime.delta import LiveProjection, Loaded, live_projections, settle
 from nest_runtime.runtime.expert_delta import module_deltas
 from nest_runtime.runtime.fold import FoldRecord, Journal, fold, follow, read_rows, unfold
 from nest_runtime.runtime.hooks import Board, Wiring, trunk_of
@@ -49,7 +49,7 @@ class PatchRuntime:
         self._model = model
         self._hash = base_hash
         self._hashed = base_hash is not None
-        self._places: dict[str, Place] = find_places(model)
+        self._projections: dict[str, LiveProjection] = live_projections(model)
         self._board = Board(trunk_of(model, find_projections(model)[0].module))
         self._wiring = Wiring(self._board)
         self._bank: Bank | None = None
@@ -124,11 +124,11 @@ class PatchRuntime:
             known = self._table.same(patch)
             if known is not None:
                 return self._table.key(known)
-            check_sites(patch, [place.projection for place in self._places.values()])
-            base = checks.LiveBase(self._model, self._places, self._base_hash(), self._pristine)
+            check_sites(patch, [live.projection for live in self._projections.values()])
+            base = checks.LiveBase(self._model, self._projections, self._base_hash(), self._pristine)
             saved = checks.saved_rows(patch, base)
             forced = self._check_base(patch, base, saved, force)
-            loaded = Loaded(patch, module_deltas(patch, self._places), saved, forced)
+            loaded = Loaded(patch, module_deltas(patch, self._projections), saved, forced)
             with pause():
                 self._connect(loaded)
             self._table.insert(loaded)
@@ -299,7 +299,7 @@ class PatchRuntime:
             unfold(now, journal)
         if loaded is None:
             return None
-        record = fold(loaded, self._places, journal, kept)
+        record = fold(loaded, self._projections, journal, kept)
         self._keep(record)
         return record
 
@@ -314,7 +314,7 @@ class PatchRuntime:
         """Where the weights are; empty on a CPU alone, where nothing is left to wait for."""
         if not torch.cuda.is_available():
             return set()
-        weights = [weight_of(place.module, place.projection) for place in self._places.values()]
+        weights = [weight_of(live.module, live.projection) for live in self._projections.values()]
         return {weight.device for weight in weights if weight is not None}
 
     def _publish(self, active: Active) -> None:
@@ -331,14 +331,14 @@ class PatchRuntime:
 
     def _connect(self, loaded: Loaded) -> None:
         """Hooks and buffers for a new patch; neither changes what a pass computes."""
-        modules = {place.key: place.module for place in self._places.values()}
+        modules = {live.key: live.module for live in self._projections.values()}
         if self._bank is None:
-            first = next(iter(self._places.values()))
+            first = next(iter(self._projections.values()))
             weight = weight_of(first.module, first.projection)
             self._bank = Bank(self._board.trunk, torch.device("cpu") if weight is None else weight.device)
         try:
             self._bank.add(loaded, modules)
-            self._wiring.cover(self._places, loaded.deltas)
+            self._wiring.cover(self._projections, loaded.deltas)
         except BaseException:
             self._bank.remove(loaded)
             raise
@@ -359,9 +359,9 @@ class PatchRuntime:
             self._hash, self._hashed = checks.memory_hash(self._model), True
         return self._hash
 
-    def _pristine(self, place: Place, neurons: torch.Tensor) -> torch.Tensor:
+    def _pristine(self, live: LiveProjection, neurons: torch.Tensor) -> torch.Tensor:
         record = self._board.active.fold
-        return read_rows(place, neurons) if record is None else record.rows(place, neurons)
+        return read_rows(live, neurons) if record is None else record.rows(live, neurons)
 
     def _refuse_closed(self) -> None:
         if self._closed:

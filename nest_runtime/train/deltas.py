@@ -57,21 +57,21 @@ class Deltas:
         by_name = {projection.name: projection for projection in projections}
         self.model, self.enabled, self.learned = model, True, loadings == "learned"
         self.projections = tuple(projections)
-        self.parts = [
+        self.sites = [
             _site_delta(model, by_name[site.site], site, loadings, (starts or {}).get(site.site))
             for site in sites
             if site.neurons
         ]
-        for part in self.parts:
-            part.deltas.requires_grad_(True)
-            if self.learned and part.loadings is not None:
-                part.loadings.requires_grad_(True)
+        for site in self.sites:
+            site.deltas.requires_grad_(True)
+            if self.learned and site.loadings is not None:
+                site.loadings.requires_grad_(True)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every number by name, trained or fixed: ``deltas`` [K, d_in] and ``loadings`` [n] of each site, float32."""
-        found = {f"{part.site.site}.deltas": part.deltas for part in self.parts}
-        found.update({f"{p.site.site}.loadings": p.loadings for p in self.parts if p.loadings is not None})
+        found = {f"{site.site.site}.deltas": site.deltas for site in self.sites}
+        found.update({f"{p.site.site}.loadings": p.loadings for p in self.sites if p.loadings is not None})
         return found
 
     @property
@@ -82,7 +82,7 @@ class Deltas:
     @property
     def lowest(self) -> Projection | None:
         """A projection of the lowest layer that changes; None if no layer does."""
-        return min((part.projection for part in self.parts), key=lambda found: found.layer, default=None)
+        return min((site.projection for site in self.sites), key=lambda found: found.layer, default=None)
 
     def copy(self) -> dict[str, torch.Tensor]:
         """A detached copy of every number, by name; shapes as in ``tensors``."""
@@ -96,7 +96,7 @@ class Deltas:
 
     def add_mask_gradient(self, weight: float) -> None:
         """Add the gradient of ``weight`` · mean |loading| to the loadings' gradients, as Recipe.mask_weight asks."""
-        learned = [part.loadings for part in self.parts if part.loadings is not None]
+        learned = [site.loadings for site in self.sites if site.loadings is not None]
         count = sum(loadings.numel() for loadings in learned)
         for loadings in learned:
             pull = weight / count * loadings.detach().sign()
@@ -105,17 +105,17 @@ class Deltas:
     def mask(self) -> None:
         """Set loadings below ``MASKED`` to 0, one of every site excepted: an update without neurons is none."""
         with torch.no_grad():
-            for part in self.parts:
-                if part.loadings is not None:
-                    small = part.loadings.abs() < MASKED
-                    small[part.loadings.abs().argmax()] = False
-                    part.loadings[small] = 0.0
+            for site in self.sites:
+                if site.loadings is not None:
+                    small = site.loadings.abs() < MASKED
+                    small[site.loadings.abs().argmax()] = False
+                    site.loadings[small] = 0.0
 
     def round_to(self, dtype: torch.dtype) -> None:
         """Round the cluster rows to the values that a patch of ``dtype`` ships."""
         with torch.no_grad():
-            for part in self.parts:
-                part.deltas.copy_(part.deltas.to(dtype).float())
+            for site in self.sites:
+                site.deltas.copy_(site.deltas.to(dtype).float())
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -124,13 +124,13 @@ class Deltas:
         Layers that checkpoint their activations do so inside (forward.checkpointed).
         """
         by_module: dict[nn.Module, list[SiteDelta]] = {}
-        for part in self.parts:
-            by_module.setdefault(module_of(self.model, part.projection), []).append(part)
+        for site in self.sites:
+            by_module.setdefault(module_of(self.model, site.projection), []).append(site)
         handles = [
-            module.register_forward_hook(self._experts_hook(parts), with_kwargs=True)
+            module.register_forward_hook(self._experts_hook(sites), with_kwargs=True)
             if is_experts(module)
-            else module.register_forward_hook(self._hook(parts))
-            for module, parts in by_module.items()
+            else module.register_forward_hook(self._hook(sites))
+            for module, sites in by_module.items()
         ]
         try:
             with checkpointed(self.model):
@@ -139,37 +139,37 @@ class Deltas:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, parts: list[SiteDelta]) -> Any:
-        places = [part.projection.rows(part.neurons) for part in parts]
+    def _hook(self, sites: list[SiteDelta]) -> Any:
+        outputs = [site.projection.rows(site.neurons) for site in sites]
 
         def add(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             if not self.enabled:
                 return output
             x, low_from = inputs[0], 0
-            stacked = torch.cat([part.deltas for part in parts]).to(x.dtype)  # (all clusters, d_in)
+            stacked = torch.cat([site.deltas for site in sites]).to(x.dtype)  # (all clusters, d_in)
             low = nn.functional.linear(x, stacked)  # (…, all clusters)
-            for part, rows in zip(parts, places, strict=True):
-                values = low[..., low_from + part.clusters]  # (…, neurons)
-                if part.loadings is not None:
-                    values = values * part.loadings.to(x.dtype)
+            for site, rows in zip(sites, outputs, strict=True):
+                values = low[..., low_from + site.clusters]  # (…, neurons)
+                if site.loadings is not None:
+                    values = values * site.loadings.to(x.dtype)
                 # In place: a copy as wide as the module's output would live until the backward pass.
                 output.index_add_(-1, rows, values)
-                low_from += len(part.deltas)
+                low_from += len(site.deltas)
             return output
 
         return add
 
-    def _experts_hook(self, parts: list[SiteDelta]) -> Any:
-        units = units_of([part.neurons for part in parts])
-        places = [_half_of(self.projections, parts[0].projection, kind) for kind in ("gate", "up")]
+    def _experts_hook(self, sites: list[SiteDelta]) -> Any:
+        units = units_of([site.neurons for site in sites])
+        both = [_of_kind(self.projections, sites[0].projection, kind) for kind in ("gate", "up")]
 
         def add(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
             if not self.enabled:
                 return output
-            gate, up = (read_rows(module, replace(place, module=""), units) for place in places)
+            gate, up = (read_rows(module, replace(projection, module=""), units) for projection in both)
             halves = {
-                part.projection.kind: Half.of(units, part.neurons, part.clusters, part.deltas, part.loadings)
-                for part in parts
+                site.projection.kind: Half.of(units, site.neurons, site.clusters, site.deltas, site.loadings)
+                for site in sites
             }
             call, rows = routed(args, kwargs), (gate, up)
             added = difference(module, call, units, rows, rows, halves.get("gate"), halves.get("up"))
@@ -178,7 +178,7 @@ class Deltas:
         return add
 
 
-def _half_of(projections: Sequence[Projection], like: Projection, kind: str) -> Projection:
+def _of_kind(projections: Sequence[Projection], like: Projection, kind: str) -> Projection:
     """The gate or the up projection of the experts that ``like`` belongs to."""
     return next(p for p in projections if p.tensor == like.tensor and p.kind == kind)
 

@@ -91,7 +91,7 @@ class Shape:
         layers, hidden, vocabulary: as usual.
         widest: outputs of its widest FFN module, that a pass holds at once.
         cache: bytes of keys and values a token.
-        sites: the projections that the recipe takes; ``lowest`` the share of layers at and above the first of them.
+        projections: those that the recipe takes; ``lowest`` the share of layers at and above the first of them.
     """
 
     parameters: int
@@ -104,7 +104,7 @@ class Shape:
     vocabulary: int
     widest: int
     cache: int
-    sites: tuple[Projection, ...]
+    projections: tuple[Projection, ...]
     lowest: float
 
 
@@ -117,10 +117,10 @@ def shape_of(model: nn.Module, dtype: str, recipe: Recipe) -> Shape:
     config: Any = unwrap(model).config
     text = config.get_text_config()
     every = find_projections(model)
-    sites = chosen_projections(every, recipe)
-    layers = max(site.layer for site in every) + 1
+    projections = chosen_projections(every, recipe)
+    layers = max(projection.layer for projection in every) + 1
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    experts = max((site.experts for site in every), default=0)
+    experts = max((projection.experts for projection in every), default=0)
     chosen = int(getattr(text, "num_experts_per_tok", None) or experts)
     stored = sum(p.numel() for p in model.parameters() if experts and p.ndim == 3 and p.shape[0] == experts)
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
@@ -138,10 +138,10 @@ def shape_of(model: nn.Module, dtype: str, recipe: Recipe) -> Shape:
         layers=layers,
         hidden=int(text.hidden_size),
         vocabulary=int(embedding.shape[0]),
-        widest=max(site.each for site in every) * (1 if not experts else chosen),
+        widest=max(projection.each for projection in every) * (1 if not experts else chosen),
         cache=2 * layers * heads * width * itemsize,
-        sites=sites,
-        lowest=1 - min(site.layer for site in sites) / layers,
+        projections=projections,
+        lowest=1 - min(projection.layer for projection in projections) / layers,
     )
 
 
@@ -152,9 +152,9 @@ def plan(shape: Shape, recipe: Recipe, load: Load, speed: Speed) -> dict[str, An
     return {
         "parameters": shape.parameters,
         "weights_bytes": shape.weights,
-        "sites": len(shape.sites),
+        "sites": len(shape.projections),
         "layers": shape.layers,
-        "patched_layers": len({site.layer for site in shape.sites}),
+        "patched_layers": len({projection.layer for projection in shape.projections}),
         "patch": patch,
         "stages": {
             "answers": {"memory_bytes": _answers_memory(shape, recipe, load), "disk_bytes": 0, "seconds": answers},
@@ -181,20 +181,20 @@ def pass_memory(shape: Shape, recipe: Recipe, load: Load) -> int:
     stream = 6 * tokens * shape.hidden * max(shape.itemsize, 4) // 2  # residual and norms, which go by float32
     ffn = 4 * tokens * shape.widest * shape.itemsize  # gate, up, their product, the masked copy
     masks = rows * load.prompt_tokens**2 * 4
-    pooled = rows * sum(site.d_out for site in shape.sites) * 4
+    pooled = rows * sum(projection.d_out for projection in shape.projections) * 4
     return stream + ffn + masks + pooled
 
 
 def probe_memory(shape: Shape, recipe: Recipe, load: Load) -> int:
     """Of the widest probe: its activations, the part to fit on, and what standardizing takes meanwhile; float32."""
-    widest = max(site.d_out for site in shape.sites)
+    widest = max(projection.d_out for projection in shape.projections)
     return int(load.prompts * widest * 4 * (1 + 2 * (1 - recipe.probe_holdout)))
 
 
 def activations_disk(shape: Shape, load: Load) -> int:
     """Pooled activations of every prompt: float16, or float32 of a float32 model."""
     size = 4 if shape.itemsize == 4 else 2
-    return load.prompts * sum(site.d_out for site in shape.sites) * size
+    return load.prompts * sum(projection.d_out for projection in shape.projections) * size
 
 
 def tune_memory(shape: Shape, recipe: Recipe, load: Load, trained: int) -> int:
@@ -244,15 +244,15 @@ def _rate(step: Any, device: str, seconds: float) -> float:
 
 
 def _patch(shape: Shape, recipe: Recipe) -> dict[str, int]:
-    neurons = round(kept_share(recipe) * sum(site.d_out for site in shape.sites))
-    shared = sum(recipe.k_max * site.d_in for site in shape.sites)
-    own = round(sum(kept_share(recipe) * site.d_out * site.d_in for site in shape.sites))
+    neurons = round(kept_share(recipe) * sum(projection.d_out for projection in shape.projections))
+    shared = sum(recipe.k_max * projection.d_in for projection in shape.projections)
+    own = round(sum(kept_share(recipe) * projection.d_out * projection.d_in for projection in shape.projections))
     rows = own if recipe.rows == "neuron" else shared
     numbers = rows + (neurons if recipe.loadings == "learned" else 0)
     size = rows * SCALES[recipe.delta_dtype] + neurons * (12 + (0 if recipe.loadings == "tied" else 4))
     return {
         "neurons": neurons,
-        "clusters": neurons if recipe.rows == "neuron" else recipe.k_max * len(shape.sites),
+        "clusters": neurons if recipe.rows == "neuron" else recipe.k_max * len(shape.projections),
         "parameters": numbers,
         "bytes": size,
     }
@@ -286,8 +286,8 @@ def _answers_seconds(shape: Shape, recipe: Recipe, load: Load, speed: Speed) -> 
 
 
 def _locate_seconds(shape: Shape, load: Load, speed: Speed) -> float:
-    numbers = load.prompts * sum(site.d_out for site in shape.sites)
-    highest = (max(site.layer for site in shape.sites) + 1) / shape.layers  # the pass ends there
+    numbers = load.prompts * sum(projection.d_out for projection in shape.projections)
+    highest = (max(projection.layer for projection in shape.projections) + 1) / shape.layers  # the pass ends there
     passed = highest * _forward(shape, load.prompts * (load.mean - load.answer), speed)
     return passed + PROBE_PASSES * 2 * 4 * numbers / speed.bandwidth
 

@@ -27,7 +27,7 @@ from nest_runtime.prompts.generate import ModelAnswer, answer_conversations, end
 from nest_runtime.train.activations import PooledActivations, pooled_activations
 from nest_runtime.train.causal import refusal_effects
 from nest_runtime.train.cluster import cluster
-from nest_runtime.train.deltas import Deltas
+from nest_runtime.train.deltas import Deltas, SiteDelta
 from nest_runtime.train.forward import device_of
 from nest_runtime.train.locate import keep_neurons, locate
 from nest_runtime.train.recipe import Recipe
@@ -319,7 +319,7 @@ class Run:
             data: digests and counts of the prompts, for the header.
             name, version, serial: of the new patch; a serial of None counts up from the parent's.
         """
-        made = {part.site.site: part for part in deltas.parts}
+        made = {found.site.site: found for found in deltas.sites}
         dtype = getattr(torch, self.settings.delta_dtype)
         values = tuple(_patch_site(site, made.get(site.site), dtype) for site in sites)
         return Patch(
@@ -378,10 +378,10 @@ def created_now() -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _patch_site(site: LocatedSite, part: Any, dtype: torch.dtype) -> Site:
-    deltas = torch.zeros(0, site.d_in) if part is None else part.deltas.detach().cpu()
+def _patch_site(site: LocatedSite, tuned: SiteDelta | None, dtype: torch.dtype) -> Site:
+    deltas = torch.zeros(0, site.d_in) if tuned is None else tuned.deltas.detach().cpu()
     stats = {"silhouette": site.silhouette, "probe_accuracy": site.probe_accuracy, "threshold": site.threshold}
-    loadings = None if part is None or part.loadings is None else part.loadings.detach().cpu()
+    loadings = None if tuned is None or tuned.loadings is None else tuned.loadings.detach().cpu()
     neurons = torch.tensor(site.neurons, dtype=torch.int32)
     clusters = torch.tensor(site.clusters, dtype=torch.int32)
     z = torch.tensor(site.z, dtype=torch.float32)
@@ -396,7 +396,7 @@ def _patch_site(site: LocatedSite, part: Any, dtype: torch.dtype) -> Site:
         deltas=deltas.to(dtype),  # type: ignore[arg-type]
         neurons=neurons,  # type: ignore[arg-type]
         clusters=clusters,  # type: ignore[arg-type]
-        loadings=loadings,
+        loadings=loadings,  # type: ignore[arg-type]
         z=z,  # type: ignore[arg-type]
         stats=stats,
     )

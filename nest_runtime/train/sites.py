@@ -82,8 +82,8 @@ class SitesFile:
         sites = []
         for item in self.sites:
             lists = {"neuron_indices": list(item.neurons), "cluster_numbers": list(item.clusters), "z": list(item.z)}
-            place = {key: getattr(item, key) for key in ("layer", "kind", "d_in", "d_out", "threshold")}
-            sites.append({**item.summary(), **place, **lists})
+            projection = {key: getattr(item, key) for key in ("layer", "kind", "d_in", "d_out", "threshold")}
+            sites.append({**item.summary(), **projection, **lists})
         rest = {key: value for key, value in asdict(self).items() if key != "sites"}
         return {"format": FORMAT, **rest, "sites": sites}
 

@@ -96,7 +96,7 @@ def tune(
     Raises:
         TrainingError: nothing to train, or the loss is no longer finite.
     """
-    if not deltas.parts:
+    if not deltas.sites:
         raise TrainingError("no neurons were located in any projection", "lower z, or give more prompts")
     if not train:
         raise TrainingError("no rows to train on", "give harmful and benign prompts")
@@ -279,11 +279,11 @@ def score_of(figures: Mapping[str, float], settings: Recipe) -> float:
 def _optimizer(deltas: Deltas, settings: Recipe) -> torch.optim.Optimizer:
     """One group per tensor, so that row-rms learning rates can differ by site."""
     groups = []
-    for part in deltas.parts:
-        unit = part.scale if settings.lr_unit == "row-rms" else 1.0
-        groups.append({"params": [part.deltas], "lr": settings.lr * unit, "weight_decay": settings.weight_decay})
-        if part.loadings is not None and part.loadings.requires_grad:
-            groups.append({"params": [part.loadings], "lr": settings.loadings_lr, "weight_decay": 0.0})
+    for site in deltas.sites:
+        unit = site.scale if settings.lr_unit == "row-rms" else 1.0
+        groups.append({"params": [site.deltas], "lr": settings.lr * unit, "weight_decay": settings.weight_decay})
+        if site.loadings is not None and site.loadings.requires_grad:
+            groups.append({"params": [site.loadings], "lr": settings.loadings_lr, "weight_decay": 0.0})
     for group in groups:
         group["base_lr"] = group["lr"]
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam

@@ -62,27 +62,27 @@ TWO_MATRICES = [
 
 @pytest.mark.parametrize(("model_class", "config_class", "changes"), GATED)
 def test_gate_and_up(model_class: str, config_class: str, changes: dict[str, Any]) -> None:
-    sites = find_projections(build(model_class, config_class, **changes))
+    projections = find_projections(build(model_class, config_class, **changes))
     expected = [
         Projection(name, layer, kind, name, 64, 96)
         for layer in range(2)
         for kind in ("gate", "up")
         for name in [f"model.layers.{layer}.mlp.{kind}_proj"]
     ]
-    assert list(sites) == expected
+    assert list(projections) == expected
 
 
 @pytest.mark.parametrize(("model_class", "config_class", "changes"), FUSED)
-def test_fused_halves_are_gate_then_up(model_class: str, config_class: str, changes: dict[str, Any]) -> None:
+def test_a_fused_module_holds_gate_then_up(model_class: str, config_class: str, changes: dict[str, Any]) -> None:
     model = build(model_class, config_class, **changes)
-    sites = find_projections(model)
+    projections = find_projections(model)
     module = "model.layers.0.mlp.gate_up_proj"
-    assert sites[:2] == (
+    assert projections[:2] == (
         Projection(f"{module}:gate", 0, "gate", module, 64, 96),
         Projection(f"{module}:up", 0, "up", module, 64, 96, offset=96),
     )
     mlp, x = model.get_submodule("model.layers.0.mlp"), torch.randn(3, 64)
-    gate, up = (x @ read_rows(model, site, torch.arange(96)).T for site in sites[:2])
+    gate, up = (x @ read_rows(model, projection, torch.arange(96)).T for projection in projections[:2])
     act = mlp.activation_fn  # type: ignore[union-attr]
     assert torch.allclose(mlp(x), mlp.down_proj(act(gate) * up), atol=1e-6)  # type: ignore[operator]
 
@@ -92,14 +92,19 @@ def test_first_of_two_matrices(
     model_class: str, config_class: str, changes: dict[str, Any], name: str, layout: str
 ) -> None:
     model = build(model_class, config_class, **changes)
-    sites = find_projections(model)
-    assert len(sites) == 2
-    assert (sites[0].name, sites[0].kind, sites[0].layout, sites[0].d_in) == (name, "fc", layout, 64)
-    rows, x = torch.tensor([0, 5, sites[0].d_out - 1]), torch.randn(3, 64)
-    module = module_of(model, sites[0])
-    bias = module.bias if module.bias is not None else torch.zeros(sites[0].d_out)
+    projections = find_projections(model)
+    assert len(projections) == 2
+    assert (projections[0].name, projections[0].kind, projections[0].layout, projections[0].d_in) == (
+        name,
+        "fc",
+        layout,
+        64,
+    )
+    rows, x = torch.tensor([0, 5, projections[0].d_out - 1]), torch.randn(3, 64)
+    module = module_of(model, projections[0])
+    bias = module.bias if module.bias is not None else torch.zeros(projections[0].d_out)
     expected = module(x)[:, rows] - bias[rows]  # type: ignore[index]
-    assert torch.allclose(x @ read_rows(model, sites[0], rows).T, expected, atol=1e-6)
+    assert torch.allclose(x @ read_rows(model, projections[0], rows).T, expected, atol=1e-6)
 
 
 EXPERTS = [
@@ -114,15 +119,15 @@ def test_experts_are_one_projection_a_layer_and_half(
     model_class: str, config_class: str, changes: dict[str, Any], each: int
 ) -> None:
     model = build(model_class, config_class, num_experts_per_tok=2, **changes)
-    sites = find_projections(model)
-    assert [(s.name, s.kind, s.d_in, s.d_out, s.experts) for s in sites[2:]] == [
+    projections = find_projections(model)
+    assert [(s.name, s.kind, s.d_in, s.d_out, s.experts) for s in projections[2:]] == [
         (f"model.layers.1.mlp.experts.gate_up_proj:{kind}", kind, 64, 4 * each, 4) for kind in ("gate", "up")
     ]
-    module = module_of(model, sites[0])
+    module = module_of(model, projections[0])
     for name, parameter in module.named_parameters():  # biases are zero at the start, and matrices small
         torch.nn.init.normal_(parameter, std=0.5 if "bias" in name else 0.2)
     neurons = torch.arange(4 * each)
-    rows = [read_rows(model, site, neurons).reshape(4, each, 64) for site in sites[:2]]
+    rows = [read_rows(model, projection, neurons).reshape(4, each, 64) for projection in projections[:2]]
     x, chosen, weights = torch.randn(7, 64), torch.randint(4, (7, 2)), torch.rand(7, 2)
     expected = torch.stack(
         [sum(weights[t, k] * by_hand(module, rows, int(chosen[t, k]), x[t]) for k in range(2)) for t in range(7)]
@@ -145,7 +150,9 @@ def test_dense_layers_and_shared_experts_stand_beside_experts() -> None:
     sizes = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8}
     sizes |= {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
     model = build("DeepseekV3ForCausalLM", "DeepseekV3Config", **sizes, first_k_dense_replace=1)
-    assert [(site.name.removeprefix("model.layers."), site.d_out) for site in find_projections(model)] == [
+    assert [
+        (projection.name.removeprefix("model.layers."), projection.d_out) for projection in find_projections(model)
+    ] == [
         ("0.mlp.gate_proj", 96),
         ("0.mlp.up_proj", 96),
         ("1.mlp.experts.gate_up_proj:gate", 64),
@@ -187,7 +194,7 @@ def test_of_a_multimodal_model_the_language_tower_counts(
 ) -> None:
     config = getattr(transformers, config_class)(**configs)
     model = getattr(transformers, model_class)(config)
-    assert [site.name for site in find_projections(model)] == [
+    assert [projection.name for projection in find_projections(model)] == [
         f"model.language_model.layers.{layer}.mlp.{kind}_proj" for layer in range(2) for kind in ("gate", "up")
     ]
     vision = [name for name, module in model.named_modules() if "vis" in name and isinstance(module, nn.Linear)]
@@ -239,26 +246,26 @@ def test_names_are_the_same_under_compile_and_peft(tiny_llama: Path) -> None:
     rows = torch.tensor([0, 7, 95])
     expected = read_rows(model, plain[0], rows)
     compiled = torch.compile(model)
-    assert [site.name for site in find_projections(compiled)] == [site.name for site in plain]
+    assert [projection.name for projection in find_projections(compiled)] == [projection.name for projection in plain]
     assert find_projections(compiled)[0].module == "_orig_mod.model.layers.0.mlp.gate_proj"
     assert unwrap(compiled) is model
     config = peft.LoraConfig(r=2, target_modules=["gate_proj", "q_proj"], task_type="CAUSAL_LM")
     wrapped = peft.get_peft_model(model, config)
     for live in (wrapped, torch.compile(wrapped)):
-        sites = find_projections(live)
-        assert [(s.name, s.d_in, s.d_out) for s in sites] == [(s.name, s.d_in, s.d_out) for s in plain]
-        assert sites[0].module.endswith("base_model.model.model.layers.0.mlp.gate_proj.base_layer")
-        assert torch.equal(read_rows(live, sites[0], rows), expected)
+        projections = find_projections(live)
+        assert [(s.name, s.d_in, s.d_out) for s in projections] == [(s.name, s.d_in, s.d_out) for s in plain]
+        assert projections[0].module.endswith("base_model.model.model.layers.0.mlp.gate_proj.base_layer")
+        assert torch.equal(read_rows(live, projections[0], rows), expected)
         assert torch.equal(read_rows(live, plain[0], rows), expected)  # found before it was wrapped
     assert unwrap(wrapped) is model
 
 
 def test_compiled_layers_inside_a_model(tiny_llama: Path) -> None:
     model = load_model(tiny_llama, device="cpu").model
-    plain = [site.name for site in find_projections(model)]
+    plain = [projection.name for projection in find_projections(model)]
     for i, layer in enumerate(model.model.layers):
         model.model.layers[i] = torch.compile(layer)
-    assert [site.name for site in find_projections(model)] == plain
+    assert [projection.name for projection in find_projections(model)] == plain
 
 
 @pytest.mark.parametrize(
@@ -299,8 +306,8 @@ def test_register_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tower.{layer}.ffn.w1 [12, 8]" in caught.value.message
     assert "head [5, 8]" in caught.value.message
     register_architecture("Stranger", gate="tower.{layer}.ffn.w1", up="tower.{layer}.ffn.w3")
-    sites = find_projections(torch.compile(model))
-    assert [(site.name, site.kind, site.layer) for site in sites[-2:]] == [
+    projections = find_projections(torch.compile(model))
+    assert [(projection.name, projection.kind, projection.layer) for projection in projections[-2:]] == [
         ("tower.2.ffn.w1", "gate", 2),
         ("tower.2.ffn.w3", "up", 2),
     ]
@@ -326,37 +333,37 @@ def test_bad_registrations(patterns: dict[str, str]) -> None:
 )
 def test_rows_are_copies_and_written_in_place(model_class: str, config_class: str) -> None:
     model = build(model_class, config_class)
-    site = find_projections(model)[1]
-    module = module_of(model, site)
-    before, rows = module.weight.detach().clone(), torch.tensor([0, 3, site.d_out - 1])  # type: ignore[union-attr, operator]
-    copied = read_rows(model, site, rows)
+    projection = find_projections(model)[1]
+    module = module_of(model, projection)
+    before, rows = module.weight.detach().clone(), torch.tensor([0, 3, projection.d_out - 1])  # type: ignore[union-attr, operator]
+    copied = read_rows(model, projection, rows)
     assert copied.shape == (3, 64)
     copied.zero_()
     assert torch.equal(module.weight, before)  # type: ignore[arg-type]
-    kept, address = read_rows(model, site, rows), module.weight.data_ptr()  # type: ignore[union-attr, operator]
-    write_rows(model, site, rows, kept.double() + 1)
-    assert torch.equal(read_rows(model, site, rows), kept + 1)
+    kept, address = read_rows(model, projection, rows), module.weight.data_ptr()  # type: ignore[union-attr, operator]
+    write_rows(model, projection, rows, kept.double() + 1)
+    assert torch.equal(read_rows(model, projection, rows), kept + 1)
     assert module.weight.data_ptr() == address  # type: ignore[union-attr, operator]
     assert int((module.weight != before).sum()) == 3 * 64  # type: ignore[arg-type, union-attr]
-    write_rows(model, site, rows, kept)
+    write_rows(model, projection, rows, kept)
     assert torch.equal(module.weight, before)  # type: ignore[arg-type]
 
 
 def test_rows_of_a_missing_module_and_of_meta_weights(tiny_llama: Path, tiny_qwen: Path) -> None:
     model = load_model(tiny_llama, device="cpu").model
-    site = find_projections(model)[0]
+    projection = find_projections(model)[0]
     gone = Projection("model.layers.9.mlp.up_proj", 9, "up", "model.layers.9.mlp.up_proj", 64, 96)
     with pytest.raises(SiteMismatch, match=r"layers\.9"):
         read_rows(model, gone, torch.tensor([0]))
     with pytest.raises(ModelError, match="not in memory"):
-        read_rows(model.to("meta"), site, torch.tensor([0]))
+        read_rows(model.to("meta"), projection, torch.tensor([0]))
 
 
 def test_quantized_weights_are_refused_by_rows_but_found(tiny_llama: Path) -> None:
     model = load_model(tiny_llama, device="cpu").model
-    site = find_projections(model)[0]
+    projection = find_projections(model)[0]
     packed = nn.Parameter(torch.zeros(96 * 64 // 2, 1, dtype=torch.uint8), requires_grad=False)
-    module_of(model, site).weight = packed
-    assert find_projections(model)[0] == site
+    module_of(model, projection).weight = packed
+    assert find_projections(model)[0] == projection
     with pytest.raises(ModelError, match="hook mode"):
-        read_rows(model, site, torch.tensor([0]))
+        read_rows(model, projection, torch.tensor([0]))

@@ -326,7 +326,7 @@ def rows_by_the_book(model: nn.Module, neurons: dict[str, list[int]]) -> str:
 
 def test_rows_digest(tiny_llama: Path) -> None:
     model = load(tiny_llama)
-    names = [site.name for site in find_projections(model)]
+    names = [projection.name for projection in find_projections(model)]
     neurons = {names[3]: [0, 95], names[0]: [1, 2, 3], names[1]: []}
     given = {name: torch.tensor(rows, dtype=torch.int32) for name, rows in neurons.items()}
     digest = rows_digest(model, given)

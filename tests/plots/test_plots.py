@@ -34,7 +34,7 @@ from nest_runtime.plots import KINDS, NeuronView, draw, neurons, profiles, read_
 from nest_runtime.plots.scan import Scan, SiteScan
 from nest_runtime.plots.sources import Sources
 from nest_runtime.plots.tradeoff import tradeoff
-from nest_runtime.plots.view import place_of, view_of_patch
+from nest_runtime.plots.view import layer_and_kind, view_of_patch
 from tests.cli.test_commands import write_prompts
 from tests.conftest import save_tiny
 from tests.support.patches import random_site
@@ -134,7 +134,7 @@ def test_the_map_shows_every_neuron_at_its_place() -> None:
         shown = {(round(float(x)), round(float(y))) for x, y in points}
         assert len(points) == patch.neurons // 2
         meant = {
-            (neuron, place_of(site.name)[0])
+            (neuron, layer_and_kind(site.name)[0])
             for site in patch.sites
             if site.name.endswith(leaf)
             for neuron in site.neurons.tensor().tolist()
@@ -189,7 +189,7 @@ def test_layers_and_kinds_are_read_from_names(
 
     model = load_model(str(save_tiny(tmp_path / "m", model_class, config_class, **changes))).model
     for projection in find_projections(model):
-        assert place_of(projection.name) == (projection.layer, projection.kind)
+        assert layer_and_kind(projection.name) == (projection.layer, projection.kind)
 
 
 def test_family_bars_and_the_tradeoff(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ IDS = torch.tensor([[1, 7, 30, 45, 100, 9], [1, 8, 31, 46, 101, 10]])
 
 @pytest.fixture(scope="module")
 def tiny_phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Phi-3: gate and up are the two halves of one fused module."""
+    """A random Phi-3: gate and up are in one fused module."""
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny-phi", "Phi3ForCausalLM", "Phi3Config", seed=2)
 
 

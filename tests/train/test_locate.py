@@ -50,27 +50,27 @@ def plain_outputs(loaded: Any, projection: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("pooling", ["max", "mean", "last"])
 def test_pooling_equals_each_prompt_alone(loaded: Any, pooling: str, tmp_path: Path) -> None:
-    sites = find_projections(loaded.model)
+    projections = find_projections(loaded.model)
     how = {"max": lambda t: t.amax(0), "mean": lambda t: t.mean(0), "last": lambda t: t[-1]}[pooling]
     got = pooled_activations(
-        loaded.model, loaded.tokenizer, PROMPTS, sites, pooling=pooling, batch_size=4, workdir=tmp_path
+        loaded.model, loaded.tokenizer, PROMPTS, projections, pooling=pooling, batch_size=4, workdir=tmp_path
     )
-    for site in sites:
-        wanted = torch.stack([how(row) for row in plain_outputs(loaded, site)])
-        np.testing.assert_allclose(got.read(site.name), wanted.numpy(), rtol=1e-4, atol=1e-5)
+    for projection in projections:
+        wanted = torch.stack([how(row) for row in plain_outputs(loaded, projection)])
+        np.testing.assert_allclose(got.read(projection.name), wanted.numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_halves_of_a_fused_projection(tmp_path: Path) -> None:
+def test_the_projections_of_a_fused_module(tmp_path: Path) -> None:
     from tests.conftest import save_tiny
 
     folder = save_tiny(tmp_path / "phi", "Phi3ForCausalLM", "Phi3Config", num_hidden_layers=1)
     phi = load_model(folder)
-    sites = find_projections(phi.model)
-    assert [site.name.rpartition(":")[2] for site in sites] == ["gate", "up"]
-    got = pooled_activations(phi.model, phi.tokenizer, PROMPTS, sites)
-    for site in sites:
-        wanted = torch.stack([row.amax(0) for row in plain_outputs(phi, site)])
-        np.testing.assert_allclose(got.read(site.name), wanted.numpy(), rtol=1e-4, atol=1e-5)
+    projections = find_projections(phi.model)
+    assert [projection.name.rpartition(":")[2] for projection in projections] == ["gate", "up"]
+    got = pooled_activations(phi.model, phi.tokenizer, PROMPTS, projections)
+    for projection in projections:
+        wanted = torch.stack([row.amax(0) for row in plain_outputs(phi, projection)])
+        np.testing.assert_allclose(got.read(projection.name), wanted.numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_padding_never_counts() -> None:
@@ -81,18 +81,20 @@ def test_padding_never_counts() -> None:
 
 def test_half_precision_models_keep_float16_on_disk_within_range(loaded: Any, tmp_path: Path, tiny_llama: Path) -> None:
     half = load_model(tiny_llama, dtype="bfloat16")
-    site = find_projections(half.model)[0]
+    projection = find_projections(half.model)[0]
     with torch.no_grad():
-        module_of(half.model, site).weight.mul_(1e7)
-    values = pooled_activations(half.model, half.tokenizer, PROMPTS, [site], workdir=tmp_path).read(site.name)
+        module_of(half.model, projection).weight.mul_(1e7)
+    values = pooled_activations(half.model, half.tokenizer, PROMPTS, [projection], workdir=tmp_path).read(
+        projection.name
+    )
     assert values.dtype == np.float32
     assert values.max() == FLOAT16_MAX
-    assert next(tmp_path.rglob("0000.bin")).stat().st_size == len(PROMPTS) * site.d_out * 2
+    assert next(tmp_path.rglob("0000.bin")).stat().st_size == len(PROMPTS) * projection.d_out * 2
 
 
 def test_an_interrupted_pass_is_taken_up(loaded: Any, tmp_path: Path) -> None:
-    sites = find_projections(loaded.model)
-    whole = pooled_activations(loaded.model, loaded.tokenizer, PROMPTS, sites, batch_size=2)
+    projections = find_projections(loaded.model)
+    whole = pooled_activations(loaded.model, loaded.tokenizer, PROMPTS, projections, batch_size=2)
     ran: list[int] = []
 
     def interrupt(_: str, done: int, __: int) -> None:
@@ -102,27 +104,27 @@ def test_an_interrupted_pass_is_taken_up(loaded: Any, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         pooled_activations(
-            loaded.model, loaded.tokenizer, PROMPTS, sites, batch_size=2, workdir=tmp_path, progress=interrupt
+            loaded.model, loaded.tokenizer, PROMPTS, projections, batch_size=2, workdir=tmp_path, progress=interrupt
         )
     again = pooled_activations(
-        loaded.model, loaded.tokenizer, PROMPTS, sites, batch_size=2, workdir=tmp_path, progress=interrupt
+        loaded.model, loaded.tokenizer, PROMPTS, projections, batch_size=2, workdir=tmp_path, progress=interrupt
     )
     assert ran == [2, 4, 6, 8, 9]
-    for site in sites:
-        np.testing.assert_array_equal(again.read(site.name), whole.read(site.name))
+    for projection in projections:
+        np.testing.assert_array_equal(again.read(projection.name), whole.read(projection.name))
 
 
 def test_a_full_disk_and_broken_numbers_are_said(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    sites = find_projections(loaded.model)
+    projections = find_projections(loaded.model)
     with monkeypatch.context() as patch:
         patch.setattr(activations_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
         with pytest.raises(TrainingError, match="pooled activations need"):
-            pooled_activations(loaded.model, loaded.tokenizer, PROMPTS, sites)
-    module = module_of(loaded.model, sites[0])
+            pooled_activations(loaded.model, loaded.tokenizer, PROMPTS, projections)
+    module = module_of(loaded.model, projections[0])
     handle = module.register_forward_hook(lambda _, __, output: output * torch.nan)
     try:
         with pytest.raises(TrainingError, match="NaN"):
-            pooled_activations(loaded.model, loaded.tokenizer, PROMPTS, sites)
+            pooled_activations(loaded.model, loaded.tokenizer, PROMPTS, projections)
     finally:
         handle.remove()
 
@@ -138,15 +140,15 @@ def test_batches_keep_to_both_limits() -> None:
 
 def planted(tmp_path: Path, loaded: Any, seed: int = 0) -> tuple[PooledActivations, list[int]]:
     """Activations of one projection in which neurons 3 and 7 rise, and 11 falls, on harmful prompts."""
-    site = find_projections(loaded.model)[0]
+    projection = find_projections(loaded.model)[0]
     labels = [1] * 60 + [0] * 60
-    values = np.random.default_rng(seed).normal(size=(120, site.d_out)).astype(np.float32)
+    values = np.random.default_rng(seed).normal(size=(120, projection.d_out)).astype(np.float32)
     signal = np.asarray(labels)[:, None] * 2.5
     values[:, [3, 7]] += signal
     values[:, [11]] -= signal
     values[:, 20] = 5.0  # constant
     values.tofile(tmp_path / "0000.bin")
-    return PooledActivations(tmp_path, [site], list(range(120)), "float32"), labels
+    return PooledActivations(tmp_path, [projection], list(range(120)), "float32"), labels
 
 
 @pytest.mark.parametrize("probe", ["lbfgs", "adam"])
@@ -211,13 +213,13 @@ def test_the_number_of_clusters_follows_the_silhouette() -> None:
 
 
 def test_signs_can_be_aligned_before_clustering(tmp_path: Path, loaded: Any) -> None:
-    site = find_projections(loaded.model)[0]
-    values = np.random.default_rng(0).normal(size=(50, site.d_out)).astype(np.float32)
+    projection = find_projections(loaded.model)[0]
+    values = np.random.default_rng(0).normal(size=(50, projection.d_out)).astype(np.float32)
     values[:, 1], values[:, 2], values[:, 3] = -values[:, 0], values[:, 4], -values[:, 4]
     values.tofile(tmp_path / "0000.bin")
-    pooled = PooledActivations(tmp_path, [site], list(range(50)), "float32")
-    place = {"layer": 0, "kind": "gate", "d_in": site.d_in, "d_out": site.d_out}
-    found = LocatedSite(site=site.name, neurons=(0, 1, 2, 3), z=(1.0, -1.0, 1.0, -1.0), **place)
+    pooled = PooledActivations(tmp_path, [projection], list(range(50)), "float32")
+    place = {"layer": 0, "kind": "gate", "d_in": projection.d_in, "d_out": projection.d_out}
+    found = LocatedSite(site=projection.name, neurons=(0, 1, 2, 3), z=(1.0, -1.0, 1.0, -1.0), **place)
     aligned = cluster(pooled, [found], REFERENCE.evolve(align_signs=True, k_max=2))[0]
     assert aligned.clusters == (0, 0, 1, 1)
     assert cluster(pooled, [found], REFERENCE.evolve(align_signs=False, k_max=2))[0].clusters != (0, 0, 1, 1)

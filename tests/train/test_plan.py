@@ -47,7 +47,7 @@ def test_sizes_of_an_8b_model_are_exact(llama_8b: Path) -> None:
     assert shape.parameters == 8_030_261_248
     assert shape.active == shape.parameters - 128256 * 4096  # looked up, not multiplied with
     assert (shape.layers, shape.hidden, shape.vocabulary, shape.widest) == (32, 4096, 128256, 14336)
-    assert len(shape.sites) == 64
+    assert len(shape.projections) == 64
     assert shape.cache == 2 * 32 * 8 * 128 * 2
     assert activations_disk(shape, Load(5000, 5000)) == 10_000 * 917_504 * 2  # as activations.py says
 
@@ -88,7 +88,7 @@ def test_disk_and_patch_are_what_training_makes(tiny_llama: Path, tmp_path: Path
     harmful, benign = harmful_examples(), benign_examples()
     shape = shape_of(loaded.model, "float32", QUICK)
     found = pooled_activations(
-        loaded.model, loaded.tokenizer, [e.messages for e in [*harmful, *benign]], shape.sites, workdir=tmp_path
+        loaded.model, loaded.tokenizer, [e.messages for e in [*harmful, *benign]], shape.projections, workdir=tmp_path
     )
     written = sum(path.stat().st_size for path in found.folder.glob("*.bin"))
     assert written == activations_disk(shape, load_of(harmful, benign, QUICK))

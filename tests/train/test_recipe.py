@@ -209,7 +209,7 @@ def test_carrying_over_is_the_nearest_update(loaded: Any, first: TrainResult) ->
 def test_warm_values_reproduce_the_parent(loaded: Any, first: TrainResult) -> None:
     sites = parent_sites(first.patch, find_projections(loaded.model))
     deltas = Deltas(loaded.model, find_projections(loaded.model), sites, "learned", parent_values(first.patch))
-    for part in deltas.parts:
+    for part in deltas.sites:
         rows = part.deltas[part.clusters] * part.loadings[:, None]
         torch.testing.assert_close(rows.detach(), first.patch.site(part.site.site).row_deltas())
 

@@ -112,7 +112,7 @@ def test_neurons_that_join_begin_without_effect(base: Any, loadings: str) -> Non
     added = [set(site.neurons) - old for site, old in zip(moved.sites, kept, strict=True)]
     assert moved.added == sum(len(new) for new in added) > 0
     deltas = Deltas(model, projections, moved.sites, loadings, moved.starts)
-    for part, site in zip(deltas.parts, patch.sites, strict=True):
+    for part, site in zip(deltas.sites, patch.sites, strict=True):
         weights = part.loadings if part.loadings is not None else torch.ones(len(part.neurons))
         update = torch.zeros(site.d_out, site.d_in)
         update[part.neurons] = (weights[:, None] * part.deltas[part.clusters]).detach()
@@ -121,7 +121,7 @@ def test_neurons_that_join_begin_without_effect(base: Any, loadings: str) -> Non
         expected[gone] = 0
         assert torch.allclose(update, expected)
     # And they can learn: a loading of 0 has a row to load, a row of 0 has neurons that carry it.
-    for part in deltas.parts:
+    for part in deltas.sites:
         fresh = torch.tensor(
             [n in added[[s.name for s in patch.sites].index(part.site.site)] for n in part.site.neurons]
         )

@@ -69,11 +69,11 @@ def test_hooks_equal_changed_weights(tmp_path: Path, model_class: str, loadings:
     ids = torch.arange(3, 20)[None]
     deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model), loadings)
     if loadings != "tied":
-        assert deltas.parts[0].loadings.tolist() == [1.0, -1.0, 1.0, 1.0]
+        assert deltas.sites[0].loadings.tolist() == [1.0, -1.0, 1.0, 1.0]
     randomize(deltas)
     with deltas.attached(), torch.no_grad():
         hooked = loaded.model(ids).logits
-    for part in deltas.parts:
+    for part in deltas.sites:
         rows = part.deltas[part.clusters] * (1.0 if part.loadings is None else part.loadings[:, None])
         weight = module_of(loaded.model, part.projection).weight.data
         index = part.neurons + part.projection.offset
@@ -108,7 +108,7 @@ def test_only_the_patch_gets_gradients_and_only_from_the_lowest_site(loaded: Any
             parameter.requires_grad_(before[name][1])
     assert grads == {"first": False, "second": True}
     assert all(torch.equal(p, before[name][0]) and p.grad is None for name, p in loaded.model.named_parameters())
-    assert len(deltas.parts) == 2
+    assert len(deltas.sites) == 2
 
 
 def test_the_loss_counts_answer_tokens_only(loaded: Any) -> None:
@@ -161,7 +161,7 @@ def test_tuning_learns_and_ships_what_it_measured(loaded: Any) -> None:
     assert result.after["harmful_loss"] < result.before["harmful_loss"]
     assert result.after["benign_loss"] < result.before["benign_loss"]
     assert [entry["step"] for entry in result.history] == [5, 10, 15, 20, 25, 30]
-    for part in deltas.parts:
+    for part in deltas.sites:
         assert torch.equal(part.deltas, part.deltas.to(torch.bfloat16).float())
 
 
@@ -186,7 +186,7 @@ def test_without_validation_rows_the_last_state_is_kept(loaded: Any) -> None:
 def test_no_steps_is_a_patch_that_changes_nothing(loaded: Any) -> None:
     deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model), "tied")
     tune(loaded.model, loaded.tokenizer, deltas, some_rows(loaded), [], QUICK.evolve(steps=0))
-    assert not any(bool(part.deltas.any()) for part in deltas.parts)
+    assert not any(bool(part.deltas.any()) for part in deltas.sites)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])

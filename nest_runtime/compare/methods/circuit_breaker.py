@@ -220,5 +220,5 @@ def _hidden(peft_model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Ten
 
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The decoder layers, in order: the modules that hold the FFN projections."""
-    paths = {site.layer: re.match(r".*?\.\d+(?=\.)", site.module) for site in find_projections(model)}
+    paths = {p.layer: re.match(r".*?\.\d+(?=\.)", p.module) for p in find_projections(model)}
     return [model.get_submodule(path.group()) for _, path in sorted(paths.items()) if path is not None]

@@ -46,8 +46,8 @@ def prepare_data(
         workdir: answers are kept here, so that a rerun does not make them again.
         progress: called as (stage, done, total).
     """
-    sites = find_projections(target.model)
-    run = Run(target.model, target.tokenizer, sites, recipe, target.base_hash, target.name, workdir, progress)
+    model, projections = target.model, find_projections(target.model)
+    run = Run(model, target.tokenizer, projections, recipe, target.base_hash, target.name, workdir, progress)
     teaching, refusals = run.teaching(harmful, benign), run.refusing(harmful).refusals
 
     def refused(examples: Sequence[Example]) -> tuple[Example, ...]:

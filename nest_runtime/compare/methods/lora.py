@@ -85,7 +85,7 @@ def attention_modules(model: Any) -> list[str]:
 
 def ffn_modules(model: Any) -> list[str]:
     """The names of the modules that a patch can change."""
-    return sorted({site.module.rpartition(".")[2] for site in find_projections(model)})
+    return sorted({projection.module.rpartition(".")[2] for projection in find_projections(model)})
 
 
 @contextmanager

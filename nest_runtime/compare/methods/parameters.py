@@ -21,7 +21,7 @@ from nest_runtime.train.tune import TuneResult, tune
 
 
 @dataclass
-class _Part:
+class _Site:
     """One parameter as tune's optimizer expects a site: no loadings, learning rates as they are."""
 
     deltas: torch.Tensor
@@ -46,7 +46,7 @@ class ParameterSet(Deltas):
         rounding: torch.dtype | None = None,
     ) -> None:
         self._parameters, self._switch, self._rounding, self._on = dict(parameters), switch, rounding, True
-        self.parts = [_Part(parameter) for parameter in self._parameters.values()]  # type: ignore[misc]
+        self.sites = [_Site(parameter) for parameter in self._parameters.values()]  # type: ignore[misc]
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -182,12 +182,12 @@ class GgufRows:
         Raises:
             ModelError: the file holds no such rows.
         """
-        tensor, rows = self._place(projection, neurons)
+        tensor, rows = self._stored(projection, neurons)
         if tensor is None or tensor.shape[-1] != projection.d_in or int(rows.max(initial=0)) >= _rows_of(tensor):
             raise ModelError(f"{self.header.path} holds no weight for {projection.name}", "use the patch's own base")
         return torch.from_numpy(dequantized(self.header.path, tensor, rows))
 
-    def _place(self, projection: Projection, neurons: torch.Tensor) -> tuple[Tensor | None, np.ndarray]:
+    def _stored(self, projection: Projection, neurons: torch.Tensor) -> tuple[Tensor | None, np.ndarray]:
         if projection.experts:  # one tensor for gate and one for up, expert by expert
             name = f"blk.{projection.layer}.ffn_{projection.kind}_exps.weight"
             return self.header.tensors.get(name), neurons.long().numpy()

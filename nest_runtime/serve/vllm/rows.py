@@ -80,9 +80,9 @@ def candidates(site: str, packed: Packed) -> Iterator[tuple[str, int]]:
 
     ``…mlp.gate_proj`` is itself, or part 0 of ``…mlp.gate_up_proj``; ``…gate_up_proj:up`` is part 1 of that.
     """
-    name, _, half = site.partition(":")
-    if half:
-        yield name, ("gate", "up").index(half)
+    name, _, kind = site.partition(":")
+    if kind:
+        yield name, ("gate", "up").index(kind)
         return
     yield name, 0
     parent, _, leaf = name.rpartition(".")
