@@ -30,6 +30,17 @@ if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
     from nest_runtime.store.store import Store
 
+ValidOption = Annotated[
+    str, typer.Option("--valid", metavar="TIME", help="How long servers may go by it: 90s, 10m, 12h, 30d.")
+]
+DemandOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--demand-claims/--no-demand-claims",
+        help="Demand claims as strict as this version's from now on, or none; what was demanded by default.",
+    ),
+]
+
 channel_app = typer.Typer(
     help="Channels such as stable: which version of a repository servers follow.",
     epilog=examples("nest-runtime channel set my-org/my-safety stable v3 --key ~/keys/nest.key"),
@@ -108,16 +119,8 @@ def channel_set(
     ],
     version: Annotated[str, typer.Argument(metavar="VERSION", help="A version that the repository has.")],
     key: KeyOption = None,
-    valid: Annotated[
-        str, typer.Option("--valid", metavar="TIME", help="How long servers may go by it: 90s, 10m, 12h, 30d.")
-    ] = "30d",
-    demand_claims: Annotated[
-        bool | None,
-        typer.Option(
-            "--demand-claims/--no-demand-claims",
-            help="Demand claims as strict as this version's from now on, or none; what was demanded by default.",
-        ),
-    ] = None,
+    valid: ValidOption = "30d",
+    demand_claims: DemandOption = None,
     behaviors: BehaviorsOption = None,
     judge: AllowJudge = None,
     model: WhoseModel = None,

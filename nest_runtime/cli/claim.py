@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nest_runtime.evaluate import Case, EvalResult, Judge
     from nest_runtime.evaluate.contract import Checked
     from nest_runtime.model.load import LoadedModel
+    from nest_runtime.patch.claims import Claims
     from nest_runtime.patch.patch import Patch
 
 BehaviorsOption = Annotated[
@@ -51,6 +52,19 @@ AllowJudge = Annotated[
 ]
 
 
+ClaimedPatch = Annotated[
+    str, typer.Argument(metavar="PATCH", autocompletion=complete.patches, help="v3, name@v3, or a file.")
+]
+OutOption = Annotated[Path, typer.Option("--out", metavar="FILE", help="The new patch file, with its claims.")]
+ClaimedTokensOption = Annotated[
+    int, typer.Option("--max-tokens", metavar="N", min=1, max=65536, help="Longest answer, in tokens.")
+]
+NewVersionOption = Annotated[
+    str | None,
+    typer.Option("--version", metavar="NAME", help="A new version's name, with the next serial; the same without."),
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
     app.command(
@@ -67,10 +81,8 @@ def register(app: typer.Typer) -> None:
 
 def claim(
     ctx: typer.Context,
-    patch: Annotated[
-        str, typer.Argument(metavar="PATCH", autocompletion=complete.patches, help="v3, name@v3, or a file.")
-    ],
-    out_file: Annotated[Path, typer.Option("--out", metavar="FILE", help="The new patch file, with its claims.")],
+    patch: ClaimedPatch,
+    out_file: OutOption,
     limits: Annotated[dict[str, float], LimitFlags()],
     suite: SuiteOption = None,
     behaviors: CaseFilesOption = None,
@@ -78,13 +90,8 @@ def claim(
     judge: JudgeOption = None,
     limit: LimitOption = None,
     seed: SampleSeedOption = 0,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", metavar="N", min=1, max=65536, help="Longest answer, in tokens.")
-    ] = 64,
-    version: Annotated[
-        str | None,
-        typer.Option("--version", metavar="NAME", help="A new version's name, with the next serial; the same without."),
-    ] = None,
+    max_tokens: ClaimedTokensOption = 64,
+    version: NewVersionOption = None,
     model: ModelOption = "reference",
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "auto",
@@ -124,7 +131,11 @@ def claim(
         seed=seed,
         max_tokens=max_tokens,
     )
-    claimed = subject.evolve(claims=claims)
+    _write(out, subject.evolve(claims=claims), target, claims)
+
+
+def _write(out: Output, claimed: Patch, target: Path, claims: Claims) -> None:
+    """Write the patch with its claims, and report them."""
     claimed.save(target)
     document = {
         "file": str(target),
@@ -136,6 +147,7 @@ def claim(
     }
 
     def render() -> None:
+        """The table of claims, and what to do next."""
         columns = ("SUITE", "MEASURE", "LIMIT", "MEASURED", "N")
         rows = [(row.suite, row.measure, row.bound, percent(row.value), row.n) for row in claims.rows]
         out.table(columns, rows, right=columns[3:])

@@ -48,6 +48,52 @@ VALIDATION_SUITES = ("jailbreak-seen", "over-refusal", "utility")
 VALIDATION_CASES = 150  # of each suite: the sweep answers them some forty times
 
 
+MethodsOption = Annotated[
+    str,
+    typer.Option(
+        "--methods",
+        metavar="LIST",
+        autocompletion=complete.methods,
+        show_default=False,  # one long word would be cut
+        help=f"Names with commas between them. All by default: {DEFAULT_METHODS.replace(',', ', ')}.",
+    ),
+]
+PatchesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--patch",
+        metavar="PATCH",
+        autocompletion=complete.patches,
+        help="A finished patch as one more row; repeat it.",
+    ),
+]
+HarmfulOption = Annotated[
+    str | None,
+    typer.Option("--harmful", metavar="FILE", help="Prompts to refuse; the reference world's by default."),
+]
+BenignOption = Annotated[
+    str | None,
+    typer.Option("--benign", metavar="FILE", help="Prompts to answer; the reference world's by default."),
+]
+SeedsOption = Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Repeat with N seeds.")]
+SweepOption = Annotated[
+    bool, typer.Option("--sweep", help="Choose each method's learning rate anew, on validation prompts.")
+]
+SettingsOption = Annotated[
+    Path | None,
+    typer.Option("--settings", metavar="FILE", help="Take learning rates and recipe from a sweep's file."),
+]
+WriteSettingsOption = Annotated[
+    Path | None, typer.Option("--write-settings", metavar="FILE", help="Keep what --sweep chooses in this file.")
+]
+StepsOption = Annotated[int | None, typer.Option("--steps", metavar="N", min=1, help="Training steps of all methods.")]
+OutOption = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Results, plots, and finished cells to go on from.")
+]
+PlotsOption = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the pictures.")]
+ResumeOption = Annotated[bool, typer.Option("--resume/--fresh", help="Take finished cells up again, or start anew.")]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
     app.command(
@@ -64,62 +110,26 @@ def register(app: typer.Typer) -> None:
 
 def compare(
     ctx: typer.Context,
-    methods: Annotated[
-        str,
-        typer.Option(
-            "--methods",
-            metavar="LIST",
-            autocompletion=complete.methods,
-            show_default=False,  # one long word would be cut
-            help=f"Names with commas between them. All by default: {DEFAULT_METHODS.replace(',', ', ')}.",
-        ),
-    ] = DEFAULT_METHODS,
-    patch: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--patch",
-            metavar="PATCH",
-            autocompletion=complete.patches,
-            help="A finished patch as one more row; repeat it.",
-        ),
-    ] = None,
+    methods: MethodsOption = DEFAULT_METHODS,
+    patch: PatchesOption = None,
     model: ModelOption = "reference",
-    harmful: Annotated[
-        str | None,
-        typer.Option("--harmful", metavar="FILE", help="Prompts to refuse; the reference world's by default."),
-    ] = None,
-    benign: Annotated[
-        str | None,
-        typer.Option("--benign", metavar="FILE", help="Prompts to answer; the reference world's by default."),
-    ] = None,
+    harmful: HarmfulOption = None,
+    benign: BenignOption = None,
     suite: SuiteOption = None,
     behaviors: CaseFilesOption = None,
     attacks: AttacksOption = None,
     judge: JudgeOption = None,
-    seeds: Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Repeat with N seeds.")] = 1,
-    sweep: Annotated[
-        bool, typer.Option("--sweep", help="Choose each method's learning rate anew, on validation prompts.")
-    ] = False,
-    settings: Annotated[
-        Path | None,
-        typer.Option("--settings", metavar="FILE", help="Take learning rates and recipe from a sweep's file."),
-    ] = None,
-    write_settings: Annotated[
-        Path | None, typer.Option("--write-settings", metavar="FILE", help="Keep what --sweep chooses in this file.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", min=1, help="Training steps of all methods.")
-    ] = None,
+    seeds: SeedsOption = 1,
+    sweep: SweepOption = False,
+    settings: SettingsOption = None,
+    write_settings: WriteSettingsOption = None,
+    steps: StepsOption = None,
     limit: LimitOption = None,
     max_tokens: MaxTokensOption = 64,
     batch_size: BatchSizeOption = 64,
-    out_folder: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Results, plots, and finished cells to go on from.")
-    ] = Path("runs/compare"),
-    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the pictures.")] = True,
-    resume: Annotated[
-        bool, typer.Option("--resume/--fresh", help="Take finished cells up again, or start anew.")
-    ] = True,
+    out_folder: OutOption = Path("runs/compare"),
+    plots: PlotsOption = True,
+    resume: ResumeOption = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,

@@ -9,12 +9,49 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
+from nest_runtime.cli.case_options import MaxTokensOption
 from nest_runtime.cli.common import examples, model_for
 from nest_runtime.cli.output import DeviceOption, DtypeOption, ModelOption, Output
 from nest_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from nest_runtime.demo.state import DemoState
+
+
+FirstPatchOption = Annotated[
+    str | None,
+    typer.Option(
+        "--patch",
+        metavar="PATCH",
+        autocompletion=complete.patches,
+        help="The patch to show first; the active one, else the newest.",
+    ),
+]
+UrlOption = Annotated[
+    str | None, typer.Option("--url", metavar="URL", help="Ask a running `nest-runtime serve`; load no model.")
+]
+KeyFileOption = Annotated[
+    Path | None, typer.Option("--api-key-file", metavar="FILE", help="With --url: the server's API key.")
+]
+AdminOption = Annotated[bool, typer.Option("--admin", help="With buttons that activate, roll back, push and pull.")]
+TokenFileOption = Annotated[
+    Path | None,
+    typer.Option("--admin-token-file", metavar="FILE", help="With --url and --admin: the server's admin token."),
+]
+HostOption = Annotated[str, typer.Option("--host", metavar="HOST", help="Where to listen.")]
+PortOption = Annotated[int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0 takes a free one.")]
+LoginFileOption = Annotated[
+    Path | None, typer.Option("--login-file", metavar="FILE", help="Logins, user:password, one a line.")
+]
+RootPathOption = Annotated[
+    str, typer.Option("--root-path", metavar="PATH", help="What a proxy puts before every path, such as /demo.")
+]
+TrustedHostOption = Annotated[
+    list[str] | None,
+    typer.Option("--trusted-host", metavar="NAME", help="A name by which a proxy calls it; may be repeated."),
+]
+RemoteCodeOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+EventsOption = Annotated[bool, typer.Option("--json", help="Print events on stdout, one JSON line each.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -34,49 +71,21 @@ def register(app: typer.Typer) -> None:
 def demo(
     ctx: typer.Context,
     model: ModelOption = "reference",
-    patch: Annotated[
-        str | None,
-        typer.Option(
-            "--patch",
-            metavar="PATCH",
-            autocompletion=complete.patches,
-            help="The patch to show first; the active one, else the newest.",
-        ),
-    ] = None,
-    url: Annotated[
-        str | None, typer.Option("--url", metavar="URL", help="Ask a running `nest-runtime serve`; load no model.")
-    ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", metavar="FILE", help="With --url: the server's API key.")
-    ] = None,
-    admin: Annotated[
-        bool, typer.Option("--admin", help="With buttons that activate, roll back, push and pull.")
-    ] = False,
-    admin_token_file: Annotated[
-        Path | None,
-        typer.Option("--admin-token-file", metavar="FILE", help="With --url and --admin: the server's admin token."),
-    ] = None,
-    host: Annotated[str, typer.Option("--host", metavar="HOST", help="Where to listen.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0 takes a free one.")] = 7860,
-    login_file: Annotated[
-        Path | None, typer.Option("--login-file", metavar="FILE", help="Logins, user:password, one a line.")
-    ] = None,
-    root_path: Annotated[
-        str, typer.Option("--root-path", metavar="PATH", help="What a proxy puts before every path, such as /demo.")
-    ] = "",
-    trusted_host: Annotated[
-        list[str] | None,
-        typer.Option("--trusted-host", metavar="NAME", help="A name by which a proxy calls it; may be repeated."),
-    ] = None,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", metavar="N", min=1, help="Longest answer, in tokens.")
-    ] = 128,
+    patch: FirstPatchOption = None,
+    url: UrlOption = None,
+    api_key_file: KeyFileOption = None,
+    admin: AdminOption = False,
+    admin_token_file: TokenFileOption = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 7860,
+    login_file: LoginFileOption = None,
+    root_path: RootPathOption = "",
+    trusted_host: TrustedHostOption = None,
+    max_tokens: MaxTokensOption = 128,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print events on stdout, one JSON line each.")] = False,
+    trust_remote_code: RemoteCodeOption = False,
+    as_json: EventsOption = False,
 ) -> None:
     """Show in the browser what a patch does and where it acts: chat, patches, neurons, evidence.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,14 +24,65 @@ from nest_runtime.errors import UsageError
 from nest_runtime.escape import short
 
 if TYPE_CHECKING:
-    from nest_runtime.evaluate import Case, EvalResult, Judge
-    from nest_runtime.evaluate.attacks import Attack
-    from nest_runtime.evaluate.lm_eval import Tasks
-    from nest_runtime.evaluate.standard import Standard
-    from nest_runtime.model.load import LoadedModel
-    from nest_runtime.patch.patch import Patch
-    from nest_runtime.progress import Progress
-    from nest_runtime.runtime import PatchRuntime
+    from nest_runtime.evaluate import Case, Judge
+    from nest_runtime.evaluate.session import Asked
+
+PatchOption = Annotated[
+    str | None,
+    typer.Option(
+        "--patch",
+        metavar="PATCH",
+        autocompletion=complete.patches,
+        help="The patch to measure; the active one by default.",
+    ),
+]
+NoPatchOption = Annotated[bool, typer.Option("--no-patch", help="Measure the bare base.")]
+WithBaseOption = Annotated[
+    bool, typer.Option("--with-base", help="Measure the base on the same cases too, and compare in pairs.")
+]
+SuitesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--suite",
+        metavar="NAME",
+        autocompletion=complete.suites,
+        help="standard (or parts: standard:wild,mmlu), reference, plain, jailbreak-seen, jailbreak-held-out, "
+        "over-refusal, utility, or general ability: lm-eval:gsm8k,mmlu; repeat it.",
+    ),
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="DIR",
+        envvar="NEST_TEST_DATA",
+        help="The folder of public prompt sets that the standard suite asks.",
+    ),
+]
+EvalLimitOption = Annotated[
+    int | None,
+    typer.Option(
+        "--limit", metavar="N", min=1, help="At most N cases of each suite, drawn by seed; of lm-eval the first N."
+    ),
+]
+IncludeOption = Annotated[
+    Path | None, typer.Option("--lm-eval-include", metavar="DIR", help="A folder with lm-eval tasks of your own.")
+]
+ShotsOption = Annotated[
+    int | None,
+    typer.Option("--lm-eval-shots", metavar="N", min=0, help="Examples in lm-eval's prompts; each task's own."),
+]
+OutFileOption = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE.json", help="Keep every answer and verdict in this file.")
+]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE.html", help="Write a page for the browser: tables, plots and every answer."),
+]
+WorkdirOption = Annotated[
+    Path | None,
+    typer.Option("--workdir", metavar="DIR", help="Keep answers here; the same command goes on from them."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -53,99 +103,53 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     ctx: typer.Context,
     model: ModelOption = "reference",
-    patch: Annotated[
-        str | None,
-        typer.Option(
-            "--patch",
-            metavar="PATCH",
-            autocompletion=complete.patches,
-            help="The patch to measure; the active one by default.",
-        ),
-    ] = None,
-    no_patch: Annotated[bool, typer.Option("--no-patch", help="Measure the bare base.")] = False,
-    with_base: Annotated[
-        bool, typer.Option("--with-base", help="Measure the base on the same cases too, and compare in pairs.")
-    ] = False,
-    suite: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--suite",
-            metavar="NAME",
-            autocompletion=complete.suites,
-            help="standard (or parts: standard:wild,mmlu), reference, plain, jailbreak-seen, jailbreak-held-out, "
-            "over-refusal, utility, or general ability: lm-eval:gsm8k,mmlu; repeat it.",
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data",
-            metavar="DIR",
-            envvar="NEST_TEST_DATA",
-            help="The folder of public prompt sets that the standard suite asks.",
-        ),
-    ] = None,
+    patch: PatchOption = None,
+    no_patch: NoPatchOption = False,
+    with_base: WithBaseOption = False,
+    suite: SuitesOption = None,
+    data: DataOption = None,
     behaviors: CaseFilesOption = None,
     attacks: AttacksOption = None,
     judge: JudgesOption = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit", metavar="N", min=1, help="At most N cases of each suite, drawn by seed; of lm-eval the first N."
-        ),
-    ] = None,
+    limit: EvalLimitOption = None,
     seed: SampleSeedOption = 0,
     max_tokens: MaxTokensOption = 64,
     batch_size: BatchSizeOption = 64,
-    lm_eval_include: Annotated[
-        Path | None, typer.Option("--lm-eval-include", metavar="DIR", help="A folder with lm-eval tasks of your own.")
-    ] = None,
-    lm_eval_shots: Annotated[
-        int | None,
-        typer.Option("--lm-eval-shots", metavar="N", min=0, help="Examples in lm-eval's prompts; each task's own."),
-    ] = None,
-    out_file: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE.json", help="Keep every answer and verdict in this file.")
-    ] = None,
-    html_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--html", metavar="FILE.html", help="Write a page for the browser: tables, plots and every answer."
-        ),
-    ] = None,
-    workdir: Annotated[
-        Path | None,
-        typer.Option("--workdir", metavar="DIR", help="Keep answers here; the same command goes on from them."),
-    ] = None,
+    lm_eval_include: IncludeOption = None,
+    lm_eval_shots: ShotsOption = None,
+    out_file: OutFileOption = None,
+    html_file: HtmlOption = None,
+    workdir: WorkdirOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Measure attack success, over-refusal and utility. A low attack success alone says nothing."""
     out = Output.of(ctx, as_json)
-    for option, file in (("--out", out_file), ("--html", html_file)):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UsageError(f"{option} {file} lies in a folder that does not exist", "make the folder first")
-        if file is not None:
-            writable_file(file, option)
-    if workdir is not None:
-        writable_folder(workdir, "--workdir")
+    _check_outputs(out_file, html_file, workdir)
     model = model_for(ctx, out, model, patch)
-    from nest_runtime.evaluate.lm_eval import load_tasks, split_suites
-    from nest_runtime.evaluate.standard import load_standard, split_standard
+    from nest_runtime.evaluate.session import EvalSession
+    from nest_runtime.model.load import load_model
 
-    suites, names = split_suites(suite or [])
-    suites, parts = split_standard(suites)
-    standard = None if parts is None else load_standard(parts, data=data, n=limit, seed=seed)
-    tasks = load_tasks(names, include=lm_eval_include, limit=limit, shots=lm_eval_shots) if names else None
-    asked = EvalOptions(judge or [], attacks or [], seed, max_tokens, batch_size, workdir, device, dtype)
-    no_others = (names or standard is not None) and not suites and not behaviors
-    cases = [] if no_others else _cases(model, suites, behaviors or [], limit, seed)
-    session = _open(out, asked, Asked(cases, tasks, standard), model, patch, no_patch)
-    if standard is not None and workdir is None:
+    asked = _asked(
+        model,
+        suite or [],
+        data,
+        behaviors or [],
+        attacks or [],
+        limit,
+        seed,
+        include=lm_eval_include,
+        shots=lm_eval_shots,
+    )
+    judges = _judges(judge or [], asked.cases, device)
+    loaded = load_model(model, device=device, dtype=dtype)
+    chosen = choose_patch(out, patch, no_patch, loaded.hash)
+    session = EvalSession(asked, judges, loaded, chosen, batch_size, max_tokens, workdir)
+    if asked.standard is not None and workdir is None:
         out.note("answers are not kept; with --workdir DIR the same command goes on where it was interrupted")
     with out.bars() as bars:
-        result = session.run(bars, with_base)
+        result = session.run(with_base=with_base, progress=bars)
     if out_file is not None:
         result.save(out_file)
     if html_file is not None:
@@ -153,125 +157,61 @@ def evaluate(
 
         write_page(result, html_file)
     out.result(result.summary(), lambda: render(out, result))
-    if session.patch is not None and not out.json:
-        out.note(f"next: nest-runtime serve --patch {patch or short(session.patch.digest)}{model_flag(model)}")
+    if chosen is not None and not out.json:
+        out.note(f"next: nest-runtime serve --patch {patch or short(chosen.digest)}{model_flag(model)}")
 
 
-@dataclass(frozen=True)
-class EvalOptions:
-    """How the user wants it measured."""
-
-    judge: list[str]
-    attacks: list[str]
-    seed: int
-    max_tokens: int
-    batch_size: int
-    workdir: Path | None
-    device: str
-    dtype: str
+def _check_outputs(out_file: Path | None, html_file: Path | None, workdir: Path | None) -> None:
+    """Refuse files and a folder that could not be written in the end. Raises UsageError."""
+    for option, file in (("--out", out_file), ("--html", html_file)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UsageError(f"{option} {file} lies in a folder that does not exist", "make the folder first")
+        if file is not None:
+            writable_file(file, option)
+    if workdir is not None:
+        writable_folder(workdir, "--workdir")
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What is asked: cases of other suites, lm-eval's tasks, the standard suite."""
-
-    others: list[Case]
-    tasks: Tasks | None
-    standard: Standard | None
-
-    @property
-    def cases(self) -> list[Case]:
-        """Those of all suites."""
-        return [*(self.standard.cases if self.standard else ()), *self.others]
-
-
-def _cases(model: str, suites: list[str], behaviors: list[str], limit: int | None, seed: int) -> list[Case]:
-    from nest_runtime.evaluate import sample_cases
-
-    cases = cases_of(model, suites, behaviors)
-    return cases if limit is None else sample_cases(cases, limit, seed=seed)
-
-
-def _open(
-    out: Output,
-    asked: EvalOptions,
-    what: Asked,
+def _asked(
     model: str,
-    patch: str | None,
-    no_patch: bool,
-) -> EvalSession:
-    """Check everything that can be checked before answers are paid for, then load the model and the patch."""
-    from nest_runtime.evaluate import make_judge, parse_attacks
+    suite: list[str],
+    data: Path | None,
+    behaviors: list[str],
+    attacks: list[str],
+    limit: int | None,
+    seed: int,
+    *,
+    include: Path | None,
+    shots: int | None,
+) -> Asked:
+    """What to ask, read and checked before a model is loaded."""
+    from nest_runtime.evaluate import parse_attacks, sample_cases
+    from nest_runtime.evaluate.lm_eval import load_tasks, split_suites
+    from nest_runtime.evaluate.session import Asked
+    from nest_runtime.evaluate.standard import load_standard, split_standard
+
+    suites, names = split_suites(suite)
+    suites, parts = split_standard(suites)
+    standard = None if parts is None else load_standard(parts, data=data, n=limit, seed=seed)
+    tasks = load_tasks(names, include=include, limit=limit, shots=shots) if names else None
+    others = []
+    if suites or behaviors or (standard is None and tasks is None):
+        others = cases_of(model, suites, behaviors)
+        others = others if limit is None else sample_cases(others, limit, seed=seed)
+    asked = Asked(others, standard, tasks, parse_attacks(attacks) if attacks else [], seed)
+    if attacks and not asked.cases:
+        raise UsageError("--attacks without cases to attack", "add --suite or --behaviors")
+    return asked
+
+
+def _judges(names: list[str], cases: list[Case], device: str) -> list[Judge]:
+    """The judges named, else the one that fits the cases; each has shown that it works. None if there are no cases."""
+    from nest_runtime.evaluate import make_judge
     from nest_runtime.evaluate.run import check_judges
     from nest_runtime.evaluate.suites import default_judge
-    from nest_runtime.model.load import load_model
-    from nest_runtime.runtime import PatchRuntime
 
-    attacks, cases = parse_attacks(asked.attacks) if asked.attacks else [], what.cases
-    if attacks and not cases:
-        raise UsageError("--attacks without cases to attack", "add --suite or --behaviors")
-    judges = [make_judge(name, device=asked.device) for name in asked.judge or [default_judge(cases)]] if cases else []
-    if cases:
-        check_judges(judges)
-    loaded = load_model(model, device=asked.device, dtype=asked.dtype)
-    chosen = choose_patch(out, patch, no_patch, loaded.hash)
-    runtime = PatchRuntime(loaded.model, base_hash=loaded.hash)
-    if chosen is not None:
-        runtime.add(chosen)
-    return EvalSession(asked, what, attacks, judges, loaded, runtime, chosen)
-
-
-@dataclass(frozen=True)
-class EvalSession:
-    """All that one evaluation needs, checked and loaded."""
-
-    asked: EvalOptions
-    what: Asked
-    attacks: list[Attack]
-    judges: list[Judge]
-    loaded: LoadedModel
-    runtime: PatchRuntime
-    patch: Patch | None
-
-    def run(self, bars: Progress, with_base: bool) -> EvalResult:
-        """Measure the patch, and the base too where asked for."""
-        from nest_runtime.evaluate import apply_attacks
-
-        model, cases = self.loaded, self.what.cases
-        if self.attacks:
-            key = None if self.patch is None else self.patch.digest
-            with self.runtime.using(key):  # a white-box attack is made against what is measured
-                cases = apply_attacks(
-                    cases,
-                    self.attacks,
-                    seed=self.asked.seed,
-                    model=model.model,
-                    tokenizer=model.tokenizer,
-                    progress=bars,
-                )
-        result = self._measure(cases, self.patch, bars)
-        if not with_base or self.patch is None:
-            return result
-        return result.compared_with(self._measure(cases, None, bars))
-
-    def _measure(self, cases: list[Case], patch: Patch | None, bars: Progress) -> EvalResult:
-        from nest_runtime.evaluate import evaluate as run
-
-        standard = self.what.standard
-        return run(
-            self.loaded.model,
-            self.loaded.reader,
-            cases,
-            self.judges,
-            tasks=self.what.tasks,
-            questions=None if standard is None else standard.questions,
-            sources=None if standard is None else standard.sources,
-            runtime=self.runtime,
-            patch=patch,
-            model_name=self.loaded.name,
-            base_hash=self.loaded.hash,
-            batch_size=self.asked.batch_size,
-            max_new_tokens=self.asked.max_tokens,
-            workdir=self.asked.workdir,
-            progress=bars,
-        )
+    if not cases:
+        return []
+    judges = [make_judge(name, device=device) for name in names or [default_judge(cases)]]
+    check_judges(judges)
+    return judges

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +20,7 @@ from nest_runtime.escape import short
 from nest_runtime.io import expand
 
 if TYPE_CHECKING:
+    from nest_runtime.hub.publish import Pushed
     from nest_runtime.hub.repository import RepoRef
     from nest_runtime.patch.patch import Patch
     from nest_runtime.store.store import Store
@@ -37,6 +40,32 @@ TimeoutOption = Annotated[
 BaseModelOption = Annotated[
     str | None,
     typer.Option("--base-model", metavar="ORG/NAME", help="What the Hub calls the base, for the card."),
+]
+PrivateOption = Annotated[bool, typer.Option("--private", help="Make the repository private, where it has to be made.")]
+ThenChannelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--channel",
+        metavar="NAME",
+        autocompletion=complete.channels,
+        help="Then point this channel, e.g. stable, to it.",
+    ),
+]
+LicenseOption = Annotated[
+    str | None,
+    typer.Option("--license", metavar="ID", help="For the card, e.g. apache-2.0; kept from the last one."),
+]
+ResultsOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--results",
+        metavar="FILE",
+        help="For the card: what `eval --json` or benchmarks/adaptive.py wrote; repeat it.",
+    ),
+]
+DemandOption = Annotated[
+    bool,
+    typer.Option("--demand-claims", help="The channel demands claims as strict as this patch's from now on."),
 ]
 WhatPatch = Annotated[
     str,
@@ -68,36 +97,13 @@ def push(
     ctx: typer.Context,
     patch: WhatPatch,
     repo: Repo,
-    private: Annotated[
-        bool, typer.Option("--private", help="Make the repository private, where it has to be made.")
-    ] = False,
+    private: PrivateOption = False,
     key: KeyOption = None,
-    channel: Annotated[
-        str | None,
-        typer.Option(
-            "--channel",
-            metavar="NAME",
-            autocompletion=complete.channels,
-            help="Then point this channel, e.g. stable, to it.",
-        ),
-    ] = None,
-    license_id: Annotated[
-        str | None,
-        typer.Option("--license", metavar="ID", help="For the card, e.g. apache-2.0; kept from the last one."),
-    ] = None,
-    results: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--results",
-            metavar="FILE",
-            help="For the card: what `eval --json` or benchmarks/adaptive.py wrote; repeat it.",
-        ),
-    ] = None,
+    channel: ThenChannelOption = None,
+    license_id: LicenseOption = None,
+    results: ResultsOption = None,
     base_model: BaseModelOption = None,
-    demand_claims: Annotated[
-        bool,
-        typer.Option("--demand-claims", help="The channel demands claims as strict as this patch's from now on."),
-    ] = False,
+    demand_claims: DemandOption = False,
     behaviors: BehaviorsOption = None,
     judge: AllowJudge = None,
     model: WhoseModel = None,
@@ -111,9 +117,7 @@ def push(
     Where the channel demands claims, they are measured first; nothing is sent if they are missing or do not hold.
     """
     from nest_runtime.errors import UsageError
-    from nest_runtime.hub.demanded import check_before_push
     from nest_runtime.hub.publish import push as publish
-    from nest_runtime.hub.publish import set_channel
     from nest_runtime.store.store import Store
 
     out, store, ref = Output.of(ctx, as_json), Store(), repository(repo)
@@ -123,20 +127,11 @@ def push(
         raise UsageError("--demand-claims is for a channel", "name it with --channel")
     named_base = base_id(base_model)
     chosen, material = patch_and_material(patch, store, model, private_key)
-    secret = passphrase_of(private_key) if private_key and channel is not None else ""
-    prove = claim.prover(out, model, behaviors, judge)
-    demand = True if demand_claims else None
+    move = None
     if channel is not None:
-        check_before_push(
-            chosen,
-            ref,
-            channel,
-            demand=demand,
-            key=private_key,
-            passphrase=secret,
-            prove=prove,
-            timeout=timeout,
-        )
+        prove = claim.prover(out, model, behaviors, judge)
+        move = ChannelMove(ref, channel, True if demand_claims else None, private_key, prove, timeout)
+        move.check(chosen)
     done = publish(
         chosen,
         ref,
@@ -150,30 +145,62 @@ def push(
         timeout=timeout,
     )
     document = done.to_json()
-    if channel is not None:
-        set_channel(
-            ref,
-            channel,
-            done.version,
-            store=store,
-            key=private_key,
-            passphrase=secret,
-            demand=demand,
-            prove=prove,
-            timeout=timeout,
-        )
+    if move is not None:
+        move.make(done.version, store)
         document["channel"] = channel
+    out.result(document, lambda: _say_pushed(out, chosen.name, done, ref, channel))
 
-    def render() -> None:
-        verb = "is there already" if done.unchanged else "pushed"
-        out.line(f"{chosen.name}@{done.version} ({short(done.digest)}) {verb}: {ref.place}@{done.version}")
-        out.line(f"revision {done.revision}  {done.url}")
-        if done.signed_by is None:
-            out.note("it is not signed: servers that require signatures refuse it (see --key)")
-        if channel is not None:
-            out.line(f"channel {channel} is {done.version} now")
 
-    out.result(document, render)
+@dataclass(frozen=True)
+class ChannelMove:
+    """A channel that is to name what is pushed: first its demands are checked, then it is set.
+
+    Attributes:
+        ref: the repository.
+        channel: its name.
+        demand: whether it demands claims from now on; None leaves that as it is.
+        key: the private key to sign its file with, or None.
+        prove: measures a patch's claims, and raises ClaimsRefused unless all hold.
+        timeout: seconds that one step may take, or None.
+    """
+
+    ref: RepoRef
+    channel: str
+    demand: bool | None
+    key: Path | None
+    prove: Callable[[Patch], None]
+    timeout: float | None
+
+    @cached_property
+    def passphrase(self) -> str:
+        """The key's; asked for once."""
+        return passphrase_of(self.key) if self.key is not None else ""
+
+    def check(self, patch: Patch) -> None:
+        """Raise, before anything is sent, what setting the channel would raise. ClaimsRefused: claims do not hold."""
+        from nest_runtime.hub.demanded import check_before_push
+
+        check_before_push(patch, self.ref, self.channel, **self._how())
+
+    def make(self, version: str, store: Store) -> None:
+        """Let the channel name a version that has been pushed."""
+        from nest_runtime.hub.publish import set_channel
+
+        set_channel(self.ref, self.channel, version, store=store, **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        given = {"key": self.key, "passphrase": self.passphrase, "prove": self.prove, "timeout": self.timeout}
+        return {"demand": self.demand, **given}
+
+
+def _say_pushed(out: Output, name: str, done: Pushed, ref: RepoRef, channel: str | None) -> None:
+    verb = "is there already" if done.unchanged else "pushed"
+    out.line(f"{name}@{done.version} ({short(done.digest)}) {verb}: {ref.place}@{done.version}")
+    out.line(f"revision {done.revision}  {done.url}")
+    if done.signed_by is None:
+        out.note("it is not signed: servers that require signatures refuse it (see --key)")
+    if channel is not None:
+        out.line(f"channel {channel} is {done.version} now")
 
 
 def pull(

@@ -21,6 +21,45 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg")
 
 
+SourcesArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOURCE…",
+        autocompletion=complete.patches,
+        help="Patches, sites files, results of eval --out, comparison.json.",
+    ),
+]
+KindOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kind",
+        metavar="NAME",
+        autocompletion=complete.pictures,
+        help="neurons, z, silhouette, norms, silhouette-by-k, clusters, families, tradeoff, parameters; repeat "
+        "it. All by default.",
+    ),
+]
+OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the pictures go.")]
+FormatOption = Annotated[
+    list[str] | None,
+    typer.Option("--format", metavar="NAME", autocompletion=complete.formats, help="png or svg; both by default."),
+]
+HarmfulOption = Annotated[
+    str | None,
+    typer.Option("--harmful", metavar="FILE", help="With --benign: run prompts, for the pictures that need them."),
+]
+BenignOption = Annotated[str | None, typer.Option("--benign", metavar="FILE", help="See --harmful.")]
+ViewedModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        autocompletion=complete.models,
+        help="Whose v3 is meant, and what prompts are run on.",
+    ),
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
     app.command(
@@ -36,43 +75,13 @@ def register(app: typer.Typer) -> None:
 
 def plot(
     ctx: typer.Context,
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SOURCE…",
-            autocompletion=complete.patches,
-            help="Patches, sites files, results of eval --out, comparison.json.",
-        ),
-    ],
-    kind: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--kind",
-            metavar="NAME",
-            autocompletion=complete.pictures,
-            help="neurons, z, silhouette, norms, silhouette-by-k, clusters, families, tradeoff, parameters; repeat "
-            "it. All by default.",
-        ),
-    ] = None,
-    out_folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the pictures go.")] = Path("pictures"),
-    formats: Annotated[
-        list[str] | None,
-        typer.Option("--format", metavar="NAME", autocompletion=complete.formats, help="png or svg; both by default."),
-    ] = None,
-    harmful: Annotated[
-        str | None,
-        typer.Option("--harmful", metavar="FILE", help="With --benign: run prompts, for the pictures that need them."),
-    ] = None,
-    benign: Annotated[str | None, typer.Option("--benign", metavar="FILE", help="See --harmful.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="MODEL",
-            autocompletion=complete.models,
-            help="Whose v3 is meant, and what prompts are run on.",
-        ),
-    ] = None,
+    sources: SourcesArgument,
+    kind: KindOption = None,
+    out_folder: OutOption = Path("pictures"),
+    formats: FormatOption = None,
+    harmful: HarmfulOption = None,
+    benign: BenignOption = None,
+    model: ViewedModelOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,

@@ -17,6 +17,7 @@ from nest_runtime.cli.training import (
     PROMPTS,
     RecipeRef,
     Resume,
+    Version,
     check_answers,
     check_out,
     join,
@@ -32,8 +33,30 @@ from nest_runtime.train.recipe import Recipe
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
     from nest_runtime.prompts.examples import Example
+    from nest_runtime.train.run import TrainResult
 
 _OWN = "the reference world's where the patch was trained on those"
+
+
+Sibling = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        autocompletion=complete.models,
+        help="The fine-tuned sibling of the patch's base.",
+    ),
+]
+OwnHarmful = Annotated[
+    str | None, typer.Option("--harmful", metavar="FILE", help=f"Prompts to refuse: {PROMPTS} By default {_OWN}.")
+]
+OwnBenign = Annotated[
+    str | None, typer.Option("--benign", metavar="FILE", help="Prompts to answer as before, in the same forms.")
+]
+PatchOut = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="The patch to write; NAME-vK.safetensors by default.")
+]
+Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="Its name; MODEL-safety.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -52,28 +75,12 @@ def retarget(
     ctx: typer.Context,
     *,
     patch: Annotated[str, PatchArgument],
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            metavar="MODEL",
-            autocompletion=complete.models,
-            help="The fine-tuned sibling of the patch's base.",
-        ),
-    ],
-    harmful: Annotated[
-        str | None, typer.Option("--harmful", metavar="FILE", help=f"Prompts to refuse: {PROMPTS} By default {_OWN}.")
-    ] = None,
-    benign: Annotated[
-        str | None, typer.Option("--benign", metavar="FILE", help="Prompts to answer as before, in the same forms.")
-    ] = None,
-    out_file: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="The patch to write; NAME-vK.safetensors by default.")
-    ] = None,
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Its name; MODEL-safety.")] = None,
-    version: Annotated[
-        str | None, typer.Option("--version", metavar="vK", help="Its version; the next free one.")
-    ] = None,
+    model: Sibling,
+    harmful: OwnHarmful = None,
+    benign: OwnBenign = None,
+    out_file: PatchOut = None,
+    name: Name = None,
+    version: Version = None,
     settings: Annotated[Mapping[str, Any], Flags(Recipe, only=("steps", "seed"), unset=True)],
     recipe_name: RecipeRef = None,
     device: DeviceOption = "auto",
@@ -100,9 +107,7 @@ def retarget(
     loaded = load_model(model, device=device, dtype=dtype)
     check_answers(out, loaded, {harmful or "its prompts": bad, benign or "its benign prompts": good}, good)
     named, numbered = name_and_version(name, version, loaded, None)
-    target = out_file or Path(f"{named}-{numbered}.safetensors")
-    if out_file is None and target.exists():
-        raise UsageError(f"{target} is there already", "name the new patch's file with --out")
+    target = out_file or _own_file(named, numbered)
     workdir = check_out(target, ".safetensors")
     out.note(f"bringing {before.label} to {loaded.name}, as {named}@{numbered}")
     with keeping(workdir), out.bars() as bars:
@@ -121,8 +126,19 @@ def retarget(
             resume=resume,
             progress=bars,
         )
-    if not team.main:
-        return
+    if team.main:
+        _write(out, result, target, before, model)
+
+
+def _own_file(name: str, version: str) -> Path:
+    """The file that the new patch is written to where none is named. Raises UsageError if it is there."""
+    target = Path(f"{name}-{version}.safetensors")
+    if target.exists():
+        raise UsageError(f"{target} is there already", "name the new patch's file with --out")
+    return target
+
+
+def _write(out: Output, result: TrainResult, target: Path, before: Patch, model: str) -> None:
     neurons, label = result.report["parent_neurons"], before.label
     kept = f"{neurons['kept']:,} kept, {neurons['added']:,} added, {neurons['dropped']:,} dropped"
     origin = {"patch": label, "digest": before.digest, "base_hash": before.base_hash}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from nest_runtime.cli.training import (
     Harmful,
     RecipeRef,
     Resume,
+    Version,
     borderline_of,
     check_answers,
     check_out,
@@ -31,6 +32,25 @@ from nest_runtime.cli.training import (
 from nest_runtime.errors import UsageError
 from nest_runtime.escape import short
 from nest_runtime.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from nest_runtime.prompts.examples import Example
+    from nest_runtime.train.run import TrainResult
+
+
+PatchOut = Annotated[Path, typer.Option("--out", metavar="FILE", help="The patch to write, a .safetensors file.")]
+Parent = Annotated[
+    str | None, typer.Option("--from", metavar="PATCH", autocompletion=complete.patches, help="Re-tune this patch.")
+]
+Rehearsal = Annotated[
+    str | None,
+    typer.Option("--rehearsal", metavar="FILE", help="With --from: earlier harmful prompts, tuned on again."),
+]
+Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="Its name; the parent's, or MODEL-safety.")]
+BaseModel = Annotated[
+    str | None,
+    typer.Option("--base-model", metavar="ORG/NAME", help="What the Hub calls the base; the model's own name."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -111,26 +131,14 @@ def train(
     *,
     harmful: Harmful,
     benign: Benign,
-    out_file: Annotated[Path, typer.Option("--out", metavar="FILE", help="The patch to write, a .safetensors file.")],
+    out_file: PatchOut,
     model: ModelOption = "reference",
     borderline: Borderline = None,
-    parent: Annotated[
-        str | None, typer.Option("--from", metavar="PATCH", autocompletion=complete.patches, help="Re-tune this patch.")
-    ] = None,
-    rehearsal: Annotated[
-        str | None,
-        typer.Option("--rehearsal", metavar="FILE", help="With --from: earlier harmful prompts, tuned on again."),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", help="Its name; the parent's, or MODEL-safety.")
-    ] = None,
-    version: Annotated[
-        str | None, typer.Option("--version", metavar="vK", help="Its version; the next free one.")
-    ] = None,
-    base_model: Annotated[
-        str | None,
-        typer.Option("--base-model", metavar="ORG/NAME", help="What the Hub calls the base; the model's own name."),
-    ] = None,
+    parent: Parent = None,
+    rehearsal: Rehearsal = None,
+    name: Name = None,
+    version: Version = None,
+    base_model: BaseModel = None,
     settings: Annotated[Mapping[str, Any], Flags(Recipe, unset=True)],
     recipe_name: RecipeRef = None,
     device: DeviceOption = "auto",
@@ -145,22 +153,14 @@ def train(
     """
     out = Output.of(ctx, as_json)
     model = model_for(ctx, out, model, parent)
-    recipe = recipe_of(recipe_name, model, **settings)
-    workdir, named_base = check_out(out_file, ".safetensors"), base_id(base_model)
-    if named_base is not None and model == "reference":
-        raise UsageError("--base-model names a base of the Hub's, and the model is the built-in one", "leave it out")
-    if rehearsal and not parent:
-        raise UsageError(
-            "--rehearsal without --from", "name the patch to re-tune with --from, or leave --rehearsal out"
-        )
+    recipe, again = recipe_of(recipe_name, model, **settings), _rehearsed(rehearsal, parent)
+    workdir, named_base = check_out(out_file, ".safetensors"), _base_name(base_model, model)
     from nest_runtime.model.load import load_model
-    from nest_runtime.prompts.examples import load_examples
     from nest_runtime.resolve import load_patch
     from nest_runtime.train.pipeline import train_patch
 
-    bad, again = prompts_named(harmful, "harmful"), load_examples(rehearsal) if rehearsal else []
-    good, near = prompts_named(benign, "benign"), borderline_of(borderline, model, recipe)
-    team = join(out)
+    bad, good = prompts_named(harmful, "harmful"), prompts_named(benign, "benign")
+    near, team = borderline_of(borderline, model, recipe), join(out)
     loaded = load_model(model, device=device, dtype=dtype)
     check_answers(out, loaded, {harmful: bad, benign: good, rehearsal or "": again}, good)
     before = load_patch(parent, model_hash=loaded.hash) if parent else None
@@ -184,8 +184,30 @@ def train(
             resume=resume,
             progress=bars,
         )
-    if not team.main:
-        return
+    if team.main:
+        _write(out, result, out_file, model)
+
+
+def _base_name(base_model: str | None, model: str) -> str | None:
+    """What the Hub calls the base. Raises UsageError for the built-in model, which is not there."""
+    name = base_id(base_model)
+    if name is not None and model == "reference":
+        raise UsageError("--base-model names a base of the Hub's, and the model is the built-in one", "leave it out")
+    return name
+
+
+def _rehearsed(rehearsal: str | None, parent: str | None) -> list[Example]:
+    """Earlier harmful prompts that are tuned on again. Raises UsageError where no patch is re-tuned."""
+    from nest_runtime.prompts.examples import load_examples
+
+    if rehearsal and not parent:
+        raise UsageError(
+            "--rehearsal without --from", "name the patch to re-tune with --from, or leave --rehearsal out"
+        )
+    return load_examples(rehearsal) if rehearsal else []
+
+
+def _write(out: Output, result: TrainResult, out_file: Path, model: str) -> None:
     report = result.report
     size_row = f"{report['parameters']:,} parameters, {report['neurons']:,} neurons, {report['clusters']} clusters"
     write_patch(

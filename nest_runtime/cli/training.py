@@ -44,6 +44,7 @@ Borderline = Annotated[
         help="Benign prompts that look harmful, answered as before; none leaves them out. Default: the bundled ones.",
     ),
 ]
+Version = Annotated[str | None, typer.Option("--version", metavar="vK", help="Its version; the next free one.")]
 Resume = Annotated[
     bool, typer.Option("--resume/--fresh", help="Go on after an interrupt, or start anew and drop what was kept.")
 ]

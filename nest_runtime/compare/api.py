@@ -12,6 +12,8 @@ from nest_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from nest_runtime.compare.methods.base import Target
+    from nest_runtime.compare.methods.shipped import Shipped
+    from nest_runtime.evaluate.cases import Case
     from nest_runtime.evaluate.judges import Judge
     from nest_runtime.model.load import LoadedModel
     from nest_runtime.patch.patch import Patch
@@ -62,38 +64,45 @@ def compare(
         DataError: a file cannot be read. BaseMismatch: a finished patch is for another base.
     """
     from nest_runtime.compare.compare import Comparison, Plan
-    from nest_runtime.compare.methods.base import Target
     from nest_runtime.compare.methods.registry import make_methods
-    from nest_runtime.compare.methods.shipped import shipped
     from nest_runtime.compare.rows import document
-    from nest_runtime.evaluate.api import find_cases, find_judges, opened
-    from nest_runtime.evaluate.attacks import apply_attacks, parse_attacks
-    from nest_runtime.resolve import load_patch
+    from nest_runtime.evaluate.api import find_judges, listed, opened
 
-    if isinstance(methods, str):
-        raise UsageError(f"methods is one text, {methods!r}; expected a list", f"give methods=[{methods!r}]")
-    made = make_methods(list(methods))
+    made = make_methods([str(name) for name in listed("methods", methods)])
     bad, good = _prompts(model, harmful, benign)
-    cases = find_cases(model, suites, behaviors, limit)
-    if attacks:
-        cases = apply_attacks(cases, parse_attacks(list(attacks)))
+    cases = _cases(model, suites, behaviors, attacks, limit)
     judges = find_judges(judge, cases)
-    loaded = opened(model)
-    target = Target(loaded.model, loaded.tokenizer, loaded.hash, loaded.name)
-    given = [load_patch(p, model_hash=loaded.hash) if isinstance(p, str | Path) else p for p in patches]
-    finished = shipped(given, target)
+    target, finished = _target(opened(model), patches)
     known, values = settings_for(target)
+    plan = Plan((*made, *finished), recipe or known, tuple(range(seeds)), values, False, max_new_tokens, batch_size)
     with nullcontext(str(workdir)) if workdir is not None else tempfile.TemporaryDirectory() as folder:
         comparison = Comparison(target, bad, good, cases, judges[0], workdir=Path(folder), progress=progress)
-        plan = Plan(
-            (*made, *finished),
-            recipe or known,
-            tuple(range(seeds)),
-            values,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-        )
         return document(comparison.run(plan), plan.methods)
+
+
+def _cases(
+    model: str | Path | LoadedModel,
+    suites: Sequence[str],
+    behaviors: Sequence[str | Path],
+    attacks: Sequence[str],
+    limit: int | None,
+) -> list[Case]:
+    from nest_runtime.evaluate.api import find_cases
+    from nest_runtime.evaluate.attacks import apply_attacks, parse_attacks
+
+    cases = find_cases(model, suites, behaviors, limit)
+    return apply_attacks(cases, parse_attacks(list(attacks))) if attacks else cases
+
+
+def _target(loaded: LoadedModel, patches: Sequence[str | Path | Patch]) -> tuple[Target, list[Shipped]]:
+    """The model to fit methods on, and finished patches, each seen to fit it. Raises BaseMismatch."""
+    from nest_runtime.compare.methods.base import Target
+    from nest_runtime.compare.methods.shipped import shipped
+    from nest_runtime.resolve import load_patch
+
+    target = Target(loaded.model, loaded.tokenizer, loaded.hash, loaded.name)
+    given = [load_patch(p, model_hash=loaded.hash) if isinstance(p, str | Path) else p for p in patches]
+    return target, shipped(given, target)
 
 
 def settings_for(target: Target, path: Path | None = None) -> tuple[Recipe, dict[str, float]]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nest_runtime.evaluate.cases import Case
     from nest_runtime.evaluate.judges import Judge
     from nest_runtime.evaluate.report import EvalResult
+    from nest_runtime.evaluate.session import Asked
     from nest_runtime.model.load import LoadedModel
     from nest_runtime.patch.patch import Patch
     from nest_runtime.progress import Progress
@@ -59,53 +60,46 @@ def evaluate(
         DataError: a file of behaviors cannot be read.
         EvaluationError: a judge cannot work. BaseMismatch: the patch is for another base.
     """
-    from nest_runtime.evaluate.attacks import apply_attacks, parse_attacks
-    from nest_runtime.evaluate.run import check_judges
-    from nest_runtime.evaluate.run import evaluate as measure
-    from nest_runtime.evaluate.standard import load_standard, split_standard
+    from nest_runtime.evaluate.session import EvalSession
     from nest_runtime.resolve import load_patch
-    from nest_runtime.runtime import PatchRuntime
+
+    asked = _asked(model, suites, behaviors, data, attacks, limit, seed)
+    judges = _judges(judge, asked.cases)
+    loaded = opened(model)
+    chosen = load_patch(patch, model_hash=loaded.hash) if isinstance(patch, str | Path) else patch
+    session = EvalSession(asked, judges, loaded, chosen, batch_size, max_new_tokens, workdir)
+    return session.run(with_base=with_base, progress=progress)
+
+
+def _asked(
+    model: str | Path | LoadedModel,
+    suites: Sequence[str],
+    behaviors: Sequence[str | Path],
+    data: str | Path | None,
+    attacks: Sequence[str],
+    limit: int | None,
+    seed: int,
+) -> Asked:
+    """What to ask; the reference world's suites only where nothing else is named. Raises as ``evaluate``."""
+    from nest_runtime.evaluate.attacks import parse_attacks
+    from nest_runtime.evaluate.session import Asked
+    from nest_runtime.evaluate.standard import load_standard, split_standard
 
     own, parts = split_standard([str(name) for name in listed("suites", suites)])
     standard = None if parts is None else load_standard(parts, data=data, n=limit, seed=seed)
-    if standard is None or own or behaviors:
-        cases = [*(standard.cases if standard else ()), *find_cases(model, own, behaviors, limit, seed)]
-    else:
-        cases = list(standard.cases)
-    made = parse_attacks(list(attacks)) if attacks else []
-    judges = find_judges(judge, cases) if cases else []
-    if cases:
-        check_judges(judges)
-    loaded = opened(model)
-    chosen = load_patch(patch, model_hash=loaded.hash) if isinstance(patch, str | Path) else patch
-    with PatchRuntime(loaded.model, base_hash=loaded.hash) as runtime:
-        if chosen is not None:
-            runtime.add(chosen)
-        if made:
-            with runtime.using(None if chosen is None else chosen.digest):  # against what is measured
-                cases = apply_attacks(
-                    cases, made, seed=seed, model=loaded.model, tokenizer=loaded.tokenizer, progress=progress
-                )
-        results = [
-            measure(
-                loaded.model,
-                loaded.reader,
-                cases,
-                judges,
-                questions=None if standard is None else standard.questions,
-                sources=None if standard is None else standard.sources,
-                runtime=runtime,
-                patch=subject,
-                model_name=loaded.name,
-                base_hash=loaded.hash,
-                batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
-                workdir=workdir,
-                progress=progress,
-            )
-            for subject in ([chosen, None] if with_base and chosen is not None else [chosen])
-        ]
-    return results[0].compared_with(results[1]) if len(results) > 1 else results[0]
+    others = find_cases(model, own, behaviors, limit, seed) if standard is None or own or behaviors else []
+    return Asked(others, standard, attacks=parse_attacks(list(attacks)) if attacks else [], seed=seed)
+
+
+def _judges(judge: str | Judge | Sequence[str | Judge] | None, cases: Sequence[Case]) -> list[Judge]:
+    """The judges of some cases, each of which has shown that it works; none if there are no cases."""
+    from nest_runtime.evaluate.run import check_judges
+
+    if not cases:
+        return []
+    judges = find_judges(judge, cases)
+    check_judges(judges)
+    return judges
 
 
 def opened(model: str | Path | LoadedModel) -> LoadedModel:

@@ -77,13 +77,7 @@ def evaluate(
         check_cases(cases)
         check_judges(judges)
     with patched(model, runtime, patch, base_hash=base_hash) as (known_hash, held):
-        subject = Subject(
-            model=model_name or str(getattr(model, "name_or_path", "")),
-            model_hash=known_hash,
-            patch=BASE if patch is None else patch.version,
-            digest=None if patch is None else patch.digest,
-            settings={"max_new_tokens": max_new_tokens, "decoding": "greedy"},
-        )
+        subject = _subject(model_name or str(getattr(model, "name_or_path", "")), known_hash, patch, max_new_tokens)
         if cases:
             answer = model_answerer(model, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens)
             result = evaluate_answers(answer, cases, judges, subject=subject, progress=progress, workdir=workdir)
@@ -96,6 +90,17 @@ def evaluate(
             result = _with_utility(result, model, plain, questions, subject, held, batch_size, workdir, progress)
     notes = tuple(overlong_note(model, tokenizer, result.records, max_new_tokens))
     return replace(result, notes=notes, suites=dict(sources or {}))
+
+
+def _subject(model_name: str, model_hash: str, patch: Patch | None, max_new_tokens: int) -> Subject:
+    """What answers: a model under a patch, or the bare base."""
+    return Subject(
+        model=model_name,
+        model_hash=model_hash,
+        patch=BASE if patch is None else patch.version,
+        digest=None if patch is None else patch.digest,
+        settings={"max_new_tokens": max_new_tokens, "decoding": "greedy"},
+    )
 
 
 def evaluate_answers(

@@ -95,7 +95,7 @@ def difference(
     x, chosen, weights = call
     total = torch.zeros_like(x)
     for expert, part, index in _by_expert(module, units):
-        token, place = torch.where(chosen == expert)
+        token, choice = torch.where(chosen == expert)
         if not len(token):
             continue
         inputs = x[token]  # (t, d)
@@ -108,7 +108,7 @@ def difference(
             for value, half in zip(after, (gate, up), strict=True)
         ]
         change = _gated(module, *after) - _gated(module, *before)  # (t, units of this expert)
-        out = change @ _down(module, expert, index).to(x.dtype) * weights[token, place, None]
+        out = change @ _down(module, expert, index).to(x.dtype) * weights[token, choice, None]
         total = total.index_add(0, token, out.to(total.dtype))
     return total
 
@@ -145,8 +145,8 @@ def _linear(
 ) -> torch.Tensor:
     bias = None
     if module.has_bias:
-        place = half * _neurons_each(module) + index if module.is_concatenated else 2 * index + half
-        bias = module.gate_up_proj_bias[expert, place].to(x.dtype)  # type: ignore[index]
+        row = half * _neurons_each(module) + index if module.is_concatenated else 2 * index + half
+        bias = module.gate_up_proj_bias[expert, row].to(x.dtype)  # type: ignore[index]
     return F.linear(x, rows.to(x.dtype), bias)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
 
@@ -17,61 +18,46 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)  # memory, CPU seconds, open files; on Linux
-        self.requests = Counter(
-            "nest_requests", "HTTP requests answered.", ["endpoint", "status", "patch"], registry=registry
-        )
-        self.request_seconds = Histogram(
-            "nest_request_seconds", "Whole HTTP requests.", ["endpoint"], buckets=SECONDS, registry=registry
-        )
-        self.tokens = Counter("nest_tokens", "Tokens read and generated.", ["kind", "patch"], registry=registry)
-        self.first_token = Histogram(
+        counter, timer = partial(Counter, registry=registry), partial(Histogram, registry=registry)
+        self.requests = counter("nest_requests", "HTTP requests answered.", ["endpoint", "status", "patch"])
+        self.request_seconds = timer("nest_request_seconds", "Whole HTTP requests.", ["endpoint"], buckets=SECONDS)
+        self.tokens = counter("nest_tokens", "Tokens read and generated.", ["kind", "patch"])
+        self.first_token = timer(
             "nest_time_to_first_token_seconds",
             "From admission to the first token.",
             ["patch"],
             buckets=SECONDS,
-            registry=registry,
         )
-        self.per_token = Histogram(
+        self.per_token = timer(
             "nest_time_per_output_token_seconds",
             "Mean time between tokens of one request after its first.",
             ["patch"],
             buckets=TOKEN_SECONDS,
-            registry=registry,
         )
-        self.answers = Counter("nest_answers", "Choices answered to their end.", ["patch"], registry=registry)
-        self.refusals = Counter(
-            "nest_refusals", "Of these, answers that begin as refusals do.", ["patch"], registry=registry
-        )
-        self.replaced = Counter(
+        self.answers = counter("nest_answers", "Choices answered to their end.", ["patch"])
+        self.refusals = counter("nest_refusals", "Of these, answers that begin as refusals do.", ["patch"])
+        self.replaced = counter(
             "nest_replaced_requests",
             "Requests in flight that an enforced switch took from a patch: restarted, or ended half-way.",
             ["patch", "outcome"],
-            registry=registry,
         )
-        self.failed = Counter(
+        self.failed = counter(
             "nest_failed_requests",
             "Requests that failed a pass all by themselves: values not finite, or an exception.",
             ["reason", "patch"],
-            registry=registry,
         )
-        self.canceled = Counter(
-            "nest_canceled_requests", "Requests given up: their client left, or time ran out.", registry=registry
-        )
-        self.swaps = Counter("nest_swaps", "Changes of the active patch.", ["what"], registry=registry)
-        self.swap_seconds = Histogram(
+        self.canceled = counter("nest_canceled_requests", "Requests given up: their client left, or time ran out.")
+        self.swaps = counter("nest_swaps", "Changes of the active patch.", ["what"])
+        self.swap_seconds = timer(
             "nest_swap_seconds",
             "Changes of the active patch, loading included.",
             buckets=SWAP_SECONDS,
-            registry=registry,
         )
-        self.patch_failures = Counter(
-            "nest_patch_failures", "Patches refused or changes that failed.", ["error"], registry=registry
-        )
-        self.verification_failures = Counter(
+        self.patch_failures = counter("nest_patch_failures", "Patches refused or changes that failed.", ["error"])
+        self.verification_failures = counter(
             "nest_verification_failures",
             "Of these, patches refused for trust: digest, base, signature, revoked, downgrade.",
             ["error"],
-            registry=registry,
         )
         self.active = Info("nest_active_patch", "The patch that new requests get.", registry=registry)
         self.server = Info("nest_server", "What is served.", registry=registry)
