@@ -23,7 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nest_runtime.model.anatomy import find_projections
-from nest_runtime.model.fingerprint import model_hash, rows_digest
+from nest_runtime.model.base_rows import rows_digest
+from nest_runtime.model.fingerprint import model_hash
 from nest_runtime.patch.patch import Patch, Site
 from nest_runtime.runtime import PatchRuntime
 

@@ -46,7 +46,7 @@ _HOMES = {  # the module, and what it calls the thing where that is another name
     "find_sites": "nest_runtime.model.anatomy:find_projections",
     "register_architecture": "nest_runtime.model.anatomy",
     "model_hash": "nest_runtime.model.fingerprint",
-    "rows_digest": "nest_runtime.model.fingerprint",
+    "rows_digest": "nest_runtime.model.base_rows",
     "PatchRuntime": "nest_runtime.runtime",
     "export_gguf": "nest_runtime.export",
     "export_merged": "nest_runtime.export",
@@ -87,8 +87,8 @@ if TYPE_CHECKING:
     from nest_runtime.export import import_peft as import_peft
     from nest_runtime.model import anatomy as _anatomy
     from nest_runtime.model.anatomy import register_architecture as register_architecture
+    from nest_runtime.model.base_rows import rows_digest as rows_digest
     from nest_runtime.model.fingerprint import model_hash as model_hash
-    from nest_runtime.model.fingerprint import rows_digest as rows_digest
     from nest_runtime.model.load import load_model as load_model
     from nest_runtime.model.projection import Projection as Projection
     from nest_runtime.patch.algebra import compose as compose

@@ -20,8 +20,9 @@ from tempfile import TemporaryDirectory
 from measure import Goal, Line, Report, Series, in_turns, run, threads
 from subjects import real_models, saved, smallest, work_folder
 
-from nest_runtime.model.fingerprint import hash_report, weight_files
+from nest_runtime.model.fingerprint import hash_report
 from nest_runtime.model.hashing import hash_threads
+from nest_runtime.model.weights import weight_files
 
 PIECES = 64  # that a file's bytes are cut into, so that threads end together
 

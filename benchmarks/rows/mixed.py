@@ -18,7 +18,7 @@ import torch
 from measure import Goal, Line, Report, Series, in_turns, run, threads
 from subjects import adapters, load, random_site, smallest
 
-from nest_runtime.model.fingerprint import rows_digest
+from nest_runtime.model.base_rows import rows_digest
 from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
 

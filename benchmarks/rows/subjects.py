@@ -97,7 +97,7 @@ def random_patch(
         seed: of neurons and rows.
         rows_digest: of the rows; computed without one.
     """
-    from nest_runtime.model.fingerprint import rows_digest as digest_of_rows
+    from nest_runtime.model.base_rows import rows_digest as digest_of_rows
 
     generator = torch.Generator().manual_seed(seed)
     sites = tuple(

@@ -223,7 +223,7 @@ def random_patch(loaded: LoadedModel) -> Patch:
     import torch
 
     from nest_runtime.model.anatomy import find_projections, unwrap
-    from nest_runtime.model.fingerprint import rows_digest
+    from nest_runtime.model.base_rows import rows_digest
     from nest_runtime.patch.patch import Patch, Site
 
     generator = torch.Generator().manual_seed(0)

@@ -190,7 +190,7 @@ class _Job:
 
     def _exact_base(self) -> bool:
         """Whether the base is stored in float32: half-precision sums are rounded, by the nature of the form."""
-        from nest_runtime.model.fingerprint import read_frame, weight_files
+        from nest_runtime.model.weights import read_frame, weight_files
 
         assert self.base is not None
         dtypes = {entry.dtype for path in weight_files(self.base) for entry in read_frame(path).entries}

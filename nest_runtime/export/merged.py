@@ -19,8 +19,9 @@ from nest_runtime.errors import BaseMismatch, ExportError
 from nest_runtime.export.folder import NOTE, check_target, new_folder, write_note
 from nest_runtime.io import expand
 from nest_runtime.model.anatomy import find_projections
+from nest_runtime.model.base_rows import rows_digest, rows_fit
 from nest_runtime.model.checkpoint import Checkpoint
-from nest_runtime.model.fingerprint import model_hash, rows_digest, rows_fit, tensor_digests
+from nest_runtime.model.fingerprint import model_hash, tensor_digests
 from nest_runtime.model.gguf.header import find_gguf
 from nest_runtime.model.load import skeleton
 from nest_runtime.model.projection import Projection

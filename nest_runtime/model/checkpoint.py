@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from nest_runtime.errors import ModelError
-from nest_runtime.model.fingerprint import read_frame, weight_files
 from nest_runtime.model.projection import Projection, canonical_name, unwrap
+from nest_runtime.model.weights import read_frame, weight_files
 from nest_runtime.patch.frame import TensorEntry
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -206,7 +206,7 @@ def _load_folder(folder: Path, name: str, place: str, wanted: Any, trust_remote_
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
-    from nest_runtime.model.fingerprint import weight_files
+    from nest_runtime.model.weights import weight_files
 
     loader = _auto_class(folder)
     weight_files(folder)  # says what is missing better than the loader does

@@ -75,7 +75,7 @@ class Patch:
         name, version: how users call it, e.g. ``reference-safety`` and ``v3``.
         serial: a whole number that only grows from one published version to the next.
         base_hash: ``sha256:<hex>``, the base model's hash (fingerprint.model_hash).
-        rows_digest: ``sha256:<hex>``, digest of the base's rows this patch changes (fingerprint.rows_digest).
+        rows_digest: ``sha256:<hex>``, digest of the base's rows this patch changes (base_rows.rows_digest).
         base_model: the base's name for people and cards (``reference``, ``org/name``).
         architecture: the base's class name, e.g. ``LlamaForCausalLM``.
         sites: the updates, in the model's order; an empty site is legal.

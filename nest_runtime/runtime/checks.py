@@ -17,8 +17,9 @@ from torch import nn
 
 from nest_runtime.errors import BaseMismatch, ModelError
 from nest_runtime.model.anatomy import unwrap
+from nest_runtime.model.base_rows import rows_digest, rows_fit
 from nest_runtime.model.checkpoint import Checkpoint
-from nest_runtime.model.fingerprint import model_hash, rows_digest, rows_fit
+from nest_runtime.model.fingerprint import model_hash
 from nest_runtime.model.gguf.header import find_gguf, read_header
 from nest_runtime.model.gguf.model import GgufRows
 from nest_runtime.model.projection import Projection

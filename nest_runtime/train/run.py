@@ -19,7 +19,7 @@ import torch
 from nest_runtime.errors import UsageError
 from nest_runtime.io import read_json, write_json
 from nest_runtime.model.anatomy import Projection, unwrap
-from nest_runtime.model.fingerprint import rows_digest
+from nest_runtime.model.base_rows import rows_digest
 from nest_runtime.patch.patch import Patch, Site
 from nest_runtime.progress import Progress
 from nest_runtime.prompts.examples import Example, examples_digest

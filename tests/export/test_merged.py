@@ -17,7 +17,7 @@ from nest_runtime.errors import BaseMismatch, ExportError, ModelError
 from nest_runtime.export import export_merged
 from nest_runtime.export import merged as merged_module
 from nest_runtime.model.checkpoint import Stored
-from nest_runtime.model.fingerprint import read_frame, weight_files
+from nest_runtime.model.weights import read_frame, weight_files
 from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
 from tests.conftest import make_tokenizer, save_tiny

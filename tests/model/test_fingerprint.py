@@ -19,7 +19,9 @@ from nest_runtime.errors import ModelError, SiteMismatch
 from nest_runtime.io import nest_home
 from nest_runtime.model import hashcache
 from nest_runtime.model.anatomy import find_projections, module_of, read_rows, write_rows
-from nest_runtime.model.fingerprint import hash_report, model_hash, rows_digest, weight_files
+from nest_runtime.model.base_rows import rows_digest
+from nest_runtime.model.fingerprint import hash_report, model_hash
+from nest_runtime.model.weights import weight_files
 from tests.conftest import save_tiny
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}

@@ -62,7 +62,8 @@ def make_patch(
         empty: names of sites left without neurons.
         base_hash: skip hashing the model and use this.
     """
-    from nest_runtime.model.fingerprint import model_hash, rows_digest
+    from nest_runtime.model.base_rows import rows_digest
+    from nest_runtime.model.fingerprint import model_hash
 
     sites = tuple(
         random_site(

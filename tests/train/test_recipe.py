@@ -12,7 +12,8 @@ import torch
 from nest_runtime.cli.main import main
 from nest_runtime.errors import BaseMismatch, DataError, SiteMismatch, TrainingError, UsageError
 from nest_runtime.model.anatomy import find_projections
-from nest_runtime.model.fingerprint import model_hash, rows_digest
+from nest_runtime.model.base_rows import rows_digest
+from nest_runtime.model.fingerprint import model_hash
 from nest_runtime.model.load import load_model
 from nest_runtime.patch.patch import Patch
 from nest_runtime.prompts.examples import examples_digest, make_examples

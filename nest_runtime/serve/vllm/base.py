@@ -15,8 +15,9 @@ import torch
 
 from nest_runtime.errors import BaseMismatch
 from nest_runtime.model.anatomy import find_projections
+from nest_runtime.model.base_rows import rows_fit
 from nest_runtime.model.checkpoint import Checkpoint
-from nest_runtime.model.fingerprint import model_hash, rows_fit
+from nest_runtime.model.fingerprint import model_hash
 from nest_runtime.model.load import skeleton
 from nest_runtime.patch.patch import Patch, check_sites
 from nest_runtime.serve.vllm.replicas import Reports
