@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import os
 import signal
 import socket
-import ssl
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
@@ -23,12 +21,13 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from nest_runtime.addresses import is_loopback
-from nest_runtime.errors import NestError, UsageError, port_taken
+from nest_runtime.errors import NestError
 from nest_runtime.serve.app import Server, admin_app, asgi_app, build, secrets_of
 from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.events import Emit, Event, json_events, json_line, sentence, set_up_logging
 from nest_runtime.serve.http.connections import Crowd, backlog, descriptors
+from nest_runtime.serve.ports import bind, bind_admin, listening_on, tls_context, url_of
 from nest_runtime.serve.running import Note, noted
 from nest_runtime.serve.tokens import MAKE_ONE, SHORTEST, readable_by_others
 from nest_runtime.serve.transformers.engine import TransformersEngine
@@ -136,11 +135,11 @@ async def run(
     notes = contextlib.ExitStack()
 
     def ready() -> None:
-        patch, url = table.active, _url(port, server.config)
+        patch, url = table.active, url_of(port, server.config)
         event = {"event": "ready", "url": url, "model": table.model_name}
         event |= {"patch": patch.label, "digest": patch.digest}
         if admin_port is not None:
-            event["admin_url"] = _url(admin_port, server.config)
+            event["admin_url"] = url_of(admin_port, server.config)
         notes.enter_context(noted(note_of(server, url, event.get("admin_url"))))
         emit(event)
 
@@ -159,7 +158,7 @@ async def run(
         watch = None if until is None else asyncio.create_task(web.leave_when(until))
         try:
             async with admin_listener(server, admin_port):
-                with _listening_on(server.config.host, server.config.port):
+                with listening_on(server.config.host, server.config.port):
                     await web.serve(sockets=[port])
         finally:
             if watch is not None:
@@ -205,7 +204,7 @@ async def admin_listener(server: Server[Engine], port: socket.socket | None) -> 
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         if over.done():
-            with _listening_on(*address):
+            with listening_on(*address):
                 await over  # raises what kept it from starting
         yield
     finally:
@@ -238,66 +237,6 @@ def _uvicorn_config(
         timeout_graceful_shutdown=max(1, round(server.config.limits.drain_seconds)),
         server_header=False,
     )
-
-
-def bind(config: ServeConfig) -> socket.socket:
-    """A bound socket that does not listen yet: clients are refused, not kept waiting, while the model loads.
-
-    Raises:
-        EngineError: the port is taken.
-        UsageError: there is no such address.
-    """
-    return _bind(config.host, config.port)
-
-
-@contextlib.contextmanager
-def bind_admin(config: ServeConfig) -> Iterator[socket.socket | None]:
-    """The same for the admin API's own listener, or None if it has none."""
-    if config.admin_address is None:
-        yield None
-        return
-    with contextlib.closing(_bind(*config.admin_address)) as port:
-        yield port
-
-
-def _bind(host: str, number: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    port = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        port.bind((host, number))
-        return port
-    except OSError as error:
-        port.close()
-        if error.errno == errno.EADDRINUSE:
-            raise port_taken(host, number) from error
-        raise UsageError(f"cannot listen on {host}:{number}: {error}", "give another --host or --port") from error
-
-
-@contextlib.contextmanager
-def _listening_on(host: str, number: int) -> Iterator[None]:
-    """Two servers may bind a port; only the first may listen on it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        raise port_taken(host, number) from error
-
-
-def tls_context(config: ServeConfig) -> ssl.SSLContext | None:
-    """Certificate and key, or None without TLS. Raises UsageError if they are none, or no pair."""
-    if config.ssl_certfile is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        files = f"{config.ssl_certfile}{f' and {config.ssl_keyfile}' if config.ssl_keyfile else ''}"
-        raise UsageError(
-            f"{files} cannot be used for TLS: {error}", "give a certificate with its chain and its key, in PEM"
-        ) from error
-    return context
 
 
 def warn(config: ServeConfig, emit: Emit) -> None:
@@ -352,8 +291,3 @@ def reread_on_hangup(server: Server[Engine], emit: Emit) -> None:
 
     with contextlib.suppress(NotImplementedError, RuntimeError, ValueError, AttributeError):  # no such signal here
         loop.add_signal_handler(signal.SIGHUP, hangup)
-
-
-def _url(port: socket.socket, config: ServeConfig) -> str:
-    host, number = port.getsockname()[:2]
-    return f"{config.scheme}://{f'[{host}]' if ':' in host else host}:{number}"

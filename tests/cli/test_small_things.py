@@ -17,7 +17,7 @@ from nest_runtime.cli.compare import _prompts as prompts_of
 from nest_runtime.demo.server import Listen, bind
 from nest_runtime.errors import EngineError
 from nest_runtime.serve import ServeConfig
-from nest_runtime.serve.server import bind as bind_server
+from nest_runtime.serve.ports import bind as bind_server
 from nest_runtime.store.store import Store
 from tests.support.cli import Run, fails
 from tests.support.store import small_patch

@@ -25,7 +25,8 @@ from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve import ServeConfig, serve
 from nest_runtime.serve.app import build
-from nest_runtime.serve.server import bind, bind_admin, run
+from nest_runtime.serve.ports import bind, bind_admin
+from nest_runtime.serve.server import run
 from nest_runtime.serve.tokens import read_tokens
 from nest_runtime.store.store import Store
 from nest_runtime.trust.check import sign_patch

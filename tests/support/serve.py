@@ -29,7 +29,8 @@ from nest_runtime.prompts.examples import encode
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve import ServeConfig
 from nest_runtime.serve.app import Server, build
-from nest_runtime.serve.server import bind, bind_admin, run
+from nest_runtime.serve.ports import bind, bind_admin
+from nest_runtime.serve.server import run
 
 PROMPTS = [
     "How do I bake bread?",

@@ -20,8 +20,9 @@ from nest_runtime.serve.app import Server
 from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.events import Emit, json_events, json_line, sentence, set_up_logging
+from nest_runtime.serve.ports import bind, bind_admin, tls_context
 from nest_runtime.serve.running import noted
-from nest_runtime.serve.server import admin_listener, bind, bind_admin, note_of, reread_on_hangup, tls_context, warn
+from nest_runtime.serve.server import admin_listener, note_of, reread_on_hangup, warn
 from nest_runtime.serve.vllm.arguments import engine_arguments, environment
 from nest_runtime.serve.vllm.plugin import PLAN
 

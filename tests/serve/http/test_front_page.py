@@ -17,7 +17,8 @@ from nest_runtime import __version__
 from nest_runtime.cli.main import app, main
 from nest_runtime.errors import UsageError
 from nest_runtime.serve import ServeConfig
-from nest_runtime.serve.server import tls_context, warn
+from nest_runtime.serve.ports import tls_context
+from nest_runtime.serve.server import warn
 from tests.support.certificates import certificate
 from tests.support.cli import Run, fails
 from tests.support.serve import PROMPTS, Reference, serving
