@@ -59,5 +59,5 @@ def slow_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.01)
         return choose_tokens(*arguments)
 
-    for engine in ("continuous", "plain"):
-        monkeypatch.setattr(f"nest_runtime.serve.transformers.{engine}.choose_tokens", slowly)
+    for module in ("continuous", "steering"):
+        monkeypatch.setattr(f"nest_runtime.serve.transformers.{module}.choose_tokens", slowly)

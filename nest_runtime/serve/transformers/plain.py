@@ -19,14 +19,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from nest_runtime.errors import EngineError
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.jobs import Blame, Delivery, Job, dead
-from nest_runtime.serve.sampling import NotFinite, Sampler, SamplingParams, choose_tokens
+from nest_runtime.serve.sampling import NotFinite, Sampler, SamplingParams
 from nest_runtime.serve.transformers.auto_fold import AutoFold
 from nest_runtime.serve.transformers.sizes import BatchSizes
+from nest_runtime.serve.transformers.steering import Chooser, Ender, Look, Steering, bare_generate
 
 
 class _BrokenOff(Exception):
@@ -178,8 +178,8 @@ class PlainBatch:
 
     def _answer(self, batch: list[Job], trial: bool) -> None:
         """Answer a batch to its end, or for one token each where it is a trial; then say who was to blame."""
-        steering = _Steering(self, batch)
-        guides = {"logits_processor": [_Chooser(steering)], "stopping_criteria": [_Ender(steering)]}
+        steering = Steering(self, batch)
+        guides = {"logits_processor": [Chooser(steering)], "stopping_criteria": [Ender(steering)]}
         most = 1 if trial else max(self.left(job) for job in batch)
         suspects, failure = set(), None
         try:
@@ -224,7 +224,7 @@ class PlainBatch:
         if not job.canceled:
             self._deliver([Delivery(job.id, finished=True, error=reason)])
         if not finite and patch is not None:
-            look = _Look(Sampler(SamplingParams(), 0, job.sampler.rules, tokens))
+            look = Look(Sampler(SamplingParams(), 0, job.sampler.rules, tokens))
             try:
                 self._generate([tokens], [None], 1, logits_processor=[look])
             except Exception:  # of any kind: the base cannot do it either
@@ -278,80 +278,3 @@ class PlainBatch:
                 queue.remove(name)
         for job in [job for job in self._jobs.values() if job.canceled]:
             self._forget(job)
-
-
-class _Steering:
-    """What happens at each token of one batch: every live row's sampler chooses, and rows end by themselves."""
-
-    def __init__(self, engine: PlainBatch, batch: list[Job]) -> None:
-        self._engine, self._batch = engine, batch
-        self.done = [False] * len(batch)
-
-    def choose(self, scores: torch.Tensor) -> torch.Tensor:
-        """The next token of each row, [rows]; 0 where a row has ended. Raises NotFinite with rows of the batch."""
-        self._engine.let_in(self._batch)
-        chosen = torch.zeros(len(self._batch), dtype=torch.long, device=scores.device)
-        self.done = [over or job.canceled for over, job in zip(self.done, self._batch, strict=True)]
-        if not (rows := [row for row, over in enumerate(self.done) if not over]):
-            return chosen
-        try:
-            chosen[rows] = choose_tokens(scores[rows].float(), [self._batch[row].sampler for row in rows])
-        except NotFinite as error:
-            raise NotFinite(str(error), tuple(rows[number] for number in error.rows)) from error
-        deliveries = [
-            self._engine.took(self._batch[row], token) for row, token in zip(rows, chosen[rows].tolist(), strict=True)
-        ]
-        for row, delivery in zip(rows, deliveries, strict=True):
-            self.done[row] = delivery.finished
-        self._engine.tell(deliveries)
-        return chosen
-
-
-class _Chooser(LogitsProcessor):
-    """Leaves generate's own greedy choice one token a row."""
-
-    def __init__(self, steering: _Steering) -> None:
-        self._steering = steering
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        chosen = self._steering.choose(scores)
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
-
-
-class _Look(LogitsProcessor):
-    """Raises NotFinite if a sampler could choose nothing."""
-
-    def __init__(self, sampler: Sampler) -> None:
-        self._sampler = sampler
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        choose_tokens(scores.float(), [self._sampler])
-        return scores
-
-
-class _Ender(StoppingCriteria):
-    """Ends generate's rows where the steering has ended them."""
-
-    def __init__(self, steering: _Steering) -> None:
-        self._steering = steering
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.tensor(self._steering.done, device=input_ids.device)
-
-
-def bare_generate(model: Any, ids: torch.Tensor, mask: torch.Tensor, count: int, **options: Any) -> Any:
-    """``model.generate``, greedily, without anything of the model's own generation config.
-
-    Args:
-        model: a model.
-        ids, mask: padded prompts, both [rows, tokens].
-        count: new tokens of each row.
-        options: more of generate's arguments.
-    """
-    plain = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0, **options.pop("settings", {}))
-    own, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
-    try:
-        with torch.no_grad():
-            return model.generate(input_ids=ids, attention_mask=mask, generation_config=plain, **options)
-    finally:
-        model.generation_config = own

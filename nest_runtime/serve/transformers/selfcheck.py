@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nest_runtime.serve.transformers.plain import bare_generate
+from nest_runtime.serve.transformers.steering import bare_generate
 
 LENGTHS = (1, 7, 40)  # the last is longer than a page of the cache
 PIECE = 16  # tokens of a pass, for prompts that are read in pieces

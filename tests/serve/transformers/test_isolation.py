@@ -50,8 +50,8 @@ def raise_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 raise error or RuntimeError("injected fault")
             return choose_tokens(logits, samplers)
 
-        for engine in ("continuous", "plain"):
-            monkeypatch.setattr(f"nest_runtime.serve.transformers.{engine}.choose_tokens", choose)
+        for module in ("continuous", "steering"):
+            monkeypatch.setattr(f"nest_runtime.serve.transformers.{module}.choose_tokens", choose)
 
     return arm
 
