@@ -7,7 +7,6 @@ A change happens completely or leaves the server as it was: a patch is read, ver
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nest_runtime.errors import NestError, PatchNotFound, StoreError
 from nest_runtime.patch.patch import Patch
 from nest_runtime.serve.audit import AuditLog
+from nest_runtime.serve.changes import ChangeLog
 from nest_runtime.serve.durable import Durable
 from nest_runtime.serve.engine import EngineControl, PatchHolder
 from nest_runtime.serve.loading import Arrival, Loader, label_for
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["PatchTable", "ServedPatch", "Switch"]
 
 SWITCH_THREADS = 4
-
-log = logging.getLogger("nest_runtime.serve.patches")
 
 
 class PatchTable:
@@ -70,10 +68,10 @@ class PatchTable:
         self.halted: NestError | None = None  # why nothing is answered at all: the active patch was revoked
         self.on_switch: Callable[[Switch], None] = lambda switch: None
         self.on_refusal: Callable[[str, NestError], None] = lambda what, error: None
-        self._audit = audit
         self.loader = Loader(runtime, store, model_hash, lambda digest: digest in self._loaded)
         self.loader.guard = guard
         self._pool = Pool("switch", SWITCH_THREADS)
+        self._changes = ChangeLog(audit, self._pool, self._refused)
         self._durable = Durable(store, model_name, model_hash, follows_store=follows_store, guard=guard)
         self._verified: dict[str, Verified] = {}  # by digest, as of the last check
         self._loaded: dict[str, ServedPatch] = {}  # by digest
@@ -163,7 +161,11 @@ class PatchTable:
     @at_home
     async def load(self, ref: str, who: str) -> ServedPatch:
         """Read, verify and add a patch, without activating it. Raises NestError; the server is then as it was."""
-        async with self._audited("load", who, ref=ref) as event, self._brought(ref, older=True) as arrival, self._lock:
+        async with (
+            self._changes.audited("load", who, ref=ref) as event,
+            self._brought(ref, older=True) as arrival,
+            self._lock,
+        ):
             served_patch = self._placed(arrival)
             await self._record(event, served_patch)
             self._loaded[served_patch.digest] = served_patch
@@ -179,7 +181,7 @@ class PatchTable:
             StoreError: somebody rolled back meanwhile.
         """
         policy = policy or self.policy
-        async with self._audited("activate", who, ref=ref, policy=policy) as event:
+        async with self._changes.audited("activate", who, ref=ref, policy=policy) as event:
             started, rollbacks = time.perf_counter(), self._rollbacks
             async with self._brought(ref, older=False) as arrival, self._lock:
                 if self._rollbacks != rollbacks:
@@ -195,7 +197,7 @@ class PatchTable:
     async def rollback(self, who: str, policy: SwapPolicy | None = None) -> Switch:
         """Return to the patch that was active before. Raises StoreError if there is none."""
         policy = policy or self.policy
-        async with self._audited("rollback", who, policy=policy) as event:
+        async with self._changes.audited("rollback", who, policy=policy) as event:
             started = time.perf_counter()
             while True:
                 target = await self._earlier()
@@ -217,7 +219,7 @@ class PatchTable:
             in_use: gives the runtime keys that the engine still computes under.
             who: for the audit log.
         """
-        async with self._audited("remove", who, ref=version) as event:
+        async with self._changes.audited("remove", who, ref=version) as event:
             async with self._lock:
                 served_patch = self._find(version)
                 self._check_idle(served_patch, in_use())
@@ -310,48 +312,14 @@ class PatchTable:
         loaded = ", ".join(served_patch.label for served_patch in self._loaded.values()) or "none"
         raise PatchNotFound(f"no patch {version!r} is loaded; loaded: {loaded}", "see GET /v1/patches")
 
-    @asynccontextmanager
-    async def _audited(self, what: str, who: str, **details: str) -> AsyncIterator[dict[str, Any]]:
-        """A context for one change: its outcome is audited, and a refusal is raised to the caller."""
-        event: dict[str, Any] = {"what": what, "who": who, **details}
-        try:
-            yield event
-        except NestError as error:
-            await self._refused(event, error)
-            raise
-        except OSError as error:
-            full = StoreError(f"the disk refuses: {error}", "nothing was changed: free space or fix permissions")
-            await self._refused(event, full)
-            raise full from error
-        except Exception as error:  # nothing that was foreseen, and written down all the same
-            await self._refused(event, NestError(f"{type(error).__name__}: {error}"))
-            raise
-        else:
-            await self._done(event)
-
-    async def _refused(self, event: dict[str, Any], error: NestError) -> None:
-        refusal = {**event, "done": False, "error": type(error).__name__, "reason": error.message}
-        self.on_refusal(event["what"], error)
-        try:
-            await self._pool.run(self._audit.record, refusal)
-        except StoreError as unwritten:
-            log.error("a refused %s could not be audited: %s", event["what"], unwritten)
-
-    async def _done(self, event: dict[str, Any]) -> None:
-        """Record that a change was made. If the disk fails, its intent is there, and the log says more."""
-        try:
-            await self._pool.run(self._audit.record, {**event, "done": True})
-        except StoreError as unwritten:
-            log.error("a %s was made, and its outcome could not be audited: %s", event["what"], unwritten)
+    def _refused(self, what: str, error: NestError) -> None:
+        self.on_refusal(what, error)  # as it is set now
 
     async def _record(self, event: dict[str, Any], served_patch: ServedPatch) -> None:
-        """Record a change before it is made: nothing is changed without an audit entry.
-
-        Its outcome is a separate entry, which names this one under ``intent``.
-        """
+        """Record a change before it is made: nothing is changed without an audit entry."""
         event |= {"version": served_patch.label, "digest": served_patch.digest}
         if event["what"] in ("activate", "rollback"):
             event["previous"] = self.active.label
         if served_patch.digest in self._verified:
             event["signed_by"] = self._verified[served_patch.digest].signed_by
-        event["intent"] = await self._pool.run(self._audit.intend, event)
+        await self._changes.intend(event)
