@@ -31,8 +31,9 @@ from nest_runtime.model.load import skeleton
 from nest_runtime.train.activations import PooledActivations, pooled_activations
 from nest_runtime.train.cluster import cluster
 from nest_runtime.train.locate import locate
-from nest_runtime.train.plan import Load, pass_memory, probe_memory, shape_of
+from nest_runtime.train.plan import pass_memory, probe_memory
 from nest_runtime.train.recipe import RECIPES
+from nest_runtime.train.sizes import Load, shape_of
 
 LAYERS, FEW, MORE = 32, 2, 4
 LIMIT = 4 * 2**30

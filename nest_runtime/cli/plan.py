@@ -16,7 +16,7 @@ from nest_runtime.errors import UsageError
 from nest_runtime.train.recipe import Recipe
 
 if TYPE_CHECKING:
-    from nest_runtime.train.plan import Load, Speed
+    from nest_runtime.train.sizes import Load, Speed
 
 
 def register(app: typer.Typer) -> None:
@@ -69,7 +69,7 @@ def plan(
         raise UsageError("one of --tflops and --gbps without the other", "give both; neither: they are measured")
     from nest_runtime.model.load import gguf_dtype, pick_device, resolve_model, skeleton
     from nest_runtime.train.plan import plan as estimate
-    from nest_runtime.train.plan import shape_of
+    from nest_runtime.train.sizes import shape_of
 
     recipe = recipe_of(recipe_name, model, **settings)
     place = pick_device(device)
@@ -100,7 +100,7 @@ def _dtype(config: Any, asked: str) -> tuple[str, list[str]]:
     if asked == "auto" and stored is None:
         notes.append("the configuration names no dtype: float32 is assumed")
     kind = asked if asked != "auto" else str(stored or "float32").removeprefix("torch.")
-    from nest_runtime.train.plan import SCALES
+    from nest_runtime.train.sizes import SCALES
 
     if kind not in SCALES:
         raise UsageError(f"dtype {kind!r} is not supported; expected one of {', '.join(SCALES)}", "give --dtype")
@@ -108,7 +108,7 @@ def _dtype(config: Any, asked: str) -> tuple[str, list[str]]:
 
 
 def _load(harmful: str | None, benign: str | None, model: str, prompt_tokens: int, recipe: Recipe) -> Load:
-    from nest_runtime.train.plan import Load, load_of
+    from nest_runtime.train.sizes import Load, load_of
 
     if harmful is None or benign is None:
         return Load(prompt_tokens=prompt_tokens, answer_tokens=recipe.answer_tokens)
@@ -120,7 +120,7 @@ def _load(harmful: str | None, benign: str | None, model: str, prompt_tokens: in
 
 
 def _speed(device: str, dtype: str, tflops: float | None, gbps: float | None) -> Speed:
-    from nest_runtime.train.plan import Speed, measure_speed
+    from nest_runtime.train.sizes import Speed, measure_speed
 
     if tflops is None or gbps is None:
         return measure_speed(device, dtype)

@@ -16,9 +16,10 @@ from nest_runtime.cli.main import main
 from nest_runtime.model.load import load_model, skeleton
 from nest_runtime.resolve import load_patch
 from nest_runtime.train.activations import pooled_activations
-from nest_runtime.train.plan import Load, Speed, activations_disk, load_of, plan, shape_of
+from nest_runtime.train.plan import activations_disk, plan
 from nest_runtime.train.recipe import RECIPES, Recipe
 from nest_runtime.train.retarget import prompts_of
+from nest_runtime.train.sizes import Load, Speed, load_of, shape_of
 from tests.support.families import FAMILIES
 from tests.support.train import QUICK, benign_examples, harmful_examples
 
