@@ -24,9 +24,8 @@ from nest_runtime.prompts.generate import pad_token_id
 from nest_runtime.train.activations import pooled_activations
 from nest_runtime.train.cluster import cluster
 from nest_runtime.train.forward import device_of, hidden_states, length_batches, pad_rows
-from nest_runtime.train.locate import locate
+from nest_runtime.train.locate import chosen_projections, locate
 from nest_runtime.train.recipe import Recipe
-from nest_runtime.train.run import chosen_projections
 
 
 def measure(arguments: argparse.Namespace) -> Report:

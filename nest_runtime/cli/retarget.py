@@ -33,7 +33,7 @@ from nest_runtime.train.recipe import Recipe
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
     from nest_runtime.prompts.examples import Example
-    from nest_runtime.train.run import TrainResult
+    from nest_runtime.train.result import TrainResult
 
 _OWN = "the reference world's where the patch was trained on those"
 

@@ -35,7 +35,7 @@ from nest_runtime.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from nest_runtime.prompts.examples import Example
-    from nest_runtime.train.run import TrainResult
+    from nest_runtime.train.result import TrainResult
 
 
 PatchOut = Annotated[Path, typer.Option("--out", metavar="FILE", help="The patch to write, a .safetensors file.")]

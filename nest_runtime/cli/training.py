@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nest_runtime.model.load import LoadedModel
     from nest_runtime.patch.patch import Patch
     from nest_runtime.prompts.examples import Example
-    from nest_runtime.train.run import TrainResult
+    from nest_runtime.train.result import TrainResult
     from nest_runtime.train.workers import Workers
 
 PROMPTS = "JSONL, CSV, TXT, hf://datasets/org/name\\[:split], or a bundled name."

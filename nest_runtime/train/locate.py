@@ -17,7 +17,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from nest_runtime.errors import TrainingError
+from nest_runtime.errors import TrainingError, UsageError
 from nest_runtime.model.anatomy import Projection
 from nest_runtime.progress import Progress
 from nest_runtime.train.activations import PooledActivations
@@ -26,6 +26,33 @@ from nest_runtime.train.sites import LocatedSite
 from nest_runtime.train.stages import read_tensors, write_tensors
 
 MIN_PER_CLASS = 2
+
+
+def chosen_projections(projections: Sequence[Projection], settings: Recipe) -> tuple[Projection, ...]:
+    """The projections that the recipe takes: its layers, and of those gate, up or all.
+
+    Raises:
+        UsageError: no layer lies in its range, or none has such a projection.
+    """
+    layers = max(projection.layer for projection in projections) + 1
+    chosen = tuple(
+        projection
+        for projection in projections
+        if settings.depth_from <= (projection.layer + 0.5) / layers <= settings.depth_to
+    )
+    if not chosen:
+        raise UsageError(
+            f"recipe: no layer of {layers} lies between {settings.depth_from} and {settings.depth_to} of the depth",
+            "widen depth_from to depth_to",
+        )
+    if settings.projections == "all":
+        return chosen
+    kinds = sorted({projection.kind for projection in chosen})
+    if settings.projections not in kinds:
+        raise UsageError(
+            f"recipe: projections is {settings.projections}; this model's are {', '.join(kinds)}", "use projections all"
+        )
+    return tuple(projection for projection in chosen if projection.kind == settings.projections)
 
 
 def locate(

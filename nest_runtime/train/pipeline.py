@@ -23,7 +23,8 @@ from nest_runtime.progress import Progress
 from nest_runtime.prompts.content import plain_content
 from nest_runtime.prompts.examples import Example
 from nest_runtime.train.recipe import Recipe
-from nest_runtime.train.run import Run, TrainResult
+from nest_runtime.train.result import TrainResult
+from nest_runtime.train.run import Run
 from nest_runtime.train.sites import SitesFile
 from nest_runtime.train.stages import remove_stages
 from nest_runtime.train.warm_start import check_parent, check_sibling

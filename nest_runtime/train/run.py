@@ -5,32 +5,29 @@ pipeline.py is the door to this: it checks the arguments and keeps the work fold
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nest_runtime.errors import UsageError
 from nest_runtime.io import read_json, write_json
 from nest_runtime.model.anatomy import Projection, unwrap
 from nest_runtime.model.base_rows import rows_digest
-from nest_runtime.patch.patch import Patch, Site
+from nest_runtime.patch.patch import Patch
 from nest_runtime.progress import Progress
-from nest_runtime.prompts.examples import Example, examples_digest
+from nest_runtime.prompts.examples import Example
 from nest_runtime.prompts.generate import ModelAnswer, answer_conversations, end_token_ids, pad_token_id
 from nest_runtime.train.activations import PooledActivations, pooled_activations
 from nest_runtime.train.causal import refusal_effects
 from nest_runtime.train.cluster import cluster
-from nest_runtime.train.deltas import Deltas, SiteDelta
+from nest_runtime.train.deltas import Deltas
 from nest_runtime.train.forward import device_of
-from nest_runtime.train.locate import keep_neurons, locate
+from nest_runtime.train.locate import chosen_projections, keep_neurons, locate
 from nest_runtime.train.recipe import Recipe
+from nest_runtime.train.result import TrainResult, created_now, data_note, notes_on, patch_site
 from nest_runtime.train.sites import LocatedSite, SitesFile
 from nest_runtime.train.stages import stage_folder, stage_key
 from nest_runtime.train.teaching import ASKED, Teaching, own_refusals, refusal_row, teach
@@ -39,43 +36,7 @@ from nest_runtime.train.warm_start import Moved, WarmStart, carried_values, move
 from nest_runtime.train.workers import Workers
 
 REFUSAL_TOKENS = 24  # of the base's answers that show how it refuses
-LITTLE_TO_LEARN = 0.05  # nats per token of the refusals, before tuning
 _LOCATE_FIELDS = ("pooling", "probe", "probe_lr", "probe_steps", "probe_weight_decay", "probe_holdout", "seed")
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A trained patch, and the report of its making (JSON values): seconds per stage, figures, history, counts."""
-
-    patch: Patch
-    report: dict[str, Any]
-
-
-def chosen_projections(projections: Sequence[Projection], settings: Recipe) -> tuple[Projection, ...]:
-    """The projections that the recipe takes: its layers, and of those gate, up or all.
-
-    Raises:
-        UsageError: no layer lies in its range, or none has such a projection.
-    """
-    layers = max(projection.layer for projection in projections) + 1
-    chosen = tuple(
-        projection
-        for projection in projections
-        if settings.depth_from <= (projection.layer + 0.5) / layers <= settings.depth_to
-    )
-    if not chosen:
-        raise UsageError(
-            f"recipe: no layer of {layers} lies between {settings.depth_from} and {settings.depth_to} of the depth",
-            "widen depth_from to depth_to",
-        )
-    if settings.projections == "all":
-        return chosen
-    kinds = sorted({projection.kind for projection in chosen})
-    if settings.projections not in kinds:
-        raise UsageError(
-            f"recipe: projections is {settings.projections}; this model's are {', '.join(kinds)}", "use projections all"
-        )
-    return tuple(projection for projection in chosen if projection.kind == settings.projections)
 
 
 class Run:
@@ -148,7 +109,7 @@ class Run:
             )
         with self.clock("cluster"):
             found = self.workers.from_main(lambda: cluster(activations, found, settings, progress=self.progress))
-        data = {"harmful": _data_note(harmful), "benign": _data_note(benign)}
+        data = {"harmful": data_note(harmful), "benign": data_note(benign)}
         return SitesFile(tuple(found), settings.to_json(), data, self.base_hash, self.base_model)
 
     def probe(self, activations: PooledActivations, labels: Sequence[int], key: str) -> list[LocatedSite]:
@@ -221,9 +182,9 @@ class Run:
                 workers=self.workers,
                 progress=self.progress,
             )
-        data = {"harmful": _data_note(harmful), "benign": _data_note(benign)}
+        data = {"harmful": data_note(harmful), "benign": data_note(benign)}
         if rehearsal:
-            data["rehearsal"] = _data_note(rehearsal)
+            data["rehearsal"] = data_note(rehearsal)
         patch = self.patch(deltas, sites, tuned, parent, data, name, version, serial)
         return TrainResult(patch, self.report(patch, deltas, tuned, carried, teaching))
 
@@ -321,7 +282,7 @@ class Run:
         """
         made = {found.site.site: found for found in deltas.sites}
         dtype = getattr(torch, self.settings.delta_dtype)
-        values = tuple(_patch_site(site, made.get(site.site), dtype) for site in sites)
+        values = tuple(patch_site(site, made.get(site.site), dtype) for site in sites)
         return Patch(
             name=name,
             version=version,
@@ -367,56 +328,3 @@ class Run:
             "notes": [*teaching.notes, *notes_on(tuned)],
             "seconds": self.rounded_seconds(),
         }
-
-
-def created_now() -> str:
-    """ISO 8601 UTC; of SOURCE_DATE_EPOCH where set, so that a patch can be made twice with the same bytes."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    if epoch is not None and not epoch.isdigit():
-        raise UsageError(f"SOURCE_DATE_EPOCH is {epoch!r}; expected whole seconds", "unset it, or give a number")
-    moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _patch_site(site: LocatedSite, tuned: SiteDelta | None, dtype: torch.dtype) -> Site:
-    deltas = torch.zeros(0, site.d_in) if tuned is None else tuned.deltas.detach().cpu()
-    stats = {"silhouette": site.silhouette, "probe_accuracy": site.probe_accuracy, "threshold": site.threshold}
-    loadings = None if tuned is None or tuned.loadings is None else tuned.loadings.detach().cpu()
-    neurons = torch.tensor(site.neurons, dtype=torch.int32)
-    clusters = torch.tensor(site.clusters, dtype=torch.int32)
-    z = torch.tensor(site.z, dtype=torch.float32)
-    if loadings is not None and not bool(loadings.all()):  # masked neurons, and clusters that are left without any
-        kept = loadings != 0
-        neurons, z, loadings = neurons[kept], z[kept], loadings[kept]
-        rows, clusters = clusters[kept].unique(return_inverse=True)
-        deltas, clusters = deltas[rows.long()], clusters.int()
-    return Site(
-        name=site.site,
-        d_out=site.d_out,
-        deltas=deltas.to(dtype),  # type: ignore[arg-type]
-        neurons=neurons,  # type: ignore[arg-type]
-        clusters=clusters,  # type: ignore[arg-type]
-        loadings=loadings,  # type: ignore[arg-type]
-        z=z,  # type: ignore[arg-type]
-        stats=stats,
-    )
-
-
-def notes_on(tuned: TuneResult) -> list[str]:
-    """What a user should know of the result."""
-    notes = []
-    if tuned.before.get("harmful_loss", 1.0) < LITTLE_TO_LEARN:
-        notes.append(
-            "the model already gave these refusals on the harmful prompts, so there was little to learn: "
-            "refusals worded otherwise than its own train much better"
-        )
-    if tuned.after.get("harmful_exact", 1.0) == 0:
-        notes.append(
-            "not one of the harmful prompts held out gets its refusal word for word: where refusals are only half "
-            "learned, a patch can answer what the base refuses; train with more steps, or run eval before you use it"
-        )
-    return notes
-
-
-def _data_note(examples: Sequence[Example]) -> dict[str, Any]:
-    return {"digest": examples_digest(examples), "count": len(examples)}

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from nest_runtime.model.anatomy import Projection, find_projections, unwrap
+from nest_runtime.train.locate import chosen_projections
 from nest_runtime.train.recipe import Recipe
-from nest_runtime.train.run import chosen_projections
 
 SCALES = {"float32": 4, "bfloat16": 2, "float16": 2}
 REFUSAL_TOKENS = 12  # of the built-in ones, with their end

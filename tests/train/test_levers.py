@@ -17,11 +17,11 @@ from nest_runtime.prompts.examples import Example
 from nest_runtime.train.batches import OPENING, Row, recovery_row, rival_row
 from nest_runtime.train.causal import refusal_effects
 from nest_runtime.train.deltas import Deltas
+from nest_runtime.train.locate import chosen_projections
 from nest_runtime.train.objective import MARGIN, margin
 from nest_runtime.train.passes import Passes
 from nest_runtime.train.pipeline import locate_sites, train_patch
 from nest_runtime.train.recipe import Recipe
-from nest_runtime.train.run import chosen_projections
 from nest_runtime.train.sites import LocatedSite
 from nest_runtime.train.teaching import refusal_row
 from nest_runtime.train.tune import loss_of

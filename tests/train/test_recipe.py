@@ -20,7 +20,7 @@ from nest_runtime.prompts.examples import examples_digest, make_examples
 from nest_runtime.train.deltas import Deltas
 from nest_runtime.train.pipeline import TrainResult, train_patch
 from nest_runtime.train.recipe import Recipe
-from nest_runtime.train.run import notes_on
+from nest_runtime.train.result import notes_on
 from nest_runtime.train.tune import TuneResult
 from nest_runtime.train.warm_start import carried_values, parent_sites, parent_values
 from tests.support.train import QUICK, benign_examples, harmful_examples
