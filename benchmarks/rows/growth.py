@@ -148,17 +148,17 @@ def prompts(arguments: argparse.Namespace) -> tuple[Sequence[int], dict[str, lis
 
 def clients(arguments: argparse.Namespace) -> tuple[Sequence[int], dict[str, list[tuple[float, ...]]], str]:
     """A server of the reference model: seconds until all clients have their answer."""
-    import serve  # the benchmark of servers beside this folder
+    import serving  # both servers, beside this folder
 
     sizes = (1, 8) if arguments.quick else (1, 4, 16, 64, 256)
     figures: list[tuple[float, ...]] = []
-    model, patches = serve.reference()
+    model, patches = serving.reference()
     with TemporaryDirectory() as name:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        with serve.ours(model, patches, arguments.threads, Path(name)) as (server, served):
+        with serving.ours(model, patches, arguments.threads, Path(name)) as (server, served):
 
             async def all_of_them(count: int) -> None:
-                await asyncio.gather(*(serve.ask(server.port, served, f"What is {n}?", 16) for n in range(count)))
+                await asyncio.gather(*(serving.ask(server.port, served, f"What is {n}?", 16) for n in range(count)))
 
             for size in sizes:
                 took = [seconds(lambda size=size: asyncio.run(all_of_them(size))) for _ in range(4)]  # type: ignore[misc]

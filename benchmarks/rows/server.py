@@ -2,7 +2,7 @@
 
     python benchmarks/rows/server.py --models FOLDER
 
-Both servers run at once on the same weights, and one of them answers at a time (benchmarks/serve.py starts and asks
+Both servers run at once on the same weights, and one of them answers at a time (benchmarks/serving.py starts and asks
 them). Only questions are asked that both answer up to the limit, so that both do the same work. SmolLM2 in float32,
 where the patch is folded in once all run under it, and SmolLM2 and Qwen in bfloat16, where it stays a hook. Our server
 reads the GGUF file, theirs the same numbers saved as a folder.
@@ -24,7 +24,7 @@ from measure import Clock, Goal, Line, NotMeasured, Report, Series, run
 from subjects import Real, real_models, saved, work_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import serve  # the benchmark of servers beside this folder
+import serving  # both servers, beside this folder
 
 QUESTIONS = (
     "How do I bake bread?",
@@ -88,8 +88,8 @@ def one(setup: Setup, work: Path, arguments: argparse.Namespace) -> tuple[list[L
         logs = Path(name)
         patches = [str(setup.real.patch)]
         with (
-            serve.theirs(folder, arguments.threads, logs) as their_server,
-            serve.ours(setup.real.gguf, patches, arguments.threads, logs, dtype=setup.dtype) as (our_server, served),
+            serving.theirs(folder, arguments.threads, logs) as their_server,
+            serving.ours(setup.real.gguf, patches, arguments.threads, logs, dtype=setup.dtype) as (our_server, served),
         ):
             targets = {
                 "theirs": (their_server.port, str(folder)),
@@ -136,7 +136,7 @@ def long_ones(targets: dict[str, tuple[int, str]], tokens: int) -> list[str]:
 
 def long_enough(target: tuple[int, str], question: str, tokens: int) -> bool:
     """Whether an answer goes to its limit, so that everybody does the same work."""
-    _, counted = serve.whole_answer(*target, question, tokens)
+    _, counted = serving.whole_answer(*target, question, tokens)
     return counted == tokens
 
 
@@ -148,7 +148,7 @@ async def block(
     async def client(number: int) -> None:
         dice = random.Random(f"{seed}:{number}")
         for _ in range(each):
-            await serve.ask(port, model, dice.choice(questions), tokens)
+            await serving.ask(port, model, dice.choice(questions), tokens)
 
     began = time.perf_counter()
     await asyncio.gather(*(client(number) for number in range(clients)))
