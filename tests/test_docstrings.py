@@ -1,4 +1,4 @@
-"""Everything public in the package has a docstring, and functions of tensors tell their shapes."""
+"""Everything public in the package has a docstring, and functions of tensors tell their shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "nest_runtime"
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+TRIVIAL = 4  # lines of a function within a function that need no words
 
 
 def public(node: ast.Module | ast.ClassDef, path: str = "") -> Iterator[tuple[str, Documented]]:
@@ -22,11 +23,24 @@ def public(node: ast.Module | ast.ClassDef, path: str = "") -> Iterator[tuple[st
                 yield from public(child, f"{path}{child.name}.")
 
 
+def inner(node: ast.AST, path: str = "", *, inside: bool = False) -> Iterator[tuple[str, Documented]]:
+    """Functions within functions whose names are public and whose bodies have more than ``TRIVIAL`` lines."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, Documented):
+            yield from inner(child, path, inside=inside)
+            continue
+        function = not isinstance(child, ast.ClassDef)
+        lines = (child.end_lineno or 0) - child.body[0].lineno + 1
+        if inside and function and not child.name.startswith("_") and lines > TRIVIAL:
+            yield path + child.name, child
+        yield from inner(child, f"{path}{child.name}.", inside=inside or function)
+
+
 def undocumented(source: str) -> list[str]:
     """Names without a docstring, ``module`` among them."""
     tree = ast.parse(source)
     missing = [] if ast.get_docstring(tree) or not tree.body else ["module"]
-    return missing + [name for name, node in public(tree) if not ast.get_docstring(node)]
+    return missing + [name for name, node in [*public(tree), *inner(tree)] if not ast.get_docstring(node)]
 
 
 def test_what_has_no_docstring_is_found() -> None:
@@ -35,17 +49,39 @@ def test_what_has_no_docstring_is_found() -> None:
     assert undocumented("x = 1") == ["module"]
 
 
+def test_functions_within_functions_count_unless_they_are_short() -> None:
+    long, short = "\n        ".join(["x = 1"] * (TRIVIAL + 1)), "x = 1"
+    source = f'"""M."""\ndef _f():\n    def g():\n        {long}\n    def h():\n        {short}\n'
+    assert undocumented(source) == ["_f.g"]
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_everything_public_has_a_docstring(path: Path) -> None:
     assert undocumented(path.read_text(encoding="utf-8")) == []
 
 
+def wrapped(source: str) -> list[str]:
+    """Names whose docstrings begin with more than one line."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, Documented)]
+    return [node.name for node in nodes if "\n" in (ast.get_docstring(node) or "").split("\n\n")[0]]
+
+
+def test_a_summary_of_two_lines_is_found() -> None:
+    assert wrapped('def f():\n    """One\n    two."""\ndef g():\n    """One.\n\n    Two.\n    """\n') == ["f"]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_summaries_are_one_line(path: Path) -> None:
+    assert wrapped(path.read_text(encoding="utf-8")) == []
+
+
 SHAPE = re.compile(r"\[[^\]]+\]|\((?:[\w…·+ ]|\.{3})+,[^)]*\)|\bshapes?\b|\bscalar\b")
+DTYPE = re.compile(r"\b(?:u?int\d*|bool|float\d*|bfloat16|dtypes?|integers?|integer)\b")
 TENSOR = re.compile(r"Tensor\b|ndarray\b")
 
 
-def shapeless(source: str) -> list[str]:
-    """Public functions that take or give tensors, and whose docstrings tell no shape; tensors of callables aside."""
+def of_tensors(source: str, told: re.Pattern[str]) -> list[str]:
+    """Public functions that take or give tensors, and whose docstrings lack what is told; not tensors of callables."""
     missing = []
     for name, node in public(ast.parse(source)):
         if isinstance(node, ast.ClassDef):
@@ -53,19 +89,22 @@ def shapeless(source: str) -> list[str]:
         every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         kinds = [each.annotation for each in every if each.annotation] + ([node.returns] if node.returns else [])
         texts = [text for text in map(ast.unparse, kinds) if "Callable" not in text]
-        if any(TENSOR.search(text) for text in texts) and not SHAPE.search(ast.get_docstring(node) or ""):
+        if any(TENSOR.search(text) for text in texts) and not told.search(ast.get_docstring(node) or ""):
             missing.append(name)
     return missing
 
 
-def test_what_tells_no_shape_is_found() -> None:
+def test_what_tells_no_shape_or_dtype_is_found() -> None:
     told = (
-        'def f(x: torch.Tensor) -> None:\n    """Take x [n, d]."""\ndef g(x: Tensor) -> int:\n    """Of (rows, n)."""\n'
+        'def f(x: torch.Tensor) -> None:\n    """Take x [n, d] int64."""\n'
+        'def g(x: Tensor) -> int:\n    """Of (rows, n), in any dtype."""\n'
     )
     untold = 'def h(x: np.ndarray) -> None:\n    """Take x (quickly)."""\n'
-    assert shapeless(told + untold) == ["h"]
+    assert of_tensors(told + untold, SHAPE) == of_tensors(told + untold, DTYPE) == ["h"]
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_functions_of_tensors_tell_shapes(path: Path) -> None:
-    assert shapeless(path.read_text(encoding="utf-8")) == []
+def test_functions_of_tensors_tell_shapes_and_dtypes(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert of_tensors(source, SHAPE) == []
+    assert of_tensors(source, DTYPE) == []

@@ -158,6 +158,7 @@ def channel_set(
     }
 
     def render() -> None:
+        """Which version the channel names now, until when, and what it demands."""
         out.line(f"{ref.place}: {channel} is {found.version} ({short(found.digest)}) until {found.expires}")
         if found.claims is not None:
             out.line(f"it demands claims: {len(found.claims.rows)}, judged by {found.claims.judge}")

@@ -254,6 +254,7 @@ def prover(out: Output, model: str | None, behaviors: list[str] | None, judge: s
     proven: set[str] = set()
 
     def prove(patch: Patch) -> None:
+        """Measure a patch's claims; a patch that was proven before passes at once."""
         if patch.digest in proven:
             return
         found = check(out, patch, means_for(patch, model, behaviors, judge))

@@ -26,6 +26,7 @@ def offer(names: Callable[[], Names]) -> Callable[[str], list[tuple[str, str]]]:
     """An ``autocompletion`` for typer: those of ``names()`` that begin with what was typed, with what they are."""
 
     def complete(incomplete: str) -> list[tuple[str, str]]:
+        """The names that begin with what was typed, each with its explanation."""
         try:
             pairs = [(name, "") if isinstance(name, str) else name for name in names()]
         except Exception:  # a Tab key is no place for an error

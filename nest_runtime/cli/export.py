@@ -155,6 +155,7 @@ class _Job:
         base = self.base
 
         def compare(staging: Path) -> None:
+            """Compare what was written with the patched base; of exact forms it must be the same."""
             from nest_runtime.export.measure import Reference
             from nest_runtime.model.load import load_model
 

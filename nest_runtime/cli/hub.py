@@ -233,6 +233,7 @@ def pull(
     fetched, entry = fetch(source, store=store, guard=guard, why=why, timeout=timeout, allow_downgrade=allow_downgrade)
 
     def render() -> None:
+        """What was fetched from where, and whether a signature was checked."""
         out.line(f"pulled {entry.key} ({short(entry.digest)}) for {entry.base_model or 'its model'}")
         out.line(f"from {fetched.ref.place} at {fetched.revision}")
         if fetched.verified is not None and fetched.verified.signed_by is not None:

@@ -117,6 +117,7 @@ def show_patches(out: Output, server: AdminClient) -> None:
     found = server.patches()
 
     def render() -> None:
+        """The server's patches in a table, and whether its store agrees."""
         rows = [
             (
                 "*" if row["active"] else " ",
@@ -154,6 +155,7 @@ def show_audit(out: Output, server: AdminClient, last: int, verify: bool) -> Non
         raise StoreError(f"the audit log of {server.url} does not verify", "its server's log says which line is wrong")
 
     def render() -> None:
+        """The entries in a table, the reason of a refusal as its outcome."""
         rows = [
             (
                 str(entry.get("at", ""))[:19].replace("T", " "),

@@ -102,6 +102,7 @@ def list_patches(
     entries, servers = Store().list(model_hash), servers_beside(None, model_hash)
 
     def render() -> None:
+        """The patches in a table, then what the servers of this machine answer with."""
         if not entries:
             out.note("no patches yet: train one with `nest-runtime train`, or add a file with `nest-runtime add`")
             return
@@ -143,6 +144,7 @@ def add_patch(
     entry = store.add(patch, why=why)
 
     def render() -> None:
+        """What was added, and what to do next."""
         out.line(
             f"added {entry.key} ({short(entry.digest)}) for {entry.base_model or 'its model'}"
             + (", with its signature" if signed else "")
@@ -279,6 +281,7 @@ def history(
     entries = store.history(base_hash_of(model))[-last:]
 
     def render() -> None:
+        """The changes in a table; after a check, whether chain and audit log are whole."""
         rows = [(e["at"][:19].replace("T", " "), e["who"], e["what"], _what(e), e["why"]) for e in entries]
         if rows:
             out.table(("WHEN (UTC)", "WHO", "WHAT", "PATCH", "WHY"), rows, whole=("WHEN (UTC)", "WHAT"))

@@ -116,6 +116,7 @@ def locate(
     document = {"sites": sites, "seconds": found.seconds, "out": str(out_file), "base_hash": loaded.hash}
 
     def render() -> None:
+        """The sites in a table, and the command that trains on the same prompts."""
         columns = ("NEURONS", "CLUSTERS", "SILHOUETTE", "PROBE ACCURACY")
         rows = [(s["site"], s["neurons"], s["clusters"], s["silhouette"], s["probe_accuracy"]) for s in sites]
         out.table(("SITE", *columns), rows, right=columns)

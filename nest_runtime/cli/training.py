@@ -187,6 +187,7 @@ def write_patch(
     }
 
     def render() -> None:
+        """What was made, how long each stage took, and what to do next."""
         seconds = "  ".join(f"{stage} {value:.1f} s" for stage, value in result.report["seconds"].items())
         out.pairs(
             {

@@ -188,6 +188,7 @@ def verify(
     ok = all(row.ok for row in rows)
 
     def render_all() -> None:
+        """What a check of the signature alone says, then the table of claims."""
         render()
         claim.render_checked(out, rows)
         held = sum(row.ok for row in rows)
@@ -223,6 +224,7 @@ def revocations(
     rows: list[dict[str, Any]] = [{**entry.model_dump(), "revoked_by": rule.name} for entry, rule in known]
 
     def render() -> None:
+        """The revocations in a table."""
         if not rows:
             out.note("no revocations are known from these keys")
             return

@@ -192,6 +192,7 @@ class Changes:
         """Publish a patch, with its signature where the store has one."""
 
         def task(job: BackgroundJob[str]) -> str:
+            """Publish the patch; gives what the page says of it."""
             from nest_runtime.hub.publish import push
             from nest_runtime.hub.repository import parse_repo
             from nest_runtime.trust.guard import Guard
@@ -214,6 +215,7 @@ class Changes:
         """Fetch a patch into the store, and offer it everywhere."""
 
         def task(job: BackgroundJob[str]) -> str:
+            """Fetch, check and keep a patch; gives what the page says of it."""
             from nest_runtime.hub.fetch import pull
             from nest_runtime.trust.guard import guard_for
 

@@ -32,9 +32,7 @@ class PatchChoice:
 
 @dataclass(frozen=True)
 class DemoAnswer:
-    """The patch that answered, as the answering side names it, how many tokens it took, and whether the limit cut it
-    short.
-    """
+    """The patch that answered, as the answering side names it, the answer's tokens, and whether it was cut short."""
 
     label: str
     digest: str | None

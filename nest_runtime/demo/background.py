@@ -45,6 +45,7 @@ class BackgroundJob(Generic[T]):
         failed: list[BaseException] = []
 
         def body() -> None:
+            """Do the task; keeps its error for the thread that waits."""
             try:
                 with suppress(JobStopped):
                     task(self)

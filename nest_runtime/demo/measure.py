@@ -97,6 +97,7 @@ def _piece(
     from nest_runtime.evaluate.records import Record
 
     def keep(positions: list[int], texts: list[str]) -> None:
+        """Judge a batch's answers, and show the figures so far."""
         mine = [piece[position] for position in positions]
         verdicts = judge_answers(judge, mine, texts)
         standing.records[side].extend(

@@ -176,6 +176,7 @@ def _reading(
     me = threading.get_ident()
 
     def keeper(projection: Projection) -> Any:
+        """A hook that keeps one projection's outputs, as (tokens, neurons) float64."""
         rows = projection.rows(neurons[projection.name])
 
         def keep(module: Any, args: Any, output: Any) -> None:

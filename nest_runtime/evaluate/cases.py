@@ -96,9 +96,7 @@ class Case:
 
     @property
     def judged_digest(self) -> str:
-        """``sha256:<hex>`` over everything that a judge may read besides the answer: messages, behavior, kind and so
-        on.
-        """
+        """``sha256:<hex>`` over all that a judge may read besides the answer: messages, behavior, kind and so on."""
         seen = [self.kind, self.measure, self.behavior, self.expected, dict(self.meta)]
         return digest_of([self.content_digest, *seen])
 

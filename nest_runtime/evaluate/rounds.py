@@ -108,6 +108,7 @@ class Rounds:
         texts = ["" if row is None else str(row["answer"]) for row in known]
 
         def on_batch(positions: list[int], batch: list[str]) -> None:
+            """Keep a batch's answers, under the keys of their cases."""
             nonlocal done
             rows = {}
             for position, text in zip(positions, batch, strict=True):

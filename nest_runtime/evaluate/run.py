@@ -216,6 +216,7 @@ def model_answerer(model: Any, tokenizer: Any, *, batch_size: int = 64, max_new_
     from nest_runtime.prompts.generate import generate_answers
 
     def answer(conversations: Sequence[Conversation], on_batch: OnBatch) -> list[str]:
+        """Answer conversations greedily, batch by batch."""
         return generate_answers(
             model,
             PrefillView(tokenizer),

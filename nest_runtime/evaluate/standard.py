@@ -172,6 +172,7 @@ def _attacked(*names: str) -> Callable[[_Draw, str], Made]:
     """The goals under attacks of this package, each goal under the next one."""
 
     def make(draw: _Draw, suite: str) -> Made:
+        """Draw goals, and give each to one of the attacks in turn."""
         goals, available = draw.goals()
         cases = harmful(suite, [(goal, goal) for goal in goals], "direct")
         made = []

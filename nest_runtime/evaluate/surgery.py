@@ -123,12 +123,13 @@ def refusal_direction(
 
 @contextmanager
 def without_direction(model: Any, direction: torch.Tensor) -> Iterator[None]:
-    """A context in which a direction is projected out of the residual stream, after the embeddings and after every
-    layer.
+    """A context in which a direction is projected out of the residual stream.
+
+    That is done after the embeddings and after every layer.
 
     Args:
         model: the model.
-        direction: (d,) a unit vector.
+        direction: (d,) float32, a unit vector.
     """
 
     def project(_: Any, __: Any, output: Any) -> Any:
@@ -157,6 +158,8 @@ def _mean_states(model: Any, tokenizer: Any, talks: Sequence[Sequence[Message]])
     sums: list[Any] = [0.0] * len(layers)
 
     def keep(index: int) -> Any:
+        """A hook that adds up a layer's states of the last token, (d,) float32."""
+
         def run(_: Any, __: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
             sums[index] = sums[index] + states[0, -1].float().cpu()

@@ -160,6 +160,7 @@ class _Asker:
         stage = "answers to instructions" + (" (base)" if subject != self.subject else "")
 
         def keep(positions: list[int], batch: list[ModelAnswer]) -> None:
+            """Keep a batch's answers with their lengths in tokens."""
             nonlocal done
             rows = {}
             for position, answer in zip(positions, batch, strict=True):

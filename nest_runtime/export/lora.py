@@ -102,7 +102,10 @@ def outputs_of(projection: Projection) -> int:
 def b_index(
     neurons: torch.Tensor, clusters: torch.Tensor, projection: Projection, start: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where [n] neurons' loadings stand in B [experts, outputs, r], their clusters beginning at column ``start``."""
+    """Where the loadings of neurons [n] (int32) stand in B [experts, outputs, r]: three indices, int64.
+
+    Their clusters begin at column ``start``.
+    """
     return projection.expert_of(neurons), projection.rows(neurons), clusters.long() + start
 
 

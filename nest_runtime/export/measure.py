@@ -75,7 +75,7 @@ class Reference:
             self.patched = logits(self.model, self.rows)
 
     def measured(self, found: Sequence[torch.Tensor]) -> Measured:
-        """Compare logits (tokens, vocabulary) of each probe with the patch's."""
+        """Compare logits (tokens, vocabulary) float32 of each probe with the patch's."""
         largest = max(float(values.abs().max()) for values in self.patched)
         return Measured(_distance(found, self.patched), _distance(self.patched, self.base), largest)
 
@@ -86,7 +86,7 @@ class Reference:
         return self.measured(logits(PeftModel.from_pretrained(self.model, str(folder)).eval(), self.rows))
 
     def pairs(self, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Measured:
-        """Low-rank pairs (A [r, d_in], B [outputs, r]) by module name, added to those modules' outputs."""
+        """Low-rank pairs (A [r, d_in], B [outputs, r], float32) by module name, added to those modules' outputs."""
         modules = {canonical_name(path): module for path, module in self.model.named_modules()}
         with ExitStack() as stack:
             for name, (a, b) in pairs.items():

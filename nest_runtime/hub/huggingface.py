@@ -99,6 +99,7 @@ class HubRemote:
         where, limit = f"{self.name}: {path}", size_limit(path) if limit is None else limit
 
         def fetch() -> Path | None:
+            """Download the file; None if the repository has none."""
             bar = _bounded(where, limit, time.monotonic() + self.timeout)
             try:
                 return Path(self._api.hf_hub_download(self.name, path, revision=revision, tqdm_class=bar))
@@ -137,6 +138,7 @@ class HubRemote:
 
     def _commit(self, files: Mapping[str, bytes], message: str, parent: str) -> str:
         def once() -> str:
+            """Commit; where another came first or the line broke, look whether it has landed."""
             from huggingface_hub import CommitOperationAdd
 
             operations = [CommitOperationAdd(path, data) for path, data in files.items()]
@@ -167,6 +169,7 @@ class HubRemote:
 
     def _tag(self, tag: str, sha: str) -> None:
         def once() -> None:
+            """Make the tag; one that is there for this very commit will do."""
             try:
                 self._api.create_tag(self.name, tag=tag, revision=sha)
             except Exception as error:

@@ -105,7 +105,7 @@ class Checkpoint:
 
         Args:
             projection: of the model.
-            neurons: [n] indices in [0, d_out).
+            neurons: [n] integer indices in [0, d_out).
 
         Raises:
             ModelError: the checkpoint has them not, or quantized, or in a form that keeps no rows.

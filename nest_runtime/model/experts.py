@@ -44,7 +44,10 @@ class Half:
         deltas: torch.Tensor,
         loadings: torch.Tensor | None,
     ) -> Half:
-        """Spread a site's [n] clusters and loadings over the units [m]; differentiable in deltas and loadings."""
+        """Spread a site's clusters [n] and loadings [n] over the units [m]; indices are int64.
+
+        Differentiable in deltas and loadings, whose dtype it keeps.
+        """
         where = torch.searchsorted(units, neurons)
         spread = torch.zeros(len(units), dtype=torch.long, device=deltas.device).index_put((where,), clusters)
         values = torch.ones(len(neurons), dtype=deltas.dtype, device=deltas.device) if loadings is None else loadings
@@ -66,7 +69,7 @@ def routed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Routed:
 
 
 def units_of(neurons: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The hidden neurons [m] that some lists of gate and up neurons touch: sorted, each once."""
+    """The hidden neurons [m] int64 that some lists of gate and up neurons touch: sorted, each once."""
     return torch.unique(torch.cat(list(neurons)).long())
 
 
@@ -114,7 +117,10 @@ def difference(
 
 
 def first_outputs(module: nn.Module, call: Routed) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Each expert that some token is routed to: its number, those tokens (t,), its raw gate and up outputs (t, 2F)."""
+    """Each expert that some token is routed to: its number, those tokens (t,), its raw gate and up outputs (t, 2F).
+
+    Tokens are int64, outputs in the dtype of the hidden states.
+    """
     x, chosen, _ = call
     weight: torch.Tensor = module.gate_up_proj  # type: ignore[assignment]
     for expert in range(len(weight)):

@@ -52,12 +52,12 @@ class RowBytes:
         return weight.dtype
 
     def read(self, into: np.ndarray) -> None:
-        """Copy the rows into an array [n, d_in] of the weight's bits; ``find`` must have gone before."""
+        """Copy the rows' bits into an array [n, d_in] of unsigned integers, as wide as the dtype; after ``find``."""
         assert self._weight is not None
         self._weight.take(self._index, 0, into, "clip")
 
     def write(self, rows: np.ndarray) -> None:
-        """Overwrite the rows with an array [n, d_in] of the weight's bits; ``find`` must have gone before."""
+        """Overwrite the rows with the bits of an array [n, d_in] of unsigned integers; after ``find``."""
         assert self._weight is not None
         self._weight[self._index] = rows
 
@@ -76,7 +76,7 @@ def row_bytes(module: nn.Module, projection: Projection, neurons: torch.Tensor) 
 
 
 def bits_of(rows: torch.Tensor) -> tuple[bytearray, np.ndarray, torch.Tensor]:
-    """A copy of rows [n, d_in] on the CPU in three views of one memory: bytes, an array of bits, and a tensor."""
+    """A copy of rows [n, d_in], of a float dtype, in three views of one memory: bytes, unsigned integers, a tensor."""
     memory = bytearray(rows.numel() * rows.itemsize)
     tensor = torch.frombuffer(memory, dtype=rows.dtype).view(rows.shape)
     tensor.copy_(rows)

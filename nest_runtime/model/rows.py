@@ -69,8 +69,9 @@ def write_rows(model: nn.Module, projection: Projection, neurons: torch.Tensor |
 
 
 def weight_of(module: nn.Module, projection: Projection) -> torch.Tensor | None:
-    """The live weight [d_out, d_in] (or as the module stores it) of a projection, quantized or not; None if it is
-    packed under other names.
+    """The live weight [d_out, d_in] of a projection as the module stores it, in any dtype.
+
+    None if it is packed under other names.
     """
     weight = getattr(module, projection.parameter, None)
     return weight if isinstance(weight, torch.Tensor) else None

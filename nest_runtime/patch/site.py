@@ -86,7 +86,7 @@ class Site:
 
     @property
     def tensors(self) -> dict[str, FrozenTensor]:
-        """Frozen tensors by file key (``<site>.<part>``), shapes as in ``Site``; absent parts are left out."""
+        """Frozen tensors by file key (``<site>.<part>``), shapes and dtypes as in ``Site``; absent parts left out."""
         parts = {key: getattr(self, key) for key in PARTS}
         return {f"{self.name}.{key}": value for key, value in parts.items() if value is not None}
 

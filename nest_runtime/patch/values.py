@@ -161,7 +161,7 @@ def content_digest(header: Mapping[str, Any], tensors: Mapping[str, FrozenTensor
 
     Args:
         header: the patch header without its digest.
-        tensors: frozen tensors by file key, of any shape.
+        tensors: frozen tensors by file key, of any shape and dtype.
 
     Returns:
         ``sha256:<hex>``.

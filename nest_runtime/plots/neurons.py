@@ -60,7 +60,7 @@ def z_histograms(view: NeuronView, everything: dict[str, np.ndarray] | None = No
 
     Args:
         view: the neurons.
-        everything: (d_out,) z-scores of all neurons by projection, if they are known.
+        everything: (d_out,) float z-scores of all neurons by projection, if they are known.
     """
     made = figure(8.5, 3.8, f"Probe weights of {view.title}")
     axes: Any = made.subplots()

@@ -49,7 +49,7 @@ class Scan:
 
     @property
     def z(self) -> dict[str, np.ndarray]:
-        """All z-scores (d_out,), by projection."""
+        """All z-scores (d_out,) float, by projection."""
         return {site.view.name: site.z for site in self.sites}
 
 

@@ -181,8 +181,9 @@ def plain_ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
 
 def broken(tokenizer: Any, messages: Messages) -> list[dict[str, Any]]:
-    """Messages for a processor that tokenizes by itself: control tokens in them get a space after their first
-    character.
+    """Messages for a processor that tokenizes by itself.
+
+    Control tokens in them get a space after their first character.
     """
     known = controls(tokenizer)
 

@@ -119,8 +119,9 @@ def answer_conversations(
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every token id that ends an answer, sorted: the one place that decides it, for serving, chat, evaluation and
-    training.
+    """Every token id that ends an answer, sorted.
+
+    This is the one place that decides it, for serving, chat, evaluation and training.
 
     They are those of the model's generation config (of its config where that has none), the tokenizer's, and the one
     that the chat template writes after an assistant's turn: checkpoints exist in which these three differ.

@@ -78,7 +78,10 @@ def train(
 
 
 def answer_loss(model: Any, batch: list[tuple[list[int], int]]) -> torch.Tensor:
-    """Mean cross-entropy over the answer tokens of a right-padded batch (causal, so padding is never seen)."""
+    """Mean cross-entropy over the answer tokens of a right-padded batch: a scalar, float32.
+
+    The model is causal, so padding is never seen.
+    """
     width = max(len(ids) for ids, _ in batch)
     tokens = torch.zeros(len(batch), width, dtype=torch.long)  # (rows, width)
     answer = torch.zeros(len(batch), width, dtype=torch.bool)

@@ -65,8 +65,9 @@ def memory_hash(model: nn.Module) -> str | None:
 
 
 def saved_rows(patch: Patch, base: LiveBase) -> dict[str, torch.Tensor]:
-    """CPU copies of the pristine rows that a patch changes, by site: [n, d_in] in the weight's dtype. Quantized sites
-    are left out.
+    """CPU copies of the pristine rows that a patch changes, by site: [n, d_in] in the weight's dtype.
+
+    Quantized sites are left out.
     """
     saved = {}
     for site in patch.sites:
@@ -84,7 +85,7 @@ def check_base(patch: Patch, base: LiveBase, saved: Mapping[str, torch.Tensor]) 
     Args:
         patch: its sites have been checked.
         base: the model.
-        saved: rows [n, d_in] by site, from ``saved_rows``.
+        saved: rows [n, d_in] by site, in the weight's dtype (``saved_rows``).
 
     Raises:
         BaseMismatch: it is not the base; the message has both hashes, or says that rows differ.
@@ -136,8 +137,9 @@ def _digest(patch: Patch, base: LiveBase, saved: Mapping[str, torch.Tensor]) -> 
 
 
 def _checkpoint_fits(patch: Patch, base: LiveBase, saved: Mapping[str, torch.Tensor], source: Path) -> bool:
-    """Whether the checkpoint is the patch's base and the model in memory is it, in any dtype; ``saved`` is [n, d_in] by
-    site.
+    """Whether the checkpoint is the patch's base and the model in memory is it, in any dtype.
+
+    ``saved`` is [n, d_in] by site.
     """
     try:
         if model_hash(source) != patch.base_hash:

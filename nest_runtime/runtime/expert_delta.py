@@ -48,7 +48,11 @@ class ExpertsDelta:
             return ExpertTensors(units.to(device), halves.get("gate"), halves.get("up"))
 
     def apply(self, module: nn.Module, call: Call, y: torch.Tensor, fold: FoldRecord | None) -> torch.Tensor:
-        """Add the update; see ``ModuleDelta.apply``. ``call`` is what ``experts.routed`` gives, ``y`` is [..., d]."""
+        """Add the update; see ``ModuleDelta.apply``. ``call`` is what ``experts.routed`` gives, ``y`` is [..., d].
+
+        Returns:
+            A new tensor of y's shape and dtype.
+        """
         x, chosen, weights = call
         cached = self._cached
         if cached is None or cached[0] != x.device or cached[1] != x.dtype:

@@ -52,7 +52,7 @@ class FoldedSite:
         raise _edited(self.live, loaded, "while it was folded in")
 
     def undo(self, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """``y`` [..., outputs] with this site's rows computed from the pristine weights; x is [..., d_in]."""
+        """``y`` [..., outputs], in its dtype, with this site's rows of the pristine weights; x is [..., d_in]."""
         rows = self.live.projection.rows(self.neurons).to(y.device)
         bias = module.bias[rows].to(x.dtype) if isinstance(module.bias, torch.Tensor) else None
         base = F.linear(x, self.pristine.to(x.device, x.dtype), bias)  # (..., n)
@@ -132,7 +132,7 @@ class FoldRecord:
     exchange: Exchange | None = None  # where all rows are plain memory
 
     def undo(self, key: str, module: nn.Module, call: Call, y: torch.Tensor) -> torch.Tensor:
-        """A module's output [..., outputs] as the pristine weights give it; ``y`` itself is not changed."""
+        """A module's output [..., outputs], in y's dtype, as the pristine weights give it; ``y`` is not changed."""
         if key in self.experts:
             return self._undo_experts(key, module, call, y)
         for site in self.sites.get(key, ()):
@@ -149,8 +149,9 @@ class FoldRecord:
         return y + added.reshape(y.shape).to(y.dtype)
 
     def rows(self, live: LiveProjection, neurons: torch.Tensor) -> torch.Tensor:
-        """Rows [n, d_in] of the live weights, with folded ones replaced by their pristine values; ``neurons`` is [n]
-        int64.
+        """Rows [n, d_in] of the live weights, in their dtype, with folded ones replaced by their pristine values.
+
+        ``neurons`` is [n] int64.
         """
         current, neurons = read_rows(live, neurons), neurons.cpu()
         for site in self.sites.get(live.key, ()):
@@ -182,7 +183,7 @@ class Journal:
     def write_bits(
         self, live: LiveProjection, neurons: torch.Tensor, before: torch.Tensor, memory: RowBytes, bits: np.ndarray
     ) -> None:
-        """Overwrite rows as bytes; ``before`` [n, d_in] is known to be there now."""
+        """Overwrite rows as bytes; ``before`` [n, d_in], in the weight's dtype, is known to be there now."""
         self._written.append((live, neurons, before))
         anatomy.write_rows(live.module, live.projection, memory, bits)
 

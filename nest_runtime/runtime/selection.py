@@ -61,7 +61,7 @@ class Selection:
         return sum(count for _, count in self.runs)
 
     def tokens_of(self, x: torch.Tensor) -> tuple[Run, ...]:
-        """The runs in tokens of one input [..., d_in].
+        """The runs in tokens of one input [..., d_in] of any dtype.
 
         Some models flatten rows and tokens into one dimension before their FFN (OPT, mixtures of experts); then rows
         are counted by dividing.
@@ -107,8 +107,9 @@ class View:
         self._members: dict[tuple[int, torch.device], tuple[list[Loaded], Members]] = {}
 
     def apply(self, key: str, module: nn.Module, call: Call, y: torch.Tensor) -> torch.Tensor:
-        """The output [..., outputs] that the chosen patches give. It is ``y`` itself if nothing changes; ``y`` is never
-        written to.
+        """The output [..., outputs] that the chosen patches give, in y's dtype.
+
+        It is ``y`` itself if nothing changes; ``y`` is never written to.
 
         Args:
             key: the module's canonical name.

@@ -87,8 +87,9 @@ class PatchRuntime:
 
     @property
     def current(self) -> tuple[str | None, ...]:
-        """What a forward pass made here and now would use: one key (None: base), or several inside ``using_rows``
-        and ``using_tokens``.
+        """What a forward pass made here and now would use: one key, or None for the base.
+
+        Inside ``using_rows`` and ``using_tokens`` there may be several.
         """
         chosen = self._board.choice or Selection.whole(self._board.active.loaded)
         return tuple(None if entry is None else self._table.key(entry) for entry, _ in chosen.runs)

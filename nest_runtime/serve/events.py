@@ -29,6 +29,7 @@ def json_events(write: Emit) -> Emit:
     """
 
     def emit(event: Event) -> None:
+        """Log what is for people, and write the other events."""
         if event["event"] == "warning":
             log.warning(event["message"])
         elif event["event"] == "loading":

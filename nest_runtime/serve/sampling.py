@@ -95,7 +95,7 @@ class Sampler:
         return self._dice.random()
 
     def ruled(self, logits: torch.Tensor) -> torch.Tensor:
-        """One row of logits [vocabulary] after the rules."""
+        """One row of logits [vocabulary] float32 after the rules."""
         ids, scores = torch.tensor([self._tokens], device=logits.device), logits[None]
         for rule in self.rules:
             scores = rule(ids, scores)
@@ -123,7 +123,7 @@ class NotFinite(Exception):
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether every number of a tensor of any shape is finite; one sum, unless that is not finite."""
+    """Whether all numbers of a tensor, of any shape and float dtype, are finite; one sum, unless that is not."""
     return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
 
 
@@ -160,8 +160,9 @@ def choose_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor
 
 
 def _add_odds(logits: torch.Tensor, tokens: torch.Tensor, rows: list[int], samplers: list[Sampler]) -> None:
-    """Record the log probabilities of the chosen tokens [rows] in some rows of logits [rows, vocabulary], and of the
-    likeliest there.
+    """Record the log probabilities of the chosen tokens [rows] in some rows of logits [rows, vocabulary].
+
+    Those of the likeliest tokens there are recorded too.
     """
     odds = torch.log_softmax(logits[rows].double(), dim=-1)  # (rows, vocabulary)
     chosen = odds.gather(-1, tokens[rows][:, None]).squeeze(-1).tolist()  # (rows,)
@@ -174,8 +175,9 @@ def _add_odds(logits: torch.Tensor, tokens: torch.Tensor, rows: list[int], sampl
 
 
 def _sample(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor:
-    """Inverse-transform sampling of logits [rows, vocabulary], over the vocabulary's own order, so that near-ties
-    cannot swap places; returns [rows] int64.
+    """Inverse-transform sampling of logits [rows, vocabulary]; returns [rows] int64.
+
+    It goes over the vocabulary's own order, so that near-ties cannot swap places.
     """
     columns = [(s.params.temperature, s.params.top_p, s.draw()) for s in samplers]
     settings = torch.tensor(columns, dtype=torch.float64, device=logits.device)  # (rows, 3)
@@ -195,8 +197,9 @@ def _sample(logits: torch.Tensor, samplers: list[Sampler]) -> torch.Tensor:
 def _truncate(
     probabilities: torch.Tensor, top_p: torch.Tensor, top_ks: list[int | None], min_p: torch.Tensor
 ) -> torch.Tensor:
-    """Probabilities [rows, vocabulary] with zeros outside top-k, the nucleus and min-p; the likeliest token always
-    stays.
+    """Probabilities [rows, vocabulary] with zeros outside top-k, the nucleus and min-p.
+
+    The likeliest token always stays.
     """
     vocabulary = probabilities.shape[-1]
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)  # (rows, vocabulary)

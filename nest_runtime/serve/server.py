@@ -135,6 +135,7 @@ async def run(
     notes = contextlib.ExitStack()
 
     def ready() -> None:
+        """Say where the server is, and leave a note for commands on this machine."""
         patch, url = table.active, url_of(port, server.config)
         event = {"event": "ready", "url": url, "model": table.model_name}
         event |= {"patch": patch.label, "digest": patch.digest}
@@ -275,6 +276,7 @@ def reread_on_hangup(server: Server[Engine], emit: Emit) -> None:
     loop, running = asyncio.get_running_loop(), set()
 
     async def again() -> None:
+        """Read everything again, and say what came of it."""
         try:
             news = await server.reread()
         except NestError as error:

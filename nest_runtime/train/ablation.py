@@ -78,7 +78,10 @@ class RefusalAblation:
     @contextmanager
     def _hooks(self, change: Any) -> Iterator[None]:
         def hook(index: int) -> Any:
+            """A hook that changes the states (rows, width, d) that a layer gives, in their dtype."""
+
             def run(_: nn.Module, __: Any, output: Any) -> Any:
+                """Replace the layer's states, alone or first of a tuple."""
                 states = output[0] if isinstance(output, tuple) else output
                 changed = change(index, states)
                 if changed is None:

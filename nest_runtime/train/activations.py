@@ -176,6 +176,7 @@ def _pooling_hooks(
             pooled[number] = values[..., wanted].reshape(len(values), projection.d_out)
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+        """Keep a module's raw outputs [rows, width, outputs], pooled in float32; the last ends the pass."""
         if is_experts(module):
             keep(module, pool_experts(module, routed(args, kwargs), mask, pooling).float().cpu())
         else:  # some models flatten rows and tokens before their FFN
@@ -196,7 +197,7 @@ class _Pooled(Exception):
 
 
 def whole_columns(mask: torch.Tensor) -> int:
-    """How many columns of ``mask`` (rows, width) at its beginning are 1 in every row."""
+    """How many columns of ``mask`` (rows, width) int64 at its beginning are 1 in every row."""
     return int((mask != 0).all(dim=0).long().cumprod(dim=0).sum())
 
 
@@ -227,10 +228,13 @@ def pool(values: torch.Tensor, mask: torch.Tensor, pooling: str, whole: int | No
 
 
 def pool_experts(module: nn.Module, call: Routed, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Pool the raw outputs of a layer's experts over the tokens that are routed to each; returns (rows, experts, 2F).
+    """Pool the raw outputs of a layer's experts over the tokens that are routed to each.
 
     A prompt without a token for an expert has 0 there. With ``pooling`` ``last``, so has a prompt whose last token goes
     to another expert.
+
+    Returns:
+        (rows, experts, 2F) float32.
     """
     x, mask = call[0], mask.to(call[0].device)
     rows, width = mask.shape

@@ -85,11 +85,11 @@ class Deltas:
         return min((site.projection for site in self.sites), key=lambda found: found.layer, default=None)
 
     def copy(self) -> dict[str, torch.Tensor]:
-        """A detached copy of every number, by name; shapes as in ``tensors``."""
+        """A detached copy of every number, by name; shapes and dtypes as in ``tensors``."""
         return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
 
     def load(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Overwrite every number in place; names and shapes as in ``tensors``."""
+        """Overwrite every number in place; names, shapes and dtypes as in ``tensors``."""
         with torch.no_grad():
             for name, tensor in self.tensors.items():
                 tensor.copy_(values[name].to(tensor.device))
@@ -143,6 +143,7 @@ class Deltas:
         outputs = [site.projection.rows(site.neurons) for site in sites]
 
         def add(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            """Add the updates to a linear module's output [..., outputs], in its dtype."""
             if not self.enabled:
                 return output
             x, low_from = inputs[0], 0
@@ -164,6 +165,7 @@ class Deltas:
         both = [_of_kind(self.projections, sites[0].projection, kind) for kind in ("gate", "up")]
 
         def add(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
+            """Add what the updates change in the output [..., d] of an experts module, in its dtype."""
             if not self.enabled:
                 return output
             gate, up = (read_rows(module, replace(projection, module=""), units) for projection in both)

@@ -103,7 +103,10 @@ def decoder_of(model: Any) -> nn.Module:
 def hidden_states(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, inputs: Mapping[str, torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """The decoder's last hidden states, (rows, width, d); ``inputs`` are those of images (images.batch_inputs)."""
+    """The decoder's last hidden states, (rows, width, d) in the model's dtype, of ids and mask (rows, width) int64.
+
+    ``inputs`` are those of images (images.batch_inputs).
+    """
     passed = dict(inputs or {})
     return decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False, **passed).last_hidden_state
 

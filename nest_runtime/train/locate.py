@@ -150,7 +150,10 @@ def split_rows(target: np.ndarray, holdout: float, seed: int) -> tuple[np.ndarra
 
 
 def standardize(values: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-    """``values`` (prompts, neurons) in place to mean 0 and deviation 1 over ``rows``; constant neurons become 0."""
+    """``values`` (prompts, neurons) float32, in place, to mean 0 and deviation 1 over ``rows``.
+
+    Constant neurons become 0.
+    """
     mean, deviation = values[rows].mean(axis=0), values[rows].std(axis=0)
     constant = deviation < 1e-6 * np.maximum(1.0, np.abs(mean))
     values -= mean
@@ -198,8 +201,9 @@ def _fit_adam(x: np.ndarray, y: np.ndarray, settings: Recipe, device: str | torc
 
 
 def z_scores(weights: Sequence[np.ndarray], normalization: str) -> list[np.ndarray]:
-    """Z-scores of probe weights, one (neurons,) array per projection: within each projection, robustly (median, MAD),
-    or across the model.
+    """Z-scores of probe weights, one (neurons,) float32 array per projection.
+
+    They are taken within each projection, robustly (median, MAD), or across the model.
     """
     if normalization == "model":
         everything = np.concatenate(weights)

@@ -49,7 +49,7 @@ class LowerLayers:
         return self.layers is not None
 
     def hidden(self, batch: Batch, rows: Sequence[Row]) -> torch.Tensor:
-        """The decoder's last hidden states of a batch, (rows, width, d), from kept states if there are any.
+        """The decoder's last hidden states of a batch, (rows, width, d) in its dtype, from kept states if it can.
 
         Args:
             batch: the rows, padded.

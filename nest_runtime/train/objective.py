@@ -113,7 +113,7 @@ def slices_of(tokens: int, vocabulary: int) -> list[slice]:
 
 
 def summed(hidden: torch.Tensor, vocabulary: int, loss: Callable[[torch.Tensor, slice], torch.Tensor]) -> torch.Tensor:
-    """Σ ``loss(hidden[part], part)`` over slices of ``hidden`` (n, d), differentiable in ``hidden``."""
+    """Σ ``loss(hidden[part], part)`` over slices of ``hidden`` (n, d): a float32 scalar, differentiable in it."""
     slices = slices_of(len(hidden), vocabulary)
     if torch.is_grad_enabled() and hidden.requires_grad:
         return _Sliced.apply(hidden, slices, loss)

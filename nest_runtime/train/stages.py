@@ -48,7 +48,7 @@ def remove_stages(workdir: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], notes: Any = None) -> None:
-    """Write named tensors of any shape as a safetensors file, atomically; ``notes`` is kept with them as JSON."""
+    """Write named tensors of any shape and dtype as a safetensors file, atomically; with ``notes``, as JSON."""
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     metadata = {"notes": json.dumps(notes)}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -247,8 +247,9 @@ def lr_factor(step: int, settings: Recipe) -> float:
 def _validate(
     passes: Passes, validation: Sequence[Row], state: _TuneState, best: dict[str, torch.Tensor], team: Workers
 ) -> dict[str, torch.Tensor]:
-    """Measure, record, and return the best numbers so far, by name (see Deltas.tensors); the present ones without
-    validation rows.
+    """Measure, record, and return the best numbers so far, by name (see Deltas.tensors).
+
+    Without validation rows they are the present ones.
     """
     settings = passes.settings
     figures = measure(passes, validation, team)

@@ -63,7 +63,7 @@ class Workers:
         return path if self.alone else path.with_stem(f"{path.stem}-{self.rank}of{self.count}")
 
     def sum_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Replace each gradient, of any shape, by the sum over all processes; a process without one counts as zero."""
+        """Replace each gradient, of any shape and dtype, by the sum over all processes; none counts as zero."""
         if self.alone:
             return
         from accelerate.utils import reduce

@@ -211,8 +211,9 @@ def check_trust(
 
 
 def check_revoked(name: str, version: str, digest: str, policy: Policy, state: TrustState) -> frozenset[str]:
-    """Whether a patch is revoked by a key that the policy lets speak about its name; returns the name's revoked
-    digests.
+    """Whether a patch is revoked by a key that the policy lets speak about its name.
+
+    Returns the name's revoked digests.
 
     Raises Revoked, or SignatureError if a list that this machine accepted is gone or damaged.
     """

@@ -531,8 +531,9 @@ def test_copying_or_pickling_a_patched_model_is_refused(runtime: PatchRuntime, m
 
 @pytest.mark.parametrize("mode", ["hook", "fold"])
 def test_wrappers_of_others_before_and_after(model: torch.nn.Module, mode: Mode) -> None:
-    """Accelerate replaces ``forward`` of a module; it may come first or last, go first or last, and drops what came
-    after it.
+    """Accelerate replaces ``forward`` of a module; it may come first or last, go first or last.
+
+    It drops what came after it.
     """
     hooks = pytest.importorskip("accelerate.hooks")
     patch = make_patch(model)

@@ -92,9 +92,7 @@ def make_patch(
 
 
 def attached(model: torch.nn.Module) -> list[str]:
-    """What stands on a model beside its own modules: ``name: what`` of every hook and of every ``forward`` of an
-    instance.
-    """
+    """What stands on a model beside its own modules: ``name: what`` of every hook and every own ``forward``."""
     found = []
     for name, module in model.named_modules():
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *module._backward_hooks.values()]

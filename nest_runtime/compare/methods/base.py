@@ -140,6 +140,7 @@ class Fitted:
         blocked = [index for index, answer in enumerate(known) if answer is not None]
 
         def keep(positions: list[int], texts: list[str]) -> None:
+            """Screen a batch's answers and put them where their conversations stand."""
             places = [asked[position] for position in positions]
             for index, text in zip(places, texts, strict=True):
                 result[index] = screen(conversations[index], text) or ""

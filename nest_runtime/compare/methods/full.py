@@ -47,8 +47,9 @@ class Full(Method):
 
 @contextmanager
 def _data(model: Any, values: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """A context in which the parameters hold ``values``, by name and of the same shapes and dtypes; afterwards each
-    parameter has its own tensor object again, and so the same bits. Yields the own tensors.
+    """A context in which the parameters hold ``values``, by name and of the same shapes and dtypes.
+
+    Afterwards each parameter has its own tensor object again, and so the same bits. Yields the own tensors.
     """
     parameters = dict(model.named_parameters())
     own = {name: parameter.data for name, parameter in parameters.items()}

@@ -141,7 +141,7 @@ def loaded(model: Any, folder: Path) -> Iterator[Any]:
 
 
 def adapter_parameters(peft_model: Any) -> dict[str, torch.Tensor]:
-    """The adapters' parameters by name: A [r, inputs] and B [outputs, r] of each module."""
+    """The adapters' parameters by name, in their own dtype: A [r, inputs] and B [outputs, r] of each module."""
     return {name: parameter for name, parameter in peft_model.named_parameters() if "lora_" in name}
 
 

@@ -57,6 +57,7 @@ def in_context(shots: int = FEW_SHOTS, pairs: Sequence[Demonstration] | None = N
     _positive("ica", shots)
 
     def build(case: Case, rng: random.Random, target: AttackTarget | None) -> list[Case]:
+        """Put turns in which others complied before the request."""
         turns: list[Message] = []
         for ask, answer in _draw(rng, shots, pairs):
             turns += [user(ask), assistant(answer)]
@@ -122,6 +123,7 @@ def best_of_n(tries: int = TRIES) -> Attack:
     _positive("best-of-n", tries)
 
     def build(case: Case, rng: random.Random, target: AttackTarget | None) -> list[Case]:
+        """The same request, scrambled anew in each try."""
         lead = before(case)
         return [
             derive(

@@ -85,6 +85,7 @@ def evolution(*, generations: int = 6, population: int = 12, kept: int = 4) -> A
         )
 
     def build(case: Case, rng: random.Random, target: AttackTarget | None) -> list[Case]:
+        """Breed ways of asking this case, and take the one whose answer is likeliest to comply."""
         if target is None:
             raise UsageError("evolution reads the model's probabilities", "give the model and its tokenizer")
         scored: dict[Template, tuple[float, bool]] = {}

@@ -33,6 +33,7 @@ def gcg(*, steps: int = 50, suffix_tokens: int = 16, width: int = 64, top_k: int
         raise UsageError("gcg with a budget of nothing", "use whole numbers of 1 or more")
 
     def build(case: Case, rng: random.Random, target: AttackTarget | None) -> list[Case]:
+        """Search a suffix for this case by gradients of the model's loss."""
         if target is None:
             raise UsageError("gcg attacks the model itself", "give the model and its tokenizer")
         search = _Search(target.model, target.tokenizer, case, suffix_tokens)

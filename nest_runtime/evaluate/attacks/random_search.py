@@ -29,6 +29,7 @@ def random_search(*, steps: int = 60, suffix_tokens: int = 16, width: int = 16) 
         raise UsageError("random-search with a budget of nothing", "use whole numbers of 1 or more")
 
     def build(case: Case, rng: random.Random, target: AttackTarget | None) -> list[Case]:
+        """Search a suffix for this case by random changes that lower the model's loss."""
         if target is None:
             raise UsageError("random-search reads the model's probabilities", "give the model and its tokenizer")
         search = SuffixSearch(target.model, target.tokenizer, case, suffix_tokens)

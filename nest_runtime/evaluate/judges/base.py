@@ -69,8 +69,9 @@ class Judge:
         return [self.judge(case, answer) for case, answer in zip(cases, answers, strict=True)]
 
     def batches(self, cases: Sequence[Case], answers: Sequence[str]) -> Iterator[list[tuple[int, Verdict]]]:
-        """The same verdicts with their positions, in parts that are kept one by one; a judge that is paid gives single
-        ones.
+        """The same verdicts with their positions, in parts that are kept one by one.
+
+        A judge that is paid gives single ones.
         """
         yield list(enumerate(self.judge_all(cases, answers)))
 

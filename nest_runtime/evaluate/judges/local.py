@@ -61,8 +61,7 @@ def find(index: Mapping[str, int], grams: Iterable[str], prefix: str) -> list[in
 
 
 def pooled(rows: np.ndarray, found: Sequence[int]) -> Any:
-    """The sum of the found rows (n-grams, classes) over the square root of their number, times three: (classes,)
-    float32.
+    """The sum of the found rows (n-grams, classes) over the root of their number, times three: (classes,) float32.
 
     So a long answer weighs little more than a short one.
     """

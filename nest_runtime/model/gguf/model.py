@@ -244,8 +244,9 @@ def _rows_of(tensor: Tensor) -> int:
 
 
 def _filled(header: Header, empty: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
-    """The model with its weights by name, as [rows, columns] in ``dtype``; transformers makes its buffers and ties
-    weights.
+    """The model with its weights by name, as [rows, columns] in ``dtype``.
+
+    transformers makes its buffers and ties weights.
     """
     model, info = type(empty).from_pretrained(  # type: ignore[attr-defined]
         None, config=empty.config, state_dict=state, dtype=dtype, output_loading_info=True

@@ -26,6 +26,7 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def checked(request: Request) -> Response:
+            """Refuse a body that is no JSON, before it is parsed."""
             if body := await request.body():
                 kind = request.headers.get("content-type", "")
                 if not is_json(kind):

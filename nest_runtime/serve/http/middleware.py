@@ -184,6 +184,7 @@ class RequestFrame:
         started, status = time.perf_counter(), 0
 
         async def framed(message: Message) -> None:
+            """Add the patch's headers to the answer as it begins."""
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -295,6 +296,7 @@ def replayed(body: bytes, receive: Receive) -> Receive:
     given = False
 
     async def again() -> Message:
+        """Give the body that was read already, then what comes."""
         nonlocal given
         if given:
             return await receive()

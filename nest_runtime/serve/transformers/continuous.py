@@ -100,6 +100,7 @@ class ContinuousBatch:
         recovery = Recovery(self._manager, self._jobs, self._deliver, self._blame)
 
         def patched_step(model: Any) -> None:
+            """One pass of the batch, each token under its request's patch."""
             batch = processor.inputs_and_outputs.requests_in_batch
             recovery.running = tuple(future.state.request_id for future in batch)
             runs = list(self._runs())
@@ -172,8 +173,9 @@ class ContinuousBatch:
 
     @contextmanager
     def narrow(self, tokens: int) -> Iterator[None]:
-        """A context in which passes take at most ``tokens`` tokens, so that prompts are read in pieces, and cached
-        results are computed again.
+        """A context in which passes take at most ``tokens`` tokens.
+
+        So prompts are read in pieces, and cached results are computed again.
         """
         processor = self._manager.batch_processor
         before = processor.max_batch_tokens

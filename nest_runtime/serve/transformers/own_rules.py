@@ -61,6 +61,7 @@ def own_rules(config: Any, ends: Sequence[int], device: torch.device) -> Rules:
         return None if value == neutral else value
 
     def rules(prompt: int, new: int) -> list[LogitsProcessor]:
+        """The rules of one answer, of ``new`` tokens behind a prompt of ``prompt``."""
         found: list[LogitsProcessor] = []
         if (bias := get("sequence_bias")) is not None:
             found.append(SequenceBiasLogitsProcessor(bias))

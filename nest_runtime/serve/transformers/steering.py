@@ -35,7 +35,11 @@ class Steering:
         self.done = [False] * len(batch)
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
-        """The next token of each row, [rows]; 0 where a row has ended. Raises NotFinite with rows of the batch."""
+        """The next token of each row, [rows] int64, from logits [rows, vocabulary]; 0 where a row has ended.
+
+        Raises:
+            NotFinite: values are not finite; it has rows of the batch.
+        """
         self._engine.let_in(self._batch)
         chosen = torch.zeros(len(self._batch), dtype=torch.long, device=scores.device)
         self.done = [over or job.canceled for over, job in zip(self.done, self._batch, strict=True)]
@@ -91,7 +95,7 @@ def bare_generate(model: Any, ids: torch.Tensor, mask: torch.Tensor, count: int,
 
     Args:
         model: a model.
-        ids, mask: padded prompts, both [rows, tokens].
+        ids, mask: padded prompts, both [rows, tokens] int64.
         count: new tokens of each row.
         options: more of generate's arguments.
     """

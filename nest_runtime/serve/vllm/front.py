@@ -86,6 +86,7 @@ class Front:
         model = fields.setdefault("model", table.model_name)
 
         def pin() -> ServedPatch:
+            """Pin the request to the patch that its model names now."""
             found = table.named(model)
             if found is None:
                 raise unknown_model(str(model))

@@ -57,6 +57,7 @@ def register() -> None:
         return
 
     def create_engine_config(self: Any, *arguments: Any, **settings: Any) -> Any:
+        """The engine's configuration, with our extension of its workers."""
         if self.worker_extension_cls not in ("", EXTENSION):
             raise UsageError(
                 f"the workers' extension is {self.worker_extension_cls}; patches need {EXTENSION}",
@@ -131,6 +132,7 @@ class _Outer:
 
     def _ending(self, send: Any) -> Any:
         async def ending(message: Any) -> None:
+            """Stop what is ours before vLLM hears that the lifespan has ended."""
             if message["type"].startswith("lifespan.shutdown"):
                 await self._parts["server"].stop()
                 if PLAN.on_stop is not None:

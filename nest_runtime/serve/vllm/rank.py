@@ -53,7 +53,7 @@ class RowPiece:
             self.weight.data.index_copy_(0, self.rows, values)
 
     def live(self) -> torch.Tensor:
-        """A copy [m, d_in] of the rows that are in the weight now."""
+        """A copy [m, d_in], in the weight's dtype, of the rows that are in it now."""
         with torch.inference_mode(False), torch.no_grad():
             return self.weight.detach().index_select(0, self.rows)
 
@@ -102,8 +102,7 @@ class RankPatches:
         """Apply a prepared patch in place of the active one; None restores the pristine rows.
 
         Returns:
-            ``restored``: the digest of the old patch's rows, read between the two writes; ``live``: the digest of the
-            new
+            ``restored``: the digest of the old patch's rows, read between the two writes; ``live``: that of the new
             patch's rows, read afterwards. Empty if there is no such patch.
 
         Raises:

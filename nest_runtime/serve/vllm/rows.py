@@ -34,7 +34,7 @@ class Shard:
     at: int = 0
 
     def pick(self, neurons: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of some neurons [n], which are in here [m], and their rows [m] of the rank's weight."""
+        """Of some neurons [n], which are in here [m], and their rows [m] of the rank's weight; integers all."""
         where = torch.nonzero((neurons >= self.start) & (neurons < self.stop)).flatten()
         return where, neurons[where].long() - self.start + self.at
 
@@ -106,7 +106,7 @@ def patched_rows(site: Site, pristine: torch.Tensor, where: torch.Tensor | None 
 
 
 def rows_of(patch: Patch, pristine: Mapping[str, torch.Tensor]) -> dict[str, Rows]:
-    """A patch's rows by site, from the base's rows [n, d_in]; sites without neurons are left out."""
+    """A patch's rows by site, from the base's rows [n, d_in], in their dtype; sites without neurons are left out."""
     found = {}
     for site in patch.sites:
         if site.n_neurons:

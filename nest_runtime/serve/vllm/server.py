@@ -135,6 +135,7 @@ def _events_alone(emit: Emit, wanted: bool) -> Iterator[Emit]:
     os.dup2(2, 1)
 
     def only(event: dict[str, Any]) -> None:
+        """Write an event to the real stdout; everything else that is printed goes to stderr."""
         sys.stdout.flush()  # what others left there goes where theirs belongs
         os.dup2(real, 1)
         try:
