@@ -105,7 +105,9 @@ def read_bytes(path: str | os.PathLike[str], limit: int, *, follow: bool = True)
 def read_text(path: str | os.PathLike[str], limit: int) -> str:
     """The text of a UTF-8 file; a byte order mark is no part of it.
 
-    Raises as open_file, and ValueError for what is not UTF-8.
+    Raises:
+        ValueError: it is not UTF-8.
+        OSError: as open_file.
     """
     return read_bytes(path, limit).decode("utf-8-sig")
 
@@ -221,7 +223,8 @@ def check_target(target: Path) -> None:
 def check_writable(target: str | os.PathLike[str]) -> None:
     """Find out before the work whether a file can be written at the end of it.
 
-    Raises OSError, as the writing would.
+    Raises:
+        OSError: as the writing would.
     """
     target = Path(target)
     check_target(target)

@@ -75,6 +75,23 @@ def test_summaries_are_one_line(path: Path) -> None:
     assert wrapped(path.read_text(encoding="utf-8")) == []
 
 
+def unsectioned(source: str) -> list[str]:
+    """Names whose docstrings have a paragraph of results or errors that is no section."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, Documented)]
+    later = re.compile(r"\n\n(Raises|Returns) ")
+    return [node.name for node in nodes if later.search(ast.get_docstring(node) or "")]
+
+
+def test_a_paragraph_that_should_be_a_section_is_found() -> None:
+    told = 'def g():\n    """One.\n\n    Raises:\n        E: why.\n    """\n'
+    assert unsectioned('def f():\n    """One.\n\n    Raises E if so.\n    """\n' + told) == ["f"]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_results_and_errors_are_sections(path: Path) -> None:
+    assert unsectioned(path.read_text(encoding="utf-8")) == []
+
+
 SHAPE = re.compile(r"\[[^\]]+\]|\((?:[\w…·+ ]|\.{3})+,[^)]*\)|\bshapes?\b|\bscalar\b")
 DTYPE = re.compile(r"\b(?:u?int\d*|bool|float\d*|bfloat16|dtypes?|integers?|integer)\b")
 TENSOR = re.compile(r"Tensor\b|ndarray\b")

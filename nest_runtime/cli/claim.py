@@ -300,7 +300,8 @@ def means_for(
 ) -> Means:
     """What a command's options give to check with; without ``--model`` the patch's base, where that is known.
 
-    Raises BaseMismatch if it is not.
+    Raises:
+        BaseMismatch: it is not known.
     """
     if model is not None and model.startswith("sha256:"):
         raise UsageError("--model is a hash; claims are measured on a model", "name the model itself")

@@ -135,7 +135,9 @@ def base_named(ref: str) -> tuple[str, str] | None:
 def choose_patch(out: Output, ref: str | None, no_patch: bool, model_hash: str) -> Patch | None:
     """The patch a command runs with: the one named, none, or the one active in the store; says which on stderr.
 
-    Raises UsageError if both a patch and none are asked for, and whatever load_patch raises.
+    Raises:
+        UsageError: both a patch and none are asked for.
+        NestError: as load_patch.
     """
     from nest_runtime.resolve import load_patch
     from nest_runtime.store.store import Store
@@ -169,7 +171,8 @@ def base_id(name: str | None) -> str | None:
 def prompts_named(ref: str, which: Literal["harmful", "benign"]) -> list[Example]:
     """The prompts of an option: a file's, or with ``reference`` those that the built-in model's patches learned from.
 
-    Raises DataError as load_examples.
+    Raises:
+        DataError: as load_examples.
     """
     from nest_runtime.io import expand
     from nest_runtime.prompts.examples import load_examples

@@ -62,7 +62,8 @@ class Conversation:
             text: the user's turn.
             on_text: called with pieces of the answer as they come.
 
-        Raises UsageError if the conversation is longer than what the model reads; it stays as it was.
+        Raises:
+            UsageError: the conversation is longer than what the model reads; it stays as it was.
         """
         turn = {"role": "user", "content": text}
         answer = self._generate([*self.messages, turn], on_text)
@@ -75,7 +76,8 @@ class Conversation:
         Args:
             text: the question; the last one of the conversation by default.
 
-        Raises UsageError if there is no patch, or nothing was asked.
+        Raises:
+            UsageError: there is no patch, or nothing was asked.
         """
         if self.patch is None:
             raise UsageError("no patch is on, so there is nothing to compare", "choose one with /patch v3")

@@ -72,7 +72,8 @@ def load(
 def server_of(ctx: typer.Context, url: str | None, token_file: Path | None) -> AdminClient | None:
     """The server that ``--url`` names; None if the command is about the local store.
 
-    Raises UsageError for options that do not go together, before anything is asked.
+    Raises:
+        UsageError: options do not go together; nothing has been asked then.
     """
     from nest_runtime.errors import UsageError
     from nest_runtime.io import expand
@@ -145,7 +146,8 @@ def show_patches(out: Output, server: AdminClient) -> None:
 def show_audit(out: Output, server: AdminClient, last: int, verify: bool) -> None:
     """Show what the server's audit log has of changes and refusals: not of calls that only read, nor of intents.
 
-    Raises StoreError if ``verify`` is asked for, and its chain is broken.
+    Raises:
+        StoreError: ``verify`` is asked for, and the chain is broken.
     """
     from nest_runtime.errors import StoreError
 

@@ -40,7 +40,7 @@ class BackgroundJob(Generic[T]):
             task: gets this job.
             beat: yield None if nothing was reported for so many seconds.
 
-        Raises what the work raises. A generator that is closed stops the work at its next report.
+        What the work raises is raised here. A generator that is closed stops the work at its next report.
         """
         failed: list[BaseException] = []
 
@@ -94,7 +94,7 @@ class Running:
     def watch(self, task: Callable[[BackgroundJob[T]], None]) -> Iterator[T | None]:
         """Run work and yield what it reports, until it is done or ``stop`` is called; None before it begins.
 
-        Raises what the work raises.
+        What the work raises is raised here.
         """
         self.busy, self.stopped = True, False
         try:

@@ -67,7 +67,8 @@ class Listen:
 def read_logins(path: Path) -> dict[str, str]:
     """Passwords by user, from lines ``user:password``; empty lines and ``#`` comments do not count.
 
-    Raises UsageError for a file that cannot be read, that others may read, or that has other lines.
+    Raises:
+        UsageError: the file cannot be read, others may read it, or it has other lines.
     """
     found = {}
     for number, line in secret_lines(path, "login file"):

@@ -46,7 +46,9 @@ def require_gradio() -> None:
 def open_demo(source: Source, *, admin: bool = False, max_tokens: int = 128) -> DemoState:
     """Load the model, or greet the server.
 
-    Raises what load_model, load_patch and RemoteBackend raise, and UsageError for token files that cannot be used.
+    Raises:
+        UsageError: a token file cannot be used.
+        NestError: as load_model, load_patch and RemoteBackend.
     """
     from nest_runtime.demo.backend import Backend
     from nest_runtime.demo.state import DemoState

@@ -86,7 +86,8 @@ def by_suite(cases: Sequence[Case]) -> dict[str, list[Case]]:
 def claimed_attacks(specs: Sequence[str]) -> list[str]:
     """The attacks that claims can name: those of the package, made of the cases alone, with their numbers.
 
-    Raises UsageError for template files and for attacks that need the model.
+    Raises:
+        UsageError: a template file, or an attack that needs the model.
     """
     names: list[str] = []
     for spec in [part.strip() for text in specs for part in text.split(",") if part.strip()]:

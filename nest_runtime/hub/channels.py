@@ -103,7 +103,9 @@ class Channel(Document):
     def check_patch(self, patch: Patch) -> None:
         """Whether a patch is the one named, and carries the claims that are demanded.
 
-        Raises SignatureError naming the first field that differs, or ClaimsRefused.
+        Raises:
+            SignatureError: another patch; the message names the first field that differs.
+            ClaimsRefused: its claims are not what is demanded.
         """
         for field in ("name", "version", "serial", "digest", "base_hash"):
             wanted, found = getattr(self, field), getattr(patch, field)
@@ -125,7 +127,19 @@ def channel_for(
     claims: Demands | None = None,
     now: datetime | None = None,
 ) -> Channel:
-    """The unsigned content of a channel file that points to a patch from now on. Raises UsageError."""
+    """The unsigned content of a channel file that points to a patch from now on.
+
+    Args:
+        patch: the patch.
+        channel: its name.
+        valid: how long servers may go by it.
+        revocations: the serial of the newest list, which servers must have seen.
+        claims: what the channel demands.
+        now: when it is issued; the present moment by default.
+
+    Raises:
+        UsageError: the name or the time makes no sense.
+    """
     now = now or datetime.now(UTC)
     fields = {key: getattr(patch, key) for key in ("name", "version", "serial", "digest", "base_hash")}
     try:

@@ -93,7 +93,9 @@ def pull(ref: str, *, store: Store, guard: Guard | None = None, why: str = "", *
         store: where it goes.
         why: for the history, beside where it came from.
 
-    Raises what ``fetch`` raises, and StoreError if the store has other content under that version.
+    Raises:
+        StoreError: the store has other content under that version.
+        NestError: as ``fetch``.
     """
     fetched = fetch(ref, guard=guard, store=store, **options)
     source = f"pulled from {fetched.ref.place} at {fetched.revision[:12]}"

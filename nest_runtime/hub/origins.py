@@ -83,7 +83,15 @@ class Origins:
             )
 
     def check(self, ref: RepoRef, version: str, revision: str, digest: str) -> None:
-        """Refuse a published version whose content changed. Raises TrustError."""
+        """Refuse a published version whose content changed.
+
+        Args:
+            ref: the repository.
+            version, revision, digest: what is there now.
+
+        Raises:
+            TrustError: the version had another digest when it was seen first.
+        """
         known = self.find(ref.place, version)
         if known is not None and known.digest != digest:
             raise TrustError(

@@ -146,7 +146,10 @@ def set_channel(
         demand, prove: what claims the channel demands, and how they are measured: see ``demanded.settle``.
         timeout: as in ``push``.
 
-    Raises HubError, UsageError for a name or key that cannot be used, and ClaimsRefused.
+    Raises:
+        UsageError: the name or the key cannot be used.
+        ClaimsRefused: the version's claims are not what is demanded.
+        HubError: the Hub refused or cannot be reached.
     """
     if not may_be_channel(channel):
         raise UsageError(f"{channel!r:.60} is a version's name, no channel's", "call it stable, canary, …")

@@ -90,7 +90,8 @@ class Remote(Protocol):
     def read(self, path: str, revision: str, limit: int | None = None) -> bytes | None:
         """A file's content, or None if there is no such file.
 
-        Raises HubError for more bytes than ``limit`` (by default what a file of that name may have), before they come.
+        Raises:
+            HubError: there are more bytes than ``limit`` (by default what a file of that name may have); none has come.
         """
 
     def publish(self, files: Mapping[str, bytes], message: str, *, parent: str, tag: str | None = None) -> str:

@@ -64,6 +64,12 @@ def scan(
 ) -> Scan:
     """Run the prompts through the bare model and look at the projections that have kept neurons.
 
+    Args:
+        view: the neurons, and the recipe that they were located by.
+        model, tokenizer: of the view's base.
+        harmful, benign: the prompts.
+        progress: called as (stage, done, total).
+
     Raises:
         UsageError: the view's settings are no recipe.
         TrainingError: too few prompts.

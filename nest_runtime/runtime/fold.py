@@ -183,7 +183,15 @@ class Journal:
     def write_bits(
         self, live: LiveProjection, neurons: torch.Tensor, before: torch.Tensor, memory: RowBytes, bits: np.ndarray
     ) -> None:
-        """Overwrite rows as bytes; ``before`` [n, d_in], in the weight's dtype, is known to be there now."""
+        """Overwrite rows as bytes, and remember the old ones.
+
+        Args:
+            live: the projection on the model.
+            neurons: [n] int64 row numbers.
+            before: [n, d_in] in the weight's dtype, known to be there now.
+            memory: the rows' memory.
+            bits: [n, d_in] unsigned integers, as wide as the dtype.
+        """
         self._written.append((live, neurons, before))
         anatomy.write_rows(live.module, live.projection, memory, bits)
 

@@ -133,7 +133,16 @@ async def answers_under(
 ) -> list[str]:
     """Greedy answers of the running engine to the operator's own conversations, under a loaded patch.
 
-    Raises AdmissionRefused where a conversation is longer than the context, EngineError where the engine fails.
+    Args:
+        engine: as it runs.
+        tokenizer: the model's.
+        served_patch: loaded, and not active.
+        conversations: each ends with the user's turn.
+        new_tokens: the longest answer.
+
+    Raises:
+        AdmissionRefused: a conversation is longer than the context.
+        EngineError: the engine fails.
     """
     ids = tuple(tuple(encode(tokenizer, messages)) for messages in conversations)
     if (longest := max(map(len, ids))) >= engine.context:

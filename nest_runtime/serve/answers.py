@@ -106,7 +106,9 @@ class Answer:
     async def stream(self) -> AsyncIterator[Piece]:
         """Text as it becomes certain; once ``generation.shown`` is set, what has been given out stays given out.
 
-        Raises EngineError, PatchReplaced among them, or ApiError 504 after ``seconds``.
+        Raises:
+            EngineError: the engine fails, or the patch was replaced (PatchReplaced).
+            ApiError: 504, after ``seconds``.
         """
         while True:
             try:

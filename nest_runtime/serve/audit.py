@@ -85,8 +85,10 @@ class AuditLog:
     def verify(self) -> int:
         """The number of entries, if none was edited, inserted, removed or cut off.
 
-        Raises StoreError naming the first line that is wrong. A process killed between the line and
-        the head leaves a log that is one line ahead of its head; that is no damage.
+        A process killed between the line and the head leaves a log one line ahead of its head; that is no damage.
+
+        Raises:
+            StoreError: the message names the first line that is wrong.
         """
         count = self._chain.verify()
         head = self._read_head()

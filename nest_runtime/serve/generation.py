@@ -116,8 +116,10 @@ class Generation:
     async def events(self) -> AsyncIterator[ChoiceTokens]:
         """New tokens, until every choice has ended.
 
-        Raises Restarted, after which ``events`` must be called again; EngineError if the engine fails; PatchReplaced if
-        the patch was replaced and ``shown`` is set.
+        Raises:
+            Restarted: ``events`` must be called again.
+            PatchReplaced: the patch was replaced, and ``shown`` is set.
+            EngineError: the engine fails.
         """
         while self._open or not self._events.empty():
             event = await self._events.get()

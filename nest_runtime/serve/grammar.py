@@ -45,8 +45,9 @@ class Grammars:
     def maker(self, wanted: ResponseFormat) -> Callable[[int], Rule] | None:
         """What makes the rule of one sequence, from the tokens of its prompt; None for plain text. Blocking.
 
-        Raises ApiError 400 if there is no llguidance here, the tokenizer is not one of its kind, or the schema
-        says what it cannot hold an answer to.
+        Raises:
+            ApiError: 400; there is no llguidance here, the tokenizer is not one of its kind, or the schema says what it
+                cannot hold an answer to.
         """
         if wanted.type == "text":
             return None

@@ -130,7 +130,18 @@ async def run(
     until: threading.Event | None = None,
     admin_port: socket.socket | None = None,
 ) -> None:
-    """Start a built server on bound sockets, and answer until a signal comes or ``until`` is set."""
+    """Start a built server on bound sockets, and answer until a signal comes or ``until`` is set.
+
+    Args:
+        server: as ``app.build`` gives it.
+        port: bound, not listening yet.
+        emit: gets the events.
+        until: ends it like a signal when set.
+        admin_port: the admin API's own socket, or None.
+
+    Raises:
+        EngineError: the engine does not start, or another server listens on the port.
+    """
     engine, table = server.service.engine, server.service.table
     notes = contextlib.ExitStack()
 

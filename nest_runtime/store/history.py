@@ -69,7 +69,8 @@ class ChainLog:
     def append(self, event: Mapping[str, Any]) -> dict[str, Any]:
         """Seal ``event`` after the last line, write it, fsync, and return it.
 
-        Raises StoreError if another process holds the lock.
+        Raises:
+            StoreError: another process holds the lock.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         guard = self.path.with_name(self.path.name + ".lock")

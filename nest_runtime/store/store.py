@@ -158,7 +158,9 @@ class Store:
     ) -> Entry:
         """Make a patch the active one of its base model, after checking its bytes. ``serving``: as in ``rollback``.
 
-        Raises what ``get`` raises, and BaseMismatch if a digest names a patch of another base than ``model_hash``.
+        Raises:
+            BaseMismatch: a digest names a patch of another base than ``model_hash``.
+            NestError: as ``get``.
         """
         from nest_runtime.patch.write import to_bytes
 

@@ -177,9 +177,14 @@ def _answer_tokens(tokenizer: Any, example: Example, answer: str, prompt: list[i
 
 
 def step_rows(rows: Sequence[Row], step: int, batch_size: int, harmful_share: float, seed: int) -> list[Row]:
-    """The rows of one step: each class is traversed in shuffled epochs, drawn from the seed.
+    """The rows of one step: each class is traversed in shuffled epochs.
 
-    With one class only, all rows come from it.
+    Args:
+        rows: of both classes; with one class only, all rows of the step come from it.
+        step: from 0.
+        batch_size: rows of a step.
+        harmful_share: share of harmful ones among them.
+        seed: of the shuffles.
     """
     classes = [[row for row in rows if row.harmful is kind] for kind in (True, False)]
     harmful = min(max(round(batch_size * harmful_share), 1), max(batch_size - 1, 1))
@@ -202,7 +207,15 @@ def make_batch(
     dtype: torch.dtype = torch.float32,
     multiple: int = 1,
 ) -> Batch:
-    """Rows padded to a ``multiple`` of tokens, their answers marked, their images opened; pixels become ``dtype``."""
+    """Rows as one padded batch, their answers marked and their images opened.
+
+    Args:
+        rows: prompts with answers.
+        pad_id: the token that fills up.
+        device: where the tensors go.
+        dtype: of the images' pixels.
+        multiple: the width is a multiple of this many tokens.
+    """
     ids, mask = pad_rows([[*row.prompt, *row.answer] for row in rows], pad_id, device, multiple)
     where = torch.zeros(ids.shape, dtype=torch.bool)
     for index, row in enumerate(rows):

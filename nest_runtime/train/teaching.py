@@ -205,7 +205,14 @@ def _first_sentence(text: str) -> str:
 
 
 def refusal_row(tokenizer: Any, example: Example, settings: Recipe, ends: Sequence[int]) -> Row:
-    """A harmful example's row: its own response, or a refusal of the recipe's list; with its rival for a margin."""
+    """A harmful example's row: its own response, or a refusal of the recipe's list; with its rival for a margin.
+
+    Args:
+        tokenizer: the model's.
+        example: the prompt.
+        settings: ``refusals`` and ``margin_weight`` count.
+        ends: token ids that end an answer.
+    """
     row = make_row(tokenizer, example, refusal_for(example, settings.refusals), True, ends)
     return rival_row(tokenizer, example, row) if settings.margin_weight else row
 

@@ -209,7 +209,15 @@ def answer_counts(rows: Sequence[Row], settings: Recipe) -> tuple[float, float]:
 def loss_of(
     passes: Passes, batch: Batch, counts: tuple[float, float] | None = None, base: BaseAnswer | None = None
 ) -> torch.Tensor:
-    """The batch's part of the loss of a step: a scalar, float32, differentiable in the deltas."""
+    """The batch's part of the loss of a step: a scalar, float32, differentiable in the deltas.
+
+    Args:
+        passes: the model with the deltas attached.
+        batch: the rows.
+        counts: how many answer tokens each class has in the whole step, where other processes have a share; else the
+            batch's own.
+        base: the base's own distributions at the batch's answer tokens, where they are known already.
+    """
     settings = passes.settings
     harmful, benign = counts or answer_counts(batch.rows, settings)
     if settings.kl_weight and base is None:

@@ -141,7 +141,9 @@ def accept(
 ) -> Verified | None:
     """Check and remember a patch that becomes active without the store, on a server started with ``--patch``.
 
-    Raises TrustError, StoreError.
+    Raises:
+        TrustError: it is not trusted.
+        StoreError: the store cannot be written.
     """
     verified = None if guard is None else guard.check(patch, ref, allow_downgrade=asked.allow_downgrade)
     _accept(guard, patch, verified, asked.who, asked.why)

@@ -120,7 +120,9 @@ def sign_bytes(data: bytes, key: Path, passphrase: str = "", where: str = "patch
 def sign_patch(path: str | Path, key: str | Path, passphrase: str = "") -> tuple[Signed, Path, Path]:
     """Sign a patch file, or a repository's folder; returns also the paths of the manifest and the signature beside it.
 
-    Raises PatchNotFound, what ``sign_bytes`` raises, and NestError if the files cannot be written.
+    Raises:
+        PatchNotFound: there is no such patch.
+        NestError: the files cannot be written; or as ``sign_bytes``.
     """
     file = patch_path(expand(path))
     signed = sign_bytes(read_patch_file(file), expand(key), passphrase, str(file))
@@ -140,7 +142,10 @@ def verify_patch(path: str | Path, policy: Policy, state: TrustState | None = No
         policy: whom to trust.
         state: what this machine remembers; None leaves revocations and downgrades out.
 
-    Raises PatchNotFound, PatchFormatError, DigestMismatch, and what ``check_trust`` raises.
+    Raises:
+        PatchNotFound: there is no such patch.
+        PatchFormatError, DigestMismatch: it is damaged.
+        TrustError: as ``check_trust``.
     """
     file = patch_path(expand(path))
     size, material = patch_size(file), read_material(file)
@@ -211,11 +216,19 @@ def check_trust(
 
 
 def check_revoked(name: str, version: str, digest: str, policy: Policy, state: TrustState) -> frozenset[str]:
-    """Whether a patch is revoked by a key that the policy lets speak about its name.
+    """Refuse a patch that is revoked by a key that the policy lets speak about its name.
 
-    Returns the name's revoked digests.
+    Args:
+        name, version, digest: the patch.
+        policy: whose keys may revoke what.
+        state: the lists that this machine has accepted.
 
-    Raises Revoked, or SignatureError if a list that this machine accepted is gone or damaged.
+    Returns:
+        The name's revoked digests.
+
+    Raises:
+        Revoked: it is.
+        SignatureError: a list that this machine accepted is gone or damaged.
     """
     known = [(entry, rule) for entry, rule in state.revocations(policy) if entry.name == name]
     for entry, rule in known:

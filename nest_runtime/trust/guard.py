@@ -122,7 +122,13 @@ def guard_for(
 ) -> Guard | None:
     """The guard that a command's options and ``$NEST_HOME/trust.toml`` ask for; None if nothing asks for one.
 
-    Raises UsageError as ``policy_for``.
+    Args:
+        store: where signatures and what was accepted are kept.
+        keys: ``--trust``.
+        require_signature, policy_file, allow_downgrade: the options of these names.
+
+    Raises:
+        UsageError: as ``policy_for``.
     """
     policy = policy_for(keys, require_signature=require_signature, file=policy_file)
     return None if policy is None else Guard(policy, store, allow_downgrade=allow_downgrade)

@@ -120,7 +120,20 @@ def reroute(
     layers: Sequence[int],
     progress: Progress | None,
 ) -> list[dict[str, float]]:
-    """Train the adapters in place at a constant learning rate; returns the losses every ``validate_every`` steps."""
+    """Train the adapters in place at a constant learning rate.
+
+    Args:
+        peft_model: the base with its adapters.
+        tokenizer: its tokenizer.
+        texts: rerouted and retained.
+        recipe: steps, batch size and seed count.
+        lr: the learning rate.
+        layers: whose representations are rerouted.
+        progress: called as (stage, done, total).
+
+    Returns:
+        The losses every ``validate_every`` steps.
+    """
     parameters = list(adapter_parameters(peft_model).values())
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     pad, device = pad_token_id(peft_model, tokenizer), device_of(peft_model)

@@ -96,7 +96,16 @@ class ParameterSet(Deltas):
 def supervise(
     target: Target, parameters: ParameterSet, data: FitData, recipe: Recipe, lr: float, progress: Progress | None
 ) -> TuneResult:
-    """Train ``parameters`` on the rows with tune's own loop at a learning rate; the best state stays in them."""
+    """Train ``parameters`` on the rows with tune's own loop; the best state stays in them.
+
+    Args:
+        target: the model.
+        parameters: what is trained, float32.
+        data: the rows to learn from and to validate on.
+        recipe: steps, batches and early stop.
+        lr: the learning rate.
+        progress: called as (stage, done, total).
+    """
     settings = recipe.evolve(lr=lr, lr_unit="absolute")
     return tune(target.model, target.tokenizer, parameters, data.train, data.validation, settings, progress=progress)
 

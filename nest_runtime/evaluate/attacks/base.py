@@ -49,7 +49,12 @@ class Attack:
 
 
 def text_attack(name: str, family: str, citation: str, about: str, change: TextChange) -> Attack:
-    """An attack that rewrites the last user turn and nothing else."""
+    """An attack that rewrites the last user turn and nothing else.
+
+    Args:
+        name, family, citation, about: as in :class:`Attack`.
+        change: the new text of a turn, from the old one and a generator.
+    """
 
     def build(case: Case, rng: random.Random, target: AttackTarget | None) -> list[Case]:
         return [derive(case, name, [*before(case), user(change(case.prompt, rng))])]

@@ -122,7 +122,16 @@ def evolution(*, generations: int = 6, population: int = 12, kept: int = 4) -> A
 def target_losses(
     model: Any, tokenizer: Any, conversations: Sequence[Sequence[Message]], target: str
 ) -> list[tuple[float, bool]]:
-    """Of each conversation, the target's mean cross-entropy as an answer, and whether it is the greedy one."""
+    """How likely a beginning of an answer is in each conversation.
+
+    Args:
+        model, tokenizer: under whatever patch is on.
+        conversations: each ends with the user's turn.
+        target: the beginning.
+
+    Returns:
+        Of each conversation, the target's mean cross-entropy in nats, and whether it is the greedy answer.
+    """
     import torch
 
     from nest_runtime.prompts.examples import encode

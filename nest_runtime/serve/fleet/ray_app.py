@@ -252,7 +252,8 @@ def build(args: Mapping[str, Any]) -> Any:
     Args:
         args: see :class:`FleetConfig`.
 
-    Raises UsageError for arguments that are none.
+    Raises:
+        UsageError: an argument is none of these.
     """
     from ray import serve
 

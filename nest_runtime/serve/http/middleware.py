@@ -234,7 +234,9 @@ class RequestFrame:
     async def _whole(self, scope: Scope, receive: Receive) -> Receive:
         """The request with its body read and counted.
 
-        Raises ApiError for bodies that grow too long, never end, or hold too much; ClientDisconnect.
+        Raises:
+            ApiError: the body grows too long, never ends, or holds too much.
+            ClientDisconnect: the client left.
         """
         headers = Headers(scope=scope)
         if "transfer-encoding" not in headers and headers.get("content-length", "0").strip("0") == "":

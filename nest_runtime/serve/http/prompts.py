@@ -29,7 +29,8 @@ def chat_tokens(tokenizer: Any, request: ChatRequest, allowed: Allowed, context:
         allowed: what the operator allows.
         context: tokens that a prompt and its answer may have together.
 
-    Raises ApiError 400 where it cannot be read, or cannot fit.
+    Raises:
+        ApiError: 400; it cannot be read, or cannot fit.
     """
     messages = _messages(request)
     _check_controls(tokenizer, [messages, request.tools], context, "messages")
@@ -150,7 +151,8 @@ def new_token_limits(
         default: the model's own limit where the client asked for none.
         source, param: the fields that the prompts and ``asked`` came from, for errors.
 
-    Raises ApiError 400 where a prompt, or the prompt with what was asked for, is too long.
+    Raises:
+        ApiError: 400; a prompt, or a prompt with what was asked for, is too long.
     """
     if asked is not None and limits.max_tokens is not None and asked > limits.max_tokens:
         message = f"{param}: {asked} new tokens were asked for; this server gives at most {limits.max_tokens}"

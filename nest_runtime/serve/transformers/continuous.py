@@ -161,7 +161,8 @@ class ContinuousBatch:
     def pause(self) -> Iterator[None]:
         """A context in which no step runs, for changes of the model in place; requests are kept.
 
-        Raises EngineError when the thread dies before it pauses.
+        Raises:
+            EngineError: the thread dies before it pauses.
         """
         with ExitStack() as stack:
             if self._manager.is_running():

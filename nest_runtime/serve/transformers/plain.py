@@ -217,7 +217,7 @@ class PlainBatch:
     def _end(self, job: Job, error: Exception) -> None:
         """End a job that failed by itself. Its patch is to blame where the base can do what it cannot.
 
-        Raises what comes of it where the base can compute nothing at all: the fault is the engine's.
+        Where the base can compute nothing at all, its error is raised: the fault is the engine's.
         """
         finite, patch, tokens = not isinstance(error, NotFinite), job.patch, self._tokens[job.id]
         reason = f"{type(error).__name__}: {error}" if finite else str(error)
@@ -236,7 +236,9 @@ class PlainBatch:
     def let_in(self, batch: list[Job]) -> None:
         """Called between two passes: a caller that waits in ``pause`` has the model now.
 
-        Raises EngineError at a stop, _BrokenOff if jobs wait that take precedence over those of the batch.
+        Raises:
+            EngineError: the engine stops.
+            _BrokenOff: jobs wait that take precedence over those of the batch.
         """
         with self._changed:
             if self._pauses or self._stopping:

@@ -104,7 +104,9 @@ class Flow:
             follows: see :class:`Attempt`.
             again: it was admitted before, and a switch replaced its patch: it need not queue for a place.
 
-        Raises Draining, QueueFull, and what ``pin`` raises.
+        Raises:
+            Draining, QueueFull: it is not let in.
+            ApiError: as ``pin``.
         """
         if self.live >= self.capacity and not again:
             raise self._full()

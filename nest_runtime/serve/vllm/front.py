@@ -193,7 +193,8 @@ class AnswerRelay:
 def checked(body: bytes, service: Service[Engine]) -> dict[str, Any]:
     """A request's fields, with the model's own sampling where the client leaves it open.
 
-    Raises ApiError 400 for what is no JSON object, and for fields that a client may not set.
+    Raises:
+        ApiError: 400; it is no JSON object, or has a field that a client may not set.
     """
     try:
         fields = json.loads(body)
