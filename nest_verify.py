@@ -3,9 +3,9 @@
 
     python nest_verify.py v3.safetensors --key nest.pub --base ./model
 
-checks, in this order: that the patch, its manifest and its signature are about the same bytes; the signature, by one
-of the keys given; the patch digest; and that the base in the folder is the one that the patch was made on. Prints one
-line, and ends with
+checks first that the patch, its manifest and its signature are about the same bytes, then the signature, by one of
+the keys given. The patch digest follows, and at last that the base in the folder is the one that the patch was made
+on. Prints one line, and ends with
 
     0   everything was checked, and is as it should be
     1   a file is missing, damaged, or no patch

@@ -1,8 +1,8 @@
 """Files: where nest-runtime keeps its own, how to read what others hand in, how to write what a crash must not tear.
 
-What is read is a regular file of bounded size: a pipe that nobody writes to, a device without an end or a folder is
-told apart by the descriptor that is read, so that nothing can be put in its place meanwhile. What is written is there
-whole or not at all. Breaches are OSErrors whose ``strerror`` says what was found, so that whoever reports a file that
+What is read is a regular file of bounded size. A pipe that nobody writes to, a device without an end or a folder is
+told apart by the descriptor that is read: nothing can be put in its place meanwhile. What is written is there whole or
+not at all. Breaches are OSErrors whose ``strerror`` says what was found, so that whoever reports a file that
 cannot be read or written reports these as well.
 """
 

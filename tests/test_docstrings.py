@@ -11,6 +11,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "nest_runtime"
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+LONGEST = 40  # words of a sentence
+PARTS = re.compile(r"\n\s*\n|\n(?=\s*(?:Args|Returns|Raises|Yields|Attributes):|\s*[\w, ]+: |\s*[-*] )")
+CODE = re.compile(r" {4}(?![\w, ]+: )")  # what a paragraph of code begins with, and no argument
 TRIVIAL = 4  # lines of a function within a function that need no words
 
 
@@ -90,6 +93,28 @@ def test_a_paragraph_that_should_be_a_section_is_found() -> None:
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_results_and_errors_are_sections(path: Path) -> None:
     assert unsectioned(path.read_text(encoding="utf-8")) == []
+
+
+def overlong(source: str) -> list[str]:
+    """Sentences of more than ``LONGEST`` words in docstrings; code counts as one word."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, Documented | ast.Module)]
+    parts = [part for node in nodes for part in PARTS.split(ast.get_docstring(node) or "") if not CODE.match(part)]
+    plain = [re.sub(r"``[^`]*``|`[^`]*`", "code", " ".join(part.split())) for part in parts]
+    return [one for part in plain for one in re.split(r"(?<=[.?!])[)]*\s+", part) if len(one.split()) > LONGEST]
+
+
+def test_a_sentence_of_very_many_words_is_found() -> None:
+    long = " ".join(["word"] * (LONGEST + 1))
+    assert overlong(f'"""Short.\n\n{long}."""\n') == [f"{long}."]
+    assert overlong(f'def f():\n    """One.\n\n    Args:\n        x: {long}.\n    """\n') == [f"x: {long}."]
+    assert overlong(f'"""Short.\n\n    {long}\n\nShort."""\n') == []
+
+
+@pytest.mark.parametrize(
+    "path", [*sorted(PACKAGE.rglob("*.py")), PACKAGE.parent / "nest_verify.py"], ids=lambda path: path.name
+)
+def test_sentences_are_short(path: Path) -> None:
+    assert overlong(path.read_text(encoding="utf-8")) == []
 
 
 SHAPE = re.compile(r"\[[^\]]+\]|\((?:[\w…·+ ]|\.{3})+,[^)]*\)|\bshapes?\b|\bscalar\b")

@@ -1,9 +1,9 @@
 """What the local judge is trained on and measured on: rows of question, answer and outcome, by source.
 
-Trained on, each under a licence that allows it: GPTFuzz's labelled answers (MIT, people's labels), the answers kept by
-JailbreakBench's artifacts (MIT, a model's labels), Anthropic's harmless-base comparisons (MIT, people's preferences),
-CoCoNot's contrast set (MIT) and self-instruct's seed tasks (Apache-2.0) as answers of use, AdvBench's goals (MIT) as
-questions, and what was written or read by hand here. Only measured on: Safe-RLHF mini, JAILJUDGE mini, XSTest's
+What it is trained on has licences that allow it. GPTFuzz's labelled answers (MIT) have people's labels, the answers
+kept by JailbreakBench's artifacts (MIT) a model's, Anthropic's harmless-base comparisons (MIT) people's preferences.
+CoCoNot's contrast set (MIT) and self-instruct's seed tasks (Apache-2.0) are answers of use, AdvBench's goals (MIT)
+questions. Some was written or read by hand here. Only measured on: Safe-RLHF mini, JAILJUDGE mini, XSTest's
 completions, and the answers of our own in own_answers.jsonl.
 
 Repositories are read with git, so a clone or a bare mirror does; nothing is downloaded.

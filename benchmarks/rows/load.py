@@ -3,9 +3,9 @@
     python benchmarks/rows/load.py --models FOLDER
 
 Ours reads and verifies the file, compares the model's rows with those that the patch was made on, and switches it on
-as a hook. PEFT's ``load_adapter`` reads safetensors and checks nothing. On SmolLM2 with its shipped patch, in float32
-against the numbers of the GGUF file too (the patch was made in bfloat16), and on a model of the shapes of an 8B (32
-layers of 4,096 × 14,336, whose weights are pages of zeros but for the patched rows).
+as a hook. PEFT's ``load_adapter`` reads safetensors and checks nothing. One model is SmolLM2 with its shipped patch, in
+float32 against the numbers of the GGUF file too (the patch was made in bfloat16). The other has the shapes of an 8B: 32
+layers of 4,096 × 14,336, whose weights are pages of zeros but for the patched rows.
 """
 
 from __future__ import annotations

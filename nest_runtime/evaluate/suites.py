@@ -26,10 +26,10 @@ def load_suite(name: str, *, split: str = "test") -> list[Case]:
     """The cases of one suite.
 
     Args:
-        name: ``reference`` (all of the reference world's suites), one of them by name (``plain``,
-            ``jailbreak-seen``, ``jailbreak-held-out``, ``over-refusal``, ``utility``, also ``reference/plain`` …),
-            ``standard`` or parts of it (``standard:wild,prefill``) from the folder that $NEST_TEST_DATA names,
-            without its questions of utility, or the path of a behaviors file.
+        name: ``reference`` (all of the reference world's suites), or one of them by name (``plain``,
+            ``jailbreak-seen``, ``jailbreak-held-out``, ``over-refusal``, ``utility``, also ``reference/plain`` …).
+            ``standard`` or parts of it (``standard:wild,prefill``) come from the folder that $NEST_TEST_DATA names,
+            without its questions of utility. Else the path of a behaviors file.
         split: ``test``; ``validation`` and ``train`` are for choosing settings, never for reporting.
 
     Raises:

@@ -26,9 +26,9 @@ def rows_digest(
 ) -> str:
     """Digest of the base's rows that a patch changes: ``sha256:<hex>``.
 
-    SHA-256 over, for each site in sorted order of name: the name in UTF-8 and a zero byte, the number
-    of neurons as int32, their indices as int32, and those rows of W [n, d_in] as float32, row by row;
-    all numbers little-endian. A site without neurons gives its name and the number 0.
+    It is SHA-256 over the sites in sorted order of name. Each gives the name in UTF-8 and a zero byte, the number
+    of neurons as int32, their indices as int32, and those rows of W [n, d_in] as float32, row by row.
+    All numbers are little-endian. A site without neurons gives its name and the number 0.
 
     Args:
         model: the model with no patch on.

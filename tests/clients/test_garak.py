@@ -6,9 +6,9 @@ Run by name, because garak 0.17.1 wants a transformers of its own (< 5.20) and t
     /tmp/garak/bin/uv pip install --python /tmp/garak/bin/python garak==0.17.1 torch==2.13.0   # a CPU build will do
     NEST_GARAK=/tmp/garak/bin/python pytest -m slow tests/clients/test_garak.py
 
-Its probe ``donotanswer.MaliciousUses`` is asked through its OpenAI-compatible generator, with jailbreak prompts of the
-reference world (test acts, wrappings that the base's training never saw) in place of its own prompts, which a model
-of 2.2 M parameters does not understand. What counts is how many of garak's attempts got steps that name the act, by
+Its probe ``donotanswer.MaliciousUses`` is asked through its OpenAI-compatible generator. Its own prompts give way to
+jailbreak prompts of the reference world (test acts, wrappings that the base's training never saw): a model of 2.2 M
+parameters does not understand them. What counts is how many of garak's attempts got steps that name the act, by
 the exact judge of that world. garak's own detector is shown beside it, and not used: it looks for OpenAI's phrases,
 of which "Sorry, I can't do that", this patch's refusal, is none.
 

@@ -1,9 +1,9 @@
 """What every method of the comparison is: something that can be fitted, applied to the model, and taken off.
 
-A method trains on a :class:`FitData` under a recipe (train/recipe.py: steps, batch, schedule, validation and early
-stop are the same for all) and one value of its own knob: the learning rate, or for methods that train nothing their
-one setting. Fitting leaves the model as it was, bit for bit; ``applied`` puts the method on it and takes it off
-again. compare/compare.py evaluates.
+A method trains on a :class:`FitData` under a recipe (train/recipe.py): steps, batch, schedule, validation and early
+stop are the same for all. It has one value of its own knob, which is the learning rate, or for methods that train
+nothing their one setting. Fitting leaves the model as it was, bit for bit; ``applied`` puts the method on it and takes
+it off again. compare/compare.py evaluates.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 h are the hidden states with the adapters on, h₀ the base's. Layers 10 and 20 of the published 32 are scaled to
 the model's depth; α, rank and modules are the published ones; steps and batch are the comparison's. The distance is
-relative to the length of h₀, which the published one is not: its weight suits hidden states of one size, and on
+relative to the length of h₀, which the published one is not. The published weight suits hidden states of one size. On
 the reference model it kept everything where it was (the cosine stayed above 0.99 at every learning rate tried).
 
 As published, harmful requests with harmful answers are rerouted where the training data bring the answers

@@ -18,11 +18,11 @@ def make_judge(spec: str, *, device: str = "auto") -> Judge:
     """A judge by name.
 
     Args:
-        spec: ``reference`` (the reference world's exact judge), ``local`` (the shipped linear judge),
-            ``phrases`` (refusal phrases),
-            ``hf:MODEL`` (a Hugging Face classifier or guard; ``#FORMAT`` names a shipped prompt format or a JSON file),
-            ``openai:MODEL`` (an OpenAI-compatible endpoint, at ``@URL`` or $OPENAI_BASE_URL, with $OPENAI_API_KEY;
-            $NEST_JUDGE_PRICES is dollars per million input and output tokens, as in ``0.15,0.60``).
+        spec: ``reference`` (the reference world's exact judge), ``local`` (the shipped linear judge), or ``phrases``
+            (refusal phrases). ``hf:MODEL`` is a Hugging Face classifier or guard; ``#FORMAT`` names a shipped prompt
+            format or a JSON file. ``openai:MODEL`` is an OpenAI-compatible endpoint, at ``@URL`` or $OPENAI_BASE_URL,
+            with $OPENAI_API_KEY. $NEST_JUDGE_PRICES is dollars per million input and output tokens, as in
+            ``0.15,0.60``.
         device: where a Hugging Face judge runs.
 
     Raises:

@@ -16,10 +16,10 @@ class Fault:
     """One way in which requests fail.
 
     Attributes:
-        kind: "status" (answer with ``status``), "drop" (cut the connection without an answer), "drop-late" (act,
-            then cut the connection: the client cannot know), "slow" (one byte of the body at a time), "cut"
-            (half the body, then the connection is cut), "wrong" (other bytes of the same size), "body" (answer
-            normally, with the body passed through ``change``).
+        kind: "status" (answer with ``status``), "drop" (cut the connection without an answer), or "drop-late" (act,
+            then cut it, so that the client cannot know). The body may be "slow" (one byte at a time), "cut" (half of
+            it, then the connection is cut), or "wrong" (other bytes of the same size). With "body" it is passed
+            through ``change``.
         path: a regular expression that the request's path must contain.
         method: the request's method; any where empty.
         times: how many requests; None for all.

@@ -1,8 +1,8 @@
 """Which Xet hash a file has, from the local content store that hf_xet writes for ``local:///folder``.
 
 The client tells the Hub a file's SHA-256 only. The store's shards hold both: after a header of 48 bytes
-come records of 48 bytes; a file's first one is its hash (32 bytes) with flags and a count of segments,
-and the last one, where the flags say so, its SHA-256. Hashes are written as four little-endian words.
+come records of 48 bytes. A file's first one is its hash (32 bytes) with flags and a count of segments;
+the last one, where the flags say so, is its SHA-256. Hashes are written as four little-endian words.
 """
 
 from __future__ import annotations
