@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from nest_runtime.cli.claim import claim
+from nest_runtime.cli.commands.claim import claim
 from nest_runtime.cli.evaluate_view import render
 from nest_runtime.cli.options import with_flags
 from nest_runtime.cli.output import Output

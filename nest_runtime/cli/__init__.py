@@ -1,1 +1,1 @@
-"""The command ``nest-runtime``: one file per family of commands, ``main.py`` puts them together."""
+"""The command ``nest-runtime``: ``main.py`` puts it together of commands/; what they share is beside it."""

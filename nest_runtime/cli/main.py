@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from nest_runtime import __version__
-from nest_runtime.cli import (
+from nest_runtime.cli import remote
+from nest_runtime.cli.commands import (
     bench,
     channel,
     chat,
@@ -31,7 +32,6 @@ from nest_runtime.cli import (
     plan,
     plot,
     reference,
-    remote,
     retarget,
     serve,
     store,

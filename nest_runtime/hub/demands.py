@@ -1,7 +1,8 @@
 """What a channel demands of the patches that it names: claims at least as strict as these, in the signed file.
 
 A demand is a contract without figures. This module checks whether a patch carries claims that meet it. Whether the
-claims hold is measured by the publisher (cli/claim.py), and tried by servers before they switch (serve/promises.py).
+claims hold is measured by the publisher (cli/commands/claim.py), and tried by servers before they switch
+(serve/promises.py).
 """
 
 from __future__ import annotations

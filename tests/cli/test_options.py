@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import pytest
 import typer
 
-from nest_runtime.cli import train
+from nest_runtime.cli.commands import train
 from nest_runtime.cli.options import Flags, with_flags
 from nest_runtime.cli.training import recipe_of
 from nest_runtime.errors import UsageError
@@ -137,7 +137,7 @@ def test_a_new_setting_of_training_is_written_in_one_place(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Field, flag, help, range, what older headers mean, docstring and reference page: all from the one field."""
-    monkeypatch.setattr("nest_runtime.cli.train.Recipe", Longer)
+    monkeypatch.setattr("nest_runtime.cli.commands.train.Recipe", Longer)
     monkeypatch.setattr("nest_runtime.cli.training.RECIPES", {"default": Longer(), "reference": Longer()})
     app = typer.Typer()
     train.register(app)

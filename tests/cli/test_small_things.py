@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from nest_runtime.cli.commands.compare import DEFAULT_METHODS, CompareOptions
+from nest_runtime.cli.commands.compare import _prompts as prompts_of
 from nest_runtime.cli.common import prompts_named
-from nest_runtime.cli.compare import DEFAULT_METHODS, CompareOptions
-from nest_runtime.cli.compare import _prompts as prompts_of
 from nest_runtime.demo.server import Listen, bind
 from nest_runtime.errors import EngineError
 from nest_runtime.serve import ServeConfig

@@ -15,7 +15,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from nest_runtime.cli import compare as command
+from nest_runtime.cli.commands import compare as command
 from nest_runtime.compare.cells import Cell
 from nest_runtime.compare.compare import Comparison, Outcome, Plan
 from nest_runtime.compare.methods import FitData, Fitted, Target, make_methods, method_names, prepare_data
@@ -421,7 +421,7 @@ def test_settings_that_a_method_does_not_read_change_nothing(name: str, target: 
 
 
 def test_the_shipped_sweep_is_of_the_shipped_base_and_chose_every_default_method() -> None:
-    from nest_runtime.cli.compare import DEFAULT_METHODS
+    from nest_runtime.cli.commands.compare import DEFAULT_METHODS
     from nest_runtime.compare.methods.registry import make_methods, read_settings
     from nest_runtime.model.fingerprint import model_hash
     from nest_runtime.model.load import REFERENCE_FOLDER

@@ -39,7 +39,7 @@ def test_everything_that_is_loaded_with_the_methods_decides() -> None:
         ("model/projection.py", True),
         ("train/tune.py", True),
         ("compare/methods/defaults.json", True),
-        ("cli/store.py", False),
+        ("cli/commands/store.py", False),
         ("serve/app.py", False),
         ("prompts/refusals.py", True),  # training leaves out what the base refuses
         ("demo/app.py", False),

@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from nest_runtime.cli import compare as command
+from nest_runtime.cli.commands import compare as command
 from nest_runtime.compare.compare import Comparison, Plan
 from nest_runtime.compare.methods import Target
 from nest_runtime.compare.methods.shipped import shipped, training_seconds

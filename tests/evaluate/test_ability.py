@@ -12,7 +12,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from nest_runtime.cli import evaluate as command
+from nest_runtime.cli.commands import evaluate as command
 from nest_runtime.errors import EvaluationError, NestError, UsageError
 from nest_runtime.evaluate import EvalResult, evaluate
 from nest_runtime.evaluate import lm_eval as harness_module

@@ -11,11 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nest_runtime.cli import claim, complete
-from nest_runtime.cli.claim import AllowJudge, BehaviorsOption
+from nest_runtime.cli import complete
+from nest_runtime.cli.commands import claim
+from nest_runtime.cli.commands.claim import AllowJudge, BehaviorsOption
+from nest_runtime.cli.commands.trust import (
+    DowngradeOption,
+    PolicyOption,
+    RequireOption,
+    TrustOption,
+    WhoseModel,
+    passphrase_of,
+)
 from nest_runtime.cli.common import base_flag, base_hash_of, base_id, examples
 from nest_runtime.cli.output import JsonOption, Output
-from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption, WhoseModel, passphrase_of
 from nest_runtime.escape import short
 from nest_runtime.io import expand
 

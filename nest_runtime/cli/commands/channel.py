@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nest_runtime.cli import claim, complete
-from nest_runtime.cli.claim import AllowJudge, BehaviorsOption
-from nest_runtime.cli.common import examples, seconds_of
-from nest_runtime.cli.hub import (
+from nest_runtime.cli import complete
+from nest_runtime.cli.commands import claim
+from nest_runtime.cli.commands.claim import AllowJudge, BehaviorsOption
+from nest_runtime.cli.commands.hub import (
     KEY_VARIABLE,
     KeyOption,
     Repo,
@@ -21,8 +21,9 @@ from nest_runtime.cli.hub import (
     repository,
     signing_key,
 )
+from nest_runtime.cli.commands.trust import PolicyOption, RequireOption, TrustOption, WhoseModel, passphrase_of
+from nest_runtime.cli.common import examples, seconds_of
 from nest_runtime.cli.output import JsonOption, Output
-from nest_runtime.cli.trust import PolicyOption, RequireOption, TrustOption, WhoseModel, passphrase_of
 from nest_runtime.escape import short
 
 if TYPE_CHECKING:

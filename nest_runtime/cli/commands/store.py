@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
+from nest_runtime.cli.commands.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption
 from nest_runtime.cli.common import base_flag, base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, size
 from nest_runtime.cli.remote import (
@@ -22,7 +23,6 @@ from nest_runtime.cli.remote import (
     show_switch,
     warn_of_servers,
 )
-from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption
 from nest_runtime.escape import short
 
 if TYPE_CHECKING:

@@ -113,7 +113,7 @@ def demo(
         out.note(f"warning: anybody who reaches {host} may use the demo (see --login-file)")
     model = model if url is not None else model_for(ctx, out, model, patch)
     source = Source(model, patch, url, api_key_file, admin_token_file, device, dtype, trust_remote_code)
-    from nest_runtime.cli.hub import quiet_client
+    from nest_runtime.cli.commands.hub import quiet_client
 
     quiet_client(ctx)
     with bind(listen) as taken:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
+from nest_runtime.cli.commands.patches import PatchArgument
 from nest_runtime.cli.common import base_hash_of, examples, writable_folder
 from nest_runtime.cli.output import JsonOption, Output, size
-from nest_runtime.cli.patches import PatchArgument
 from nest_runtime.errors import BaseMismatch, UsageError
 from nest_runtime.io import expand
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nest_runtime.cli import claim, complete
-from nest_runtime.cli.claim import AllowJudge, BehaviorsOption
+from nest_runtime.cli import complete
+from nest_runtime.cli.commands import claim
+from nest_runtime.cli.commands.claim import AllowJudge, BehaviorsOption
 from nest_runtime.cli.common import base_hash_of, examples
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output
 from nest_runtime.escape import short

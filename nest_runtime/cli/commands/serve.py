@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
+from nest_runtime.cli.commands.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption
 from nest_runtime.cli.common import examples, model_for
 from nest_runtime.cli.options import Flags, with_flags
 from nest_runtime.cli.output import DeviceOption, DtypeOption, ModelOption, Output
-from nest_runtime.cli.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption
 from nest_runtime.errors import UsageError
 from nest_runtime.serve.config import ServeConfig
 

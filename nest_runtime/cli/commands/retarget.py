@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
+from nest_runtime.cli.commands.patches import PatchArgument
 from nest_runtime.cli.common import examples, model_flag, prompts_named
 from nest_runtime.cli.options import Flags, with_flags
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, Output
-from nest_runtime.cli.patches import PatchArgument
 from nest_runtime.cli.training import (
     PROMPTS,
     RecipeRef,

@@ -32,7 +32,7 @@ def doctor(
 
     Exits with 1 where something will not work. Nothing is changed.
     """
-    from nest_runtime.cli.hub import quiet_client
+    from nest_runtime.cli.commands.hub import quiet_client
     from nest_runtime.doctor import PROBLEM, examine
 
     out = Output.of(ctx, as_json)
