@@ -4,9 +4,9 @@
     python benchmarks/finite_check.py --model org/name --tokens 1 64 512 --json
 
 The engine looks at the hidden states that a pass ends with, by one sum, and at the best logit of each row, which
-choosing a token needs anyway (serve/transformers/continuous.py, serve/sampling.py). A round computes one pass with the
-look and one without, in turns of changing order, on the same tokens; what is compared is processor time. The ratio
-is the median over rounds of each pair's own ratio. It says nothing about GPUs, where a look waits for the device.
+choosing a token needs anyway (serve/transformers/continuous.py, serve/requests/sampling.py). A round computes one pass
+with the look and one without, in turns of changing order, on the same tokens; what is compared is processor time. The
+ratio is the median over rounds of each pair's own ratio. It says nothing about GPUs, where a look waits for the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from nest_runtime.model.load import load_model
-from nest_runtime.serve.sampling import all_finite
+from nest_runtime.serve.requests.sampling import all_finite
 
 
 def measure(model: Any, tokens: int, rounds: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A demand is a contract without figures. This module checks whether a patch carries claims that meet it. Whether the
 claims hold is measured by the publisher (cli/commands/claim.py), and tried by servers before they switch
-(serve/promises.py).
+(serve/following/promises.py).
 """
 
 from __future__ import annotations

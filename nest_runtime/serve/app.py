@@ -21,23 +21,23 @@ from nest_runtime.model.load import load_model
 from nest_runtime.prompts.control import controls
 from nest_runtime.prompts.generate import end_token_ids
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.serve.audit import AuditLog
-from nest_runtime.serve.broken import Broken
 from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.engine import Engine, TokenEngine
-from nest_runtime.serve.follow import Following
-from nest_runtime.serve.grammar import Grammars
+from nest_runtime.serve.following.follow import Following
 from nest_runtime.serve.http.admin import admin_routes
 from nest_runtime.serve.http.api import Service, probes, routes
 from nest_runtime.serve.http.connections import ADMIN, Crowd, clients_share, descriptors
+from nest_runtime.serve.http.grammar import Grammars
 from nest_runtime.serve.http.middleware import Access, RequestFrame, Secrets
 from nest_runtime.serve.http.pages import pages
 from nest_runtime.serve.http.problems import install
 from nest_runtime.serve.http.service import E_co
 from nest_runtime.serve.metrics import Metrics
-from nest_runtime.serve.patches import PatchTable, ServedPatch, Switch
 from nest_runtime.serve.pools import Pool, apart
-from nest_runtime.serve.sampling import SamplingParams
+from nest_runtime.serve.requests.sampling import SamplingParams
+from nest_runtime.serve.switching.audit import AuditLog
+from nest_runtime.serve.switching.broken import Broken
+from nest_runtime.serve.switching.table import PatchTable, ServedPatch, Switch
 from nest_runtime.serve.tokens import AccessTokens, read_tokens
 from nest_runtime.serve.transformers.engine import TransformersEngine
 from nest_runtime.serve.transformers.own_rules import not_honoured, own_rules

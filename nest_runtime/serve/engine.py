@@ -11,7 +11,7 @@ from nest_runtime.serve.served_patch import ServedPatch
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
-    from nest_runtime.serve.generation import ChoiceTokens, EngineRequest, Generation
+    from nest_runtime.serve.requests.generation import ChoiceTokens, EngineRequest, Generation
 
 
 class PatchHolder(Protocol):

@@ -13,8 +13,8 @@ import pytest
 from nest_runtime.errors import NestError
 from nest_runtime.model.load import load_model
 from nest_runtime.patch.patch import Patch
-from nest_runtime.serve.audit import AuditLog
-from nest_runtime.serve.durable import Durable
+from nest_runtime.serve.switching.audit import AuditLog
+from nest_runtime.serve.switching.durable import Durable
 from nest_runtime.store.store import Store
 from nest_runtime.trust.guard import guard_for
 from nest_runtime.trust.state import TrustState

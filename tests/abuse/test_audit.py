@@ -20,8 +20,8 @@ from nest_runtime.model.load import load_model
 from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import Limits, ServeConfig
 from nest_runtime.serve.app import Server, admin_app, asgi_app, build
-from nest_runtime.serve.audit import MAX_TEXT, AuditLog
 from nest_runtime.serve.http.clients import client_of
+from nest_runtime.serve.switching.audit import MAX_TEXT, AuditLog
 from tests.support.patches import make_patch
 from tests.support.patchfile import put_together, take_apart
 

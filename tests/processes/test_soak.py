@@ -31,7 +31,7 @@ from nest_runtime.prompts.examples import encode
 from nest_runtime.reference.world import cases
 from nest_runtime.resolve import load_patch
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.serve.audit import AuditLog
+from nest_runtime.serve.switching.audit import AuditLog
 from nest_runtime.store.store import Store
 from tests.support.serve import TOKEN, Process, process
 

@@ -238,7 +238,9 @@ def test_loading_and_verifying_never_hold_up_answers(
 ) -> None:
     """A stream's tokens go on coming while a patch is read, while it is checked against the model, and is put on."""
     steps = {
-        "nest_runtime.serve.loading.load_patch": Slow(__import__("nest_runtime.resolve", fromlist=["x"]).load_patch),
+        "nest_runtime.serve.switching.loading.load_patch": Slow(
+            __import__("nest_runtime.resolve", fromlist=["x"]).load_patch
+        ),
         "nest_runtime.runtime.checks.check_base": Slow(
             __import__("nest_runtime.runtime.checks", fromlist=["x"]).check_base
         ),

@@ -13,7 +13,7 @@ import pytest
 
 from nest_runtime.model.load import load_model
 from nest_runtime.patch.patch import Patch
-from nest_runtime.serve.audit import AuditLog
+from nest_runtime.serve.switching.audit import AuditLog
 from nest_runtime.store.store import Store
 from tests.support.serve import Process, eventually, next_event, process
 

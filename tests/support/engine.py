@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.serve.generation import EngineRequest
 from nest_runtime.serve.limits import Limits
-from nest_runtime.serve.sampling import SamplingParams
+from nest_runtime.serve.requests.generation import EngineRequest
+from nest_runtime.serve.requests.sampling import SamplingParams
 from nest_runtime.serve.served_patch import BASE, NO_DIGEST, ServedPatch
 from nest_runtime.serve.transformers.engine import TransformersEngine
 

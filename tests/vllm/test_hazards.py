@@ -23,8 +23,8 @@ import pytest
 
 from nest_runtime.errors import EngineError, StoreError
 from nest_runtime.patch.patch import Patch
-from nest_runtime.serve.generation import EngineRequest
-from nest_runtime.serve.sampling import SamplingParams
+from nest_runtime.serve.requests.generation import EngineRequest
+from nest_runtime.serve.requests.sampling import SamplingParams
 from nest_runtime.serve.served_patch import ServedPatch
 from nest_runtime.serve.vllm import adapters as adapters_module
 from nest_runtime.serve.vllm import slots as slots_module

@@ -311,7 +311,7 @@ def _verify_audit(file: Path | None) -> dict[str, Any] | None:
     """The path and the number of entries of a server's audit log; None if none was ever kept at the usual place."""
     from nest_runtime.errors import StoreError
     from nest_runtime.io import nest_home
-    from nest_runtime.serve.audit import AuditLog
+    from nest_runtime.serve.switching.audit import AuditLog
 
     log = AuditLog(file or nest_home() / "audit.jsonl")
     if not log.kept:

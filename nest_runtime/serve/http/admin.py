@@ -2,7 +2,7 @@
 
 Every route of the router asks the listener's access layer (middleware.py) whether it was called by an operator, and
 answers nobody else: a route that is added is closed. Calls that change nothing are written into the audit log by that
-layer; every change goes through serve/patches.py, which writes its own line.
+layer; every change goes through serve/switching/table.py, which writes its own line.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request, Security
 from fastapi.security import HTTPBearer
 
-from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.http.api import ERRORS, Service
 from nest_runtime.serve.http.json_route import JsonRoute
@@ -21,6 +20,7 @@ from nest_runtime.serve.http.problems import ApiError
 from nest_runtime.serve.http.schemas import Activation, PatchRef, SwitchRef
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.served_patch import ServedPatch, Switch
+from nest_runtime.serve.switching.audit import AuditLog
 
 MAX_ENTRIES = 10_000
 

@@ -11,18 +11,18 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from nest_runtime.errors import NestError
-from nest_runtime.serve.answers import Answer, Choice, Piece
 from nest_runtime.serve.engine import TokenEngine
-from nest_runtime.serve.generation import EngineRequest
 from nest_runtime.serve.http.connections import Connection
 from nest_runtime.serve.http.problems import ApiError, from_nest
 from nest_runtime.serve.http.prompts import Tokens, check_ids, new_token_limits
+from nest_runtime.serve.http.request_rules import makers_of
 from nest_runtime.serve.http.responses import ResponsesWire
 from nest_runtime.serve.http.schemas import ChatRequest, Sampling
 from nest_runtime.serve.http.service import Service, fingerprint
 from nest_runtime.serve.http.wire import Wire
-from nest_runtime.serve.request_rules import makers_of
-from nest_runtime.serve.sampling import Rule
+from nest_runtime.serve.requests.answers import Answer, Choice, Piece
+from nest_runtime.serve.requests.generation import EngineRequest
+from nest_runtime.serve.requests.sampling import Rule
 
 GONE = 499  # nginx's status for a client that left; nobody reads it but the log
 LONG_BODY = 32 * 1024  # longer ones are tokenized off the event loop

@@ -25,16 +25,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nest_runtime.addresses import Network
 from nest_runtime.errors import StoreError
 from nest_runtime.escape import visible
-from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.http.bodies import check_body
 from nest_runtime.serve.http.clients import client_of
 from nest_runtime.serve.http.connections import Connection
 from nest_runtime.serve.http.problems import ApiError
 from nest_runtime.serve.limits import Limits
 from nest_runtime.serve.metrics import Metrics
-from nest_runtime.serve.patches import PatchTable
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.served_patch import ServedPatch
+from nest_runtime.serve.switching.audit import AuditLog
+from nest_runtime.serve.switching.table import PatchTable
 from nest_runtime.serve.tokens import AccessTokens
 
 ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")

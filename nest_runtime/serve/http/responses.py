@@ -8,10 +8,10 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from nest_runtime.serve.answers import Choice, Piece, Usage
 from nest_runtime.serve.http.problems import ApiError
 from nest_runtime.serve.http.responses_schemas import ResponsesRequest
 from nest_runtime.serve.http.wire import escaped
+from nest_runtime.serve.requests.answers import Choice, Piece, Usage
 
 
 @dataclass

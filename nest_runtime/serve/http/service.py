@@ -10,14 +10,14 @@ from typing import Any, Generic, TypeVar
 from fastapi import Request
 
 from nest_runtime.serve.engine import Engine
-from nest_runtime.serve.grammar import Grammars
+from nest_runtime.serve.http.grammar import Grammars
 from nest_runtime.serve.http.problems import unknown_model
 from nest_runtime.serve.http.schemas import Sampling
 from nest_runtime.serve.limits import Allowed, Limits
 from nest_runtime.serve.metrics import Metrics
-from nest_runtime.serve.patches import PatchTable, ServedPatch
 from nest_runtime.serve.pools import Pool
-from nest_runtime.serve.sampling import SamplingParams
+from nest_runtime.serve.requests.sampling import SamplingParams
+from nest_runtime.serve.switching.table import PatchTable, ServedPatch
 
 E_co = TypeVar("E_co", bound=Engine, covariant=True)
 TOKENIZING = 2  # threads for long bodies

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nest_runtime.serve.answers import Choice, Piece, Usage
 from nest_runtime.serve.http.problems import ApiError
-from nest_runtime.serve.odds import TokenOdds, for_completions
+from nest_runtime.serve.requests.answers import Choice, Piece, Usage
+from nest_runtime.serve.requests.odds import TokenOdds, for_completions
 
 
 @dataclass(frozen=True)

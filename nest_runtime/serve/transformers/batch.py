@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from nest_runtime.serve.jobs import Job
+from nest_runtime.serve.requests.jobs import Job
 from nest_runtime.serve.transformers.auto_fold import AutoFold
 
 

@@ -31,8 +31,8 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from nest_runtime.errors import EngineError
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.serve.jobs import Blame, Delivery, Job, dead
-from nest_runtime.serve.sampling import NotFinite, all_finite, choose_tokens
+from nest_runtime.serve.requests.jobs import Blame, Delivery, Job, dead
+from nest_runtime.serve.requests.sampling import NotFinite, all_finite, choose_tokens
 from nest_runtime.serve.transformers import reserve
 from nest_runtime.serve.transformers.auto_fold import AutoFold
 from nest_runtime.serve.transformers.prefixes import Prefixes

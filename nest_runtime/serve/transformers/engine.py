@@ -21,11 +21,11 @@ from nest_runtime.errors import Draining, EngineError, QueueFull
 from nest_runtime.model.anatomy import unwrap
 from nest_runtime.prompts.generate import embedding_rows
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.serve.generation import EngineRequest, Generation
-from nest_runtime.serve.jobs import Blame, Delivery, Job, dead
 from nest_runtime.serve.limits import Limits
 from nest_runtime.serve.pools import Pool
-from nest_runtime.serve.sampling import Sampler, SamplingParams
+from nest_runtime.serve.requests.generation import EngineRequest, Generation
+from nest_runtime.serve.requests.jobs import Blame, Delivery, Job, dead
+from nest_runtime.serve.requests.sampling import Sampler, SamplingParams
 from nest_runtime.serve.served_patch import BASE, NO_DIGEST, ServedPatch
 from nest_runtime.serve.transformers.batch import EngineBatch
 from nest_runtime.serve.transformers.continuous import ContinuousBatch

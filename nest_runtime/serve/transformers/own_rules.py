@@ -1,7 +1,7 @@
 """What a model's own generation config asks of its logits, as transformers' processors: one list for each sequence.
 
-Sampling itself (temperature, top-k, top-p, min-p) is in serve/sampling.py. Settings that cannot be honored are named,
-so that the server can report them.
+Sampling itself (temperature, top-k, top-p, min-p) is in serve/requests/sampling.py. Settings that cannot be honored are
+named, so that the server can report them.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ import torch
 
 from nest_runtime.errors import EngineError
 from nest_runtime.runtime import PatchRuntime
-from nest_runtime.serve.jobs import Blame, Delivery, Job, dead
-from nest_runtime.serve.sampling import NotFinite, Sampler, SamplingParams
+from nest_runtime.serve.requests.jobs import Blame, Delivery, Job, dead
+from nest_runtime.serve.requests.sampling import NotFinite, Sampler, SamplingParams
 from nest_runtime.serve.transformers.auto_fold import AutoFold
 from nest_runtime.serve.transformers.sizes import BatchSizes
 from nest_runtime.serve.transformers.steering import Chooser, Ender, Look, Steering, bare_generate

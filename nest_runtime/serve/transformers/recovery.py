@@ -20,8 +20,8 @@ from typing import Any
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 
 from nest_runtime.errors import EngineError
-from nest_runtime.serve.jobs import Blame, Delivery, Job
-from nest_runtime.serve.sampling import NotFinite, Sampler, SamplingParams
+from nest_runtime.serve.requests.jobs import Blame, Delivery, Job
+from nest_runtime.serve.requests.sampling import NotFinite, Sampler, SamplingParams
 from nest_runtime.serve.transformers.trials import Trials
 
 CANARY = "canary"

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from nest_runtime.serve.jobs import Delivery, Job
-from nest_runtime.serve.sampling import NotFinite, Sampler, choose_tokens
+from nest_runtime.serve.requests.jobs import Delivery, Job
+from nest_runtime.serve.requests.sampling import NotFinite, Sampler, choose_tokens
 
 
 class Steered(Protocol):

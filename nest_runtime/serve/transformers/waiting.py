@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 
 from nest_runtime.errors import EngineError
-from nest_runtime.serve.jobs import Job
+from nest_runtime.serve.requests.jobs import Job
 from nest_runtime.serve.transformers.batch import EngineBatch
 
 KEPT = 4  # sequences that run beside the clients', for the operator

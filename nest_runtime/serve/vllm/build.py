@@ -20,17 +20,17 @@ from nest_runtime.errors import EngineError
 from nest_runtime.io import nest_home
 from nest_runtime.model.load import resolve_model
 from nest_runtime.serve.app import Server, fastapi_app, framed, guard_of, measure, secrets_of
-from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.config import ServeConfig
-from nest_runtime.serve.follow import Following
-from nest_runtime.serve.generation import EngineRequest
+from nest_runtime.serve.following.follow import Following
 from nest_runtime.serve.http.admin import admin_routes
 from nest_runtime.serve.http.api import ERRORS, PLAIN, Service, model_routes, probes
 from nest_runtime.serve.http.middleware import Secrets
 from nest_runtime.serve.limits import Limits
 from nest_runtime.serve.metrics import Metrics
-from nest_runtime.serve.sampling import SamplingParams
+from nest_runtime.serve.requests.generation import EngineRequest
+from nest_runtime.serve.requests.sampling import SamplingParams
 from nest_runtime.serve.served_patch import ServedPatch
+from nest_runtime.serve.switching.audit import AuditLog
 from nest_runtime.serve.vllm.adapters import Adapters
 from nest_runtime.serve.vllm.base import CheckpointBase
 from nest_runtime.serve.vllm.flow import Flow
@@ -96,7 +96,7 @@ class VllmEngine:
         return isinstance(self.patches, InPlace) and self.patches.on is not None
 
     def admit(self, request: EngineRequest) -> Trial:
-        """Answer outside of any request: the probes of a patch (serve/admission.py)."""
+        """Answer outside of any request: the probes of a patch (serve/following/admission.py)."""
         return Trial(self.replicas.client, self.patches, self.flow, request, self._wait_seconds)
 
     def in_flight(self) -> Counter[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from nest_runtime.serve.patches import PatchTable
 from nest_runtime.serve.served_patch import ServedPatch, SwapPolicy, Switch
+from nest_runtime.serve.switching.table import PatchTable
 from nest_runtime.serve.vllm.adapters import Adapters
 from nest_runtime.serve.vllm.flow import Flow
 from nest_runtime.serve.vllm.inplace import InPlace

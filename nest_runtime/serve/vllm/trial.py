@@ -1,7 +1,8 @@
-"""Answers under a patch that is not active: the probes before a switch to a followed patch (serve/admission.py).
+"""Answers under a patch that is not active: probes before a switch to a followed patch.
 
-As an adapter, the patch answers beside the active one. In place there is only one set of weights: admissions pause,
-the patch is applied, the probes are answered, and the old patch is restored before admissions continue.
+serve/following/admission.py asks for them. As an adapter, the patch answers beside the active one. In place there is
+only one set of weights: admissions pause, the patch is applied, the probes are answered, and the old patch is restored
+before admissions continue.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from nest_runtime.errors import EngineError
-from nest_runtime.serve.generation import ChoiceTokens, EngineRequest
+from nest_runtime.serve.requests.generation import ChoiceTokens, EngineRequest
 from nest_runtime.serve.served_patch import ServedPatch
 from nest_runtime.serve.vllm.adapters import Adapters
 from nest_runtime.serve.vllm.flow import Flow
@@ -21,7 +22,7 @@ from nest_runtime.serve.vllm.inplace import InPlace
 
 
 class Trial:
-    """Some greedy answers under one patch, in the form of serve/generation.py's Generation.
+    """Some greedy answers under one patch, in the form of serve/requests/generation.py's Generation.
 
     Args:
         client: vLLM's ``AsyncLLM``.

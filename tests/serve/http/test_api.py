@@ -17,7 +17,7 @@ import pytest
 from nest_runtime.model.load import load_model
 from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import Allowed, Limits, ServeConfig
-from nest_runtime.serve.sampling import choose_tokens
+from nest_runtime.serve.requests.sampling import choose_tokens
 from tests.support.patches import make_patch
 from tests.support.serve import PROMPTS, Reference, Running, eventually, serving
 

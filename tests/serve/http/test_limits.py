@@ -19,7 +19,7 @@ import pytest
 from nest_runtime.cli.main import main
 from nest_runtime.errors import UsageError
 from nest_runtime.serve import Allowed, Limits, ServeConfig
-from nest_runtime.serve.sampling import choose_tokens
+from nest_runtime.serve.requests.sampling import choose_tokens
 from tests.support.serve import PROMPTS, Running, eventually, serving
 
 pytest_plugins = ["tests.support.fixtures_serve"]

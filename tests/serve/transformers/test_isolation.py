@@ -17,7 +17,7 @@ from nest_runtime.model.load import load_model
 from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import Limits, ServeConfig
 from nest_runtime.serve.app import SELFCHECK_TEXT
-from nest_runtime.serve.sampling import NotFinite, choose_tokens
+from nest_runtime.serve.requests.sampling import NotFinite, choose_tokens
 from nest_runtime.serve.transformers.tryout import PROMPTS as TRIED
 from tests.conftest import save_tiny
 from tests.support.patches import make_patch

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nest_runtime.errors import EngineError, StoreError, UsageError
-from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.config import ServeConfig
-from nest_runtime.serve.detokenize import AnswerText, Detokenizer, StopScanner
 from nest_runtime.serve.limits import Limits
-from nest_runtime.serve.sampling import Sampler, SamplingParams, choose_tokens
+from nest_runtime.serve.requests.detokenize import AnswerText, Detokenizer, StopScanner
+from nest_runtime.serve.requests.sampling import Sampler, SamplingParams, choose_tokens
+from nest_runtime.serve.switching.audit import AuditLog
 from nest_runtime.serve.tokens import read_tokens
 from tests.conftest import make_tokenizer
 

@@ -11,7 +11,7 @@ import pytest
 
 from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import Limits, ServeConfig
-from nest_runtime.serve.admission import AdmissionTest
+from nest_runtime.serve.following.admission import AdmissionTest
 from tests.support.serve import PROMPTS, Reference, Running, eventually, serving
 
 pytest_plugins = ["tests.support.fixtures_serve"]

@@ -16,7 +16,7 @@ from nest_runtime.model.load import load_model
 from nest_runtime.prompts.examples import encode
 from nest_runtime.prompts.generate import generate_answers
 from nest_runtime.serve import ServeConfig
-from nest_runtime.serve.sampling import Sampler, SamplingParams, choose_tokens
+from nest_runtime.serve.requests.sampling import Sampler, SamplingParams, choose_tokens
 from nest_runtime.serve.transformers.own_rules import not_honoured, own_rules
 from tests.support.serve import PROMPTS, serving
 

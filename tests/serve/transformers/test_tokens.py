@@ -15,7 +15,7 @@ from nest_runtime.model.load import load_model
 from nest_runtime.prompts.examples import make_examples
 from nest_runtime.prompts.generate import end_token_ids, generate_answers, pad_token_id
 from nest_runtime.serve import ServeConfig
-from nest_runtime.serve.detokenize import AnswerText
+from nest_runtime.serve.requests.detokenize import AnswerText
 from nest_runtime.train.pipeline import train_patch
 from tests.conftest import CHAT_TEMPLATE, make_tokenizer, save_tiny
 from tests.support.serve import serving

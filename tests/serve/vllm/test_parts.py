@@ -20,9 +20,9 @@ from nest_runtime.patch.patch import Patch
 from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.fleet import switchboard as fleet
 from nest_runtime.serve.limits import Allowed, Limits
-from nest_runtime.serve.patches import PatchTable
-from nest_runtime.serve.sampling import SamplingParams
+from nest_runtime.serve.requests.sampling import SamplingParams
 from nest_runtime.serve.served_patch import ServedPatch
+from nest_runtime.serve.switching.table import PatchTable
 from nest_runtime.serve.vllm.arguments import engine_arguments, environment
 from nest_runtime.serve.vllm.base import CheckpointBase, check_prepared
 from nest_runtime.serve.vllm.flow import Attempt, Flow

@@ -119,7 +119,7 @@ def held(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[tuple[threading
             assert release.wait(60)
         return load_patch(ref, **more)
 
-    monkeypatch.setattr("nest_runtime.serve.loading.load_patch", slowly)
+    monkeypatch.setattr("nest_runtime.serve.switching.loading.load_patch", slowly)
     try:
         yield began, release
     finally:
@@ -174,7 +174,7 @@ def test_a_load_that_cannot_be_written_down_leaves_nothing_loaded(
 
     for path in ("/v1/patches", "/v1/patches/activate"):
         with monkeypatch.context() as disk:
-            disk.setattr("nest_runtime.serve.audit.atomic_write", full)
+            disk.setattr("nest_runtime.serve.switching.audit.atomic_write", full)
             refused = server.admin("POST", path, json={"patch": files["v2"]})
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "conflict")
         assert loaded(server) == ["v1"]

@@ -18,7 +18,7 @@ import torch
 
 from nest_runtime.serve.http.formats import ResponseFormat
 from nest_runtime.serve.http.problems import ApiError
-from nest_runtime.serve.sampling import Rule
+from nest_runtime.serve.requests.sampling import Rule
 
 MAX_SCHEMA = 64 * 1024  # characters
 PARAM = "response_format"

@@ -6,9 +6,9 @@ import asyncio
 import logging
 
 from nest_runtime.errors import NestError, PatchNotFinite, Stopped
-from nest_runtime.serve.jobs import Blame
 from nest_runtime.serve.metrics import Metrics
-from nest_runtime.serve.patches import PatchTable
+from nest_runtime.serve.requests.jobs import Blame
+from nest_runtime.serve.switching.table import PatchTable
 
 WHO = "the engine"
 

@@ -23,7 +23,7 @@ from nest_runtime.store.history import ChainLog
 
 MAX_TEXT = 1000  # characters of any one field
 
-log = logging.getLogger("nest_runtime.serve.audit")
+log = logging.getLogger("nest_runtime.serve.switching.audit")
 
 
 class AuditLog:

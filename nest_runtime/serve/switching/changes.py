@@ -1,6 +1,6 @@
 """The audit of changes: what is intended is written down before it is made, and then what came of it.
 
-Every attempt has its outcome, refusals too. What the changes are, patches.py knows.
+Every attempt has its outcome, refusals too. What the changes are, table.py knows.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from nest_runtime.errors import NestError, StoreError
-from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.pools import Pool
+from nest_runtime.serve.switching.audit import AuditLog
 
-log = logging.getLogger("nest_runtime.serve.patches")
+log = logging.getLogger("nest_runtime.serve.switching.table")
 
 
 class ChangeLog:

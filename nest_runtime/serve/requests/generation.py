@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from nest_runtime.errors import EngineError, PatchReplaced
-from nest_runtime.serve.jobs import Delivery
-from nest_runtime.serve.sampling import Odds, Rule, SamplingParams
+from nest_runtime.serve.requests.jobs import Delivery
+from nest_runtime.serve.requests.sampling import Odds, Rule, SamplingParams
 from nest_runtime.serve.served_patch import ServedPatch
 
 

@@ -6,8 +6,8 @@ import time
 from typing import Protocol
 
 from nest_runtime.prompts.refusals import OPENING_CHARS, is_refusal
-from nest_runtime.serve.generation import Generation
 from nest_runtime.serve.metrics import Metrics
+from nest_runtime.serve.requests.generation import Generation
 
 
 class TokenCounts(Protocol):

@@ -21,14 +21,14 @@ from nest_runtime.evaluate.judges import Judge, judge_answers
 from nest_runtime.measures import MEASURES
 from nest_runtime.patch.claims import Claim, Claims
 from nest_runtime.prompts.content import images_of
-from nest_runtime.serve.admission import answers_under
 from nest_runtime.serve.engine import Engine
-from nest_runtime.serve.patches import ServedPatch
+from nest_runtime.serve.following.admission import answers_under
+from nest_runtime.serve.switching.table import ServedPatch
 
 SAMPLE = 16  # cases of each claim
 REFUTED = 0.01
 
-log = logging.getLogger("nest_runtime.serve.promises")
+log = logging.getLogger("nest_runtime.serve.following.promises")
 
 
 async def try_claims(

@@ -10,10 +10,10 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from nest_runtime.serve.http.problems import schemas_closed
 from nest_runtime.serve.http.schemas import ChatRequest, Sampling
-from nest_runtime.serve.sampling import Rule
+from nest_runtime.serve.requests.sampling import Rule
 
 if TYPE_CHECKING:
-    from nest_runtime.serve.grammar import Grammars
+    from nest_runtime.serve.http.grammar import Grammars
     from nest_runtime.serve.limits import Allowed
 
 

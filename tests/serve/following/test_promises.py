@@ -21,8 +21,8 @@ from nest_runtime.hub.repository import parse_repo
 from nest_runtime.patch.claims import Claim, Claims
 from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import ServeConfig
+from nest_runtime.serve.following.promises import chance
 from nest_runtime.serve.limits import FollowConfig
-from nest_runtime.serve.promises import chance
 from nest_runtime.store.store import Store
 from tests.support.serve import eventually, serving
 from tests.support.trust import make_keys, signed
@@ -100,7 +100,7 @@ def test_a_candidate_s_claims_are_tried_before_the_switch(tmp_path: Path) -> Non
 
 
 def test_a_claim_on_a_part_of_the_trials_is_not_tried() -> None:
-    from nest_runtime.serve.promises import _samples
+    from nest_runtime.serve.following.promises import _samples
 
     patch = promising(load_patch("v3"), "plain", "asr", 0.2)
     assert patch.claims is not None

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import NestError, PatchNotFound, StoreError
 from nest_runtime.patch.patch import Patch
-from nest_runtime.serve.audit import AuditLog
-from nest_runtime.serve.changes import ChangeLog
-from nest_runtime.serve.durable import Durable
 from nest_runtime.serve.engine import EngineControl, PatchHolder
-from nest_runtime.serve.loading import Arrival, Loader, label_for
 from nest_runtime.serve.pools import Pool, at_home
 from nest_runtime.serve.served_patch import BASE, NO_DIGEST, ServedPatch, SwapPolicy, Switch
+from nest_runtime.serve.switching.audit import AuditLog
+from nest_runtime.serve.switching.changes import ChangeLog
+from nest_runtime.serve.switching.durable import Durable
+from nest_runtime.serve.switching.loading import Arrival, Loader, label_for
 from nest_runtime.store.store import Store
 
 if TYPE_CHECKING:

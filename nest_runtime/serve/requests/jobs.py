@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nest_runtime.errors import EngineError
-from nest_runtime.serve.sampling import Odds, Sampler
+from nest_runtime.serve.requests.sampling import Odds, Sampler
 
 
 @dataclass

@@ -17,7 +17,7 @@ from nest_runtime.errors import BaseMismatch, PatchNotFound, StoreError
 from nest_runtime.model.load import load_model
 from nest_runtime.patch.patch import Patch
 from nest_runtime.serve import Limits, ServeConfig
-from nest_runtime.serve.audit import AuditLog
+from nest_runtime.serve.switching.audit import AuditLog
 from nest_runtime.store.store import Store
 from tests.conftest import save_tiny
 from tests.support.patches import make_patch
@@ -131,7 +131,7 @@ def test_no_change_without_an_audit_entry(
     def full(path: Path, data: bytes, **more: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nest_runtime.serve.audit.atomic_write", full)
+    monkeypatch.setattr("nest_runtime.serve.switching.audit.atomic_write", full)
     response = server.admin("POST", "/v1/patches/activate", json={"patch": files["v2"]})
     assert response.status_code == 409
     assert "No space left" in response.json()["error"]["message"]

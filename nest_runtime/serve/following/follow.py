@@ -17,14 +17,14 @@ from nest_runtime.errors import NestError, Revoked, Stopped, StoreError
 from nest_runtime.escape import short
 from nest_runtime.hub.fetch import Fetched
 from nest_runtime.hub.follow import Follower, FollowHost, PollOutcome
-from nest_runtime.serve.admission import AdmissionTest, make_admission_test
-from nest_runtime.serve.audit import AuditLog
 from nest_runtime.serve.engine import Engine
+from nest_runtime.serve.following.admission import AdmissionTest, make_admission_test
+from nest_runtime.serve.following.promises import try_claims
 from nest_runtime.serve.http.api import Service
 from nest_runtime.serve.limits import FollowConfig
-from nest_runtime.serve.patches import ServedPatch
 from nest_runtime.serve.pools import Pool
-from nest_runtime.serve.promises import try_claims
+from nest_runtime.serve.switching.audit import AuditLog
+from nest_runtime.serve.switching.table import ServedPatch
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
@@ -35,7 +35,7 @@ STALE_POLLS = 5  # polls without an answer after which the server calls itself s
 T = TypeVar("T")
 Event = dict[str, Any]
 
-log = logging.getLogger("nest_runtime.serve.follow")
+log = logging.getLogger("nest_runtime.serve.following.follow")
 
 
 class Following(FollowHost):

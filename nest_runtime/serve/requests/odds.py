@@ -15,8 +15,8 @@ from typing import Any
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from nest_runtime.prompts.generate import special_tokens
-from nest_runtime.serve.detokenize import REPLACEMENT
-from nest_runtime.serve.sampling import Odds
+from nest_runtime.serve.requests.detokenize import REPLACEMENT
+from nest_runtime.serve.requests.sampling import Odds
 
 LEAST = -9999.0  # what OpenAI writes for a token that could not come
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nest_runtime.errors import PatchReplaced
-from nest_runtime.serve.detokenize import AnswerText
-from nest_runtime.serve.generation import ChoiceTokens, Generation, Restarted
 from nest_runtime.serve.http.problems import ApiError
 from nest_runtime.serve.metrics import Metrics
-from nest_runtime.serve.observe import Watch
-from nest_runtime.serve.odds import OddsOfChoice, TokenOdds
+from nest_runtime.serve.requests.detokenize import AnswerText
+from nest_runtime.serve.requests.generation import ChoiceTokens, Generation, Restarted
+from nest_runtime.serve.requests.observe import Watch
+from nest_runtime.serve.requests.odds import OddsOfChoice, TokenOdds
 from nest_runtime.serve.served_patch import ServedPatch
 
 

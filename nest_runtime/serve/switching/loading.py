@@ -1,7 +1,7 @@
 """Brings patches to the model: fetched, verified, checked against its rows and added, without holding anybody up.
 
 A patch that is brought and then not kept is taken off again, so that a failed load leaves nothing behind. The table
-decides which patches are kept, and under which label (patches.py).
+decides which patches are kept, and under which label (table.py).
 """
 
 from __future__ import annotations

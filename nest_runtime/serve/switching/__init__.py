@@ -1,0 +1,1 @@
+"""The patches of a server: loaded, switched, written down, and taken off again."""
