@@ -99,6 +99,24 @@ def circles(graph: Mapping[str, set[str]]) -> list[str]:
     return found
 
 
+IMPORTERS = {  # folders of a package, and the modules outside of them that may import theirs
+    "cli.commands": ("cli.main",),
+    "demo.tabs": ("demo.app",),
+    "demo.html": ("demo.app", "demo.results", "demo.tabs."),
+    "serve.following": ("serve.app", "serve.vllm."),
+    "serve.switching": ("cli.commands.", "serve.app", "serve.following.", "serve.http.", "serve.vllm."),
+}
+
+
+def test_folders_of_a_package_are_imported_by_those_above_them() -> None:
+    for folder, above in IMPORTERS.items():
+        inside = f"nest_runtime.{folder}."
+        importers = {name for name, found in IMPORTS.items() if any(f"{one}.".startswith(inside) for one in found)}
+        outside = {name.removeprefix("nest_runtime.") for name in importers if not f"{name}.".startswith(inside)}
+        assert outside, f"nothing imports {folder}"
+        assert {name for name in outside if not f"{name}.".startswith(above)} == set()
+
+
 def test_a_circle_is_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [
         "a > b > c > a",

@@ -7,9 +7,11 @@ from typing import Any
 
 import gradio as gr
 
-from nest_runtime.demo import admin, chat, evidence, markup, neurons, patches, results
+from nest_runtime.demo import results
 from nest_runtime.demo.backend import BASE
+from nest_runtime.demo.html import markup
 from nest_runtime.demo.state import DemoState
+from nest_runtime.demo.tabs import admin, chat, evidence, neurons, patches
 
 CSS = Path(__file__).with_name("style.css")
 SCRIPT = Path(__file__).with_name("page.js")

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.demo import charts, markup
 from nest_runtime.demo.backend import Backend
+from nest_runtime.demo.html import charts, markup
 from nest_runtime.demo.state import DemoState
 from nest_runtime.measures import ATTACK_SUCCESS, MEASURES, measures_of, stated_rate
 from nest_runtime.model.load import REFERENCE

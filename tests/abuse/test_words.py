@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nest_runtime.demo import markup
+from nest_runtime.demo.html import markup
 from nest_runtime.errors import NestError, PatchFormatError
 from nest_runtime.escape import clean, visible
 from nest_runtime.serve import events

@@ -117,7 +117,7 @@ def test_stop_keeps_what_there_is() -> None:
 
 
 def test_answers_are_shown_as_they_come() -> None:
-    from nest_runtime.demo import markup
+    from nest_runtime.demo.html import markup
 
     talk, backend = Talk(), Echo()
     backend.hold.clear()
@@ -204,7 +204,7 @@ class Tags(HTMLParser):
 
 
 def test_what_models_and_users_say_is_no_markup() -> None:
-    from nest_runtime.demo import markup
+    from nest_runtime.demo.html import markup
 
     talk, backend = Talk(), Echo()
     evil = '<img src=x onerror="alert(1)"><script>1</script> ${value} {{value}}'
@@ -256,8 +256,8 @@ def test_evidence_is_of_the_model_shown(state: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_the_model_is_stands_under_the_title() -> None:
-    from nest_runtime.demo import markup
     from nest_runtime.demo.backend import TOY, size_in_words
+    from nest_runtime.demo.html import markup
 
     assert [size_in_words(n) for n in (999, 2_234_400, 494_032_768, 7_615_616_512)] == [
         "999 parameters",
@@ -271,7 +271,7 @@ def test_what_the_model_is_stands_under_the_title() -> None:
 
 
 def test_answers_that_the_world_does_not_know_and_answers_cut_short_are_marked() -> None:
-    from nest_runtime.demo import markup
+    from nest_runtime.demo.html import markup
     from nest_runtime.reference.recognize import is_known_answer
 
     class Babble(Echo):
@@ -297,7 +297,7 @@ def test_answers_that_the_world_does_not_know_and_answers_cut_short_are_marked()
 
 
 def test_every_example_begins_a_new_conversation(state: Any) -> None:
-    from nest_runtime.demo.chat import Chat
+    from nest_runtime.demo.tabs.chat import Chat
 
     talk, chat = Talk(), Chat(state)
     list(chat.ask("Hello", "v1", True, talk))
@@ -312,7 +312,7 @@ def test_every_example_begins_a_new_conversation(state: Any) -> None:
 def test_a_model_without_a_patch_is_told_how_to_get_one(state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from nest_runtime.demo.chat import missing_html
+    from nest_runtime.demo.tabs.chat import missing_html
 
     assert missing_html(replace(state, model_ref="my model.gguf")) == ""  # it has some
     monkeypatch.setattr(state.backend, "preferred", lambda: None)
@@ -324,9 +324,9 @@ def test_a_model_without_a_patch_is_told_how_to_get_one(state: Any, monkeypatch:
 
 def test_buttons_that_do_nothing_say_why(state: Any) -> None:
     from nest_runtime.demo.background import Running
-    from nest_runtime.demo.chat import BUSY, Chat
-    from nest_runtime.demo.evidence import evaluation
-    from nest_runtime.demo.patches import diff_html
+    from nest_runtime.demo.tabs.chat import BUSY, Chat
+    from nest_runtime.demo.tabs.evidence import evaluation
+    from nest_runtime.demo.tabs.patches import diff_html
 
     talk, chat, work = Talk(), Chat(state), Running()
     assert "Write a prompt" in list(chat.ask("  ", "v1", True, talk))[-1][2]
@@ -346,7 +346,7 @@ def test_buttons_that_do_nothing_say_why(state: Any) -> None:
 
 def test_long_work_stops_and_keeps_what_there_is(state: Any) -> None:
     from nest_runtime.demo.background import Running
-    from nest_runtime.demo.evidence import evaluation
+    from nest_runtime.demo.tabs.evidence import evaluation
 
     work = Running()
     steps = evaluation(state, "v1", 50, work)
@@ -358,7 +358,7 @@ def test_long_work_stops_and_keeps_what_there_is(state: Any) -> None:
 
 
 def test_terms_are_explained_once_each_and_open_by_a_tap() -> None:
-    from nest_runtime.demo import glossary, markup
+    from nest_runtime.demo.html import glossary, markup
 
     page = markup.glossary()
     html = markup.title("reference", "here", "a toy") + markup.table(["attack success", "utility"], [["a", "b"]])
@@ -370,7 +370,7 @@ def test_terms_are_explained_once_each_and_open_by_a_tap() -> None:
 
 
 def test_backticks_are_code() -> None:
-    from nest_runtime.demo import markup
+    from nest_runtime.demo.html import markup
 
     for html in (markup.note("run `x <y>` now"), markup.alert(UsageError("no `x <y>`", "`x <y>`"))):
         assert "`" not in html
@@ -432,8 +432,8 @@ def test_sides(state: Any) -> None:
 
 def test_a_grid_and_a_measurement_of_any_backend(state: Any) -> None:
     from nest_runtime.demo.background import Running
-    from nest_runtime.demo.chat import Chat
-    from nest_runtime.demo.evidence import evaluation
+    from nest_runtime.demo.tabs.chat import Chat
+    from nest_runtime.demo.tabs.evidence import evaluation
 
     grid, _ = list(Chat(state).grid("bake bread", "v1", True, Running()))[-1]
     count = len(state.offer.wrap("bake bread"))

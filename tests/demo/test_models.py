@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from nest_runtime.demo.chat import Chat
 from nest_runtime.demo.local import LocalBackend
-from nest_runtime.demo.neurons import ALL, Neurons, map_html
 from nest_runtime.demo.probe import activations
 from nest_runtime.demo.start import Source, open_demo
+from nest_runtime.demo.tabs.chat import Chat
+from nest_runtime.demo.tabs.neurons import ALL, Neurons, map_html
 from nest_runtime.demo.talk import Talk
 from nest_runtime.model.anatomy import find_projections, module_of
 from nest_runtime.model.load import load_model

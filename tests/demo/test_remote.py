@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from nest_runtime.demo.backend import BASE, PatchChoice
-from nest_runtime.demo.chat import Chat
 from nest_runtime.demo.remote import ACTIVE, RemoteBackend
 from nest_runtime.demo.start import Source, open_demo
+from nest_runtime.demo.tabs.chat import Chat
 from nest_runtime.demo.talk import Talk
 from nest_runtime.errors import EngineError, UsageError
 from nest_runtime.patch.patch import Patch
@@ -86,7 +86,7 @@ def test_what_is_not_exposed_is_an_error_in_the_conversation(server: Running) ->
 
 
 def test_switching_needs_the_admin_token(server: Running, patches: list[Patch], tmp_path: Path) -> None:
-    from nest_runtime.demo.admin import Changes
+    from nest_runtime.demo.tabs.admin import Changes
 
     token = tmp_path / "token"
     token.write_text(TOKEN)
@@ -119,7 +119,7 @@ def test_an_evaluation_without_the_base_says_so_and_measures_one_side(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nest_runtime.demo.background import Running as Work
-    from nest_runtime.demo.evidence import evaluation
+    from nest_runtime.demo.tabs.evidence import evaluation
 
     state = open_demo(Source(url=server.url), max_tokens=4)
     shown = [choice for choice in state.backend.choices() if choice.label != BASE]
@@ -134,7 +134,7 @@ def test_a_server_without_its_base_promises_none_and_says_what_is_missing(
     tiny_llama: Path, patches: list[Patch], tmp_path: Path
 ) -> None:
     from nest_runtime.demo.app import build
-    from nest_runtime.demo.chat import baseless_html
+    from nest_runtime.demo.tabs.chat import baseless_html
 
     file = str(save_patch(patches[0], tmp_path / "v1.safetensors"))
     config = ServeConfig(model=str(tiny_llama), patch=file, port=0, limits=Limits(cache_tokens=4096, batch_tokens=128))
@@ -151,6 +151,6 @@ def test_a_server_without_its_base_promises_none_and_says_what_is_missing(
 
 
 def test_a_server_with_its_base_says_nothing_of_it(server: Running) -> None:
-    from nest_runtime.demo.chat import baseless_html
+    from nest_runtime.demo.tabs.chat import baseless_html
 
     assert baseless_html(open_demo(Source(url=server.url), max_tokens=8)) == ""

@@ -11,8 +11,8 @@ from typing import Any
 
 import gradio as gr
 
-from nest_runtime.demo import markup
 from nest_runtime.demo.background import BackgroundJob
+from nest_runtime.demo.html import markup
 from nest_runtime.demo.state import DemoState
 from nest_runtime.errors import NestError, UsageError
 from nest_runtime.escape import short

@@ -6,10 +6,10 @@ from typing import Any
 
 import gradio as gr
 
-from nest_runtime.demo import figures, markup
 from nest_runtime.demo.backend import Message
-from nest_runtime.demo.chat import first_patch
+from nest_runtime.demo.html import figures, markup
 from nest_runtime.demo.state import DemoState
+from nest_runtime.demo.tabs.chat import first_patch
 from nest_runtime.demo.talk import Talk
 from nest_runtime.errors import NestError
 

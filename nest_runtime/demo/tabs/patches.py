@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from nest_runtime.demo import markup
-from nest_runtime.demo.admin import AdminParts, build_admin
-from nest_runtime.demo.chat import first_patch
+from nest_runtime.demo.html import markup
 from nest_runtime.demo.state import DemoState
+from nest_runtime.demo.tabs.admin import AdminParts, build_admin
+from nest_runtime.demo.tabs.chat import first_patch
 from nest_runtime.errors import NestError
 from nest_runtime.measures import ATTACK_SUCCESS, MEASURES, stated_rate
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import gradio as gr
 
-from nest_runtime.demo import markup
 from nest_runtime.demo.backend import BASE, PatchChoice
 from nest_runtime.demo.background import BackgroundJob, Running
 from nest_runtime.demo.examples import Wrapped
+from nest_runtime.demo.html import markup
 from nest_runtime.demo.state import DemoState
 from nest_runtime.demo.talk import Talk, ask, redo
 from nest_runtime.errors import NestError

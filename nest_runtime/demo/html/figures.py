@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nest_runtime.demo import charts
-from nest_runtime.demo.glossary import term
-from nest_runtime.demo.markup import scroll, text
+from nest_runtime.demo.html import charts
+from nest_runtime.demo.html.glossary import term
+from nest_runtime.demo.html.markup import scroll, text
 
 if TYPE_CHECKING:
     from nest_runtime.demo.probe import Activations
@@ -212,7 +212,7 @@ def _z_scores(view: NeuronView) -> str:
 
 def neuron_tables(view: NeuronView, per_site: int = 40) -> str:
     """The same neurons as tables, for those who cannot hover: the largest updates of each projection."""
-    from nest_runtime.demo.markup import table
+    from nest_runtime.demo.html.markup import table
 
     parts = []
     for site in view.sites:

@@ -7,10 +7,10 @@ from typing import Any
 
 import gradio as gr
 
-from nest_runtime.demo import markup
 from nest_runtime.demo.backend import BASE, PatchChoice
 from nest_runtime.demo.background import BackgroundJob, Running
 from nest_runtime.demo.examples import MeasuredSuite
+from nest_runtime.demo.html import markup
 from nest_runtime.demo.measure import SEED, Standing, judge_for, measure, quick_cases
 from nest_runtime.demo.state import DemoState
 from nest_runtime.errors import NestError

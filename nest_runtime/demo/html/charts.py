@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
 
-from nest_runtime.demo.markup import scroll, text, words
+from nest_runtime.demo.html.markup import scroll, text, words
 
 SERIES = 7  # colors of the style sheet, .nr-c0 and so on
 Ends = tuple[float, float]

@@ -11,7 +11,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.demo.backend import BASE
-from nest_runtime.demo.glossary import TERMS, popovers, term, titled
+from nest_runtime.demo.html.glossary import TERMS, popovers, term, titled
 from nest_runtime.escape import clean
 
 if TYPE_CHECKING:
