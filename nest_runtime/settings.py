@@ -8,8 +8,8 @@
         def __post_init__(self) -> None:
             check(self, "recipe:")
 
-Checks, docstrings, the options of commands (cli/options.py) and the reference pages (cli/pages.py) read them from
-there. Nothing is parsed or printed here.
+Checks, docstrings, the options of commands (cli/options.py) and the reference pages (docs/make_reference.py) read them
+from there. Nothing is parsed or printed here.
 """
 
 from __future__ import annotations

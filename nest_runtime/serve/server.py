@@ -244,7 +244,7 @@ def _uvicorn_config(
         backlog=backlog(descriptors()),
         log_config=None,
         access_log=False,
-        proxy_headers=False,  # who asks is read from the connection, and from proxies that were named (clients.py)
+        proxy_headers=False,  # who asks is read from the connection, and from proxies that were named (http/clients.py)
         lifespan=lifespan,
         timeout_graceful_shutdown=max(1, round(server.config.limits.drain_seconds)),
         server_header=False,

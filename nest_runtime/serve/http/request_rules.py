@@ -1,4 +1,4 @@
-"""What one request asks of its logits, after what the model's own generation config asks (own_rules.py)."""
+"""What one request asks of its logits, after what the model's generation config asks (transformers/own_rules.py)."""
 
 from __future__ import annotations
 

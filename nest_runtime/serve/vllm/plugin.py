@@ -48,7 +48,7 @@ def register() -> None:
     """Give workers our methods; called by vLLM in every process, more than once."""
     if not named(os.environ.get("VLLM_PLUGINS")):
         return
-    os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # who asks is for clients.py to say, and not for uvicorn
+    os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # who asks is for http/clients.py to say, and not for uvicorn
     from vllm.engine.arg_utils import EngineArgs
 
     keep_weights_in_place()

@@ -49,7 +49,7 @@ def serve(config: ServeConfig, *, on_event: Emit | None = None) -> None:
     folder = resolve_model(config.model, trust_remote_code=config.trust_remote_code)[1]
     arguments = engine_arguments(config, folder, port)
     os.environ["VLLM_PLUGINS"] = environment(os.environ.get("VLLM_PLUGINS"))
-    os.environ["FORWARDED_ALLOW_IPS"] = ""  # who asks is for clients.py to say, and not for uvicorn
+    os.environ["FORWARDED_ALLOW_IPS"] = ""  # who asks is for http/clients.py to say, and not for uvicorn
     with bind_admin(config) as admin_port, _events_alone(emit, config.json) as say:
         _run(_Said(config, say, admin_port), arguments)
     emit({"event": "stopped"})
