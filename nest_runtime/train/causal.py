@@ -1,9 +1,9 @@
 """Which neurons the base's refusals rest on: what each one adds to the refusal's first tokens, to first order.
 
 A probe finds neurons that tell harmful from benign, and does not ask whether they do anything. Here every neuron's raw
-output is multiplied with the gradient that the refusal's log-probability has there, and summed over tokens and prompts:
-to first order, what the refusals lose when the neuron is set to zero (attribution patching, Syed et al. 2023, arXiv
-2310.10348). A pass and its backward pass over the harmful prompts measure all neurons at once.
+output is multiplied with the gradient that the refusal's log-probability has there, and summed over tokens and prompts.
+That is, to first order, what the refusals lose when the neuron is set to zero (attribution patching, Syed et al. 2023,
+arXiv 2310.10348). A pass and its backward pass over the harmful prompts measure all neurons at once.
 """
 
 from __future__ import annotations

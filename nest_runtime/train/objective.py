@@ -150,8 +150,8 @@ def token_loss(
 class _TokenLoss(torch.autograd.Function):
     """The loss and its gradient in one go, from one softmax.
 
-    Of a token with softmax q, cross-entropy weight w and divergence weight v, whose base gives its likeliest tokens the
-    probabilities p and all others r, the gradient is (w + v (Σp − c Σq)) q, minus w at the target, plus v (c q − p) at
+    A token has softmax q, cross-entropy weight w and divergence weight v. Its base gives its likeliest tokens the
+    probabilities p and all others r. The gradient is (w + v (Σp − c Σq)) q, minus w at the target, plus v (c q − p) at
     the likeliest tokens. Σ is over these, and c is r over what q leaves to the others.
     """
 

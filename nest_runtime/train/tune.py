@@ -230,6 +230,7 @@ def loss_of(
     divergent = torch.where(batch.given, 0.0, settings.kl_weight * kept)
 
     def loss(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        """Of a slice of answer tokens, from its logits (tokens, vocabulary) float32: a scalar."""
         own = None if base is None else BaseAnswer(base.tokens[part], base.logs[part])
         value = token_loss(logits, batch.targets[part], learned[part], own, divergent[part])
         if settings.margin_weight and bool((batch.rival[part] >= 0).any()):
