@@ -201,7 +201,7 @@ def test_a_moved_tag_is_noticed(hub: HubServer, owner: Owner) -> None:
     assert "was moved" in owner.follower.status.error
 
 
-def test_the_gate_has_a_say(owner: Owner, store: Store, keys: Keys) -> None:
+def test_an_admission_test_has_a_say(owner: Owner, store: Store, keys: Keys) -> None:
     owner.refuse = AdmissionRefused("it refuses everything", "train it again")
     point("v2", store, keys)
     owner.polls("refused", AdmissionRefused)

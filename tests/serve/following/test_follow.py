@@ -254,7 +254,7 @@ def test_a_stale_channel_is_reported_everywhere(
         reports(server, "had no channel file that counts since")
 
 
-def test_the_gate_keeps_a_useless_patch_out(
+def test_an_admission_test_keeps_a_useless_patch_out(
     hub: HubServer, store: Store, keys: Keys, tiny_llama: Path, patches: dict[str, Patch]
 ) -> None:
     publish(patches["v1"], store, keys)

@@ -28,7 +28,7 @@ def ask(server: Running, count: int = 150, prompt: str = PROMPTS[3]) -> tuple[in
 
 
 @pytest.mark.parametrize("engine", ["transformers", "generate"])
-def test_a_full_queue_keeps_the_gates_probes_waiting_for_nobody(
+def test_a_full_queue_keeps_the_probes_of_an_admission_test_waiting_for_nobody(
     config: ServeConfig, slow_engine: None, files: dict[str, str], engine: str
 ) -> None:
     config = replace(config, engine=engine)
@@ -47,7 +47,9 @@ def test_a_full_queue_keeps_the_gates_probes_waiting_for_nobody(
     assert eventually(lambda: service.engine.jobs == 0)
 
 
-def test_a_full_cache_keeps_the_gates_probes_waiting_for_nobody(config: ServeConfig, slow_engine: None) -> None:
+def test_a_full_cache_keeps_the_probes_of_an_admission_test_waiting_for_nobody(
+    config: ServeConfig, slow_engine: None
+) -> None:
     """Sequences that want more than the cache holds push each other out, and nobody new is let in meanwhile."""
     limits = Limits(running=16, cache_tokens=512, batch_tokens=128, drain_seconds=0)
     with serving(replace(config, limits=limits)) as server, ThreadPoolExecutor(16) as pool:
