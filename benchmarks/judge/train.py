@@ -21,6 +21,7 @@ import scipy.sparse as sp
 import sources
 from safetensors.numpy import save
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import cohen_kappa_score
 from sources import Gold, Places, Row
 
 from nest_runtime.evaluate.judges import local
@@ -197,6 +198,9 @@ def own(errors: dict[str, dict]) -> None:
     print(f"  all four outcomes: {np.mean([a == b for a, b in zip(truth, said, strict=True)]):.3f}")
     print(f"  {dict(sorted(Counter(zip(truth, said, strict=True)).items()))}")
     errors["complied"]["own answers"] = counts(*complied)
+    twice = [(row["label"], row["again"]) for row in rows if "again" in row]
+    first, again = (np.array(labels) for labels in zip(*twice, strict=True))
+    print(f"  read twice: {len(twice)}, alike {np.mean(first == again):.3f}, kappa {cohen_kappa_score(first, again):.3f}")
 
 
 def counts(truth: np.ndarray, said: np.ndarray) -> dict[str, int]:
