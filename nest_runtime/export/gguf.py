@@ -139,6 +139,7 @@ def _write(path: Path, patch: Patch, pairs: list[Pair], names: dict[str, str], a
     writer.add_name(f"{patch.name} {patch.version}")
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(pairs[0].rank))
+    writer.add_string(gguf.Keys.Adapter.LORA_TASK_NAME, f"{patch.label} {patch.digest}")  # GET /lora-adapters shows it
     writer.add_string("nest.patch.digest", patch.digest)
     for pair in pairs:
         writer.add_tensor(f"{names[pair.module]}.lora_a", pair.a.contiguous().numpy())

@@ -111,11 +111,14 @@ def test_gguf_holds_llama_cpps_names_and_shapes(run: Any, tmp_path: Path) -> Non
         name: reader.get_field(name).contents()
         for name in ("general.architecture", "general.type", "adapter.type", "adapter.lora.alpha", "nest.patch.digest")
     }
+    task = reader.get_field("adapter.lora.task_name")
     patch = load_patch(V3)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert fields["general.architecture"] == "llama"
     assert (fields["general.type"], fields["adapter.type"]) == ("adapter", "lora")
     assert fields["nest.patch.digest"] == patch.digest
+    assert task is not None, "llama-server tells no patch by name"
+    assert task.contents() == f"{patch.label} {patch.digest}"
     for site in patch.sites:
         if not site.n_neurons:
             continue

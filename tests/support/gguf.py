@@ -1,4 +1,6 @@
-"""Writes tiny models as GGUF files, as llama.cpp's converter would: names, permuted heads, tokenizer, chat template."""
+"""Writes GGUF files: tiny models as llama.cpp's converter would (names, permuted heads, tokenizer, chat template), and
+copies of files in float32.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,9 @@ from typing import Any
 import gguf
 import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nest_runtime.model.gguf.header import read_header
+from nest_runtime.model.gguf.model import dequantized
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2"}
 CONTROL, NORMAL = 3, 1
@@ -59,6 +64,28 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def dequantized_copy(path: Path, copy: Path) -> Path:
+    """Write a GGUF model again with all of its numbers in float32, as our runtime reads them, and the same metadata."""
+    header = read_header(path)
+    writer = gguf.GGUFWriter(copy, header.architecture)
+    for field in gguf.GGUFReader(path).fields.values():
+        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
+            continue
+        kind = field.types[0]
+        inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for name, tensor in header.tensors.items():
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), 4 * int(np.prod(tensor.shape)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in header.tensors.values():  # one at a time in memory
+        writer.write_tensor_data(dequantized(path, tensor))
+    writer.close()
+    return copy
 
 
 def _write_settings(writer: gguf.GGUFWriter, config: Any) -> None:
