@@ -126,11 +126,16 @@ class Server:
         return str(answer["choices"][0]["message"]["content"])
 
     def likely(self, prompt: str, **fields: Any) -> dict[int, float]:
-        """Log-probabilities of the likeliest first tokens of an answer to one user's turn."""
+        """Log-probabilities of the likeliest first tokens of an answer to one user's turn.
+
+        The token generated is always the same one, because the server tells nothing of an end or of half a character;
+        the probabilities are those before that.
+        """
         messages = {"messages": [{"role": "user", "content": prompt}]}
         text = self.ask("POST", "/apply-template", json=messages)["prompt"]
-        body = {"prompt": text, "n_predict": 1, "n_probs": 200, "temperature": 0, **fields}
-        step = self.ask("POST", "/completion", json=body)["completion_probabilities"][0]
+        plain = self.ask("POST", "/tokenize", json={"content": "a"})["tokens"][0]
+        body = {"prompt": text, "n_predict": 1, "n_probs": 200, "temperature": 0, "logit_bias": [[plain, 1000]]}
+        step = self.ask("POST", "/completion", json=body | fields)["completion_probabilities"][0]
         return {entry["id"]: entry["logprob"] for entry in step["top_logprobs"]}
 
     def adapters(self) -> list[dict[str, Any]]:
@@ -177,9 +182,10 @@ def _wait(process: subprocess.Popen[bytes], client: httpx.Client) -> None:
     raise AssertionError(f"llama-server was not ready in {READY_SECONDS:.0f} s")
 
 
-def converted(model: Path, out: Path) -> Path:
-    """A folder's model as llama.cpp's own converter writes it, in float32."""
-    command = [sys.executable, str(Path(__file__).parent / "convert.py"), str(source()), str(model), str(out)]
+def converted(model: Path, out: Path, **older: Any) -> Path:
+    """A folder's model as llama.cpp's own converter writes it, in float32; ``older`` settings as in convert.py."""
+    program = str(Path(__file__).parent / "convert.py")
+    command = [sys.executable, program, str(source()), str(model), str(out), json.dumps(older)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return out

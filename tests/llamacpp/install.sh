@@ -36,7 +36,7 @@ if [ ! -x "$where/bin/llama-server" ]; then
   ln -sf ../build/bin/llama-server ../build/bin/llama-export-lora "$where/bin/"
 fi
 "$where/bin/python" -c "import llama_cpp; print('llama-cpp-python', llama_cpp.__version__)"
-"$where/bin/llama-server" --version
+grep -o 'llama.cpp version: .*' "$where/cmake.log"
 if [ "${2:-}" = "--test" ]; then
   cd "$here"
   NEST_LLAMACPP=$where OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} \

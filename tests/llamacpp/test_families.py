@@ -6,6 +6,7 @@ An adapter with a wrong name, order, transposition or scale gives other logits h
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,20 +18,31 @@ from nest_runtime.model.load import load_model
 from nest_runtime.runtime import PatchRuntime
 from tests.llamacpp.agreement import logits_of
 from tests.llamacpp.conftest import binding, converted, environment
-from tests.support.families import ALL_HEADS, FAMILIES, IDS, SMALL, Family
+from tests.support.families import ALL_HEADS, FAMILIES, HEADS, IDS, SMALL, Family
 from tests.support.patches import make_patch
 
-EXPORTED = [family for family in FAMILIES if family.model_class in ARCHITECTURES]
+MULTIMODAL = next(family for family in FAMILIES if family.title == "Gemma 3")
+SCALE = {"query_pre_attn_scalar": 16}  # the heads' size, as on the Hub: llama.cpp takes that for granted
+SIZES = {
+    "Gemma 2": {**HEADS, **SCALE},
+    "Gemma 3 (text)": {**HEADS, **SCALE},
+    "Gemma 3": {**MULTIMODAL.sizes, "text_config": {**MULTIMODAL.sizes["text_config"], **SCALE}},
+}
+EXPORTED = [
+    replace(family, sizes=SIZES.get(family.title, family.sizes))
+    for family in FAMILIES
+    if family.model_class in ARCHITECTURES
+]
 BESIDE = [  # classes of ARCHITECTURES that the matrix has no row of
-    Family("Phi-1, Phi-2", "PhiForCausalLM", "PhiConfig", ALL_HEADS),
+    Family("Phi-1, Phi-2", "PhiForCausalLM", "PhiConfig", {**ALL_HEADS, "intermediate_size": 128}),
     Family("Bloom", "BloomForCausalLM", "BloomConfig", {"hidden_size": 32, "n_head": 2}),
     Family("Nemotron", "NemotronForCausalLM", "NemotronConfig", SMALL),
 ]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("families")
+OLDER = {  # settings as checkpoints on the Hub have them, and their names there
+    "GPT2LMHeadModel": {"n_ctx": 512},
+    "GPTNeoXForCausalLM": {"rotary_pct": 0.25},
+    "FalconForCausalLM": {"num_kv_heads": 1},
+}
 
 
 def test_no_class_is_left_out() -> None:
@@ -41,7 +53,7 @@ def test_no_class_is_left_out() -> None:
 def test_an_adapter_does_in_llama_cpp_what_the_patch_does(family: Family, tmp_path: Path) -> None:
     environment("bin/python")
     folder = family.save(tmp_path / "model")
-    path = converted(folder, tmp_path / "model.gguf")
+    path = converted(folder, tmp_path / "model.gguf", **OLDER.get(family.model_class, {}))
     loaded = load_model(folder, device="cpu", dtype="float32")
     patch = make_patch(loaded.model, base_hash=loaded.hash, neurons=12, loadings=True, scale=0.5)
     export_gguf(patch, tmp_path / "adapter", model=loaded.model)
