@@ -200,7 +200,8 @@ def own(errors: dict[str, dict]) -> None:
     errors["complied"]["own answers"] = counts(*complied)
     twice = [(row["label"], row["again"]) for row in rows if "again" in row]
     first, again = (np.array(labels) for labels in zip(*twice, strict=True))
-    print(f"  read twice: {len(twice)}, alike {np.mean(first == again):.3f}, kappa {cohen_kappa_score(first, again):.3f}")
+    kappa = cohen_kappa_score(first, again)
+    print(f"  read twice: {len(twice)}, alike {np.mean(first == again):.3f}, kappa {kappa:.3f}")
 
 
 def counts(truth: np.ndarray, said: np.ndarray) -> dict[str, int]:
