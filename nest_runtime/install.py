@@ -1,6 +1,7 @@
 """How this package and its optional parts are installed, as errors, cards and documents say it.
 
-There is no release yet: everything starts from the repository. When there is one, only this file changes.
+There is no release yet: everything starts from the repository, at the address where it is to be published. When there
+is a release, only this file changes.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def from_clone(extras: str = "") -> tuple[str, ...]:
 
 
 def in_clone(extras: str = "") -> str:
-    """The line that installs the package, or more of its parts, in a clone."""
+    """The line that installs the package, or more of its parts, in a clone; editable, so that a pull is enough."""
     what = f"'.[{extras}]'" if extras else "."
-    return f"pip install -c constraints.txt {what}"
+    return f"pip install -c constraints.txt -e {what}"
 
 
 def extra(name: str) -> str:

@@ -19,12 +19,13 @@ compile() {
 compile pyproject.toml --extra test --extra docs --extra eval "$work/build.in" --generate-hashes -o "$work/all.txt"
 compile pyproject.toml --extra demo -o "$work/demo.txt"
 
-python3 - "$work" "$torch" <<'PYTHON'
+source=$(sed -n 's/^Source = "\(.*\)"$/\1/p' pyproject.toml)
+python3 - "$work" "$torch" "$source" <<'PYTHON'
 import re
 import sys
 from pathlib import Path
 
-work, torch = Path(sys.argv[1]), sys.argv[2]
+work, torch, source = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 blocks = re.findall(r"^[A-Za-z0-9].*(?:\n +--hash=.*)*", (work / "all.txt").read_text(), re.M)
 # pip (23.2 does) may want a pin for a package with its extras, and one for it without: pydantic[email], pydantic.
 blocks = [b for block in blocks for b in dict.fromkeys([re.sub(r"^([\w.-]+)\[[^]]*\]", r"\1", block), block])]
@@ -36,8 +37,8 @@ pins = [line for line in (work / "demo.txt").read_text().splitlines() if re.matc
 kept = [line for line in pins if not re.match(r"torch==|triton==|nvidia-|cuda-", line)]
 Path("apps/requirements.txt").write_text(
     "# What a Space installs, CPU only, in the versions that were tested (requirements/make.sh wrote them). Without hashes: the\n"
-    "# Space's builder adds packages of its own to the same command. README.md says how to put a wheel of this checkout here.\n"
+    "# Space's builder adds packages of its own to the same command. README.md says how to take a wheel of your checkout.\n"
     "--extra-index-url https://download.pytorch.org/whl/cpu\n"
-    + "\n".join([f"torch=={torch}+cpu", *kept, "nest-runtime[demo]"]) + "\n"
+    + "\n".join([f"torch=={torch}+cpu", *kept, f"nest-runtime[demo] @ git+{source}"]) + "\n"
 )
 PYTHON

@@ -1,42 +1,37 @@
 """A real bash in a folder, in which the lines of a document are run one after the other, as a reader would.
 
 What a line leaves behind stays: the folder, variables, an environment that was switched on. A line that starts
-``nest-runtime serve`` goes on in the background, in the place of the server before it.
+``nest-runtime serve`` goes on in the background, in the place of the server before it. A line that clones the
+project's repository gets this one. What a line installs, and the environment it makes for that, is left out: the
+tests' own environment takes their place.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import pytest
 
+from nest_runtime.install import SOURCE
+
+ROOT = Path(__file__).parents[2]
 SECONDS = 1200.0  # for one command; the slowest trains, on a machine with other work too
 PORT = "8000"  # of the documents
+LEFT_OUT = ("python3 -m venv ", ". .venv/bin/activate", "pip install ", "pytest")  # parts of lines
 
 
-def blocks_of(text: str, language: str = "bash") -> list[str]:
-    """The code blocks of a language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
-def lines_of(block: str) -> list[str]:
-    """The commands of a block: a line each, but for those that a backslash or an open quote continues."""
-    found: list[str] = []
-    for line in block.splitlines():
-        if found and (found[-1].endswith("\\") or found[-1].count("'") % 2):
-            found[-1] += "\n" + line
-        else:
-            found.append(line)
-    return [line for line in found if line.strip()]
+def here(line: str) -> str:
+    """What is left of a line without what it installs."""
+    return " && ".join(part for part in line.split(" && ") if not part.startswith(LEFT_OUT))
 
 
 class Shell:
@@ -67,6 +62,10 @@ class Shell:
                 "NEST_HOME": str(folder / "home"),
                 "NEST_SERVE_PORT": str(self.port),
                 "HF_HUB_OFFLINE": "1",
+                "COLUMNS": "80",
+                "GIT_CONFIG_COUNT": "1",
+                "GIT_CONFIG_KEY_0": f"url.{ROOT}.insteadOf",
+                "GIT_CONFIG_VALUE_0": SOURCE,
                 **environment,
             },
         )
@@ -137,3 +136,17 @@ def alive(process: int) -> bool:
     with contextlib.suppress(OSError):
         return state.read_text().rpartition(")")[2].split()[0] != "Z"
     return False
+
+
+@pytest.fixture
+def bash() -> Iterator[Callable[..., Shell]]:
+    """Opens a shell in a folder; all are ended with the test."""
+    made: list[Shell] = []
+
+    def open_one(folder: Path, **environment: str) -> Shell:
+        made.append(Shell(folder, **environment))
+        return made[-1]
+
+    yield open_one
+    for shell in made:
+        shell.close()

@@ -7,6 +7,7 @@ What is added to it (transformers 5.23):
 - Each request's own sampler chooses the next token of its row.
 - Keys and values are shared between requests that begin alike only if their patch is the same (prefixes.py), so that
   none computed under one patch is read under another.
+- A pass of one request goes without the mask that keeps requests apart, as in ``model.generate`` (alone.py).
 - A patch that everybody is answered under is folded into the weights (auto_fold.py).
 - Results go to one callback instead of a queue that grows with requests nobody waits for.
 - The operator's jobs find room however full the cache is (reserve.py).
@@ -34,6 +35,7 @@ from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.requests.jobs import Blame, Delivery, Job, dead
 from nest_runtime.serve.requests.sampling import NotFinite, all_finite, choose_tokens
 from nest_runtime.serve.transformers import reserve
+from nest_runtime.serve.transformers.alone import leave_out_needless_masks
 from nest_runtime.serve.transformers.auto_fold import AutoFold
 from nest_runtime.serve.transformers.prefixes import Prefixes
 from nest_runtime.serve.transformers.recovery import Recovery
@@ -123,6 +125,7 @@ class ContinuousBatch:
         self._recovery = recovery
         reserve.Reserve(processor, PAGE_TOKENS, self._is_kept)
         self._prefixes = Prefixes(processor.cache, PAGE_TOKENS, lambda job: self._jobs[job].patch)
+        leave_out_needless_masks(processor.inputs_and_outputs, self._model)
         self._tap = self._model.base_model.register_forward_hook(self._keep_hidden)
         self._manager.start()
 
