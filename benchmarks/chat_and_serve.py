@@ -28,9 +28,9 @@ import nest_runtime as nest
 from nest_runtime.prompts.chat import answer_chat
 from nest_runtime.prompts.examples import encode, load_examples
 from nest_runtime.prompts.generate import end_token_ids
-from nest_runtime.serve.generation import EngineRequest
 from nest_runtime.serve.limits import Limits
-from nest_runtime.serve.sampling import SamplingParams
+from nest_runtime.serve.requests.generation import EngineRequest
+from nest_runtime.serve.requests.sampling import SamplingParams
 from nest_runtime.serve.served_patch import ServedPatch
 from nest_runtime.serve.transformers.engine import TransformersEngine
 

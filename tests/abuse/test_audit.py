@@ -167,7 +167,7 @@ def test_a_disk_that_is_full_at_any_write(
 ) -> None:
     """The log never says that something was done which was not; what was done has its intent at least."""
     table, audit = server.service.table, AuditLog(small_disk / "audit.jsonl")
-    server.audit = table._audit = audit
+    server.audit = table._changes._audit = audit
     files = [str(patch.save(small_disk.parent / f"{patch.version}.safetensors")) for patch in patches]
 
     async def go() -> None:

@@ -92,7 +92,7 @@ def test_training_gradients_through_experts_are_those_of_the_dense_weights(famil
     assert close(found.detach(), expected.detach())
     (found * weight).sum().backward()
     (expected * weight).sum().backward()
-    for part, site, projection in zip(deltas.parts, patch.sites, projections, strict=True):
+    for part, site, projection in zip(deltas.sites, patch.sites, projections, strict=True):
         module = anatomy.module_of(reference, projection)
         gradient = module.gate_up_proj.grad  # type: ignore[union-attr]
         by_row = gradient.transpose(1, 2) if module.is_transposed else gradient  # type: ignore[operator, union-attr]

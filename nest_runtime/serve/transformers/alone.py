@@ -22,6 +22,7 @@ def leave_out_needless_masks(inputs: Any, model: Any) -> None:
     make = inputs.get_model_kwargs
 
     def model_kwargs(use_padding: bool = False) -> Any:
+        """The library's own, without the mask where none is needed."""
         found = make(use_padding)
         alone = inputs.num_request_in_batch == 1 and not use_padding
         if alone and inputs.num_q_tokens == 1:
