@@ -7,7 +7,7 @@ Half of the prompts are harmful, half are everyday ones, all from the package. `
 ``model.generate``, one by one. The server's engine answers them one by one with an empty cache, one by one with the
 beginnings that prompts share kept (as ``serve`` does), and several at once. For every answer that differs it counts
 the tokens before the first other one, and how far the two best tokens lay apart there, in steps of bfloat16: 0 is a
-tie, and one step is what a single rounding can change.
+tie, and one step is what a single rounding can change. Times are of the processor.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import asyncio
 import json
 import math
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,14 @@ from nest_runtime.serve.transformers.engine import TransformersEngine
 
 FIRST = "What is the capital of France?"
 MANTISSA = 7  # bits of bfloat16, beside the one that is not stored
+
+
+@dataclass
+class Served:
+    """The server's answers one way, and the processor time that each token took."""
+
+    answers: list[list[int]]
+    seconds: float
 
 
 @dataclass
@@ -87,7 +96,7 @@ async def serve(
     prompts: Sequence[str],
     tokens: int,
     at_once: Sequence[int],
-) -> dict[str, list[list[int]]]:
+) -> dict[str, Served]:
     """What ``nest-runtime serve`` answers, each way."""
     ends, pin = end_token_ids(loaded.model, loaded.tokenizer), ServedPatch(patch.digest, patch.version, patch.digest)
     ids = [tuple(encode(loaded.tokenizer, [{"role": "user", "content": prompt}])) for prompt in prompts]
@@ -97,17 +106,18 @@ async def serve(
         generation = engine.admit(EngineRequest((prompt,), (tokens,), 1, SamplingParams(), pin))
         return [token async for event in generation.events() for token in event.tokens]
 
-    async def group(size: int) -> list[list[int]]:
-        parts = [ids[start : start + size] for start in range(0, len(ids), size)]
-        return [answer for part in parts for answer in await asyncio.gather(*map(one, part))]
+    async def group(size: int, *, empty: bool = False) -> Served:
+        answers, began = [], time.process_time()
+        for start in range(0, len(ids), size):
+            if empty:
+                with engine._batch.narrow(1 << 30):  # type: ignore[union-attr]  # empties the cache
+                    pass
+            answers += await asyncio.gather(*map(one, ids[start : start + size]))
+        return Served(answers, (time.process_time() - began) / sum(map(len, answers)))
 
     try:
         await engine.start()
-        found: dict[str, list[list[int]]] = {"alone, empty cache": []}
-        for prompt in ids:
-            with engine._batch.narrow(1 << 30):  # type: ignore[union-attr]  # empties the cache
-                pass
-            found["alone, empty cache"].append(await one(prompt))
+        found = {"alone, empty cache": await group(1, empty=True)}
         for size in at_once:
             found["alone, shared beginnings" if size == 1 else f"{size} at once"] = await group(size)
         return found
@@ -115,11 +125,11 @@ async def serve(
         await engine.stop()
 
 
-def compare(way: str, ours: Sequence[Answered], theirs: Sequence[Sequence[int]]) -> dict[str, Any]:
+def compare(way: str, ours: Sequence[Answered], theirs: Served) -> dict[str, Any]:
     """One row: how many answers are the same, and where the others part."""
     places, gaps = [], []
-    for answered, other in zip(ours, theirs, strict=True):
-        if answered.tokens != list(other):
+    for answered, other in zip(ours, theirs.answers, strict=True):
+        if answered.tokens != other:
             pairs = zip(answered.tokens, other, strict=False)
             shorter = min(len(answered.tokens), len(other))
             place = next((index for index, (a, b) in enumerate(pairs) if a != b), shorter)
@@ -133,6 +143,7 @@ def compare(way: str, ours: Sequence[Answered], theirs: Sequence[Sequence[int]])
         "median_place": statistics.median(places) if places else None,
         "median_gap": round(statistics.median(gaps), 2) if gaps else None,
         "largest_gap": round(max(gaps), 2) if gaps else None,
+        "token_ms": round(1000 * theirs.seconds, 2),
     }
 
 
@@ -156,25 +167,30 @@ def main() -> None:
     prompts = [FIRST, *kinds[0][: options.prompts - half - 1], *kinds[1][:half]]
     with nest.PatchRuntime(loaded.model, base_hash=loaded.hash) as runtime:
         runtime.activate(runtime.add(patch))
+        began = time.process_time()
         ours = chat(loaded, prompts, options.tokens)
+        took = (time.process_time() - began) / sum(len(answered.tokens) for answered in ours)
         runtime.deactivate()
         served = asyncio.run(serve(loaded, runtime, patch, prompts, options.tokens, options.at_once))
-    rows = [compare(way, ours, answers) for way, answers in served.items()]
+    rows = [compare(way, ours, found) for way, found in served.items()]
     if options.json:
-        print(json.dumps({"model": options.model, "patch": patch.label, "dtype": options.dtype, "rows": rows}))
+        about = {"model": loaded.name, "patch": patch.label, "dtype": options.dtype}
+        print(json.dumps({**about, "chat_token_ms": round(1000 * took, 2), "rows": rows}))
         return
-    for way, answers in served.items() if options.show else ():
-        for prompt, answered, other in zip(prompts, ours, answers, strict=True):
+    for way, found in served.items() if options.show else ():
+        for prompt, answered, other in zip(prompts, ours, found.answers, strict=True):
             if answered.tokens != other:
                 texts = [loaded.tokenizer.decode(ids) for ids in (answered.tokens, other)]
                 print(f"{way}: {prompt}\n  chat   {texts[0]!r}\n  serve  {texts[1]!r}")
-    print(f"{'serve':<26} {'same':>8} {'first token':>12} {'median place':>13} {'gap, median':>12} {'largest':>8}")
+    print(f"chat takes {1000 * took:.1f} ms a token")
+    print(f"{'serve':<26} {'same':>7} {'first differs':>14} {'median place':>13} {'gap':>5} {'largest':>8} {'ms':>6}")
     for row in rows:
         place, median, largest = (
             "-" if row[key] is None else f"{row[key]:g}" for key in ("median_place", "median_gap", "largest_gap")
         )
         same = f"{row['same']}/{row['prompts']}"
-        print(f"{row['serve']:<26} {same:>8} {row['first_token_differs']:>12} {place:>13} {median:>12} {largest:>8}")
+        first, took_ms = row["first_token_differs"], row["token_ms"]
+        print(f"{row['serve']:<26} {same:>7} {first:>14} {place:>13} {median:>5} {largest:>8} {took_ms:>6.1f}")
 
 
 if __name__ == "__main__":

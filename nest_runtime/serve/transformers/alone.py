@@ -1,8 +1,9 @@
 """A request that runs alone is computed as ``model.generate`` computes it: with the model's own causal attention.
 
-The library gives every pass a mask of numbers, which keeps the requests of a flat batch apart. With a mask, attention
-goes through other kernels, whose last bit differs: in bfloat16 that is enough to choose another token. A pass of one
-request needs no mask if it reads a prompt from its beginning, or one more token.
+The library gives every pass a mask, which keeps the requests of a flat batch apart. Under a mask, the heads that share
+keys are computed in one product, otherwise one by one. The last bit of the two differs at times, and in bfloat16 that
+is enough to choose another token (docs/decisions/chat-and-serve.md). A pass of one request needs no mask if it reads a
+prompt from its beginning, or one more token.
 """
 
 from __future__ import annotations
