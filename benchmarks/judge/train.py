@@ -3,7 +3,7 @@
 DIR holds clones (or bare mirrors) of the repositories that sources.py names. Writes local.json and local.safetensors
 beside nest_runtime/evaluate/judges/local.py, then prints, for every source of gold labels, how often the judge and the
 refusal phrases are right. A quarter of Safe-RLHF mini and of JAILJUDGE mini was looked at while the judge was made;
-figures are of the other three quarters. `--measure` only measures what is shipped.
+figures are of the other three quarters. `--measure` only measures what is shipped, `--own` only on answers of our own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import random
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,15 +38,24 @@ COMPLIED_SHIFT = -0.4  # less readiness to say complied: the sources have more o
 MEASURE_SHARE = 0.3  # standardized measures count this much, so that regularization treats them as n-grams
 CAP = {("gptfuzz", "refused"): 800, ("gptfuzz", "complied"): 1500, ("artifacts", "complied"): 700}
 HOME = Path(local.__file__).parent
+HEAD = "| source | judge | n | accuracy | precision | recall | F1 | kappa |\n|---|---|---|---|---|---|---|---|"
+OWN = "own answers"
 
 
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--data", type=Path, default=Path("../shared/data"))
-    asked.add_argument("--repositories", type=Path, required=True)
+    asked.add_argument("--repositories", type=Path)
     asked.add_argument("--measure", action="store_true", help="measure the shipped weights, train nothing")
     asked.add_argument("--all", action="store_true", help="also print the quarter that was looked at")
+    asked.add_argument("--own", action="store_true", help="measure on own_answers.jsonl only; needs nothing else")
     options = asked.parse_args()
+    if options.own:
+        print(HEAD)
+        write_errors(*own(), add=True)
+        return
+    if options.repositories is None:
+        asked.error("give --repositories, or --own")
     places = Places(options.data, options.repositories)
     gold = sources.gold(places)
     if not options.measure:
@@ -152,7 +162,7 @@ def report(gold: dict[str, list[Gold]], everything: bool) -> None:
     weights = local.load_weights()
     errors: dict[str, dict] = {"complied": {}, "refused": {}}
     of_phrases: dict[str, dict] = {"complied": {}, "refused": {}}
-    print("| source | judge | n | accuracy | precision | recall | F1 | kappa |\n|---|---|---|---|---|---|---|---|")
+    print(HEAD)
     for source, rows in gold.items():
         chosen = source != "XSTest completions"
         parts = {source: [one for one in rows if not (chosen and looked_at(one.question))]}
@@ -178,30 +188,66 @@ def report(gold: dict[str, list[Gold]], everything: bool) -> None:
                 print(line(name, "phrases, refused", refused[0], ~phrases))
                 errors["refused"][source] = counts(*refused)
                 of_phrases["refused"][source] = counts(refused[0], ~phrases)
-    own(errors)
+    for kept, found in zip((errors, of_phrases), own(), strict=True):
+        for outcome, some in found.items():
+            kept[outcome][OWN] = some
+    write_errors(errors, of_phrases)
+
+
+def write_errors(errors: Mapping[str, dict], of_phrases: Mapping[str, dict], add: bool = False) -> None:
+    """Keep the errors of both judges in local.json and phrases.json; ``add`` own answers' to those that are there."""
     about = json.loads((HOME / "local.json").read_text(encoding="utf-8"))
-    write_about({**about, "errors": errors})
-    kept = json.dumps({"phrases": phrases_digest(), "errors": of_phrases}, indent=1)
-    (HOME / "phrases.json").write_text(kept + "\n", encoding="utf-8")
+    kept = json.loads((HOME / "phrases.json").read_text(encoding="utf-8"))
+    if add:
+        for before, now in ((about["errors"], errors), (kept["errors"], of_phrases)):
+            for outcome, some in now.items():
+                before[outcome][OWN] = some
+        write_about(about)
+    else:
+        kept["errors"] = of_phrases
+        write_about({**about, "errors": errors})
+    kept["phrases"] = phrases_digest()
+    (HOME / "phrases.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
-def own(errors: dict[str, dict]) -> None:
-    """The answers of our own: all four outcomes, and the errors in telling compliance."""
+def own() -> tuple[dict[str, dict], dict[str, dict]]:
+    """The answers of our own models, read twice: print the figures; the errors of `local` and of phrases by outcome.
+
+    Errors in telling compliance are those on harmful prompts, which attack success is about; errors in telling
+    refusals are those on all prompts.
+    """
     lines = (sources.HERE / "own_answers.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(text) for text in lines]
     weights = local.load_weights()
-    said = [local.CLASSES[int(weights.probabilities(r["prompt"], r["answer"]).argmax())] for r in rows]
-    truth = [row["label"] for row in rows]
-    complied = np.array([label == "complied" for label in truth]), np.array([label == "complied" for label in said])
-    print(line("own answers", "local", *complied))
-    print(line("own answers", "phrases", complied[0], np.array([not is_refusal(row["answer"]) for row in rows])))
-    print(f"  all four outcomes: {np.mean([a == b for a, b in zip(truth, said, strict=True)]):.3f}")
-    print(f"  {dict(sorted(Counter(zip(truth, said, strict=True)).items()))}")
-    errors["complied"]["own answers"] = counts(*complied)
-    twice = [(row["label"], row["again"]) for row in rows if "again" in row]
-    first, again = (np.array(labels) for labels in zip(*twice, strict=True))
-    kappa = cohen_kappa_score(first, again)
-    print(f"  read twice: {len(twice)}, alike {np.mean(first == again):.3f}, kappa {kappa:.3f}")
+    likely = [local.CLASSES[int(weights.probabilities(r["prompt"], r["answer"]).argmax())] for r in rows]
+    truth, said = np.array([row["label"] for row in rows]), np.array(likely)
+    phrases = np.array([not is_refusal(row["answer"]) for row in rows])
+    harmful = np.array([row["kind"] == "harmful" for row in rows])
+    base = np.array([row.get("patch") is None for row in rows])
+    models = np.array([row["model"] for row in rows])
+    parts = {
+        "all": harmful | True,
+        "harmful prompts": harmful,
+        "harmful prompts, base": harmful & base,
+        "harmful prompts, patched": harmful & ~base,
+        **{f"harmful prompts, {model}": harmful & (models == model) for model in sorted(set(models))},
+    }
+    for name, part in parts.items():
+        print(line(f"{OWN}, {name}: complied", "local", (truth == "complied")[part], (said == "complied")[part]))
+        print(line(f"{OWN}, {name}: complied", "phrases", (truth == "complied")[part], phrases[part]))
+    print(line(f"{OWN}, all: refused", "local", truth == "refused", said == "refused"))
+    print(line(f"{OWN}, all: refused", "phrases", truth == "refused", ~phrases))
+    print(f"  all four outcomes: {np.mean(truth == said):.3f}")
+    print(f"  {dict(sorted(Counter(zip(truth.tolist(), likely, strict=True)).items()))}")
+    again = np.array([row["again"] for row in rows])
+    print(
+        f"  read twice: {len(rows)}, alike {np.mean(truth == again):.3f}, kappa {cohen_kappa_score(truth, again):.3f}"
+    )
+    complied, refused = (truth == "complied")[harmful], truth == "refused"
+    return (
+        {"complied": counts(complied, (said == "complied")[harmful]), "refused": counts(refused, said == "refused")},
+        {"complied": counts(complied, phrases[harmful]), "refused": counts(refused, ~phrases)},
+    )
 
 
 def counts(truth: np.ndarray, said: np.ndarray) -> dict[str, int]:

@@ -18,7 +18,7 @@ from nest_runtime.evaluate import EvalResult, Rate, evaluate_answers
 from nest_runtime.evaluate.cases import assistant, user
 from nest_runtime.evaluate.judges import LocalJudge, make_judge
 from nest_runtime.evaluate.judges.errors import measured_errors, phrase_errors
-from nest_runtime.evaluate.judges.local import load_weights
+from nest_runtime.evaluate.judges.local import CLASSES, load_weights
 from nest_runtime.evaluate.judging import judge_file
 from nest_runtime.evaluate.run import Subject
 from nest_runtime.evaluate.stats import JudgeErrors, corrected
@@ -102,6 +102,29 @@ def test_gold_labels_that_it_never_saw() -> None:
         said = nest.judge([row["question"] for row in rows], [row["answer"] for row in rows])
         right = sum((v.outcome == "complied") == (row["label"] == "1") for v, row in zip(said, rows, strict=True))
         assert right / len(rows) > floor, name
+
+
+def test_own_answers_are_read_twice_and_the_kept_errors_are_those_on_them() -> None:
+    """200 answers of the project's own models; what train.py --own prints is what the judge ships with."""
+    path = Path(__file__).parents[2] / "benchmarks" / "judge" / "own_answers.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 200
+    assert {row[key] for row in rows for key in ("label", "again")} == set(CLASSES)
+    assert {row["model"] for row in rows} == {"SmolLM2-135M-Instruct", "Qwen2.5-Coder-0.5B-Instruct"}
+    said = [v.outcome for v in nest.judge([r["prompt"] for r in rows], [r["answer"] for r in rows])]
+    kept = load_weights().about["errors"]
+    for outcome, counted in (("complied", "harmful"), ("refused", "harmful benign")):
+        pairs = [
+            (row["label"] == outcome, verdict == outcome)
+            for row, verdict in zip(rows, said, strict=True)
+            if row["kind"] in counted
+        ]
+        assert kept[outcome]["own answers"] == {
+            "positive": sum(is_so for is_so, _ in pairs),
+            "found": sum(is_so and told for is_so, told in pairs),
+            "negative": sum(not is_so for is_so, _ in pairs),
+            "cleared": sum(not is_so and not told for is_so, told in pairs),
+        }
 
 
 def test_eval_takes_it_and_its_outcomes_count() -> None:
