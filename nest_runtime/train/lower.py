@@ -1,4 +1,4 @@
-"""The layers below the lowest patched one: training never changes their output, so each row passes them once.
+"""The layers below the lowest patched one: training never changes their output, so they need no second pass.
 
 A pass that continues from kept states runs the model's own forward with those layers replaced, so masks, rotary
 tables and the rest of the decoder stay its own. The result is compared once with a whole pass. If it differs, or the
@@ -39,6 +39,7 @@ class LowerLayers:
         self.layers, self.count = decoder_layers(model, lowest) if lowest is not None else (None, 0)
         self.tuples = False  # whether layers give their states in a tuple
         self._kept: dict[tuple[int, ...], torch.Tensor] = {}  # by the row's tokens: (tokens, d)
+        self._entered: dict[tuple[int, ...], torch.Tensor] = {}  # those of the batch at hand
         self._bytes = 0
         if self.layers is not None and not self._agrees():
             self.layers = None
@@ -64,6 +65,18 @@ class LowerLayers:
             padded[index, : len(state)] = state
         return self._leave(padded, batch.ids, batch.mask)
 
+    @contextmanager
+    def entered(self, batch: Batch) -> Iterator[None]:
+        """A context in which the batch's rows are not run again: all go through together, and nothing is kept."""
+        if self.usable and not batch.inputs:
+            states = self._enter(batch.ids, batch.mask).detach()
+            keys = map(_key, batch.rows)
+            self._entered = {key: state[: len(key)] for key, state in zip(keys, states, strict=True)}
+        try:
+            yield
+        finally:
+            self._entered = {}
+
     def _state(self, row: Row, device: torch.device) -> torch.Tensor:
         """A row's states (tokens, d), kept while there is room.
 
@@ -71,7 +84,7 @@ class LowerLayers:
         the bits of one that was not.
         """
         key = _key(row)
-        kept = self._kept.get(key)
+        kept = self._entered.get(key, self._kept.get(key))
         if kept is not None:
             return kept
         ids, mask = pad_rows([key], key[-1], device, width_multiple(self.model, len(key)))

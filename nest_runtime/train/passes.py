@@ -1,9 +1,9 @@
-"""Passes of the model for tuning: answer tokens only, logits slice by slice, lower layers once a row."""
+"""Passes of the model for tuning: answer tokens only, logits slice by slice, lower layers and the base only once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from nest_runtime.train.forward import Readout, device_of, dtype_of, even_batche
 from nest_runtime.train.lower import LowerLayers, decoder_layers
 from nest_runtime.train.objective import BaseAnswer, slices_of, summed
 from nest_runtime.train.recipe import Recipe
+
+OFTEN = 2  # steps that a row must be in, on average, before what the base computes of it is worth keeping
 
 
 class Passes:
@@ -31,10 +33,12 @@ class Passes:
         self.model, self.deltas, self.pad, self.settings = model, deltas, pad, settings
         self.readout, self.lower = Readout(model), LowerLayers(model, deltas.lowest)
         self.ablation: RefusalAblation | None = None
+        self.keeps = True  # whether what the base computes of a row is kept for the row's next step
         self._base: dict[tuple[int, ...], BaseAnswer] = {}  # of benign rows, by their tokens
 
     def prepare(self, train: Sequence[Row]) -> None:
-        """Find the directions to ablate, if the recipe asks for it."""
+        """See whether rows come again, and find the directions to ablate if the recipe asks for it."""
+        self.keeps = self.settings.steps * self.settings.batch_size > OFTEN * len(train)
         lowest, classes = self.deltas.lowest, {row.harmful for row in train}
         layers, first = (None, 0) if lowest is None else decoder_layers(self.model, lowest)
         if self.settings.ablation and layers is not None and len(classes) == 2:
@@ -58,6 +62,10 @@ class Passes:
             chosen = [rows[index] for index in positions]
             multiple = width_multiple(self.model, max(lengths[index] for index in positions))
             yield make_batch(chosen, self.pad, device_of(self.model), dtype_of(self.model), multiple)
+
+    def entered(self, batch: Batch) -> AbstractContextManager[None]:
+        """A context in which the lower layers have been through the batch, where rows are not kept."""
+        return nullcontext() if self.keeps else self.lower.entered(batch)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Hidden states (answer tokens, d) that the head reads, in the model's dtype."""
@@ -84,19 +92,34 @@ class Passes:
 
     def base_answers(self, batch: Batch) -> BaseAnswer:
         """The base's distributions at the batch's answer tokens; those of its own benign answers, zeros at others."""
-        for row in batch.rows:
-            if stays_near_base(row) and _key(row) not in self._base:  # each alone, as in lower.py
-                (alone,) = self.batches([row])
-                with self.base():
-                    self._base[_key(row)] = BaseAnswer.join([BaseAnswer.of(part) for _, part in self.slices(alone)])
-        width = next((self._base[_key(row)].tokens.shape[1] for row in batch.rows if stays_near_base(row)), 1)
+        near = [row for row in batch.rows if stays_near_base(row)]
+        if self.keeps:
+            for row in near:
+                if _key(row) not in self._base:  # each alone, as in lower.py
+                    (alone,) = self.batches([row])
+                    self._base[_key(row)] = self._base_answer(alone)
+            known = self._base
+        else:
+            known = self._base_together(near, batch)
+        width = next((known[_key(row)].tokens.shape[1] for row in near), 1)
         joined = BaseAnswer.join(
-            [
-                self._base[_key(row)] if stays_near_base(row) else _no_answer(len(row.answer), width)
-                for row in batch.rows
-            ]
+            [known[_key(row)] if stays_near_base(row) else _no_answer(len(row.answer), width) for row in batch.rows]
         )
         return BaseAnswer(joined.tokens.to(batch.ids.device), joined.logs.to(batch.ids.device))
+
+    def _base_together(self, rows: Sequence[Row], batch: Batch) -> dict[tuple[int, ...], BaseAnswer]:
+        """The base's distributions for some rows of a batch, by the rows' tokens, in one pass of the batch's width."""
+        if not rows:
+            return {}
+        part = make_batch(rows, self.pad, batch.ids.device, dtype_of(self.model), batch.ids.shape[1])
+        whole, lengths = self._base_answer(part), [len(row.answer) for row in rows]
+        tokens, logs = whole.tokens.split(lengths), whole.logs.split(lengths)
+        return {_key(row): BaseAnswer(*pair) for row, *pair in zip(rows, tokens, logs, strict=True)}
+
+    def _base_answer(self, batch: Batch) -> BaseAnswer:
+        """The base's distributions at all answer tokens of a batch."""
+        with self.base():
+            return BaseAnswer.join([BaseAnswer.of(part) for _, part in self.slices(batch)])
 
 
 def stays_near_base(row: Row) -> bool:

@@ -1,7 +1,7 @@
 """Tuning: learn the cluster rows by supervised fine-tuning, everything else frozen.
 
 NeST step 3: refusals to harmful prompts, the base's own answers to benign ones; objective.py says what is minimized.
-Gradients start at the lowest patched layer (the layers below run once a row, lower.py) and logits are computed at
+Gradients start at the lowest patched layer (the layers below run once, lower.py) and logits are computed at
 answer tokens only, slice by slice. The trained numbers are float32 on a base of any dtype.
 Checkpoints hold everything a rerun needs to give the same bits. Several processes (workers.py) share each
 step's rows: every one adds up its part of the same loss, so that the sum of their gradients is one process's.
@@ -176,9 +176,10 @@ def _step(passes: Passes, optimizer: torch.optim.Optimizer, rows: Sequence[Row],
     counts, total = answer_counts(rows, settings), 0.0
     for number, batch in enumerate(passes.batches(team.share(rows))):
         ablated = nullcontext() if passes.ablation is None else passes.ablation.during(batch, 1000 * step + number)
-        base = passes.base_answers(batch) if settings.kl_weight else None
-        with torch.enable_grad(), ablated:
-            loss = loss_of(passes, batch, counts, base)
+        with passes.entered(batch):
+            base = passes.base_answers(batch) if settings.kl_weight else None
+            with torch.enable_grad(), ablated:
+                loss = loss_of(passes, batch, counts, base)
         total += float(loss.detach())
         if loss.requires_grad:
             loss.backward()

@@ -189,8 +189,13 @@ def test_no_steps_is_a_patch_that_changes_nothing(loaded: Any) -> None:
     assert not any(bool(part.deltas.any()) for part in deltas.sites)
 
 
+@pytest.mark.parametrize("often", [2, 1000])
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
-def test_an_interrupted_run_ends_with_the_same_bits(loaded: Any, tmp_path: Path, schedule: str) -> None:
+def test_an_interrupted_run_ends_with_the_same_bits(
+    loaded: Any, tmp_path: Path, schedule: str, often: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both where rows come again, so that what the base computes of them is kept, and where they do not."""
+    monkeypatch.setattr("nest_runtime.train.passes.OFTEN", often)
     rows, settings = some_rows(loaded), QUICK.evolve(schedule=schedule, kl_weight=0.5)
 
     def run(workdir: Path | None, stop: int = 0) -> tuple[dict[str, torch.Tensor], Any]:
@@ -368,6 +373,35 @@ def test_lower_layers_run_once_and_change_nothing(tmp_path: Path, model_class: s
     assert len(calls) == 3  # the whole pass, and one for each row
     for found in (first, second):
         torch.testing.assert_close(found[batch.where], whole[batch.where], atol=1e-5, rtol=1e-4)
+
+
+def test_rows_that_come_once_go_through_the_base_together_and_nothing_of_them_is_kept(loaded: Any) -> None:
+    top, rows = [site for site in some_sites(loaded.model) if site.layer], some_rows(loaded)
+    answers, losses, passes_made = [], [], []
+    for steps in (0, 10_000):  # rows come never, or again and again
+        deltas = Deltas(loaded.model, find_projections(loaded.model), top, "learned")
+        randomize(deltas)
+        with deltas.attached(), torch.no_grad():
+            passes = Passes(loaded.model, deltas, 0, QUICK.evolve(steps=steps, kl_weight=1.0, step_tokens=4096))
+            passes.prepare(rows)
+            assert passes.keeps == (steps > 0)
+            calls: list[int] = []
+            handle = passes.lower.layers[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))  # type: ignore[index]
+            batch = make_batch(rows, 0, torch.device("cpu"))
+            for _ in range(2):
+                with passes.entered(batch):
+                    base = passes.base_answers(batch)
+                    loss = loss_of(passes, batch, None, base)
+            handle.remove()
+            answers.append(base)
+            losses.append(loss)
+            passes_made.append(len(calls))
+    near = torch.tensor([not row.harmful for row in rows]).repeat_interleave(
+        torch.tensor([len(r.answer) for r in rows])
+    )
+    torch.testing.assert_close(answers[0].logs[near], answers[1].logs[near], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-4, rtol=1e-4)
+    assert passes_made == [2, len(rows)]  # one a batch, one a row
 
 
 def test_rows_of_like_length_share_a_pass() -> None:
