@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nest_runtime.model.anatomy import Projection, unwrap
-from nest_runtime.train.forward import device_of, hidden_states, pad_rows, width_multiple
+from nest_runtime.train.forward import device_of, pad_rows, tuned_states, width_multiple
 
 if TYPE_CHECKING:
     from nest_runtime.train.batches import Batch, Row
@@ -57,7 +57,7 @@ class LowerLayers:
             rows: the same, in order; states are kept under their tokens.
         """
         if not self.usable or batch.inputs:  # images are put in place by the decoder itself
-            return hidden_states(self.model, batch.ids, batch.mask, batch.inputs)
+            return tuned_states(self.model, batch.ids, batch.mask, batch.inputs)
         entered = [self._state(row, batch.ids.device) for row in rows]
         width = batch.ids.shape[1]
         padded = entered[0].new_zeros(len(rows), width, entered[0].shape[-1])
@@ -99,13 +99,13 @@ class LowerLayers:
         caught: list[torch.Tensor] = []
 
         def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught.append(args[0] if args else kwargs["hidden_states"])
+            caught.append(args[0] if args else kwargs["tuned_states"])
             raise _Enough
 
         handle = self.layers[self.count].register_forward_pre_hook(catch, with_kwargs=True)  # type: ignore[index]
         try:
             with torch.no_grad():
-                hidden_states(self.model, ids, mask)
+                tuned_states(self.model, ids, mask)
         except _Enough:
             pass
         finally:
@@ -115,7 +115,7 @@ class LowerLayers:
     def _leave(self, states: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The rest of the pass, (rows, width, d), from states (rows, width, d) that enter the lowest patched layer."""
         with self._skipped(states.to(device_of(self.model))):
-            return hidden_states(self.model, ids, mask)
+            return tuned_states(self.model, ids, mask)
 
     @contextmanager
     def _skipped(self, states: torch.Tensor) -> Iterator[None]:
@@ -138,7 +138,7 @@ class LowerLayers:
         try:
             with torch.no_grad():
                 with self._learned_form():
-                    whole = hidden_states(self.model, ids, mask).float()
+                    whole = tuned_states(self.model, ids, mask).float()
                 ours = self._leave(self._enter(ids, mask), ids, mask).float()
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             return False  # a decoder that its layers' places do not suffice for
@@ -175,7 +175,7 @@ class _Skip(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         states = self.__dict__["_states"]
         if states is None:
-            states = args[0] if args else kwargs["hidden_states"]
+            states = args[0] if args else kwargs["tuned_states"]
         return (states,) if self.__dict__["_in_tuple"] else states
 
 

@@ -13,10 +13,12 @@ from typing import Any
 
 from nest_runtime.train.lower import KEPT_BYTES
 from nest_runtime.train.objective import SLICE_NUMBERS
+from nest_runtime.train.passes import OFTEN
 from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.sizes import SCALES, Load, Shape, Speed
 
-EFFICIENCY = 0.6  # of a large matrix product's speed, in a whole model
+EFFICIENCY = 0.45  # of the speed of its FFNs, in a whole model (measured on two models, docs/guide/scale.md)
+HEAP = 1.5  # resident bytes for a byte of a step's tensors, at the peak (measured on two models, real-models.md)
 FRAMED_TOKENS = 50  # that a framing adds to a prompt, on average of those within framed_characters (360)
 PROBE_PASSES = 60  # of the L-BFGS probe over its activations, each reading them twice
 
@@ -77,11 +79,12 @@ def tune_memory(shape: Shape, recipe: Recipe, load: Load, trained: int) -> int:
     """Of a step: what the backward pass keeps above the lowest patched layer, logits of answers, the optimizer."""
     row = load.prompt_tokens + load.answer_tokens
     tokens = min(recipe.batch_size * row, max(recipe.step_tokens, row))
-    kept = tokens * shape.itemsize * (10 * shape.hidden + 3 * shape.widest)
+    kept = tokens * (shape.itemsize * (14 * shape.hidden + 4 * shape.widest) + 31 * shape.hidden)  # the last in float32
     layers = max(round(shape.layers * shape.lowest), 1)
     logits = min(recipe.batch_size * load.answer_tokens * shape.vocabulary, SLICE_NUMBERS) * 4 * 4
-    states = min(KEPT_BYTES, _rows_seen(recipe, load) * load.mean * shape.hidden * shape.itemsize)
-    return int(kept * layers + logits + states + trained * 4 * 5)  # value, gradient, two moments, the best so far
+    states = _rows_seen(recipe, load) * load.mean * shape.hidden * shape.itemsize if _kept(recipe, load) else 0
+    numbers = trained * 4 * 5  # value, gradient, two moments, the best so far
+    return int(HEAP * (kept * layers + logits) + min(KEPT_BYTES, states) + numbers)
 
 
 def kept_share(recipe: Recipe) -> float:
@@ -145,7 +148,7 @@ def _tune_seconds(shape: Shape, recipe: Recipe, load: Load, speed: Speed) -> flo
     upper = shape.lowest * _forward(shape, rows, speed)
     base = (1 - recipe.harmful_share) * upper if recipe.kl_weight else 0.0  # the base's own distributions, once a row
     once = (1 - shape.lowest) * _forward(shape, rows, speed)  # the layers below
-    new = min(_rows_seen(recipe, load) / max(recipe.steps * recipe.batch_size, 1), 1.0)
+    new = min(_rows_seen(recipe, load) / max(recipe.steps * recipe.batch_size, 1), 1.0) if _kept(recipe, load) else 1.0
     head = 2 * 2 * shape.head * recipe.batch_size * load.answer / (speed.flops * EFFICIENCY)
     step = 2 * upper + new * (base + once) + head  # no gradient of frozen weights
     fraction, most = recipe.validation_fraction, recipe.validation_most
@@ -165,6 +168,11 @@ def _prompt(recipe: Recipe, load: Load) -> float:
     """Tokens of a prompt that is tuned on, framed ones among them, on average."""
     framed = _copies(recipe) / (1 + _copies(recipe))
     return load.mean - load.answer + framed * FRAMED_TOKENS
+
+
+def _kept(recipe: Recipe, load: Load) -> bool:
+    """Whether rows come often enough that what the base computes of them is kept (passes.py)."""
+    return recipe.steps * recipe.batch_size > OFTEN * (2 + _copies(recipe)) * load.prompts
 
 
 def _rows_seen(recipe: Recipe, load: Load) -> float:

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear, rms_norm, silu
 
 from nest_runtime.model.anatomy import Projection, find_projections, unwrap
 from nest_runtime.train.locate import chosen_projections
 from nest_runtime.train.recipe import Recipe
 
+LARGEST = 8192  # of an FFN's sizes that speed is measured with
 SCALES = {"float32": 4, "bfloat16": 2, "float16": 2}
 REFUSAL_TOKENS = 12  # of the built-in ones, with their end
 
@@ -153,15 +155,44 @@ def load_of(harmful: Sequence[Any], benign: Sequence[Any], recipe: Recipe) -> Lo
     )
 
 
-def measure_speed(device: str, dtype: str, seconds: float = 0.2) -> Speed:
-    """The device's speed, by a matrix product in the dtype and a copy, each repeated for some time."""
+def measure_speed(
+    device: str, dtype: str, ffn: tuple[int, int, int] = (512, 1024, 4096), seconds: float = 0.4
+) -> Speed:
+    """The device's speed, by gated FFNs forward and backward, and by a copy, each repeated for some time.
+
+    One large product says too much: those of a small model are slower for their size, and its weights come from memory.
+
+    Args:
+        device: where they are made.
+        dtype: of the FFNs.
+        ffn: tokens, inputs and neurons, a model's own. Each counts as ``LARGEST`` at most.
+        seconds: how long each is repeated.
+    """
     cuda = device.startswith("cuda")
-    size = 8192 if cuda else 1024
-    left = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    tokens, inputs, neurons = (min(size, LARGEST) for size in ffn)
+    kind = getattr(torch, dtype)
+    layers = max(min(2**27 // (3 * inputs * neurons), 8), 2)
+    weights = [
+        [
+            torch.randn(size, device=device).to(kind)
+            for size in ((neurons, inputs), (neurons, inputs), (inputs, neurons))
+        ]
+        for _ in range(layers)
+    ]
+    states = torch.randn(tokens, inputs, device=device).to(kind).requires_grad_(True)
+
+    def step() -> None:
+        passed = states
+        for gate, up, down in weights:
+            normed = rms_norm(passed.float(), (inputs,)).to(kind)
+            passed = passed + 1e-3 * linear(silu(linear(normed, gate)) * linear(normed, up), down)
+        passed.sum().backward()
+
     block = torch.empty((1024 if cuda else 64) * 2**20, dtype=torch.uint8, device=device)
     other = torch.empty_like(block)
-    product = _rate(lambda: left @ left, device, seconds) * 2 * size**3
-    return Speed(product, _rate(lambda: other.copy_(block), device, seconds) * 2 * block.numel(), measured=True)
+    with torch.enable_grad():
+        flops = _rate(step, device, seconds) * 2 * 2 * 3 * layers * tokens * inputs * neurons
+    return Speed(flops, _rate(lambda: other.copy_(block), device, seconds) * 2 * block.numel(), measured=True)
 
 
 def _rate(step: Any, device: str, seconds: float) -> float:

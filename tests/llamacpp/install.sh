@@ -25,7 +25,8 @@ if [ ! -d "$source" ]; then
   tar -xzf "$source.tar.gz" -C "$where"
 fi
 if ! "$where/bin/python" -c "import llama_cpp" 2>/dev/null; then
-  CMAKE_ARGS="-DLLAMA_OPENSSL=OFF" "$where/bin/pip" install -q --no-deps --no-build-isolation \
+  # Not for this very processor: what the compiler knows of it is more than some virtual machines can (AMX: SIGILL).
+  CMAKE_ARGS="-DLLAMA_OPENSSL=OFF -DGGML_NATIVE=OFF" "$where/bin/pip" install -q --no-deps --no-build-isolation \
     --no-binary llama-cpp-python -C build-dir="$where/build" "$source"
 fi
 if [ ! -x "$where/bin/llama-server" ]; then

@@ -80,7 +80,8 @@ def plan(
     kind, notes = _dtype(empty.config, dtype)
     shape = shape_of(empty, kind, recipe)
     load = _load(harmful, benign, model, prompt_tokens, recipe)
-    found = estimate(shape, recipe, load, _speed(place, kind, tflops, gbps))
+    ffn = (recipe.step_tokens, shape.hidden, shape.widest)
+    found = estimate(shape, recipe, load, _speed(place, kind, ffn, tflops, gbps))
     memory, total = _memory(place)
     document = {"model": name, "dtype": kind, "device": place, **found, "notes": notes}
     peak = found["weights_bytes"] + max(stage["memory_bytes"] for stage in found["stages"].values())
@@ -119,11 +120,11 @@ def _load(harmful: str | None, benign: str | None, model: str, prompt_tokens: in
     )
 
 
-def _speed(device: str, dtype: str, tflops: float | None, gbps: float | None) -> Speed:
+def _speed(device: str, dtype: str, ffn: tuple[int, int, int], tflops: float | None, gbps: float | None) -> Speed:
     from nest_runtime.train.sizes import Speed, measure_speed
 
     if tflops is None or gbps is None:
-        return measure_speed(device, dtype)
+        return measure_speed(device, dtype, ffn)
     return Speed(tflops * 1e12, gbps * 1e9)
 
 
