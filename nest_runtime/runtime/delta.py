@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from nest_runtime.runtime.fold import FoldRecord
 
 MAX_STACKS = 32  # mixtures of patches that a module remembers
+KEPT_PLACES = 4  # batches whose places a mixture remembers
+DECODED = 256  # tokens of a batch that is remembered: decoded ones come again, prompts do not
 Call = tuple[torch.Tensor, ...]  # a module's inputs, each with the tokens first: (x,), or those of experts
 
 
@@ -81,6 +83,15 @@ class ModuleDelta(Protocol):
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where the numbers of each token's own patch are, among those of all tokens and patches of one module."""
+
+    shared: torch.Tensor  # (m,) int64, in the flat (tokens, ΣK) product
+    outputs: torch.Tensor  # (m,) int64, in the flat (tokens, outputs) output
+    loadings: torch.Tensor | None  # (m,)
+
+
+@dataclass(frozen=True)
 class StackedTensors:
     """The updates of several patches on one module and device, end to end, so that they take one product together."""
 
@@ -89,6 +100,36 @@ class StackedTensors:
     clusters: torch.Tensor  # (Σn,) int64
     loadings: torch.Tensor | None  # (Σn,), None where all are one
     widths: tuple[int, ...]  # K of each patch, 0 where it leaves the module alone
+    counts: torch.Tensor  # (patches + 1,) int64 on the CPU: n of each patch; the last is the base's, 0
+    places: dict[tuple[int, ...], Places] = field(default_factory=dict)  # of the batches decoded last, by their owners
+
+    def places_of(self, owners: tuple[int, ...], outputs: int) -> Places:
+        """The places for a batch whose tokens belong to these patches, by number, -1 for the base.
+
+        A batch that is decoded asks with the same owners at every pass: those of a few are kept.
+
+        Args:
+            owners: each token's patch.
+            outputs: the module's outputs.
+        """
+        found = self.places.get(owners)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                owner = torch.tensor(owners)
+                each = self.counts[owner]
+                token = torch.arange(len(owners)).repeat_interleave(each)
+                first = (self.counts.cumsum(0) - self.counts)[owner] - (each.cumsum(0) - each)
+                entry = first.repeat_interleave(each) + torch.arange(len(token))
+                found = Places(
+                    token * len(self.deltas) + self.clusters[entry],
+                    token * outputs + self.rows[entry],
+                    None if self.loadings is None else self.loadings[entry],
+                )
+            if len(owners) <= DECODED:
+                if len(self.places) >= KEPT_PLACES:
+                    self.places.clear()
+                self.places[owners] = found
+        return found
 
 
 class Members:
@@ -101,7 +142,7 @@ class Members:
     """
 
     def __init__(self, owners: Sequence[int], patches: int, device: torch.device) -> None:
-        self._owners = owners
+        self.owners = tuple(owners)
         self._patches = patches
         self._device = device
         self._others: dict[tuple[int, ...], torch.Tensor] = {}
@@ -118,7 +159,7 @@ class Members:
                 for owner in range(-1, self._patches)
             ]
             table = torch.tensor(rows)  # a row for the base, and one for each patch
-            index = torch.tensor([owner + 1 for owner in self._owners])
+            index = torch.tensor([owner + 1 for owner in self.owners])
             found = self._others[widths] = table.index_select(0, index).to(self._device)
         return found
 
@@ -185,8 +226,9 @@ class LinearDelta:
 def add_mixed(deltas: Sequence[LinearDelta | None], members: Members, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """A linear module's outputs when every token has its own patch; ``y`` is never written to.
 
-    Each patch's update is computed for all tokens and kept for its own tokens. These few extra rows of arithmetic cost
-    less than sorting the tokens by patch and back at every module.
+    Each patch's product is computed for all tokens. These few extra rows of arithmetic cost less than sorting tokens by
+    patch and back at every module. On a CPU only the numbers of each token's own patch are then taken from it. On other
+    devices, where small operations cost more than their arithmetic, the others are set to zero.
 
     Args:
         deltas: each patch's update, None if it leaves this module alone.
@@ -206,7 +248,14 @@ def add_mixed(deltas: Sequence[LinearDelta | None], members: Members, x: torch.T
         if len(first.stacks) >= MAX_STACKS:
             first.stacks.clear()
         stack = first.stacks[key] = _stack(*key)
-    shared = F.linear(x, stack.deltas).masked_fill(members.others(stack.widths), 0.0)  # (tokens, ΣK)
+    shared = F.linear(x, stack.deltas)  # (tokens, ΣK)
+    if x.device.type == "cpu":
+        places = stack.places_of(members.owners, y.shape[-1])
+        update = shared.reshape(-1).index_select(0, places.shared)  # (m,)
+        if places.loadings is not None:
+            update = update * places.loadings
+        return y.reshape(-1).index_add(0, places.outputs, update.to(y.dtype)).reshape(y.shape)
+    shared = shared.masked_fill(members.others(stack.widths), 0.0)
     update = shared.index_select(-1, stack.clusters)  # (tokens, Σn)
     if stack.loadings is not None:
         update = update * stack.loadings
@@ -228,6 +277,7 @@ def _stack(deltas: Sequence[LinearDelta | None], device: torch.device, dtype: to
             torch.cat(clusters),
             torch.cat(factors) if any(part.loadings is not None for _, part in parts) else None,
             tuple(0 if delta is None else delta.n_clusters for delta in deltas),
+            torch.tensor([0 if delta is None else delta.n_neurons for delta in deltas] + [0]),
         )
         settle([device])
         return stacked
