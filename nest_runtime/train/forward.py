@@ -118,8 +118,8 @@ def tuned_states(
 ) -> torch.Tensor:
     """As :func:`hidden_states`, for tuning: with the attention whose backward pass is the faster one.
 
-    On a CPU the backward pass of torch's fused attention takes twice as long for short rows as that of the plain
-    products.
+    Gives (rows, width, d) in the model's dtype, of ids and mask (rows, width) int64. On a CPU the backward pass of
+    torch's fused attention takes twice as long for short rows as that of the plain products.
     """
     short = ids.device.type == "cpu" and ids.shape[1] <= SHORT
     with sdpa_kernel(SDPBackend.MATH) if short else nullcontext():

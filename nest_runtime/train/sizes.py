@@ -182,6 +182,7 @@ def measure_speed(
     states = torch.randn(tokens, inputs, device=device).to(kind).requires_grad_(True)
 
     def step() -> None:
+        """All FFNs, one after another, forward and backward."""
         passed = states
         for gate, up, down in weights:
             normed = rms_norm(passed.float(), (inputs,)).to(kind)
