@@ -106,6 +106,25 @@ def test_rows_of_a_batch_under_different_patches(
         assert close(mixed[row], alone[key][0])
 
 
+def test_patches_of_unlike_sizes_in_batches_that_change(runtime: PatchRuntime) -> None:
+    """Where a token's own numbers are is worked out for a batch: others come and go, long ones among them."""
+    model = runtime.model
+    names = [site.name for site in runtime.patches["v1"].sites]
+    for seed, (neurons, empty) in enumerate(((3, ()), (17, names[:1]), (29, names[1:]))):
+        runtime.add(make_patch(model, version=f"w{seed}", seed=seed, neurons=neurons, scale=0.3, empty=empty))
+    keys = (*KEYS, "w0", "w1", "w2")
+    single = {}
+    for key in keys:
+        with runtime.using(key):
+            single[key] = logits(runtime, IDS)
+    for turn in range(12):
+        order = [keys[(turn * place + place) % len(keys)] for place in range(4 if turn % 3 else 60)]
+        with runtime.using_rows(order):
+            mixed = logits(runtime, IDS.repeat(len(order), 1))
+        for row, key in enumerate(order):
+            assert close(mixed[row], single[key][0])
+
+
 def test_generate_with_rows_equals_each_alone(runtime: PatchRuntime) -> None:
     options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
     single = {}
