@@ -7,7 +7,7 @@ tokens only, and locating needs none.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -113,16 +113,20 @@ def hidden_states(
     return decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False, **passed).last_hidden_state
 
 
+def tuning_attention(ids: torch.Tensor) -> AbstractContextManager[None]:
+    """A context in which attention over ids (rows, width) int64 is computed as is fastest forward and backward.
+
+    On a CPU the backward pass of torch's fused attention takes twice as long for short rows as that of the plain
+    products. The backward pass goes in it too: checkpointed layers run forward there once more.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if ids.device.type == "cpu" and ids.shape[1] <= SHORT else nullcontext()
+
+
 def tuned_states(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, inputs: Mapping[str, torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """As :func:`hidden_states`, for tuning: with the attention whose backward pass is the faster one.
-
-    Gives (rows, width, d) in the model's dtype, of ids and mask (rows, width) int64. On a CPU the backward pass of
-    torch's fused attention takes twice as long for short rows as that of the plain products.
-    """
-    short = ids.device.type == "cpu" and ids.shape[1] <= SHORT
-    with sdpa_kernel(SDPBackend.MATH) if short else nullcontext():
+    """As :func:`hidden_states`, for tuning: (rows, width, d) in the model's dtype, of ids and mask (rows, width)."""
+    with tuning_attention(ids):
         return hidden_states(model, ids, mask, inputs)
 
 

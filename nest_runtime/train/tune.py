@@ -26,6 +26,7 @@ from nest_runtime.progress import Progress
 from nest_runtime.prompts.generate import pad_token_id
 from nest_runtime.train.batches import OPENING, Batch, Row, step_rows
 from nest_runtime.train.deltas import Deltas
+from nest_runtime.train.forward import tuning_attention
 from nest_runtime.train.objective import ONSET, BaseAnswer, margin, token_loss
 from nest_runtime.train.passes import Passes
 from nest_runtime.train.recipe import Recipe
@@ -182,7 +183,8 @@ def _step(passes: Passes, optimizer: torch.optim.Optimizer, rows: Sequence[Row],
                 loss = loss_of(passes, batch, counts, base)
         total += float(loss.detach())
         if loss.requires_grad:
-            loss.backward()
+            with tuning_attention(batch.ids):
+                loss.backward()
     value = team.sum([total])[0]
     if not math.isfinite(value):
         raise TrainingError(f"the loss is {value} at step {step}", "lower lr, or train in bfloat16 or float32")
