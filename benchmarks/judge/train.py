@@ -3,7 +3,7 @@
 DIR holds clones (or bare mirrors) of the repositories that sources.py names. Writes local.json and local.safetensors
 beside nest_runtime/evaluate/judges/local.py, then prints, for every source of gold labels, how often the judge and the
 refusal phrases are right. A quarter of Safe-RLHF mini and of JAILJUDGE mini was looked at while the judge was made;
-figures are of the other three quarters. `--measure` only measures what is shipped, `--own` only on answers of our own.
+figures are of the other three quarters. `--measure` only measures what is shipped; `--own` does on answers of our own.
 """
 
 from __future__ import annotations
@@ -240,9 +240,8 @@ def own() -> tuple[dict[str, dict], dict[str, dict]]:
     print(f"  all four outcomes: {np.mean(truth == said):.3f}")
     print(f"  {dict(sorted(Counter(zip(truth.tolist(), likely, strict=True)).items()))}")
     again = np.array([row["again"] for row in rows])
-    print(
-        f"  read twice: {len(rows)}, alike {np.mean(truth == again):.3f}, kappa {cohen_kappa_score(truth, again):.3f}"
-    )
+    alike, kappa = np.mean(truth == again), cohen_kappa_score(truth, again)
+    print(f"  read twice: {len(rows)}, alike {alike:.3f}, kappa {kappa:.3f}")
     complied, refused = (truth == "complied")[harmful], truth == "refused"
     return (
         {"complied": counts(complied, (said == "complied")[harmful]), "refused": counts(refused, said == "refused")},

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from nest_runtime.runtime.fold import FoldRecord
 
 MAX_STACKS = 32  # mixtures of patches that a module remembers
-KEPT_PLACES = 4  # batches whose places a mixture remembers
-DECODED = 256  # tokens of a batch that is remembered: decoded ones come again, prompts do not
+DECODED = 256  # tokens of a batch whose places are remembered: decoded ones come again, prompts do not
 Call = tuple[torch.Tensor, ...]  # a module's inputs, each with the tokens first: (x,), or those of experts
 
 
@@ -101,35 +100,25 @@ class StackedTensors:
     loadings: torch.Tensor | None  # (Σn,), None where all are one
     widths: tuple[int, ...]  # K of each patch, 0 where it leaves the module alone
     counts: torch.Tensor  # (patches + 1,) int64 on the CPU: n of each patch; the last is the base's, 0
-    places: dict[tuple[int, ...], Places] = field(default_factory=dict)  # of the batches decoded last, by their owners
 
-    def places_of(self, owners: tuple[int, ...], outputs: int) -> Places:
+    def places(self, owners: tuple[int, ...], outputs: int) -> Places:
         """The places for a batch whose tokens belong to these patches, by number, -1 for the base.
-
-        A batch that is decoded asks with the same owners at every pass: those of a few are kept.
 
         Args:
             owners: each token's patch.
             outputs: the module's outputs.
         """
-        found = self.places.get(owners)
-        if found is None:
-            with torch.inference_mode(False), torch.no_grad():
-                owner = torch.tensor(owners)
-                each = self.counts[owner]
-                token = torch.arange(len(owners)).repeat_interleave(each)
-                first = (self.counts.cumsum(0) - self.counts)[owner] - (each.cumsum(0) - each)
-                entry = first.repeat_interleave(each) + torch.arange(len(token))
-                found = Places(
-                    token * len(self.deltas) + self.clusters[entry],
-                    token * outputs + self.rows[entry],
-                    None if self.loadings is None else self.loadings[entry],
-                )
-            if len(owners) <= DECODED:
-                if len(self.places) >= KEPT_PLACES:
-                    self.places.clear()
-                self.places[owners] = found
-        return found
+        with torch.inference_mode(False), torch.no_grad():
+            owner = torch.tensor(owners)
+            each = self.counts[owner]
+            token = torch.arange(len(owners)).repeat_interleave(each)
+            first = (self.counts.cumsum(0) - self.counts)[owner] - (each.cumsum(0) - each)
+            entry = first.repeat_interleave(each) + torch.arange(len(token))
+            return Places(
+                token * len(self.deltas) + self.clusters[entry],
+                token * outputs + self.rows[entry],
+                None if self.loadings is None else self.loadings[entry],
+            )
 
 
 class Members:
@@ -177,7 +166,9 @@ class LinearDelta:
         self.n_neurons = sum(site.n_neurons for site, _ in sites)
         self.d_in = sites[0][0].d_in
         self._cached: tuple[torch.device, torch.dtype, DeltaTensors] | None = None
-        self.stacks: dict[Any, StackedTensors] = {}  # with those of other patches; kept by the first of them
+        # With those of other patches, kept by the first of them: mixtures, and places in the batch decoded last.
+        self.stacks: dict[Any, StackedTensors] = {}
+        self._placed: tuple[StackedTensors, tuple[int, ...], Places] | None = None
 
     def build(self, device: torch.device | str, dtype: torch.dtype) -> DeltaTensors:
         """The update's tensors from the frozen originals: one rounding, from the file's dtype to ``dtype``."""
@@ -206,6 +197,16 @@ class LinearDelta:
             settle([device])
             self._cached = cached
         return cached[2]
+
+    def places(self, stack: StackedTensors, owners: tuple[int, ...], outputs: int) -> Places:
+        """As ``StackedTensors.places``; those of the batch decoded last are kept, since its next pass asks for them."""
+        placed = self._placed
+        if placed is not None and placed[0] is stack and placed[1] == owners:
+            return placed[2]
+        found = stack.places(owners, outputs)
+        if len(owners) <= DECODED:
+            self._placed = (stack, owners, found)
+        return found
 
     def apply(self, module: nn.Module, call: Call, y: torch.Tensor, fold: FoldRecord | None) -> torch.Tensor:
         """Add the update; see ``ModuleDelta.apply``. ``call`` is (x,) with x [..., d_in], ``y`` is [..., outputs].
@@ -253,7 +254,7 @@ def add_mixed(deltas: Sequence[LinearDelta | None], members: Members, x: torch.T
         stack = first.stacks[key] = _stack(*key)
     shared = F.linear(x, stack.deltas)  # (tokens, ΣK)
     if x.device.type == "cpu":
-        places = stack.places_of(members.owners, y.shape[-1])
+        places = first.places(stack, members.owners, y.shape[-1])
         update = shared.reshape(-1).index_select(0, places.shared)  # (m,)
         if places.loadings is not None:
             update = update * places.loadings

@@ -11,12 +11,25 @@ import torch
 from nest_runtime.train.ablation import RefusalAblation
 from nest_runtime.train.batches import Batch, Row, make_batch
 from nest_runtime.train.deltas import Deltas
-from nest_runtime.train.forward import Readout, device_of, dtype_of, even_batches, padded, width_multiple
+from nest_runtime.train.forward import (
+    Readout,
+    device_of,
+    dtype_of,
+    even_batches,
+    padded,
+    tuning_attention,
+    width_multiple,
+)
 from nest_runtime.train.lower import LowerLayers, decoder_layers
 from nest_runtime.train.objective import BaseAnswer, slices_of, summed
 from nest_runtime.train.recipe import Recipe
 
 OFTEN = 2  # steps that a row must be in, on average, before what the base computes of it is worth keeping
+
+
+def comes_again(settings: Recipe, rows: int) -> bool:
+    """Whether rows come so often, out of so many, that what the base computes of a row is kept for its next step."""
+    return settings.steps * settings.batch_size > OFTEN * rows
 
 
 class Passes:
@@ -38,7 +51,7 @@ class Passes:
 
     def prepare(self, train: Sequence[Row]) -> None:
         """See whether rows come again, and find the directions to ablate if the recipe asks for it."""
-        self.keeps = self.settings.steps * self.settings.batch_size > OFTEN * len(train)
+        self.keeps = comes_again(self.settings, len(train))
         lowest, classes = self.deltas.lowest, {row.harmful for row in train}
         layers, first = (None, 0) if lowest is None else decoder_layers(self.model, lowest)
         if self.settings.ablation and layers is not None and len(classes) == 2:
@@ -76,14 +89,19 @@ class Passes:
         if self.readout.sliced:
             head = self.readout.head
             return summed(self.hidden(batch), self.readout.vocabulary, lambda piece, part: loss(head(piece), part))
-        logits = self.readout.logits(batch.ids, batch.mask, batch.where, batch.inputs)
+        logits = self._whole(batch)
         return loss(logits, slice(0, len(logits)))
+
+    def _whole(self, batch: Batch) -> torch.Tensor:
+        """Logits float32 (answer tokens, vocabulary) by the model's own pass, where the head cannot be sliced."""
+        with tuning_attention(batch.ids):
+            return self.readout.logits(batch.ids, batch.mask, batch.where, batch.inputs)
 
     def slices(self, batch: Batch) -> Iterator[tuple[slice, torch.Tensor]]:
         """Logits float32 (n, vocabulary) of the batch's answer tokens, slice by slice, without gradients."""
         with torch.no_grad():
             if not self.readout.sliced:
-                logits = self.readout.logits(batch.ids, batch.mask, batch.where, batch.inputs)
+                logits = self._whole(batch)
                 yield slice(0, len(logits)), logits
                 return
             hidden = self.hidden(batch)

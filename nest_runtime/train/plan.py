@@ -13,7 +13,7 @@ from typing import Any
 
 from nest_runtime.train.lower import KEPT_BYTES
 from nest_runtime.train.objective import SLICE_NUMBERS
-from nest_runtime.train.passes import OFTEN
+from nest_runtime.train.passes import comes_again
 from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.sizes import SCALES, Load, Shape, Speed
 
@@ -82,7 +82,8 @@ def tune_memory(shape: Shape, recipe: Recipe, load: Load, trained: int) -> int:
     kept = tokens * (shape.itemsize * (14 * shape.hidden + 4 * shape.widest) + 31 * shape.hidden)  # the last in float32
     layers = max(round(shape.layers * shape.lowest), 1)
     logits = min(recipe.batch_size * load.answer_tokens * shape.vocabulary, SLICE_NUMBERS) * 4 * 4
-    states = _rows_seen(recipe, load) * load.mean * shape.hidden * shape.itemsize if _kept(recipe, load) else 0
+    again = comes_again(recipe, _training_rows(recipe, load))
+    states = _rows_seen(recipe, load) * load.mean * shape.hidden * shape.itemsize if again else 0
     numbers = trained * 4 * 5  # value, gradient, two moments, the best so far
     return int(HEAP * (kept * layers + logits) + min(KEPT_BYTES, states) + numbers)
 
@@ -148,7 +149,8 @@ def _tune_seconds(shape: Shape, recipe: Recipe, load: Load, speed: Speed) -> flo
     upper = shape.lowest * _forward(shape, rows, speed)
     base = (1 - recipe.harmful_share) * upper if recipe.kl_weight else 0.0  # the base's own distributions, once a row
     once = (1 - shape.lowest) * _forward(shape, rows, speed)  # the layers below
-    new = min(_rows_seen(recipe, load) / max(recipe.steps * recipe.batch_size, 1), 1.0) if _kept(recipe, load) else 1.0
+    again = comes_again(recipe, _training_rows(recipe, load))
+    new = _rows_seen(recipe, load) / (recipe.steps * recipe.batch_size) if again else 1.0
     head = 2 * 2 * shape.head * recipe.batch_size * load.answer / (speed.flops * EFFICIENCY)
     step = 2 * upper + new * (base + once) + head  # no gradient of frozen weights
     fraction, most = recipe.validation_fraction, recipe.validation_most
@@ -170,14 +172,14 @@ def _prompt(recipe: Recipe, load: Load) -> float:
     return load.mean - load.answer + framed * FRAMED_TOKENS
 
 
-def _kept(recipe: Recipe, load: Load) -> bool:
-    """Whether rows come often enough that what the base computes of them is kept (passes.py)."""
-    return recipe.steps * recipe.batch_size > OFTEN * (2 + _copies(recipe)) * load.prompts
+def _training_rows(recipe: Recipe, load: Load) -> int:
+    """How many rows there are to tune on."""
+    return (2 + _copies(recipe)) * load.prompts
 
 
 def _rows_seen(recipe: Recipe, load: Load) -> float:
-    """How many different rows the steps see at most."""
-    return min(recipe.steps * recipe.batch_size, (2 + _copies(recipe)) * load.prompts)
+    """How many different ones the steps see at most."""
+    return min(recipe.steps * recipe.batch_size, _training_rows(recipe, load))
 
 
 def _copies(recipe: Recipe) -> int:

@@ -19,7 +19,7 @@ from nest_runtime.model.anatomy import Projection, find_projections, unwrap
 from nest_runtime.train.locate import chosen_projections
 from nest_runtime.train.recipe import Recipe
 
-LARGEST = 8192  # of an FFN's sizes that speed is measured with
+LARGEST = 4096  # of an FFN's sizes that speed is measured with
 SCALES = {"float32": 4, "bfloat16": 2, "float16": 2}
 REFUSAL_TOKENS = 12  # of the built-in ones, with their end
 
@@ -172,13 +172,8 @@ def measure_speed(
     tokens, inputs, neurons = (min(size, LARGEST) for size in ffn)
     kind = getattr(torch, dtype)
     layers = max(min(2**27 // (3 * inputs * neurons), 8), 2)
-    weights = [
-        [
-            torch.randn(size, device=device).to(kind)
-            for size in ((neurons, inputs), (neurons, inputs), (inputs, neurons))
-        ]
-        for _ in range(layers)
-    ]
+    sizes = ((neurons, inputs), (neurons, inputs), (inputs, neurons))
+    weights = [[torch.randn(size, device=device).to(kind) for size in sizes] for _ in range(layers)]
     states = torch.randn(tokens, inputs, device=device).to(kind).requires_grad_(True)
 
     def step() -> None:

@@ -122,7 +122,7 @@ def test_whole_answers_refuse_alike(model: Subject, llama: Binding) -> None:
         print(f"the same verdict: {same} of {len(mine)}")
         assert same >= 0.9 * len(mine)
         refused[state] = sum(theirs[: model.harmful])
-    assert refused[PATCHED] - refused[BASE] > 0.25 * model.harmful  # the adapter acts: Qwen refuses half by itself
+    assert refused[PATCHED] - refused[BASE] > 0.25 * model.harmful  # the adapter acts; a base refuses some by itself
 
 
 def logits_in(llama: Binding, scale: float) -> Logits:

@@ -396,9 +396,7 @@ def test_rows_that_come_once_go_through_the_base_together_and_nothing_of_them_is
             answers.append(base)
             losses.append(loss)
             passes_made.append(len(calls))
-    near = torch.tensor([not row.harmful for row in rows]).repeat_interleave(
-        torch.tensor([len(r.answer) for r in rows])
-    )
+    near = torch.tensor([not row.harmful for row in rows for _ in row.answer])
     torch.testing.assert_close(answers[0].logs[near], answers[1].logs[near], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(losses[0], losses[1], atol=1e-4, rtol=1e-4)
     assert passes_made == [2, len(rows)]  # one a batch, one a row
