@@ -141,9 +141,9 @@ def running(command: Sequence[str], threads: int, log: Path) -> Iterator[subproc
             process.kill()
 
 
-def wait(process: subprocess.Popen[bytes], url: str, log: Path) -> Any:
+def wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float = START_SECONDS) -> Any:
     """What a server answers once it is there."""
-    until = time.monotonic() + START_SECONDS
+    until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
         try:
             response = httpx.get(url)

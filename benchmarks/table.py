@@ -3,6 +3,7 @@
     python benchmarks/table.py --models FOLDER --json speed.json              # all rows, about 40 minutes on 2 cores
     python benchmarks/table.py --quick --json /tmp/speed.json                 # shows that every row runs
     python benchmarks/table.py --rows swap,load --merge speed.json            # some rows anew, into an earlier result
+    NEST_VLLM_PYTHON=DIR/bin/python python benchmarks/table.py --rows vllm --merge speed.json    # only by name
     python benchmarks/table.py --from speed.json --page docs/guide/performance.md   # writes the page; measures nothing
 
 A row is a script in benchmarks/rows, in a process of its own. One that fails, or takes longer than it may, stands in
@@ -40,38 +41,37 @@ BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 @dataclass(frozen=True)
 class Row:
-    """A row: its title, its script, and the most seconds that it may take."""
+    """A row: its title, its script, the most seconds that it may take, and what it needs where only --rows names it."""
 
     title: str
     script: str
     seconds: int
+    by_name: str = ""
 
 
 ROWS = {
-    "decode": Row("Decoding under one patch", "decode.py", 230),
+    "decode": Row("Decoding under one patch", "decode.py", 280),
     "server": Row("A server under one patch", "server.py", 480),
     "mixed": Row("Many patches in one batch", "mixed.py", 160),
     "swap": Row("Swapping patches", "swap.py", 45),
     "load": Row("From disk to active", "load.py", 60),
     "hash": Row("Hashing a model", "hash.py", 40),
-    "locate": Row("Locating", "locate.py", 150),
-    "tune": Row("A training step", "tune.py", 360),
+    "locate": Row("Locating", "locate.py", 135),
+    "tune": Row("A training step", "tune.py", 330),
     "eval": Row("Answers of an evaluation", "evaluate.py", 500),
     "start": Row("Starting", "start.py", 160),
     "growth": Row("Growth", "growth.py", 210),
+    "vllm": Row("vLLM with and without a patch", "vllm_server.py", 1500, "--rows vllm, in an environment of its own"),
 }
-ELSEWHERE = {
-    "vllm": ("vLLM with and without a patch", "vLLM needs an environment of its own"),
-    "gpu": ("On a GPU: CUDA graphs, many patches, idle cost", "no GPU on this machine"),
-}
+ELSEWHERE = {"gpu": ("On a GPU: CUDA graphs, many patches, idle cost", "no GPU on this machine")}
 
 
 def main() -> int:
     """Measure, print, write; 1 where a row failed."""
     arguments = parse()
-    document = read(arguments.source or arguments.merge)
+    document, failed = read(arguments.source or arguments.merge), []
     if not arguments.source:
-        document = {**document, "rows": {**document.get("rows", {}), **measured(arguments)}}
+        document, failed = merged(document, measured(arguments))
     if arguments.source is None:
         print(table(document))
     target = arguments.json or arguments.merge
@@ -80,13 +80,23 @@ def main() -> int:
         Path(target).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if arguments.page:
         write_page(Path(arguments.page), document)
-    return int(any("failed" in row for row in document["rows"].values()))
+    return int(bool(failed) or any("failed" in row for row in document["rows"].values()))
+
+
+def merged(document: dict[str, Any], rows: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A document with new rows, and the names of those that failed; a row that was measured before is not lost so."""
+    earlier = document.get("rows", {})
+    failed = [name for name, row in rows.items() if "failed" in row]
+    kept = {name for name in failed if "lines" in earlier.get(name, {})}
+    for name in sorted(kept):
+        print(f"{name}: the earlier result stays", file=sys.stderr)
+    return {**document, "rows": {**earlier, **{name: row for name, row in rows.items() if name not in kept}}}, failed
 
 
 def parse() -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help="few rounds and small sizes: shows that every row runs")
-    made.add_argument("--rows", help=f"some of {','.join(ROWS)}; all by default")
+    made.add_argument("--rows", help=f"some of {','.join(ROWS)}; by default all but vllm")
     made.add_argument("--json", metavar="FILE", help="write the result here")
     made.add_argument("--merge", metavar="FILE", help="put the rows into an earlier result, in place of its own")
     made.add_argument("--from", dest="source", metavar="FILE", help="measure nothing: take this result")
@@ -111,7 +121,8 @@ def read(path: str | None) -> dict[str, Any]:
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """The rows asked for, one after another."""
-    names = [name for name in ROWS if not arguments.rows or name in arguments.rows.split(",")]
+    asked = arguments.rows.split(",") if arguments.rows else [name for name, row in ROWS.items() if not row.by_name]
+    names = [name for name in ROWS if name in asked]
     rows = {}
     with tempfile.TemporaryDirectory(prefix="nest-speed-") as work:
         for name in names:
@@ -175,16 +186,16 @@ def table(document: Mapping[str, Any]) -> str:
     out = []
     for name, row in ROWS.items():
         found = document["rows"].get(name)
-        out += [f"### {row.title}", "", *section(found), ""]
+        out += [f"### {row.title}", "", *section(found, row.by_name), ""]
     for title, why in ELSEWHERE.values():
         out += [f"### {title}", "", f"Not measured: {why}.", ""]
     return "\n".join(out).rstrip() + "\n"
 
 
-def section(found: Mapping[str, Any] | None) -> list[str]:
+def section(found: Mapping[str, Any] | None, by_name: str = "") -> list[str]:
     """One row's lines."""
     if found is None:
-        return ["Not measured yet."]
+        return [f"Not measured: {by_name}." if by_name else "Not measured yet."]
     when = f"{found['date'][:10]}, {told(found['machine'])}, {found.get('threads', '?')} threads"
     for key, word in (("failed", "Failed"), ("not_measured", "Not measured")):
         if key in found:

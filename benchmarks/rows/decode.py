@@ -2,28 +2,31 @@
 
     python benchmarks/rows/decode.py --models FOLDER
 
-Batches of 1 and 8 on both real models. The base and the LoRA (PEFT, the adapter that the patch exports to, so of equal
-rank) are models of their own with no runtime near them. A round times one decoding step of each, many times.
+Batches of 1 and 8 on both real models, and on random weights of Llama-3.2-1B's shapes (4 of its 16 layers). The base
+and the LoRA (PEFT, the adapter that the patch exports to, so of equal rank) are models of their own with no runtime
+near them. A round times one decoding step of each, many times.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from measure import Goal, Line, Report, Series, in_turns, run, threads
-from subjects import Real, adapters, load, real_models
+from subjects import SOME_HASH, Real, adapters, llama_1b, load, random_patch, real_models
 
 from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
 
-PROMPT, STEPS = 32, 16
+PROMPT, STEPS = 32, 8
 SECONDS = 25  # for one batch size of one model
 WAYS = ("base", "hook", "fold", "LoRA")
 
@@ -32,25 +35,52 @@ def measure(arguments: argparse.Namespace) -> Report:
     """The row's lines."""
     threads(arguments)
     report = Report()
-    for real in real_models(arguments):
-        report.lines += one(real, arguments)
+    subjects = [real_subject(real) for real in real_models(arguments)]
+    if not arguments.quick:
+        subjects.append(random_subject(arguments.seed))
+    for subject in subjects:
+        report.lines += one(subject, arguments)
         gc.collect()
     return report
 
 
-def one(real: Real, arguments: argparse.Namespace) -> list[Line]:
+@dataclass(frozen=True)
+class Subject:
+    """A model, and a patch for it."""
+
+    label: str
+    make: Callable[[], Any]
+    patch: Callable[[Any], Patch]
+
+
+def real_subject(real: Real) -> Subject:
+    """A real model under its shipped patch."""
+    return Subject(real.label, lambda: load(real)[0].model, lambda model: load(real)[1])
+
+
+def random_subject(seed: int) -> Subject:
+    """Llama-3.2-1B's shapes, and a random patch of the shipped ones' size: 1.5 % of the neurons, 3 clusters."""
+    return Subject(
+        "Llama-3.2-1B's shapes, 4 layers",
+        lambda: llama_1b(4, seed),
+        lambda model: random_patch(model, "v1", share=0.015, clusters=3, base_hash=SOME_HASH, seed=seed),
+    )
+
+
+def one(subject: Subject, arguments: argparse.Namespace) -> list[Line]:
     """One model in three copies, and both batches."""
     from peft import PeftModel
 
-    loaded, patch = load(real)
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
-    base, adapted = load(real, dtype)[0].model, load(real, dtype)[0].model
+    base = subject.make()
+    patched, adapted = copy.deepcopy(base), copy.deepcopy(base)
+    patch = subject.patch(patched)
+    dtype = str(base.dtype).removeprefix("torch.")
     lines: list[Line] = []
-    with TemporaryDirectory() as name, PatchRuntime(loaded.model, base_hash=loaded.hash) as runtime:
+    with TemporaryDirectory() as name, PatchRuntime(patched, base_hash=patch.base_hash) as runtime:
         runtime.add(patch)
         (folder,) = adapters([patch], base, Path(name))
         lora = PeftModel.from_pretrained(adapted, folder).eval()
-        models = {"base": base, "hook": loaded.model, "fold": loaded.model, "LoRA": lora}
+        models = {"base": base, "hook": patched, "fold": patched, "LoRA": lora}
 
         def switch(way: str) -> None:
             if way in ("hook", "fold"):
@@ -60,7 +90,7 @@ def one(real: Real, arguments: argparse.Namespace) -> list[Line]:
             runtime.deactivate()
             decoding = {way: stepper(models[way], batch, arguments.seed) for way in WAYS}
             found = in_turns(decoding, 2 if arguments.quick else 16, before=switch, most=SECONDS)
-            lines += compared(f"{real.label}, {dtype}, batch {batch}", batch, patch, found)
+            lines += compared(f"{subject.label}, {dtype}, batch {batch}", batch, patch, found)
     return lines
 
 

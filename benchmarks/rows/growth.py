@@ -21,10 +21,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from measure import Goal, Line, Report, Series, in_turns, run, seconds, threads
+from subjects import SOME_HASH, random_patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 LINEAR = Goal(1.15)  # of the exponent: near-linear
-SOME_HASH = "sha256:" + 64 * "0"
 
 
 def measure(arguments: argparse.Namespace) -> Report:
@@ -82,8 +82,6 @@ def store(arguments: argparse.Namespace) -> tuple[Sequence[int], dict[str, list[
 
 def sites(arguments: argparse.Namespace) -> tuple[Sequence[int], dict[str, list[tuple[float, ...]]], str]:
     """Reading, adding, hooking and folding a patch of many sites."""
-    from subjects import random_patch
-
     from nest_runtime.patch.file import read_patch
     from nest_runtime.runtime import PatchRuntime
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from measure import Goal, Line, Report, Series, in_turns, run, threads
-from subjects import adapters, load, random_patch, smallest
+from subjects import SOME_HASH, adapters, load, random_patch, smallest
 
 from nest_runtime.model.anatomy import find_projections, module_of, write_rows
 from nest_runtime.patch.file import read_patch
@@ -25,7 +25,6 @@ from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
 
 SHARE = 0.0025  # of an 8B's neurons: 36 of 14,336 at every projection
-SOME_HASH = "sha256:" + 64 * "0"
 
 
 def measure(arguments: argparse.Namespace) -> Report:

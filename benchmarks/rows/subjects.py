@@ -22,6 +22,7 @@ from nest_runtime.patch.patch import Patch, Site
 from nest_runtime.patch.values import FrozenTensor
 
 PATCHES = Path(__file__).parents[2] / "patches"
+SOME_HASH = "sha256:" + 64 * "0"  # of a model that has none
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,29 @@ def random_patch(
         architecture=type(model).__name__,
         sites=sites,
     )
+
+
+def llama_1b(layers: int, seed: int) -> Any:
+    """Random bfloat16 weights of Llama-3.2-1B's shapes, with so many of its 16 layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return LlamaForCausalLM(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def adapters(patches: Sequence[Patch], model: Any, folder: Path) -> list[Path]:

@@ -3,7 +3,8 @@
     python benchmarks/rows/swap.py --models FOLDER
 
 Beside it PEFT changes between two adapters that compute the same: by ``set_adapter``, and by ``hotswap_adapter``, which
-reads the next one from disk. A fold is beside a memcpy of the rows that it writes. SmolLM2, float32 and bfloat16.
+reads the next one from disk. A fold is beside a memcpy of the rows that it writes. SmolLM2 in float32 and bfloat16, and
+random weights of Llama-3.2-1B's shapes (4 of its 16 layers).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from measure import Goal, Line, Report, Series, in_turns, run, threads
-from subjects import adapters, load, smallest, twin
+from subjects import SOME_HASH, adapters, llama_1b, load, random_patch, smallest, twin
 
 from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
@@ -31,9 +32,17 @@ def measure(arguments: argparse.Namespace) -> Report:
         with PatchRuntime(loaded.model, base_hash=loaded.hash) as runtime:
             for one in patches:
                 runtime.add(one)
-            report.lines += folds(runtime, patches, dtype, arguments)
+            report.lines += folds(runtime, patches, f"SmolLM2, {dtype}", arguments)
             if dtype == "float32":
                 report.lines[:0] = hooks(runtime, patches, arguments)
+    if not arguments.quick:
+        model = llama_1b(4, arguments.seed)
+        patch = random_patch(model, "v1", share=0.015, clusters=3, base_hash=SOME_HASH, seed=arguments.seed)
+        patches = [patch, twin(patch, "twin", -1.0)]
+        with PatchRuntime(model, base_hash=SOME_HASH) as runtime:
+            for one in patches:
+                runtime.add(one)
+            report.lines += folds(runtime, patches, "Llama-3.2-1B's shapes, 4 layers, bfloat16", arguments)
     return report
 
 
@@ -75,7 +84,7 @@ def hooks(runtime: PatchRuntime, patches: list[Patch], arguments: argparse.Names
     ]
 
 
-def folds(runtime: PatchRuntime, patches: list[Patch], dtype: str, arguments: argparse.Namespace) -> list[Line]:
+def folds(runtime: PatchRuntime, patches: list[Patch], label: str, arguments: argparse.Namespace) -> list[Line]:
     """Base to folded, back, and from one patch to the other; beside a memcpy of the rows, read and written."""
     sources = written_rows(runtime, patches[0])
     targets = [source.clone() for source in sources]
@@ -102,7 +111,7 @@ def folds(runtime: PatchRuntime, patches: list[Patch], dtype: str, arguments: ar
     words = {"on": "fold on", "off": "fold off", "swap": "fold, v1 → twin"}
     size = sum(len(source) for source in sources)
     return [
-        Line(f"{words[way]}, SmolLM2, {dtype}", found[way], limit, Goal(2.0), f"{size:,} rows at {len(sources)} sites")
+        Line(f"{words[way]}, {label}", found[way], limit, Goal(2.0), f"{size:,} rows at {len(sources)} sites")
         for way in words
     ]
 

@@ -51,7 +51,9 @@ def register() -> None:
     os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # who asks is for http/clients.py to say, and not for uvicorn
     from vllm.engine.arg_utils import EngineArgs
 
-    keep_weights_in_place()
+    from nest_runtime.serve.vllm.packing import keep_weights
+
+    keep_weights()
     original = EngineArgs.create_engine_config
     if getattr(original, "nest_runtime", False):
         return
@@ -68,16 +70,6 @@ def register() -> None:
 
     create_engine_config.nest_runtime = True  # type: ignore[attr-defined]
     EngineArgs.create_engine_config = create_engine_config
-
-
-def keep_weights_in_place() -> None:
-    """On CPUs, vLLM packs weights for oneDNN and empties the parameter: there would be no rows to change."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        from vllm import _custom_ops
-
-        _custom_ops._supports_onednn = False
 
 
 def named(plugins: str | None) -> bool:

@@ -17,6 +17,7 @@ from torch import nn
 from nest_runtime.errors import ModelError, PatchNotFound, SiteMismatch
 from nest_runtime.patch.patch import Patch
 from nest_runtime.patch.site import Site
+from nest_runtime.serve.vllm.packing import pack_again
 from nest_runtime.serve.vllm.rows import Packed, Shard, candidates, digest_of_rows, patched_rows, shard_of
 
 Report = dict[str, Any]
@@ -30,6 +31,7 @@ class RowPiece:
         site: its name.
         weight: the rank's weight, [rows, d_in].
         shard: which part of the projection the rank holds.
+        module: the module that computes with it.
         neurons: [m] of the patch's neurons, those in the shard.
         rows: [m] where they are in ``weight``, on its device.
         pristine, patched: [m, d_in], on its device.
@@ -37,6 +39,7 @@ class RowPiece:
 
     site: str
     weight: torch.Tensor
+    module: nn.Module
     shard: Shard
     neurons: torch.Tensor
     rows: torch.Tensor
@@ -107,6 +110,7 @@ class RankPatches:
 
         Raises:
             PatchNotFound: it was not prepared.
+            ModelError: a packed copy of the weights cannot follow (packing.py).
         """
         if digest is not None and digest not in self._prepared:
             raise PatchNotFound(f"rank {self._rank} holds no patch {digest}", "load it first")
@@ -119,6 +123,8 @@ class RankPatches:
         for piece in new:
             piece.write(piece.patched)
         self._active = digest
+        for module in {piece.module for piece in [*old, *new]}:
+            pack_again(module)
         return {"rank": self._rank, "active": digest, "restored": restored, "live": _digest(new, RowPiece.live)}
 
     def state(self) -> Report:
@@ -143,20 +149,20 @@ class RankPatches:
         found = self._find(site)
         if found is None:
             return  # another pipeline stage has this layer
-        weight, shard = found
+        weight, module, shard = found
         neurons = site.neurons.tensor().long()
         where, rows = shard.pick(neurons)
         rows = rows.to(weight.device)
         pristine = self._pristine(weight, rows)
         patched = patched_rows(site, pristine, where)
-        yield RowPiece(site.name, weight, shard, neurons[where], rows, pristine, patched)
+        yield RowPiece(site.name, weight, module, shard, neurons[where], rows, pristine, patched)
 
-    def _find(self, site: Site) -> tuple[torch.Tensor, Shard] | None:
+    def _find(self, site: Site) -> tuple[torch.Tensor, nn.Module, Shard] | None:
         for name, part in candidates(self._renamed(site.name), self._packed):
             module = self._modules.get(name)
             weight = getattr(module, "weight", None)
             if module is not None and isinstance(weight, torch.Tensor):
-                return weight, _shard(site, module, weight, part)
+                return weight, module, _shard(site, module, weight, part)
         return None
 
     def _pristine(self, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
