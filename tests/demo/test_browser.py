@@ -21,6 +21,7 @@ from tests.support.demo import (
     NAMELESS,
     PICTURES,
     SIZES,
+    SPILLED,
     VIOLATIONS,
     Tab,
     axe_source,
@@ -341,7 +342,7 @@ def test_an_evaluation_whose_bars_move(demo: Tab) -> None:
 
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (1400, "dark"), (390, "light"), (390, "dark")])
 def test_every_tab_is_legible(browser: Browser, url: str, pictures: Path, width: int, scheme: str) -> None:
-    """Contrast, names, no sideways scrolling, one size of text, and nothing serious that axe-core would find."""
+    """Contrast, names, no sideways scrolling, no spilled cell, one size of text, nothing serious that axe-core finds."""
     axe = axe_source()
     with tab(browser, pictures, width=width, scheme=scheme) as demo:
         demo.open(url)
@@ -354,12 +355,16 @@ def test_every_tab_is_legible(browser: Browser, url: str, pictures: Path, width:
         ):
             demo.show(title)
             demo.page.locator(sign).wait_for()
+            if title == "Patches":
+                demo.page.click("#diff")
+                demo.page.locator("text=Sites that differ").wait_for()
             if title == "Neurons":
                 demo.page.click("#probe")
                 demo.page.locator("#activations svg[role=img] >> nth=2").wait_for()
             demo.picture(f"{title.lower()}-{width}-{scheme}")
             assert demo.page.evaluate(FAINT) == [], title
             assert demo.page.evaluate(NAMELESS) == [], title
+            assert demo.page.evaluate(SPILLED) == [], title
             assert demo.page.evaluate("document.documentElement.scrollWidth") <= width, title
             assert set(demo.page.evaluate(SIZES)) <= {"13px", "15px"}, title
             if axe:

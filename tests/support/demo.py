@@ -188,6 +188,11 @@ NAMELESS = """() => [...document.querySelectorAll(
   .filter((e) => e.checkVisibility() && !(e.innerText || e.getAttribute('aria-label') || e.labels?.length || e.alt))
   .map((e) => e.outerHTML.slice(0, 160))"""
 
+# Cells of tables whose text runs into the next one.
+SPILLED = """() => [...document.querySelectorAll('.nr th, .nr td')]
+  .filter((cell) => cell.checkVisibility() && cell.scrollWidth > cell.clientWidth + 1)
+  .map((cell) => cell.innerText.slice(0, 80))"""
+
 # Sizes of what text there is, but for headings.
 SIZES = """() => { const found = new Set();
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
