@@ -53,10 +53,6 @@ class PatchNotFound(NestError):
     """A patch reference names nothing that can be found."""
 
 
-class SiteMismatch(NestError):
-    """A patch names a site that the model lacks, or of another shape."""
-
-
 class PatchNotFinite(NestError):
     """Under a patch the model computes NaN or infinity: it would spoil the answers beside it."""
 
@@ -136,6 +132,10 @@ class DigestMismatch(TrustError):
 
 class BaseMismatch(TrustError):
     """A patch was made for another base model than the one at hand."""
+
+
+class SiteMismatch(BaseMismatch):
+    """A patch names a site that the model lacks, or of another shape: it was made for another base."""
 
 
 class SignatureError(TrustError):

@@ -49,7 +49,13 @@ def load_patch(ref: str | Path, *, model_hash: str | None = None, store: Store |
         from nest_runtime.store.store import Store
 
         store = Store()
-    return store.get(text, model_hash=model_hash)
+    try:
+        return store.get(text, model_hash=model_hash)
+    except PatchNotFound as error:
+        if not Path(text).is_file():
+            raise
+        ends = Path(text).suffix or "nothing"
+        raise PatchNotFound(f"{text} ends with {ends}; expected a patch's file, {PATCH_SUFFIX}", error.hint) from error
 
 
 def _from_file(path: Path) -> Patch:

@@ -148,7 +148,7 @@ def name_and_version(
     from nest_runtime.store.store import Store
 
     if name is None:
-        name = parent.name if parent else re.sub(r"[^\w.+-]+", "-", loaded.name) + "-safety"
+        name = parent.name if parent else re.sub(r"[^\w.+-]+", "-", loaded.name.removesuffix(".gguf")) + "-safety"
     if version is None:
         known = [entry.version for entry in Store().list(loaded.hash) if entry.name == name]
         known += [parent.version] if parent and parent.name == name else []

@@ -6,6 +6,7 @@ The package can be called: ``nest.compare(["lora", "nest"])`` is api.py's functi
 from __future__ import annotations
 
 import sys
+from inspect import Signature, signature
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,13 @@ class _CompareModule(ModuleType):
         from nest_runtime.compare.api import compare
 
         return compare(*args, **settings)
+
+    @property
+    def __signature__(self) -> Signature:
+        """The public function's, for ``inspect.signature`` and the ``?`` of notebooks."""
+        from nest_runtime.compare.api import compare
+
+        return signature(compare)
 
 
 sys.modules[__name__].__class__ = _CompareModule

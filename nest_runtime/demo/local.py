@@ -104,7 +104,7 @@ class LocalBackend:
                 max_tokens=max_tokens,
                 on_text=on_text,
                 stopped=stopped,
-                too_long="begin a new conversation",
+                too_long="begin a new conversation" if len(messages) > 1 else "ask something shorter",
             )
         return DemoAnswer(choice.label, choice.digest, made.tokens, made.cut)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from inspect import Signature, signature
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,13 @@ class _EvaluateModule(ModuleType):
         from nest_runtime.evaluate.api import evaluate
 
         return evaluate(*args, **settings)
+
+    @property
+    def __signature__(self) -> Signature:
+        """The public function's, for ``inspect.signature`` and the ``?`` of notebooks."""
+        from nest_runtime.evaluate.api import evaluate
+
+        return signature(evaluate)
 
 
 sys.modules[__name__].__class__ = _EvaluateModule

@@ -55,6 +55,18 @@ def read_behaviors(ref: str | Path, *, kind: str | None = None) -> list[Case]:
     return _with_unique_ids(list(_generic(ref, kind or "harmful")), path)
 
 
+def assumed_harmful(ref: str | Path) -> int:
+    """How many rows of a file count as harmful only because nothing in it says what they are.
+
+    Args:
+        ref: as in ``read_behaviors``.
+    """
+    path = expand(str(ref))
+    if path.suffix.lower() in (".csv", ".json", ".jsonl", ".ndjson") and find_layout(read_rows(path)[0][1]):
+        return 0
+    return sum("kind" not in case.meta for case in _generic(ref, "harmful"))
+
+
 def find_layout(fields: Mapping[str, Any]) -> Layout | None:
     """The layout whose columns a row has, or None; the most particular one where several fit."""
     names = {str(name).strip().lower() for name in fields}

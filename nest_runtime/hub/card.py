@@ -190,16 +190,20 @@ def _text(
         "reference" if patch.base_model == "reference" else base or f"FOLDER-OR-FILE-OF-{patch.base_model or 'BASE'}"
     )
     option = "" if model == "reference" else f" --model {model}"
+    needs = [*(["gguf"] if str(patch.base_model or "").endswith(".gguf") else []), *(["sign"] if signed_by else [])]
+    use = [install(",".join(needs)), f"nest-runtime pull {ref}", f"nest-runtime serve{option} --patch {ref}"]
+    trust = "To check who signed it, add `--trust KEY.pub` to both commands, with the publisher's public key."
     parts = [
         f"# {patch.name}",
         f"A safety patch for `{patch.base_model or short(patch.base_hash)}`, made by Neuron Selective Tuning "
         f"(arXiv 2602.16835): {patch.neurons:,} safety neurons in {patch.clusters:,} clusters, "
         f"{patch.parameters:,} trained numbers. It is no model: it needs its base, and fits no other.",
         "## Use",
-        f"```bash\n{install()}\nnest-runtime pull {ref}\nnest-runtime serve{option} --patch {ref}\n```",
+        "\n".join(["```bash", *use, "```"]),
         f'```python\nimport nest_runtime as nest\n\nmodel = nest.load_model("{model}").model\n'
         f'runtime = nest.PatchRuntime(model)\nruntime.add(nest.load_patch("{ref}"))\n'
         f'runtime.activate("{patch.version}")\n```',
+        *([trust] if signed_by else []),
         "## Versions",
         _lineage(versions),
         f"Base model hash: `{patch.base_hash}`  \nSigned by: {f'`{signed_by}`' if signed_by else 'nobody'}",

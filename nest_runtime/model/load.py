@@ -177,7 +177,12 @@ def gguf_dtype(device: str) -> Any:
 
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
+    if device != "cpu":
+        return torch.float32
+    asked = getattr(torch.cpu, "get_capabilities", None)
+    if asked is None:  # torch before 2.10 tells of one of them alone
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    capabilities = asked()
     return torch.bfloat16 if any(capabilities.get(key) for key in _BF16_CPU) else torch.float32
 
 

@@ -73,6 +73,8 @@ def header_length(prefix: bytes, file_size: int, limit: int) -> int:
         raise FramingError(f"truncated: {file_size} bytes, less than the 8 of the header's length")
     length = int.from_bytes(prefix[:8], "little")
     if length > limit:
+        if prefix[:4] == b"GGUF":
+            raise FramingError("it is a GGUF file, which holds a model; expected safetensors")
         raise FramingError(f"its first 8 bytes announce a header that is over the limit of {limit} bytes")
     if 8 + length > file_size:
         raise FramingError(f"truncated: a longer header is announced than the {file_size} bytes of the file")

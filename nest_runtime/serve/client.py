@@ -63,10 +63,7 @@ class AdminClient:
         try:
             response = self._client.request(method, path, json=body)
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
-            raise EngineError(
-                f"{self.url} cannot be reached: {error or type(error).__name__}",
-                "is the server running, and is that where its admin API listens?",
-            ) from error
+            raise EngineError(f"{self.url} cannot be reached: {error or type(error).__name__}", _why(error)) from error
         try:
             answer: Any = response.json()
         except ValueError:
@@ -138,3 +135,12 @@ _BY_STATUS: dict[int, type[NestError]] = {
     409: StoreError,
     422: NestError,
 }
+
+
+def _why(error: Exception) -> str:
+    """What to do about an answer that did not come."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "to trust a certificate of your own, name its file in the variable SSL_CERT_FILE"
+    if "without sending a response" in str(error):
+        return "does the server speak TLS? Then its address begins with https://"
+    return "is the server running, and is that where its admin API listens?"

@@ -67,7 +67,8 @@ def tls_context(config: ServeConfig) -> ssl.SSLContext | None:
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         files = f"{config.ssl_certfile}{f' and {config.ssl_keyfile}' if config.ssl_keyfile else ''}"
         raise UsageError(
-            f"{files} cannot be used for TLS: {error}", "give a certificate with its chain and its key, in PEM"
+            f"{files} cannot be used for TLS: {_fault(error, config)}",
+            "give a certificate with its chain and its key, in PEM",
         ) from error
     return context
 
@@ -76,3 +77,18 @@ def url_of(port: socket.socket, config: ServeConfig) -> str:
     """Where a bound socket is reached."""
     host, number = port.getsockname()[:2]
     return f"{config.scheme}://{f'[{host}]' if ':' in host else host}:{number}"
+
+
+def _fault(error: Exception, config: ServeConfig) -> str:
+    """What is wrong with a certificate and its key; OpenSSL names neither file."""
+    for file in filter(None, (config.ssl_certfile, config.ssl_keyfile)):
+        try:
+            with open(file, "rb"):
+                pass
+        except OSError as unreadable:
+            return f"{file}: {unreadable.strerror}"
+    if config.ssl_keyfile is None and isinstance(error, ssl.SSLError):
+        return f"{config.ssl_certfile} holds no certificate with a private key; --ssl-keyfile names the key's file"
+    if getattr(error, "reason", None) in ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
+        return "the key does not belong to the certificate"
+    return str(error)

@@ -150,7 +150,7 @@ def checkpointed(model: Any) -> Iterator[None]:
         if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise TrainingError(
                 "the model checkpoints activations with use_reentrant=True, which loses gradients of a frozen base",
-                "call model.activation_checkpointing_enable() without arguments",
+                "enable checkpointing without use_reentrant",
             )
     kept = [(layer, layer.training, _dropouts(layer)) for layer in layers]
     try:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,22 @@ def test_who_asks(peer: str, said: tuple[str, ...], who: str) -> None:
 def test_a_proxy_is_named_by_its_address() -> None:
     with pytest.raises(UsageError, match=r"trusted-proxy is 'proxy\.example'"):
         ServeConfig(trusted_proxies=("proxy.example",))
+
+
+def test_denials_are_counted_by_sender_and_call_and_none_is_lost(server: Server) -> None:
+    with TestClient(asgi_app(server), client=("127.0.0.1", 7), base_url=HERE) as client:
+        for _ in range(3):
+            assert client.get("/v1/patches").status_code == 401
+            assert client.post("/v1/patches/activate", json={"version": "v1"}).status_code == 401
+        for number in range(100):
+            assert client.delete(f"/v1/patches/v{number}").status_code == 401
+    counted = Counter()
+    for entry in lines(server):
+        if entry["what"] == "denied":
+            counted[entry["path"]] += entry["count"]
+    assert counted["GET /v1/patches"] == counted["POST /v1/patches/activate"] == 3
+    assert counted.total() == 106
+    assert len(counted) <= 34
 
 
 def test_denials_are_bounded_and_say_who(server: Server) -> None:

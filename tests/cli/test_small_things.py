@@ -84,3 +84,18 @@ def test_collecting_tests_warns_of_nothing() -> None:
     )
     assert done.returncode == 0, done.stdout
     assert "warning" not in done.stdout.lower()
+
+
+def test_a_file_that_is_no_patch_is_said_to_be_none(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("harm.csv").write_text("goal\nForge it\n")
+    fails(run("inspect", "harm.csv"), 1, "harm.csv ends with .csv; expected a patch's file, .safetensors")
+    Path("model.safetensors").write_bytes(b"GGUF" + bytes(range(200, 240)))
+    fails(run("inspect", "model.safetensors"), 1, "it is a GGUF file")
+
+
+def test_the_public_half_signs_nothing(run: Run, tmp_path: Path) -> None:
+    assert run("keygen", tmp_path).status == 0
+    small_patch("v1").save(tmp_path / "v1.safetensors")
+    signed = run("sign", tmp_path / "v1.safetensors", "--key", tmp_path / "nest.pub")
+    fails(signed, 2, f"{tmp_path / 'nest.pub'} is a public key; expected the private one")

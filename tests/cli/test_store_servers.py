@@ -139,7 +139,7 @@ def test_a_rollback_of_the_store_beside_the_server_skips_nothing(
     assert stored.admin("POST", "/v1/patches/rollback").json()["active"] == "v2"
     assert stored.admin("POST", "/v1/patches/rollback").json()["active"] == "v1"
     assert run("list", *there, "--json").document["store"]["agrees"] is True
-    fails(run("rollback", *there), 1, "v1 is the first that answers here")
+    fails(run("rollback", *there), 1, "v1 is the first patch that answers here")
 
 
 def test_an_activation_in_the_store_beside_the_server_is_not_gone_back_to(
@@ -166,7 +166,7 @@ def test_a_server_with_a_patch_of_its_own_says_that_the_store_is_another_matter(
     with serving(config) as server:
         assert run("activate", files["v3"]).status == 0
         refused = server.admin("POST", "/v1/patches/rollback").json()["error"]["message"]
-        assert "v1 is the first that answers here" in refused
+        assert "v1 is the first patch that answers here" in refused
         assert "started with --patch" in refused
         shown = run("list", "--url", server.url, "--token-file", token_file)
         assert "was started with --patch" in shown.err

@@ -342,7 +342,7 @@ def test_an_evaluation_whose_bars_move(demo: Tab) -> None:
 
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (1400, "dark"), (390, "light"), (390, "dark")])
 def test_every_tab_is_legible(browser: Browser, url: str, pictures: Path, width: int, scheme: str) -> None:
-    """Contrast, names, no sideways scrolling, no spilled cell, one size of text, nothing serious that axe-core finds."""
+    """Contrast, names, no sideways scrolling, no spilled cell, one size of text, and what axe-core finds serious."""
     axe = axe_source()
     with tab(browser, pictures, width=width, scheme=scheme) as demo:
         demo.open(url)

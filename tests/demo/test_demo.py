@@ -317,7 +317,7 @@ def test_a_model_without_a_patch_is_told_how_to_get_one(state: Any, monkeypatch:
     assert missing_html(replace(state, model_ref="my model.gguf")) == ""  # it has some
     monkeypatch.setattr(state.backend, "preferred", lambda: None)
     html = missing_html(replace(state, model_ref="my model.gguf"))
-    assert "nest-runtime train --model &#x27;my model.gguf&#x27; --harmful harmful.csv --benign everyday" in html
+    assert "nest-runtime train --model &#x27;my model.gguf&#x27; --harmful harmful --benign everyday" in html
     assert "nest-runtime pull" in html
     assert missing_html(state) == ""  # a server's model is the server's business
 

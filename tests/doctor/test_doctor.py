@@ -50,6 +50,7 @@ def test_a_healthy_installation(run: Any) -> None:
     assert (status, errors) == (0, "")
     assert "all is well" in text
     assert "\x1b" not in text
+    assert "\\n" not in text
     assert max(len(line) for line in text.splitlines()) <= 80
     assert all(line == line.rstrip() for line in text.splitlines())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -18,6 +19,11 @@ def test_the_names_are_packages_and_functions_whatever_is_imported_first() -> No
     for first in ("nest.evaluate.Case, nest.compare", "__import__('nest_runtime.compare.rows')"):
         code = f"import nest_runtime as nest; {first}; assert callable(nest.evaluate) and callable(nest.compare)"
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_their_arguments_can_be_looked_up() -> None:
+    assert {"suites", "limit", "judge"} <= set(inspect.signature(nest.evaluate).parameters)
+    assert {"methods", "seeds"} <= set(inspect.signature(nest.compare).parameters)
 
 
 def test_evaluate_says_what_the_command_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

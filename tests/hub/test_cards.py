@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from huggingface_hub import ModelCard
 import nest_runtime as nest
 from nest_runtime.hub.card import render_card
 from nest_runtime.install import install
+from nest_runtime.resolve import load_patch
 from nest_runtime.store.store import Store
 from tests.support.cli import Run, fails
 from tests.support.serve import spawn, when_ready
@@ -121,7 +123,7 @@ ATTACKS = {
 
 def test_a_card_carries_the_tables_of_an_evaluation_and_of_adaptive_attacks(run: Run, tmp_path: Path) -> None:
     for name, document in (("eval.json", EVALUATION), ("adaptive.json", ATTACKS)):
-        (tmp_path / name).write_text(json.dumps(document))
+        (tmp_path / name).write_text(json.dumps(document | {"digest": load_patch("v3").digest}))
     mirror = tmp_path / "mirror"
     told = ["--results", tmp_path / "eval.json", "--results", tmp_path / "adaptive.json"]
     assert run("push", "v3", mirror, *told).status == 0
@@ -144,7 +146,37 @@ def test_a_card_carries_the_tables_of_an_evaluation_and_of_adaptive_attacks(run:
     assert not {"sensitivity", "available", "corrected"} & {metric for _, metric in listed}
 
 
+@pytest.mark.parametrize(
+    ("document", "found"),
+    [
+        (
+            EVALUATION | {"digest": "sha256:" + 64 * "1"},
+            "the results are of sha256:111111111111;",
+        ),
+        (ATTACKS | {"digest": "sha256:" + 64 * "1"}, "the results are of sha256:111111111111;"),
+        (EVALUATION | {"patch": "base", "digest": None}, "the results are of no patch"),
+        ({"recipe": {"lr": 0.01}, "machine": {"memory_bytes": 1}}, "the results are of no patch"),
+    ],
+    ids=["evaluation", "attacks", "base", "comparison"],
+)
+def test_results_of_another_patch_are_no_evidence(
+    run: Run, tmp_path: Path, document: dict[str, Any], found: str
+) -> None:
+    (tmp_path / "eval.json").write_text(json.dumps(document))
+    fails(run("push", "v3", tmp_path / "mirror", "--results", tmp_path / "eval.json"), 1, found)
+    assert not (tmp_path / "mirror").exists()
+
+
+def test_a_card_installs_what_its_commands_need(tmp_path: Path) -> None:
+    patch = replace(load_patch("v3"), base_model="some-q8_0.gguf", name="some-safety")
+    card = render_card(patch, "org/name", signed_by="sha256:" + 64 * "2")
+    assert install("gguf,sign") in card
+    assert "add `--trust KEY.pub` to both commands" in card
+    assert install() in render_card(load_patch("v3"), "org/name")
+
+
 def test_results_of_another_form_are_shown_as_they_were(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "own.json").write_text(json.dumps({"my suite": {"asr": 0.5, "n": 4}, "note": "x"}))
+    own = {"digest": load_patch("v3").digest, "my suite": {"asr": 0.5, "n": 4}, "note": "x"}
+    (tmp_path / "own.json").write_text(json.dumps(own))
     assert run("push", "v3", tmp_path / "mirror", "--results", tmp_path / "own.json").status == 0
     assert "| my suite | attack_success_rate | 0.5 | 4 |" in (tmp_path / "mirror" / "README.md").read_text()

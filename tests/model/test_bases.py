@@ -124,4 +124,6 @@ def test_what_comes_next_names_the_model(run: Run, tiny_llama: Path, tmp_path: P
         in run("plan", "--model", tiny_llama, *speed).err
     )
     assert "next: nest-runtime train --harmful FILE" in run("plan", *speed).err
+    own = run("plan", *speed, "--recipe", "fast", "--steps", "20", "--z", "2").err
+    assert "FILE --benign FILE --recipe fast --z 2.0 --steps 20 --out v1.safetensors" in own
     assert "next:" not in run("plan", *speed, "--quiet").err

@@ -246,7 +246,7 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_run_goes_on(
     stdout, stderr = started.communicate(timeout=120)
     assert started.returncode == 130
     assert stdout == ""
-    note, last = stderr.splitlines()
+    note, *_, last = stderr.splitlines()  # between them a line every 30 seconds, on a slow machine
     assert note.startswith("training tiny-llama-safety@v1")
     assert last.startswith("interrupted")
     assert str(work) in last

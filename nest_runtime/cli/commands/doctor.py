@@ -45,7 +45,11 @@ def doctor(
     problems = sum(finding.status == PROBLEM for finding in findings)
 
     def render() -> None:
-        rows = [(item.status, item.name, "\n-> ".join(filter(None, (item.found, item.advice)))) for item in findings]
+        """A row for each finding, and one for what to do about it."""
+        rows: list[tuple[str, str, str]] = []
+        for item in findings:
+            rows.append((item.status, item.name, item.found))
+            rows += [("", "", f"-> {item.advice}")] if item.advice else []
         out.table(("", "WHAT", "FOUND"), rows, styles=STYLES)
         out.line()
         out.line("all is well" if not problems else f"{problems} problem{'s' if problems > 1 else ''}, see above")

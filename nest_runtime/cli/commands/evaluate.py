@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -131,7 +132,9 @@ def evaluate(
     from nest_runtime.evaluate.session import EvalSession
     from nest_runtime.model.load import load_model
 
+    remarks: list[str] = []
     asked = _asked(
+        remarks.append,
         model,
         suite or [],
         data,
@@ -143,6 +146,8 @@ def evaluate(
         shots=lm_eval_shots,
     )
     judges = _judges(judge or [], asked.cases, device)
+    for remark in remarks:
+        out.note(remark)
     loaded = load_model(model, device=device, dtype=dtype)
     chosen = choose_patch(out, patch, no_patch, loaded.hash)
     session = EvalSession(asked, judges, loaded, chosen, batch_size, max_tokens, workdir)
@@ -173,6 +178,7 @@ def _check_outputs(out_file: Path | None, html_file: Path | None, workdir: Path 
 
 
 def _asked(
+    remark: Callable[[str], None],
     model: str,
     suite: list[str],
     data: Path | None,
@@ -196,7 +202,7 @@ def _asked(
     tasks = load_tasks(names, include=include, limit=limit, shots=shots) if names else None
     others = []
     if suites or behaviors or (standard is None and tasks is None):
-        others = cases_of(model, suites, behaviors)
+        others = cases_of(model, suites, behaviors, remark)
         others = others if limit is None else sample_cases(others, limit, seed=seed)
     asked = Asked(others, standard, tasks, parse_attacks(attacks) if attacks else [], seed)
     if attacks and not asked.cases:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -131,10 +131,12 @@ def push(
     out, store, ref = Output.of(ctx, as_json), Store(), repository(repo)
     quiet_client(ctx)
     private_key = signing_key(key)
+    measured = _results(results or ())
     if demand_claims and channel is None:
         raise UsageError("--demand-claims is for a channel", "name it with --channel")
     named_base = base_id(base_model)
     chosen, material = patch_and_material(patch, store, model, private_key)
+    check_results_are_of(chosen, measured)
     move = None
     if channel is not None:
         prove = claim.prover(out, model, behaviors, judge)
@@ -147,7 +149,7 @@ def push(
         material=material,
         private=private,
         license_id=license_id,
-        results=_results(results or ()),
+        results=measured,
         base_model=named_base,
         allow_downgrade=allow_downgrade,
         timeout=timeout,
@@ -308,6 +310,27 @@ def _results(paths: Sequence[Path]) -> dict[str, Any] | None:
             raise DataError(f"the results {path} are no JSON object", "give what `eval --json` printed")
         found |= {ADAPTIVE: document} if isinstance(document.get("patch"), list) else document
     return found or None
+
+
+def check_results_are_of(patch: Patch, results: Mapping[str, Any] | None) -> None:
+    """Results say by a digest what they were measured with; another patch's are no evidence for this one.
+
+    Raises:
+        DataError: they name another patch, or none.
+    """
+    from nest_runtime.errors import DataError
+    from nest_runtime.hub.results import ADAPTIVE
+
+    measured = dict(results or {})
+    adaptive = measured.pop(ADAPTIVE, None)
+    for document in [found for found in (measured, adaptive) if found]:
+        digest = document.get("digest")
+        if digest != patch.digest:
+            whose = short(digest) if isinstance(digest, str) and digest else "no patch: they have no digest"
+            raise DataError(
+                f"the results are of {whose}; {patch.label} is {short(patch.digest)}",
+                'give what `eval --json` printed for this very patch; a file of your own form needs its "digest"',
+            )
 
 
 def quiet_client(ctx: typer.Context) -> None:

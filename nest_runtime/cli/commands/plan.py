@@ -89,7 +89,9 @@ def plan(
     out.result(document, lambda: _render(out, document))
     if not out.json:
         files = f"--harmful {shlex.quote(harmful or 'FILE')} --benign {shlex.quote(benign or 'FILE')}"
-        out.note(f"next: nest-runtime train{model_flag(model)} {files} --out v1.safetensors")
+        own = f" --recipe {shlex.quote(recipe_name)}" if recipe_name else ""
+        own += "".join(f" --{name.replace('_', '-')} {value}" for name, value in settings.items() if value is not None)
+        out.note(f"next: nest-runtime train{model_flag(model)} {files}{own} --out v1.safetensors")
 
 
 def _dtype(config: Any, asked: str) -> tuple[str, list[str]]:

@@ -86,7 +86,7 @@ def plot(
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Draw neurons, z-scores, clusterings, updates, attack success and trade-offs.
+    """Draw neurons, z-scores, clusterings, norms of updates, families of attacks and trade-offs.
 
     Silhouette by k and cluster profiles need the model's activations: give the prompts with --harmful and --benign;
     for the reference model, `reference` stands for its own training prompts.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -15,6 +17,7 @@ from nest_runtime.cli.output import DeviceOption, DtypeOption, ModelOption, Outp
 from nest_runtime.errors import UsageError
 from nest_runtime.serve.config import ServeConfig
 
+VARIABLES = "NEST_SERVE"  # begins the names of the options' environment variables
 # Settings whose options are those of other commands too.
 SHARED = (
     *("model", "device", "dtype", "json"),
@@ -36,7 +39,7 @@ def register(app: typer.Typer) -> None:
             "nest-runtime serve --admin-token-file token --admin-port 8001",
             "nest-runtime serve --engine vllm --model org/name --patch v3",
         ),
-        context_settings={"auto_envvar_prefix": "NEST_SERVE"},  # --max-queue is NEST_SERVE_MAX_QUEUE
+        context_settings={"auto_envvar_prefix": VARIABLES},  # --max-queue is NEST_SERVE_MAX_QUEUE
     )(with_flags(serve))
 
 
@@ -65,6 +68,8 @@ def serve(
     variable: NEST_SERVE_MAX_QUEUE=64 is --max-queue 64.
     """
     out = Output.of(ctx, as_json)
+    for unknown in unknown_variables(ctx.command, os.environ):
+        out.note(f"warning: {unknown}")
     from nest_runtime.serve.events import json_events
     from nest_runtime.serve.server import serve as run_server
 
@@ -95,3 +100,15 @@ def _model_named(ctx: typer.Context, named: str | None, option: str) -> str | No
     if named is not None and named != option and source is not None and source.name == "COMMANDLINE":
         raise UsageError(f"two models are named: {named} and --model {option}", "name one")
     return named
+
+
+def unknown_variables(command: Any, environment: Mapping[str, str]) -> list[str]:
+    """Of the variables that look like options of this command, those that are none, each with the nearest that is."""
+    known = [option.name.upper() for option in command.params if option.name]
+    begins = f"{VARIABLES}_"
+    given = {name.removeprefix(begins) for name in environment if name.startswith(begins)}
+    found = []
+    for name in sorted(given - set(known)):
+        nearest = difflib.get_close_matches(name, known, n=1)
+        found.append(f"{begins}{name} is no option{f'; did you mean {begins}{nearest[0]}?' if nearest else ''}")
+    return found

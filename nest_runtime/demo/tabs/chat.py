@@ -99,13 +99,13 @@ def first_patch(state: DemoState) -> str:
     """The way to a model's first patch."""
     flag = f" --model {shlex.quote(state.model_ref or 'MODEL')}"
     commands = [
-        f"nest-runtime train{flag} --harmful harmful.csv --benign everyday --out v1.safetensors",
+        f"nest-runtime train{flag} --harmful harmful --benign everyday --out v1.safetensors",
         "nest-runtime add v1.safetensors",
     ]
     message = (
         f"There is no patch for {state.backend.name} on this machine yet, so the base model answers alone. "
-        "Train one and add it, then reload the page. You bring `harmful.csv`, a few hundred requests to refuse, "
-        "one a line; `everyday` comes with the package."
+        "Train one and add it, then reload the page. `harmful` and `everyday` are prompts that come with the package; "
+        "files of yours do better."
     )
     fetch = "Or fetch one that somebody published for this very model: `nest-runtime pull ORG/REPO`."
     return markup.offer(message, commands, fetch)

@@ -12,6 +12,7 @@ import logging
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +43,8 @@ ENDPOINTS = (*ANSWERS, "/v1/models", "/v1/patches", "/v1/audit")
 PROBES = ("/health", "/ready", "/metrics")
 BODIES = 64  # of the largest size, that are held at once
 GONE = 499  # nginx's status for a client that left; nobody reads it but the log
-DENIAL_SECONDS = 10.0  # at most one audit line per so many seconds: strangers must not fill the disk
+DENIAL_SECONDS, DENIAL_KINDS = 10.0, 32  # at most so many audit lines in that time: strangers must not fill the disk
+OTHERS = ("others", "others")
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 log = logging.getLogger("nest_runtime.serve.access")
@@ -76,7 +78,7 @@ class Access:
     audit: AuditLog
     admin_here: bool = True
     proxies: tuple[Network, ...] = ()
-    _denials: int = field(default=0, init=False)
+    _denials: Counter[tuple[str, str]] = field(default_factory=Counter, init=False)  # by sender and call
     _denied_at: float = field(default=-DENIAL_SECONDS, init=False)
     _notes: Pool = field(default_factory=lambda: Pool("notes", 1), init=False)
 
@@ -118,12 +120,16 @@ class Access:
         await self._record({**event, "status": status, "done": status < 400})
 
     async def _denied(self, host: str, method: str, path: str) -> None:
-        self._denials += 1
-        if time.monotonic() - self._denied_at < DENIAL_SECONDS:
-            return
-        event = {"what": "denied", "who": host, "path": _call(method, path), "count": self._denials, "done": False}
-        self._denials, self._denied_at = 0, time.monotonic()
-        await self._record(event)
+        kind = (host, _call(method, path))
+        self._denials[kind if kind in self._denials or len(self._denials) < DENIAL_KINDS else OTHERS] += 1
+        if time.monotonic() - self._denied_at >= DENIAL_SECONDS:
+            await self.write_denials()
+
+    async def write_denials(self) -> None:
+        """Write down the calls without a valid token since the last time: a line for each sender and call."""
+        denials, self._denials, self._denied_at = self._denials, Counter(), time.monotonic()
+        for (host, call), count in denials.items():
+            await self._record({"what": "denied", "who": host, "path": call, "count": count, "done": False})
 
     async def _record(self, event: dict[str, Any]) -> None:
         try:
@@ -170,12 +176,25 @@ class RequestFrame:
         self._held = 0  # bytes of the bodies that are being read or answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
+            await self._app(scope, self._ending(receive), send)
+        elif scope["type"] != "http":
             await self._app(scope, receive, send)
         elif _is_admin(scope["path"]):
             await self._framed(scope, receive, send)
         else:
             await self._for_pages(scope, receive, send)
+
+    def _ending(self, receive: Receive) -> Receive:
+        """At the end, what was counted is written down."""
+
+        async def received() -> Message:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                await self._access.write_denials()
+            return message
+
+        return received
 
     async def _framed(self, scope: Scope, receive: Receive, send: Send) -> None:
         state: dict[str, Any] = scope.setdefault("state", {})

@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from nest_runtime.addresses import is_loopback
+from nest_runtime.cli.commands.serve import unknown_variables
 from nest_runtime.cli.main import app, main
 from nest_runtime.errors import UsageError
 from nest_runtime.model.load import resolve_model
@@ -212,6 +213,14 @@ def test_every_option_of_serve_has_an_environment_variable(monkeypatch: pytest.M
     for option in serve.params:
         expected = option.opts[0].removeprefix("--").replace("-", "_").upper()
         assert option.envvar == f"NEST_SERVE_{expected}" or option.name.upper() == expected, option.opts
+
+
+def test_a_variable_that_is_no_option_is_said() -> None:
+    serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    known = {f"NEST_SERVE_{option.name.upper()}": "x" for option in serve.params}
+    assert unknown_variables(serve, known | {"NEST_HOME": "x", "PATH": "x"}) == []
+    said = unknown_variables(serve, {"NEST_SERVE_PATCHES": "v3", "NEST_SERVE_Q": "1"})
+    assert said == ["NEST_SERVE_PATCHES is no option; did you mean NEST_SERVE_PATCH?", "NEST_SERVE_Q is no option"]
 
 
 def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
