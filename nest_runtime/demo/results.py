@@ -21,11 +21,14 @@ SUITES = {  # of benchmarks/real_models.py, for people
     "jailbreakchat": "harmful, in JailbreakChat's prompts",
     "selfcipher": "harmful, in SelfCipher",
     "codeattack": "harmful, in CodeAttack",
-    "built-in-attacked": "harmful, in the built-in attacks",
+    "completion": "harmful, a text to complete",
+    "built-in": "harmful, in the built-in attacks",
+    "prefill": "harmful, the answer begun",
+    "multi-turn": "harmful, over several turns",
     "jailbreaks, pooled": "harmful, all jailbreaks",
-    "XSTest, safe": "harmless, XSTest",
-    "JailbreakBench, benign": "harmless, JailbreakBench",
-    "CoCoNot, contrast": "harmless, CoCoNot's contrasts",
+    "xstest-safe": "harmless, XSTest",
+    "jailbreakbench-benign": "harmless, JailbreakBench",
+    "coconot-contrast": "harmless, CoCoNot's contrasts",
     "benign, pooled": "harmless, all",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -17,6 +18,7 @@ from nest_runtime.demo.backend import BASE, DemoAnswer, PatchChoice, find
 from nest_runtime.demo.background import BackgroundJob, JobStopped
 from nest_runtime.demo.examples import PLAIN, examples, reference_offer, wrapped
 from nest_runtime.demo.real import real_offer
+from nest_runtime.demo.results import SUITES
 from nest_runtime.demo.talk import Talk, ask, redo
 from nest_runtime.errors import EngineError, UsageError
 
@@ -533,3 +535,11 @@ def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_patch_that_is_not_there_is_said_before_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--port", "0", "--patch", "v33"]) == 1
     assert "there is no patch 'v33'" in capsys.readouterr().err
+
+
+def test_every_suite_measured_on_a_real_model_has_a_title() -> None:
+    folder = Path(__file__).parents[2] / "docs" / "results" / "real"
+    measured = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*-v1.json"))]
+    assert len(measured) == 2
+    assert {suite for document in measured for suite in document["patch"]["rates"]} <= set(SUITES)
+    assert all(title.startswith(("harmful, ", "harmless, ")) for title in SUITES.values())
