@@ -49,7 +49,7 @@ def doctor(
         rows: list[tuple[str, str, str]] = []
         for item in findings:
             rows.append((item.status, item.name, item.found))
-            rows += [("", "", f"-> {item.advice}")] if item.advice else []
+            rows += [(" ", " ", f"-> {item.advice}")] if item.advice else []
         out.table(("", "WHAT", "FOUND"), rows, styles=STYLES)
         out.line()
         out.line("all is well" if not problems else f"{problems} problem{'s' if problems > 1 else ''}, see above")

@@ -245,7 +245,7 @@ def _next(document: dict[str, Any]) -> str:
         return f'PeftModel.from_pretrained(model, "{folder}")'
     if document["to"] == "gguf":
         file = base if (document["base"] or "").endswith(".gguf") else "BASE.gguf"
-        return f"llama-server -m {file} --lora {folder}/adapter.gguf"
+        return f"llama-server -m {file} --lora {folder}/adapter.gguf --no-cache-prompt --cache-ram 0"
     if document["to"] == "merged":
         return f"load {folder} as any other model"
     name = f"{document['patch'].replace('@', '-')}-{document['digest'][7:19]}"  # vLLM keys its cache by name
