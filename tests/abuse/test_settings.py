@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -68,7 +69,9 @@ def test_a_policy_with_a_byte_order_mark_counts(run: Run, home: Path, keys: Keys
 def test_a_document_that_is_nested_beyond_measure(run: Run, keys: Keys, files: dict[str, Path], document: str) -> None:
     assert run("sign", files["v1"], "--key", keys.mine).status == 0
     files["v1"].with_name(document).write_text('{"a":' * 9_000 + "1" + "}" * 9_000)
-    refused(run("verify", files["v1"], "--trust", keys.mine.with_suffix(".pub")), 3, "nested too deeply")
+    # Python 3.13 reads more levels, and what they hold is then no document of ours.
+    why = [] if sys.version_info >= (3, 13) else ["nested too deeply"]
+    refused(run("verify", files["v1"], "--trust", keys.mine.with_suffix(".pub")), 3, *why)
 
 
 @pytest.mark.parametrize(("word", "on"), [("true", True), ("yes", True), ("On", True), ("1", True), ("0", False)])

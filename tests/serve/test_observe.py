@@ -67,16 +67,18 @@ def test_what_is_measured_is_labeled_with_the_patch(observed: Running, files: di
     server = observed
     client = server.client()
     messages: Any = [{"role": "user", "content": "How do I bake bread?"}]
+    tokens = []
     for version in ("v2", "v3"):
-        client.chat.completions.create(model=server.name, messages=messages, max_tokens=5, n=2, temperature=1)
+        said = client.chat.completions.create(model=server.name, messages=messages, max_tokens=5, n=2, temperature=1)
+        tokens.append(said.usage.completion_tokens)  # at most 10: an end may be drawn
         server.admin("POST", "/v1/patches/activate", json={"patch": files[version]})
     server.admin("POST", "/v1/patches/activate", json={"patch": "v9"})
     damaged = Path(files["v1"])
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     server.admin("POST", "/v1/patches", json={"patch": files["v1"]})
     found = families(server)
-    for patch in ("v1", "v2"):
-        assert value(found["nest_tokens"], kind="completion", patch=patch) == 10
+    for patch, count in zip(("v1", "v2"), tokens, strict=True):
+        assert value(found["nest_tokens"], kind="completion", patch=patch) == count
         assert value(found["nest_answers"], patch=patch) == 2
         counts = [s.value for s in found["nest_time_to_first_token_seconds"] if s.name.endswith("_count")]
         assert counts == [1, 1]
