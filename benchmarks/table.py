@@ -51,16 +51,16 @@ class Row:
 
 ROWS = {
     "decode": Row("Decoding under one patch", "decode.py", 280),
-    "server": Row("A server under one patch", "server.py", 480),
+    "server": Row("A server under one patch", "server.py", 585),
     "mixed": Row("Many patches in one batch", "mixed.py", 160),
     "swap": Row("Swapping patches", "swap.py", 45),
-    "load": Row("From disk to active", "load.py", 60),
+    "load": Row("From disk to active", "load.py", 50),
     "hash": Row("Hashing a model", "hash.py", 40),
-    "locate": Row("Locating", "locate.py", 135),
-    "tune": Row("A training step", "tune.py", 330),
-    "eval": Row("Answers of an evaluation", "evaluate.py", 500),
+    "locate": Row("Locating", "locate.py", 120),
+    "tune": Row("A training step", "tune.py", 300),
+    "eval": Row("Answers of an evaluation", "evaluate.py", 480),
     "start": Row("Starting", "start.py", 160),
-    "growth": Row("Growth", "growth.py", 210),
+    "growth": Row("Growth", "growth.py", 180),
     "vllm": Row("vLLM with and without a patch", "vllm_server.py", 1500, "--rows vllm, in an environment of its own"),
 }
 ELSEWHERE = {"gpu": ("On a GPU: CUDA graphs, many patches, idle cost", "no GPU on this machine")}
