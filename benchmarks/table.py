@@ -218,7 +218,8 @@ def write_page(page: Path, document: Mapping[str, Any]) -> None:
     text = page.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN, 1)
     _, after = rest.split(END, 1)
-    plots = {name: plot for row in document["rows"].values() for name, plot in row.get("plots", {}).items()}
+    rows = document["rows"].items()
+    plots = {f"{row}: {name}": plot for row, found in rows for name, plot in found.get("plots", {}).items()}
     whole = table(document)
     if plots and draw(plots, page.parent.parent / "pictures" / "growth.png"):
         whole += "\n![Costs and speeds by size: each plot's axes are logarithmic](../pictures/growth.png)\n"
