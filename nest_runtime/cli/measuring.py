@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,33 +16,29 @@ if TYPE_CHECKING:
     from nest_runtime.evaluate import Case
 
 
-def cases_of(
-    model: str, suites: Sequence[str], behaviors: Sequence[str], note: Callable[[str], None] | None = None
-) -> list[Case]:
+def cases_of(model: str, suites: Sequence[str], behaviors: Sequence[str]) -> list[Case]:
     """The cases asked for; all of the reference world's if nothing is said and the model is the reference.
-
-    Args:
-        model: its name; only the reference has suites of its own.
-        suites, behaviors: names of suites, and files.
-        note: is told of files whose prompts count as harmful because nothing in them says what they are.
 
     Raises:
         UsageError: nothing is said for another model, or there is no such suite.
         DataError: a file cannot be read.
     """
     from nest_runtime.evaluate import load_behaviors, load_suites
-    from nest_runtime.evaluate.layouts import assumed_harmful
 
     if not suites and not behaviors:
         if model != "reference":
             raise UsageError("nothing to measure on: no --suite and no --behaviors", "give --behaviors FILE")
         suites = ["reference"]
-    found = load_suites(suites)
-    for file in behaviors:
-        found += load_behaviors(file)
-        if note is not None and (count := assumed_harmful(file)):
-            note(f"{count} prompts of {file} count as harmful requests; a column `kind` with `benign` says otherwise")
-    return found
+    return [*load_suites(suites), *(case for file in behaviors for case in load_behaviors(file))]
+
+
+def assumptions(behaviors: Sequence[str]) -> list[str]:
+    """A remark on each file with prompts that count as harmful because nothing in it says what they are."""
+    from nest_runtime.evaluate.layouts import assumed_harmful
+
+    counted = {file: assumed_harmful(file) for file in behaviors}
+    says = "count as harmful requests; a column `kind` with `benign` says otherwise"
+    return [f"{count} prompts of {file} {says}" for file, count in counted.items() if count]
 
 
 @dataclass(frozen=True)

@@ -151,11 +151,11 @@ def test_a_card_carries_the_tables_of_an_evaluation_and_of_adaptive_attacks(run:
     [
         (
             EVALUATION | {"digest": "sha256:" + 64 * "1"},
-            "the results are of sha256:111111111111;",
+            "are of sha256:111111111111;",
         ),
-        (ATTACKS | {"digest": "sha256:" + 64 * "1"}, "the results are of sha256:111111111111;"),
-        (EVALUATION | {"patch": "base", "digest": None}, "the results are of no patch"),
-        ({"recipe": {"lr": 0.01}, "machine": {"memory_bytes": 1}}, "the results are of no patch"),
+        (ATTACKS | {"digest": "sha256:" + 64 * "1"}, "are of sha256:111111111111;"),
+        (EVALUATION | {"patch": "base", "digest": None}, "are of no patch"),
+        ({"recipe": {"lr": 0.01}, "machine": {"memory_bytes": 1}}, "are of no patch"),
     ],
     ids=["evaluation", "attacks", "base", "comparison"],
 )
@@ -163,7 +163,9 @@ def test_results_of_another_patch_are_no_evidence(
     run: Run, tmp_path: Path, document: dict[str, Any], found: str
 ) -> None:
     (tmp_path / "eval.json").write_text(json.dumps(document))
-    fails(run("push", "v3", tmp_path / "mirror", "--results", tmp_path / "eval.json"), 1, found)
+    (tmp_path / "own.json").write_text(json.dumps(EVALUATION | {"digest": load_patch("v3").digest}))
+    told = ["--results", tmp_path / "eval.json", "--results", tmp_path / "own.json"]  # each speaks for itself
+    fails(run("push", "v3", tmp_path / "mirror", *told), 1, found)
     assert not (tmp_path / "mirror").exists()
 
 

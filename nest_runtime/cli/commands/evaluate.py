@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +18,7 @@ from nest_runtime.cli.case_options import (
 )
 from nest_runtime.cli.common import choose_patch, examples, model_flag, model_for, writable_file, writable_folder
 from nest_runtime.cli.evaluate_view import render
-from nest_runtime.cli.measuring import cases_of
+from nest_runtime.cli.measuring import assumptions, cases_of
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output
 from nest_runtime.errors import UsageError
 from nest_runtime.escape import short
@@ -132,9 +131,7 @@ def evaluate(
     from nest_runtime.evaluate.session import EvalSession
     from nest_runtime.model.load import load_model
 
-    remarks: list[str] = []
     asked = _asked(
-        remarks.append,
         model,
         suite or [],
         data,
@@ -146,7 +143,7 @@ def evaluate(
         shots=lm_eval_shots,
     )
     judges = _judges(judge or [], asked.cases, device)
-    for remark in remarks:
+    for remark in assumptions(behaviors or []):
         out.note(remark)
     loaded = load_model(model, device=device, dtype=dtype)
     chosen = choose_patch(out, patch, no_patch, loaded.hash)
@@ -178,7 +175,6 @@ def _check_outputs(out_file: Path | None, html_file: Path | None, workdir: Path 
 
 
 def _asked(
-    remark: Callable[[str], None],
     model: str,
     suite: list[str],
     data: Path | None,
@@ -202,7 +198,7 @@ def _asked(
     tasks = load_tasks(names, include=include, limit=limit, shots=shots) if names else None
     others = []
     if suites or behaviors or (standard is None and tasks is None):
-        others = cases_of(model, suites, behaviors, remark)
+        others = cases_of(model, suites, behaviors)
         others = others if limit is None else sample_cases(others, limit, seed=seed)
     asked = Asked(others, standard, tasks, parse_attacks(attacks) if attacks else [], seed)
     if attacks and not asked.cases:

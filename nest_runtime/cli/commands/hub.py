@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -131,12 +131,11 @@ def push(
     out, store, ref = Output.of(ctx, as_json), Store(), repository(repo)
     quiet_client(ctx)
     private_key = signing_key(key)
-    measured = _results(results or ())
     if demand_claims and channel is None:
         raise UsageError("--demand-claims is for a channel", "name it with --channel")
     named_base = base_id(base_model)
     chosen, material = patch_and_material(patch, store, model, private_key)
-    check_results_are_of(chosen, measured)
+    measured = _results(results or (), chosen)
     move = None
     if channel is not None:
         prove = claim.prover(out, model, behaviors, judge)
@@ -293,8 +292,12 @@ def signing_key(given: Path | None) -> Path | None:
     return None if chosen is None else expand(chosen)
 
 
-def _results(paths: Sequence[Path]) -> dict[str, Any] | None:
-    """The documents of an evaluation and of adaptive attacks, as the card takes them."""
+def _results(paths: Sequence[Path], patch: Patch) -> dict[str, Any] | None:
+    """The documents of an evaluation and of adaptive attacks, as the card takes them.
+
+    Raises:
+        DataError: one cannot be read, or does not say by its digest that it was measured with this very patch.
+    """
     from nest_runtime.errors import DataError
     from nest_runtime.hub.results import ADAPTIVE
     from nest_runtime.io import MAX_RESULT, parse_json, read_text
@@ -308,29 +311,15 @@ def _results(paths: Sequence[Path]) -> dict[str, Any] | None:
             raise DataError(f"the results {path} cannot be read: {why}", "give what `eval --json` printed") from error
         if not isinstance(document, dict):
             raise DataError(f"the results {path} are no JSON object", "give what `eval --json` printed")
-        found |= {ADAPTIVE: document} if isinstance(document.get("patch"), list) else document
-    return found or None
-
-
-def check_results_are_of(patch: Patch, results: Mapping[str, Any] | None) -> None:
-    """Results say by a digest what they were measured with; another patch's are no evidence for this one.
-
-    Raises:
-        DataError: they name another patch, or none.
-    """
-    from nest_runtime.errors import DataError
-    from nest_runtime.hub.results import ADAPTIVE
-
-    measured = dict(results or {})
-    adaptive = measured.pop(ADAPTIVE, None)
-    for document in [found for found in (measured, adaptive) if found]:
         digest = document.get("digest")
         if digest != patch.digest:
             whose = short(digest) if isinstance(digest, str) and digest else "no patch: they have no digest"
             raise DataError(
-                f"the results are of {whose}; {patch.label} is {short(patch.digest)}",
+                f"the results {path} are of {whose}; {patch.label} is {short(patch.digest)}",
                 'give what `eval --json` printed for this very patch; a file of your own form needs its "digest"',
             )
+        found |= {ADAPTIVE: document} if isinstance(document.get("patch"), list) else document
+    return found or None
 
 
 def quiet_client(ctx: typer.Context) -> None:

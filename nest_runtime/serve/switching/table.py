@@ -297,10 +297,8 @@ class PatchTable:
                 return entry.digest
         elif self._before and self._before[-1].key is not None:
             return self._before[-1].digest
-        first = (
-            f"{self.active.label} is the first patch that answers here, and a server does not go back to the bare base"
-        )
-        first += ": nothing to roll back to"
+        first = f"{self.active.label} is the first patch that answers here: nothing to roll back to, for a server"
+        first += " does not go back to the bare base"
         parted = await self._pool.run(self._durable.parted, self.active.key)
         raise StoreError(first + parted, "activate a patch by name instead")
 
