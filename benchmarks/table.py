@@ -50,17 +50,17 @@ class Row:
 
 
 ROWS = {
-    "decode": Row("Decoding under one patch", "decode.py", 280),
+    "decode": Row("Decoding under one patch", "decode.py", 310),
     "server": Row("A server under one patch", "server.py", 585),
-    "mixed": Row("Many patches in one batch", "mixed.py", 160),
+    "mixed": Row("Many patches in one batch", "mixed.py", 175),
     "swap": Row("Swapping patches", "swap.py", 45),
-    "load": Row("From disk to active", "load.py", 50),
-    "hash": Row("Hashing a model", "hash.py", 40),
+    "load": Row("From disk to active", "load.py", 40),
+    "hash": Row("Hashing a model", "hash.py", 25),
     "locate": Row("Locating", "locate.py", 120),
     "tune": Row("A training step", "tune.py", 300),
     "eval": Row("Answers of an evaluation", "evaluate.py", 480),
     "start": Row("Starting", "start.py", 160),
-    "growth": Row("Growth", "growth.py", 180),
+    "growth": Row("Growth", "growth.py", 160),
     "vllm": Row("vLLM with and without a patch", "vllm_server.py", 1500, "--rows vllm, in an environment of its own"),
 }
 ELSEWHERE = {"gpu": ("On a GPU: CUDA graphs, many patches, idle cost", "no GPU on this machine")}
@@ -250,7 +250,7 @@ def draw(plots: Mapping[str, Mapping[str, Any]], target: Path) -> bool:
         axis.set_visible(False)
     figure.tight_layout()
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=110)
+    figure.savefig(target, dpi=100)
     pyplot.close(figure)
     return True
 

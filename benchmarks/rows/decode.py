@@ -20,27 +20,33 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measure import Goal, Line, Report, Series, in_turns, run, threads
+from measure import Clock, Goal, Line, Report, Series, in_turns, run, threads
 from subjects import SOME_HASH, Real, adapters, llama_1b, load, random_patch, real_models
 
 from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
 
-PROMPT, STEPS = 32, 8
-SECONDS = 25  # for one batch size of one model
+BATCHES, PROMPT, STEPS = (1, 8), 32, 8
+SECONDS = 25  # for one batch size of one model, where there is time
 WAYS = ("base", "hook", "fold", "LoRA")
 
 
 def measure(arguments: argparse.Namespace) -> Report:
     """The row's lines."""
     threads(arguments)
-    report = Report()
+    report, left_out, clock = Report(), [], Clock(arguments.seconds)
     subjects = [real_subject(real) for real in real_models(arguments)]
     if not arguments.quick:
         subjects.append(random_subject(arguments.seed))
-    for subject in subjects:
-        report.lines += one(subject, arguments)
+    for number, subject in enumerate(subjects):
+        if not clock.one_more():
+            left_out.append(subject.label)
+            continue
+        most = clock.share(len(BATCHES) * (len(subjects) - number), SECONDS)
+        report.lines += one(subject, arguments, most)
         gc.collect()
+    if left_out:
+        report.more["left_out"] = left_out
     return report
 
 
@@ -67,8 +73,8 @@ def random_subject(seed: int) -> Subject:
     )
 
 
-def one(subject: Subject, arguments: argparse.Namespace) -> list[Line]:
-    """One model in three copies, and both batches."""
+def one(subject: Subject, arguments: argparse.Namespace, most: float) -> list[Line]:
+    """One model in three copies, and both batches, for about ``most`` seconds each."""
     from peft import PeftModel
 
     base = subject.make()
@@ -86,10 +92,10 @@ def one(subject: Subject, arguments: argparse.Namespace) -> list[Line]:
             if way in ("hook", "fold"):
                 runtime.activate(patch.version, mode=way)  # type: ignore[arg-type]
 
-        for batch in (1, 8):
+        for batch in BATCHES:
             runtime.deactivate()
             decoding = {way: stepper(models[way], batch, arguments.seed) for way in WAYS}
-            found = in_turns(decoding, 2 if arguments.quick else 16, before=switch, most=SECONDS)
+            found = in_turns(decoding, 2 if arguments.quick else 16, before=switch, most=most)
             lines += compared(f"{subject.label}, {dtype}, batch {batch}", batch, patch, found)
     return lines
 

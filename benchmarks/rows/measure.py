@@ -138,6 +138,17 @@ class Clock:
         self.longest, self.last = max(self.longest, now - self.last), now
         return now - self.began + 1.1 * self.longest <= self.seconds
 
+    def set_up(self) -> None:
+        """What ran so far was no piece: it counts as time gone, and tells nothing of how long a piece takes."""
+        self.last = time.perf_counter()
+
+    def share(self, parts: int, most: float) -> float:
+        """Seconds for the rounds of one of ``parts`` measurements to come: half its share, at most ``most``.
+
+        The other half is for what each of them needs besides its rounds.
+        """
+        return min(most, max(0.0, self.began + self.seconds - time.perf_counter()) / parts / 2)
+
 
 def seconds(action: Callable[[], Any]) -> float:
     """What one call takes."""

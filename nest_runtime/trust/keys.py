@@ -137,7 +137,7 @@ def _private_key(path: Path, passphrase: str) -> Any:
 
     pem, mode = _read_key(path)
     if b"PUBLIC KEY" in pem:
-        raise UsageError(f"{path} is a public key; expected the private one", "give the file that ends with .key")
+        raise UsageError(f"{path} is a public key; expected the private key", "give the file that ends with .key")
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise UsageError(
             f"others may use the private key {path} (mode {mode & 0o777:o}); expected 600",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import sys
 import time
@@ -102,6 +103,21 @@ def test_rows_that_fail_are_named_and_the_others_go_on(
     child = int((tmp_path / "slow.py.pid").read_text(encoding="utf-8"))
     time.sleep(0.2)
     assert not os.path.exists(f"/proc/{child}") or "Z" in Path(f"/proc/{child}/stat").read_text().split(")")[1]
+
+
+def test_a_clock_shares_what_time_is_left(table: Any) -> None:
+    measure = sys.modules["measure"]
+    clock = measure.Clock(10.0)
+    assert clock.share(2, 60.0) == pytest.approx(2.5, rel=0.01)
+    assert clock.share(2, 1.0) == 1.0
+    assert measure.Clock(math.inf).share(3, 25.0) == 25.0
+    late = measure.Clock(0.3)
+    time.sleep(0.2)
+    late.set_up()  # 0.2 s without a piece: the first one is tried
+    assert late.one_more()
+    time.sleep(0.2)
+    assert not late.one_more()
+    assert late.share(2, 60.0) == 0.0
 
 
 def test_some_rows_are_put_into_an_earlier_result_and_onto_the_page(

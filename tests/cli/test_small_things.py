@@ -98,4 +98,4 @@ def test_the_public_half_signs_nothing(run: Run, tmp_path: Path) -> None:
     assert run("keygen", tmp_path).status == 0
     small_patch("v1").save(tmp_path / "v1.safetensors")
     signed = run("sign", tmp_path / "v1.safetensors", "--key", tmp_path / "nest.pub")
-    fails(signed, 2, f"{tmp_path / 'nest.pub'} is a public key; expected the private one")
+    fails(signed, 2, f"{tmp_path / 'nest.pub'} is a public key; expected the private key")

@@ -271,6 +271,16 @@ def test_errors_are_shown_as_messages(demo: Tab, hub: HubServer, monkeypatch: py
     demo.picture("patches-error")
 
 
+def test_a_token_typed_while_a_change_runs_stays(state: DemoState, hub: HubServer) -> None:  # noqa: F811
+    """Cleared, it would let the next push run under the machine's own token."""
+    from nest_runtime.demo.tabs.admin import Changes
+
+    steps = [step[1] for step in Changes(state, lambda: []).pull("alice/nothing-here", "hf_alice")]
+    assert steps[0] == ""
+    assert len(steps) >= 3
+    assert all(step != "" for step in steps[1:])
+
+
 def test_activate_roll_back_and_compare(demo: Tab, state: DemoState) -> None:
     demo.show("Patches")
     for version in ("v1", "v2"):
@@ -279,7 +289,7 @@ def test_activate_roll_back_and_compare(demo: Tab, state: DemoState) -> None:
         demo.page.locator(f"#activate-question >> text=Make {version} the active patch").wait_for()
         assert state.backend.active() != state.store.find(version).digest
         demo.page.click("#activate-yes")
-        demo.page.locator(f"#patches tr.nr-mark >> text={version}").first.wait_for()
+        demo.page.locator(f"#outcome >> text=active: {version}").wait_for()
         assert state.backend.active() == state.store.find(version).digest
     demo.page.click("#rollback")
     demo.page.click("#rollback-no")
@@ -297,6 +307,30 @@ def test_activate_roll_back_and_compare(demo: Tab, state: DemoState) -> None:
     demo.page.click("#diff")
     demo.page.locator("#difference >> text=v1 → v3").wait_for()
     demo.page.locator("#difference >> text=model.layers.1.mlp.gate_proj").wait_for()
+
+
+def test_what_was_asked_is_what_is_done(demo: Tab, state: DemoState, hub: HubServer) -> None:  # noqa: F811
+    """A field that changes while the question stands changes neither the patch nor the repository."""
+    demo.show("Patches")
+    demo.choose("which", "v2")
+    demo.page.click("#activate")
+    demo.page.locator("#activate-question >> text=Make v2 the active patch").wait_for()
+    demo.page.get_by_label("Repository").fill("alice/asked")
+    demo.page.click("#push")
+    demo.page.locator("#push-question >> text=Publish v2 at hf://alice/asked?").wait_for()
+    demo.choose("which", "v1")
+    demo.page.get_by_label("Repository").fill("alice/another")
+    demo.page.get_by_label("Hub token").fill("hf_alice")
+    demo.page.click("#push-yes")
+    demo.page.locator("#hub-outcome .nr-good", has_text="reference-safety@v2").wait_for()
+    assert list(hub.repo("alice/asked").tags) == ["v2"]
+    demo.page.click("#activate-yes")
+    demo.page.locator("#outcome >> text=active: v2").wait_for()
+    assert state.backend.active() == state.store.find("v2").digest
+    demo.choose("which", "v3")
+    demo.page.click("#activate")
+    demo.page.click("#activate-yes")
+    demo.page.locator("#outcome >> text=active: v3").wait_for()
 
 
 def test_neurons_and_what_they_do(demo: Tab, state: DemoState) -> None:

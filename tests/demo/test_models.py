@@ -98,7 +98,13 @@ def test_the_page_of_its_neurons(opened: tuple[Any, Any]) -> None:
 
 def test_too_long_a_conversation_is_a_message(opened: tuple[Any, Any]) -> None:
     state, _ = opened
-    talk = Talk()
-    pages = [page for page, *_ in Chat(state).ask("bread " * 600, "v1", True, talk)]
+    chat, talk = Chat(state), Talk()
+    pages = [page for page, *_ in chat.ask("bread " * 600, "v1", True, talk)]
     assert talk.turns[0].replies[1].state == "failed"
+    assert "ask something shorter" in pages[-1]
+    talk = Talk()
+    list(chat.ask("Hello", "v1", True, talk))
+    assert talk.turns[0].replies[1].state == "done"
+    pages = [page for page, *_ in chat.ask("bread " * 600, "v1", True, talk)]
+    assert talk.turns[1].replies[1].state == "failed"
     assert "begin a new conversation" in pages[-1]

@@ -22,12 +22,16 @@ BEAT = 0.5  # seconds between two signs of life of a step that says nothing
 
 @dataclass(frozen=True)
 class Question:
-    """A row that asks before something is done: the question, and two answers."""
+    """A row that asks before something is done: the question, two answers, and what it asked about.
+
+    What was asked is what is then done, whatever the fields above say by then.
+    """
 
     row: gr.Row
     words: gr.HTML
     yes: gr.Button
     no: gr.Button
+    asked: gr.State
 
     def close(self, outcome: gr.HTML) -> None:
         """Make the second answer close the row."""
@@ -94,7 +98,7 @@ def _question(name: str, verb: str) -> Question:
         words = gr.HTML(padding=False, elem_id=f"{name}-question")
         yes = gr.Button(verb, variant="primary", elem_id=f"{name}-yes", size="md", min_width=100)
         no = gr.Button("Leave it", elem_id=f"{name}-no", size="md", min_width=100)
-    return Question(row, words, yes, no)
+    return Question(row, words, yes, no, gr.State())
 
 
 def connect(state: DemoState, parts: AdminParts, refresh: Callable[[], list[Any]], lists: list[Any]) -> None:
@@ -114,12 +118,12 @@ def connect(state: DemoState, parts: AdminParts, refresh: Callable[[], list[Any]
         (parts.rollback, tab.ask_rollback, [], parts.rolling, parts.outcome),
         (parts.push, tab.ask_push, [parts.which, parts.repo], parts.pushing, parts.hub_outcome),
     ):
-        button.click(asks, given, [question.row, question.words, outcome], show_progress="hidden")
+        button.click(asks, given, [question.row, question.words, outcome, question.asked], show_progress="hidden")
         question.close(outcome)
         question.yes.click(lambda: gr.Row(visible=False), None, question.row, show_progress="hidden")
-    parts.activating.yes.click(tab.activate, parts.which, [parts.outcome, *lists], **quiet)
+    parts.activating.yes.click(tab.activate, parts.activating.asked, [parts.outcome, *lists], **quiet)
     parts.rolling.yes.click(tab.rollback, None, [parts.outcome, *lists], **quiet)
-    parts.pushing.yes.click(tab.push, [parts.which, parts.repo, parts.private, parts.token], out, **quiet)
+    parts.pushing.yes.click(tab.push, [parts.pushing.asked, parts.private, parts.token], out, **quiet)
     parts.pull.click(tab.pull, [parts.repo, parts.token], [*out, *lists], **quiet)
 
 
@@ -135,7 +139,8 @@ class Changes:
             lambda: (
                 f"Make {self.state.called(str(digest))} the active patch {self._where()}? "
                 "It then answers everybody who asks there."
-            )
+            ),
+            digest,
         )
 
     def ask_rollback(self) -> list[Any]:
@@ -151,16 +156,16 @@ class Changes:
             place = parse_repo(repo.strip()).place
             return f"Publish {self.state.called(str(digest))} at {place}? What others fetched stays with them."
 
-        return self._ask(words, switch=False)
+        return self._ask(words, (digest, repo), switch=False)
 
-    def _ask(self, words: Callable[[], str], *, switch: bool = True) -> list[Any]:
-        """Open a question; if there is nothing to ask, say why."""
+    def _ask(self, words: Callable[[], str], asked: Any = None, *, switch: bool = True) -> list[Any]:
+        """Open a question about ``asked``; if there is nothing to ask, say why."""
         try:
             if switch:
                 self._may_switch()
-            return [gr.Row(visible=True), markup.wrap(f"<p>{markup.words(words())}</p>"), ""]
+            return [gr.Row(visible=True), markup.wrap(f"<p>{markup.words(words())}</p>"), "", asked]
         except NestError as error:
-            return [gr.Row(visible=False), "", markup.wrap(markup.alert(error))]
+            return [gr.Row(visible=False), "", markup.wrap(markup.alert(error)), None]
 
     def _where(self) -> str:
         return "of this machine's store" if self.state.local is not None else self.state.backend.place
@@ -188,8 +193,9 @@ class Changes:
             said = markup.alert(error)
         return [markup.wrap(said), *self.refresh()]
 
-    def push(self, digest: str | None, repo: str, private: bool, token: str) -> Iterator[list[Any]]:
-        """Publish a patch, with its signature where the store has one."""
+    def push(self, asked: tuple[str | None, str], private: bool, token: str) -> Iterator[list[Any]]:
+        """Publish a patch at a repository, both as they were asked about, with its signature where there is one."""
+        digest, repo = asked
 
         def task(job: BackgroundJob[str]) -> str:
             """Publish the patch; gives what the page says of it."""
@@ -208,8 +214,8 @@ class Changes:
             place = f"{ref.place}@{done.version}, {done.url}" + ("" if done.signed_by else "; it is not signed")
             return f"{patch.name}@{done.version} ({short(done.digest)}) {verb}: {place}"
 
-        for said in self._with_hub(task, token):
-            yield [said, ""]
+        for said, cleared in self._with_hub(task, token):
+            yield [said, cleared]
 
     def pull(self, repo: str, token: str) -> Iterator[list[Any]]:
         """Fetch a patch into the store, and offer it everywhere."""
@@ -231,12 +237,16 @@ class Changes:
             return f"pulled {entry.key} ({short(entry.digest)}) for {base}, from {fetched.ref.place}; {signed}"
 
         said, unchanged = "", [gr.skip()] * len(self.refresh())
-        for said in self._with_hub(task, token):
-            yield [said, "", *unchanged]
-        yield [said, "", *self.refresh()]
+        for said, cleared in self._with_hub(task, token):
+            yield [said, cleared, *unchanged]
+        yield [said, gr.skip(), *self.refresh()]
 
-    def _with_hub(self, task: Callable[[BackgroundJob[str]], str], token: str) -> Iterator[str]:
-        """Run a change that speaks with the Hub; yields how far it is, then what came of it."""
+    def _with_hub(self, task: Callable[[BackgroundJob[str]], str], token: str) -> Iterator[tuple[str, Any]]:
+        """Run a change that speaks with the Hub; yields how far it is, then what came of it.
+
+        Beside each stands what becomes of the token's field: it is cleared once, at the beginning, so that a token
+        typed while the change runs stays for the next one.
+        """
         from nest_runtime.hub.huggingface import hub_session
 
         done: list[str] = []
@@ -246,12 +256,12 @@ class Changes:
             with hub_session(token.strip() or None, job.report):
                 done.append(task(job))
 
-        yield markup.wrap(markup.progress(step, 0, 0))
+        yield markup.wrap(markup.progress(step, 0, 0)), ""
         try:
             for said in BackgroundJob[str]().run(body, beat=BEAT):
                 step, seconds = (said, 0.0) if said is not None else (step, seconds + BEAT)
                 waited = f" ({seconds:.0f} s)" if seconds >= 2 else ""
-                yield markup.wrap(markup.progress(f"{step}{waited}", 0, 0))
-            yield markup.wrap(markup.good(done[0]))
+                yield markup.wrap(markup.progress(f"{step}{waited}", 0, 0)), gr.skip()
+            yield markup.wrap(markup.good(done[0])), gr.skip()
         except NestError as error:
-            yield markup.wrap(markup.alert(error))
+            yield markup.wrap(markup.alert(error)), gr.skip()
