@@ -8,6 +8,11 @@ The command line prints both and exits with ``exit_status``: 1 failed, 2 wrong u
 from __future__ import annotations
 
 
+def reason_of(error: Exception) -> str:
+    """Why something failed, for a message that names the file itself: a system's error without its number and path."""
+    return str(error.strerror if isinstance(error, OSError) and error.strerror else error)
+
+
 class NestError(Exception):
     """Base of all errors of nest-runtime.
 

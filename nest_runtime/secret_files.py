@@ -10,7 +10,7 @@ import os
 import stat
 from pathlib import Path
 
-from nest_runtime.errors import UsageError
+from nest_runtime.errors import UsageError, reason_of
 from nest_runtime.io import MAX_SETTINGS, lines_of, open_file
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -33,7 +33,7 @@ def secret_lines(path: Path, what: str, *, secret: bool = True) -> list[tuple[in
             mode, data = os.fstat(file.fileno()).st_mode, file.read(MAX_SETTINGS)
         text = data.decode("utf-8-sig")
     except OSError as error:
-        raise UsageError(f"the {what} {path} cannot be read: {error.strerror}", "check the path") from error
+        raise UsageError(f"the {what} {path} cannot be read: {reason_of(error)}", "check the path") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"the {what} {path} is not UTF-8: {error}", "save it as UTF-8") from error
     if os.name == "posix" and mode & (_OTHERS if secret else _OTHERS_WRITE):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nest_runtime.errors import BaseMismatch, PatchNotFound, UsageError
+from nest_runtime.errors import BaseMismatch, PatchNotFound, UsageError, reason_of
 
 if TYPE_CHECKING:
     import typer
@@ -43,7 +43,7 @@ def _tried(check: Callable[[Path], None], path: Path, option: str) -> None:
         check(path)
     except OSError as error:
         raise UsageError(
-            f"{option} {path} cannot be written: {error.strerror or error}", "name a place where you may write"
+            f"{option} {path} cannot be written: {reason_of(error)}", "name a place where you may write"
         ) from error
 
 

@@ -13,7 +13,7 @@ import typer
 from nest_runtime.cli import complete
 from nest_runtime.cli.common import writable_file
 from nest_runtime.cli.output import Interrupted, Output, size
-from nest_runtime.errors import UsageError
+from nest_runtime.errors import UsageError, reason_of
 from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
 from nest_runtime.train.recipe import RECIPES, Recipe, named_recipe
 
@@ -87,7 +87,9 @@ def recipe_of(name: str | None, model: str = "", **given: Any) -> Recipe:
         try:
             values = parse_json(read_text(path, MAX_SETTINGS))
         except (OSError, ValueError) as error:
-            raise UsageError(f"the recipe {path} cannot be read: {error}", "give a JSON object of settings") from error
+            raise UsageError(
+                f"the recipe {path} cannot be read: {reason_of(error)}", "give a JSON object of settings"
+            ) from error
         if not isinstance(values, dict):
             raise UsageError(f"the recipe {path} is a JSON {type(values).__name__}", "give a JSON object of settings")
         recipe = usual.evolve(**values)

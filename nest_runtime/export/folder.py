@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.errors import ExportError
+from nest_runtime.errors import ExportError, reason_of
 from nest_runtime.io import expand
 from nest_runtime.patch.patch import Patch
 
@@ -36,7 +36,9 @@ def new_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     try:
         work.mkdir()
     except OSError as error:
-        raise ExportError(f"{target.parent} cannot be written: {error}", "give --out in a folder of yours") from error
+        raise ExportError(
+            f"{target.parent} cannot be written: {reason_of(error)}", "give --out in a folder of yours"
+        ) from error
     try:
         yield work
         _sync(work)
@@ -50,7 +52,7 @@ def new_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]
             raise
     except OSError as error:
         raise ExportError(
-            f"{target} cannot be written: {error}", "make room on the disk, or export elsewhere"
+            f"{target} cannot be written: {reason_of(error)}", "make room on the disk, or export elsewhere"
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)

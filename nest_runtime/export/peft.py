@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from nest_runtime.errors import DigestMismatch, ExportError, PatchFormatError
+from nest_runtime.errors import DigestMismatch, ExportError, PatchFormatError, reason_of
 from nest_runtime.export.folder import NOTE, new_folder, write_note
 from nest_runtime.export.lora import Pair, b_index, layout_of, pairs_of
 from nest_runtime.io import expand, replacing
@@ -134,7 +134,9 @@ def import_peft(folder: str | Path) -> Patch:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise PatchFormatError(f"{path} cannot be read: {error}", "name the folder of an exported adapter") from error
+        raise PatchFormatError(
+            f"{path} cannot be read: {reason_of(error)}", "name the folder of an exported adapter"
+        ) from error
     try:
         header, index = json.loads(metadata[_HEADER]), json.loads(metadata[_SITES])
         patch = _rebuild(header, index, tensors)

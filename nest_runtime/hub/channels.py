@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
-from nest_runtime.errors import Expired, NestError, SignatureError, UsageError
+from nest_runtime.errors import Expired, NestError, SignatureError, UsageError, reason_of
 from nest_runtime.hub.demands import Demands, check_met
 from nest_runtime.io import atomic_write, canonical_json
 from nest_runtime.trust.documents import Digest, Document, Label, Serial, Time, moment_of, read_file, stamp
@@ -200,7 +200,7 @@ def write_channel(root: Path, channel: Channel, key: Path, passphrase: str = "")
         atomic_write(path, data)
         atomic_write(signature_path, signature)
     except OSError as error:
-        raise NestError(f"{path} cannot be written: {error.strerror or error}", "choose another folder") from error
+        raise NestError(f"{path} cannot be written: {reason_of(error)}", "choose another folder") from error
     return path, signature_path
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.errors import ModelError
+from nest_runtime.errors import ModelError, reason_of
 from nest_runtime.progress import Progress
 
 
@@ -79,7 +79,9 @@ def mapped(path: Path, stack: ExitStack) -> memoryview:
         with path.open("rb") as file:
             memory = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", "fetch the checkpoint again: it is damaged") from error
+        raise ModelError(
+            f"{path} cannot be read: {reason_of(error)}", "fetch the checkpoint again: it is damaged"
+        ) from error
     view = memoryview(memory)
     stack.callback(view.release)
     return view

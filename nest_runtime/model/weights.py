@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from nest_runtime.errors import ModelError
+from nest_runtime.errors import ModelError, reason_of
 from nest_runtime.io import expand
 from nest_runtime.patch.frame import Frame, FramingError, header_length, parse_frame
 
@@ -91,4 +91,6 @@ def read_frame(path: Path) -> Frame:
             length = header_length(file.read(8), size, _HEADER_LIMIT)
             return parse_frame(file.read(length), size - 8 - length)
     except (FramingError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", "fetch the checkpoint again: it is damaged") from error
+        raise ModelError(
+            f"{path} cannot be read: {reason_of(error)}", "fetch the checkpoint again: it is damaged"
+        ) from error

@@ -100,6 +100,8 @@ def _diff_site(name: str, old: Site | None, new: Site | None) -> dict[str, Any] 
     if old is not None and new is not None and old.tensors == new.tensors and old.d_out == new.d_out:
         return None
     was, now = _rows_of(old), _rows_of(new)
+    if not was and not now:  # listed without neurons, or not listed: the same
+        return None
     kept = sorted(was.keys() & now.keys())
     row: dict[str, Any] = {
         "site": name,

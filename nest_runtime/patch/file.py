@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nest_runtime.errors import DigestMismatch, PatchFormatError, PatchNotFound
+from nest_runtime.errors import DigestMismatch, PatchFormatError, PatchNotFound, reason_of
 from nest_runtime.io import Unfit, canonical_json, expand, open_file
 from nest_runtime.patch.frame import Frame, FramingError, TensorEntry, header_length, parse_frame, parse_object
 from nest_runtime.patch.patch import CLAIMS_VERSION, FORMAT_VERSIONS, Patch
@@ -71,7 +71,7 @@ def read_patch(path: str | os.PathLike[str]) -> Patch:
             f"{path} is no regular file: {error.strerror}", "name a .safetensors patch file"
         ) from error
     except OSError as error:
-        raise PatchNotFound(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from error
+        raise PatchNotFound(f"{path} cannot be read: {reason_of(error)}", "check its permissions") from error
 
 
 def from_bytes(data: bytes | bytearray | memoryview, source: str = "") -> Patch:

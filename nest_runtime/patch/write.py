@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.errors import NestError, PatchFormatError
+from nest_runtime.errors import NestError, PatchFormatError, reason_of
 from nest_runtime.io import atomic_write, canonical_json, expand
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def save_patch(patch: Patch, path: str | os.PathLike[str]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(target, data)
     except OSError as error:
-        raise NestError(f"{target} cannot be written: {error.strerror or error}", "choose another path") from error
+        raise NestError(f"{target} cannot be written: {reason_of(error)}", "choose another path") from error
     return target
 
 

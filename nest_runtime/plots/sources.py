@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.errors import DataError
+from nest_runtime.errors import DataError, reason_of
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.io import MAX_RESULT, expand, parse_json, read_text
 from nest_runtime.measures import ATTACK_SUCCESS
@@ -68,7 +68,7 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"there is no file {path}", hint) from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}", hint) from None
+        raise DataError(f"{path} cannot be read as JSON: {reason_of(error)}", hint) from None
     if not isinstance(value, dict) or not {"sites", "records", "sweep"} & value.keys():
         summary = isinstance(value, dict) and ATTACK_SUCCESS.key in value
         what = "is a summary without the answers" if summary else "holds nothing that can be drawn"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nest_runtime.errors import DataError
+from nest_runtime.errors import DataError, reason_of
 from nest_runtime.io import canonical_json
 from nest_runtime.prompts.content import images_of
 
@@ -57,7 +57,7 @@ def _digest(where: str, path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"{where}: the image {path} cannot be read: {error.strerror or error}", "paths start from the prompt file"
+            f"{where}: the image {path} cannot be read: {reason_of(error)}", "paths start from the prompt file"
         ) from error
     _open(where, path).close()
     return hashlib.sha256(data).hexdigest()
@@ -71,7 +71,9 @@ def _open(where: str, path: str | Path) -> Any:
     try:
         return Image.open(path)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: {path} is no image that can be read: {error}", "give a PNG or JPEG file") from error
+        raise DataError(
+            f"{where}: {path} is no image that can be read: {reason_of(error)}", "give a PNG or JPEG file"
+        ) from error
 
 
 class ImageReader:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.errors import PatchNotFound, StoreError, UsageError
+from nest_runtime.errors import PatchNotFound, StoreError, UsageError, reason_of
 from nest_runtime.escape import short
 from nest_runtime.hints import closest
 from nest_runtime.io import expand
@@ -82,7 +82,7 @@ def entry_from_json(row: dict[str, Any]) -> Entry:
         return Entry(**row)
     except TypeError as error:
         raise StoreError(
-            f"the store's index has an entry that cannot be read: {error}",
+            f"the store's index has an entry that cannot be read: {reason_of(error)}",
             "it was written by another version of nest-runtime; update, or move $NEST_HOME/store away",
         ) from error
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.errors import StoreError, UsageError
+from nest_runtime.errors import StoreError, UsageError, reason_of
 from nest_runtime.escape import short
 from nest_runtime.io import parse_json
 from nest_runtime.store import history
@@ -115,7 +115,9 @@ def read_index(path: Path) -> Index:
     except ValueError as error:
         raise StoreError(f"{path} is not JSON: {error}", "restore it from a backup, or move it away") from error
     except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}", "fix its permissions, or set NEST_HOME") from error
+        raise StoreError(
+            f"{path} cannot be read: {reason_of(error)}", "fix its permissions, or set NEST_HOME"
+        ) from error
     if not isinstance(rows, dict) or rows.get("format") != INDEX_FORMAT:
         found = rows.get("format") if isinstance(rows, dict) else type(rows).__name__
         raise StoreError(

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from filelock import FileLock, Timeout
 
-from nest_runtime.errors import StoreError
+from nest_runtime.errors import StoreError, reason_of
 from nest_runtime.io import atomic_write, parse_json, read_bytes
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ class LockedJson(Generic[T]):
             return self._empty()
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             raise StoreError(
-                f"{self.path} cannot be read: {error}",
+                f"{self.path} cannot be read: {reason_of(error)}",
                 f"restore it from a backup; moving it away forgets {self._forgets}",
             ) from error
 
@@ -95,7 +95,7 @@ class LockedJson(Generic[T]):
             with locked(self._lock):
                 yield self.read()
         except OSError as error:
-            raise StoreError(f"{self.path} cannot be written: {error}", "set NEST_HOME elsewhere") from error
+            raise StoreError(f"{self.path} cannot be written: {reason_of(error)}", "set NEST_HOME elsewhere") from error
 
     def write(self, value: T) -> None:
         """Replace the file; only inside ``changing``. Raises OSError, which ``changing`` makes a StoreError."""

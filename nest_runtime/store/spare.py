@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from types import TracebackType
 
-from nest_runtime.errors import StoreError
+from nest_runtime.errors import StoreError, reason_of
 from nest_runtime.io import sync_folder
 
 NAME = ".spare.tmp"  # removed by the store's gc, where a process was killed
@@ -37,7 +37,7 @@ class Spare:
         except OSError as error:
             self._path.unlink(missing_ok=True)
             raise StoreError(
-                f"the store cannot be written: {error.strerror or error}", "free some space; nothing was changed"
+                f"the store cannot be written: {reason_of(error)}", "free some space; nothing was changed"
             ) from error
         return self
 

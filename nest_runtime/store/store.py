@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.errors import BaseMismatch, StoreError
+from nest_runtime.errors import BaseMismatch, StoreError, reason_of
 from nest_runtime.escape import short
 from nest_runtime.io import atomic_write, nest_home
 from nest_runtime.store import history
@@ -323,7 +323,7 @@ class Store:
             (self.root / "tmp").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(
-                f"the store {self.root} cannot be written: {error.strerror}", "set NEST_HOME elsewhere"
+                f"the store {self.root} cannot be written: {reason_of(error)}", "set NEST_HOME elsewhere"
             ) from error
         with locked(self._lock_path):
             index = self._load()

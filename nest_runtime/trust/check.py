@@ -19,7 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.errors import ClaimsRefused, Downgrade, NestError, PatchFormatError, Revoked, SignatureError
+from nest_runtime.errors import (
+    ClaimsRefused,
+    Downgrade,
+    NestError,
+    PatchFormatError,
+    Revoked,
+    SignatureError,
+    reason_of,
+)
 from nest_runtime.io import expand
 from nest_runtime.store.entries import builtin_entries
 from nest_runtime.trust.keys import PublicKey
@@ -130,7 +138,7 @@ def sign_patch(path: str | Path, key: str | Path, passphrase: str = "") -> tuple
         return signed, *write_material(file, signed.material)
     except OSError as error:
         raise NestError(
-            f"{material_paths(file)[1]} cannot be written: {error.strerror or error}", "sign a copy elsewhere"
+            f"{material_paths(file)[1]} cannot be written: {reason_of(error)}", "sign a copy elsewhere"
         ) from error
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nest_runtime.errors import NestError, SignatureError
+from nest_runtime.errors import NestError, SignatureError, reason_of
 from nest_runtime.io import canonical_json, read_bytes
 from nest_runtime.patch.frame import FramingError, parse_object
 
@@ -79,7 +79,7 @@ def read_file(path: Path, what: str) -> bytes:
     except FileNotFoundError as error:
         raise SignatureError(f"there is no {what} at {path}", "ask its publisher to sign it") from error
     except OSError as error:
-        raise NestError(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from error
+        raise NestError(f"{path} cannot be read: {reason_of(error)}", "check its permissions") from error
 
 
 def stamp(moment: datetime | None = None) -> str:

@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nest_runtime.errors import StoreError
+from nest_runtime.errors import StoreError, reason_of
 from nest_runtime.io import atomic_write
 from nest_runtime.patch.write import to_bytes
 from nest_runtime.store.signatures import signature_folder
@@ -42,7 +42,7 @@ def keep_signature(store_root: Path, patch: Patch, material: Material, *, verifi
         atomic_write(folder / "manifest.json", material.manifest)
         _put(folder, bundle.key_id.partition(":")[2], material.signature, verified)
     except OSError as error:
-        raise StoreError(f"{folder} cannot be written: {error.strerror or error}", "set NEST_HOME elsewhere") from error
+        raise StoreError(f"{folder} cannot be written: {reason_of(error)}", "set NEST_HOME elsewhere") from error
 
 
 def kept_signatures(store_root: Path, patch: Patch, policy: Policy) -> list[Material]:

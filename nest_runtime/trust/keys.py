@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nest_runtime.errors import NestError, UsageError
+from nest_runtime.errors import NestError, UsageError, reason_of
 from nest_runtime.install import extra
 from nest_runtime.io import open_file
 
@@ -70,7 +70,7 @@ def generate_keys(folder: Path, name: str = "nest", passphrase: str = "") -> tup
             private_path.unlink()
             raise
     except OSError as error:
-        raise NestError(f"{folder} cannot be written: {error.strerror or error}", "choose another folder") from error
+        raise NestError(f"{folder} cannot be written: {reason_of(error)}", "choose another folder") from error
     return private_path, public_path, public
 
 
@@ -177,7 +177,7 @@ def _read_key(path: Path) -> tuple[bytes, int]:
         with open_file(path, MAX_KEY) as file:
             return file.read(MAX_KEY).removeprefix(codecs.BOM_UTF8), os.fstat(file.fileno()).st_mode
     except OSError as error:
-        raise UsageError(f"the key {path} cannot be read: {error.strerror or error}", "check the path") from error
+        raise UsageError(f"the key {path} cannot be read: {reason_of(error)}", "check the path") from error
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:

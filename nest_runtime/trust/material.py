@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from pydantic import Field
 
-from nest_runtime.errors import PatchFormatError, PatchNotFound, SignatureError
+from nest_runtime.errors import PatchFormatError, PatchNotFound, SignatureError, reason_of
 from nest_runtime.io import Unfit, atomic_write, open_file
 from nest_runtime.trust.documents import Digest, Document, Label, Serial, read_file
 from nest_runtime.trust.signing import read_bundle
@@ -119,7 +119,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise PatchNotFound(f"there is no patch file {path}", "check the path") from error
     except OSError as error:
-        raise PatchNotFound(f"{path} cannot be read: {error.strerror or error}", "check its permissions") from error
+        raise PatchNotFound(f"{path} cannot be read: {reason_of(error)}", "check its permissions") from error
 
 
 def material_paths(path: Path) -> tuple[Path, Path]:

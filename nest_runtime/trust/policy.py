@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from nest_runtime.errors import UsageError
+from nest_runtime.errors import UsageError, reason_of
 from nest_runtime.io import MAX_SETTINGS, nest_home, parse_json, parse_toml, read_text
 from nest_runtime.trust.documents import Serial, Value, first_problem
 from nest_runtime.trust.keys import PublicKey, parse_public_key, read_public_key
@@ -113,7 +113,7 @@ def read_policy(path: Path) -> Policy:
     try:
         text = read_text(path, MAX_SETTINGS)
     except OSError as error:
-        raise UsageError(f"the trust policy {path} cannot be read: {error.strerror}", _READABLE) from error
+        raise UsageError(f"the trust policy {path} cannot be read: {reason_of(error)}", _READABLE) from error
     except ValueError as error:
         raise UsageError(f"the trust policy {path} is not UTF-8: {error}", "save it as UTF-8") from error
     try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from filelock import FileLock, Timeout
 from pydantic import Field, model_validator
 
-from nest_runtime.errors import NestError, SignatureError, UsageError
+from nest_runtime.errors import NestError, SignatureError, UsageError, reason_of
 from nest_runtime.io import atomic_write, nest_home
 from nest_runtime.trust.documents import (
     Digest,
@@ -176,7 +176,7 @@ def revoke(
             "another process is revoking a patch on this machine", "wait for it to end, then try again"
         ) from error
     except OSError as error:
-        raise NestError(f"{folder} cannot be written: {error.strerror or error}", "choose another folder") from error
+        raise NestError(f"{folder} cannot be written: {reason_of(error)}", "choose another folder") from error
     return new
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nest_runtime.errors import NestError, SignatureError
+from nest_runtime.errors import NestError, SignatureError, reason_of
 from nest_runtime.escape import short
 from nest_runtime.patch.frame import FramingError, parse_object
 from nest_runtime.trust.keys import PublicKey, library, public_key_of
@@ -177,7 +177,7 @@ def _staged(files: Mapping[str, bytes]) -> Iterator[tuple[Path, Path]]:
             yield folder, Path(root)
     except OSError as error:
         raise NestError(
-            f"signatures need a temporary folder: {error.strerror or error}", "free some space, or set TMPDIR"
+            f"signatures need a temporary folder: {reason_of(error)}", "free some space, or set TMPDIR"
         ) from error
 
 

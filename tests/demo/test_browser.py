@@ -47,6 +47,11 @@ WATCH_PROGRESS = """() => {
   new MutationObserver(look).observe(document.querySelector('#eval'), whole);
 }"""
 
+NEAREST_MARKS = """() => Math.min(...[...document.querySelectorAll('#comparison .nr-area')].map(chart => {
+  const marks = [...chart.querySelectorAll('.nr-dot')].map(mark => mark.getBoundingClientRect());
+  return Math.min(...marks.flatMap((a, i) => marks.slice(i + 1).map(b => Math.hypot(a.x - b.x, a.y - b.y))));
+}))"""
+
 
 @pytest.fixture(scope="module")
 def state(tmp_path_factory: pytest.TempPathFactory) -> DemoState:
@@ -362,6 +367,7 @@ def test_an_evaluation_whose_bars_move(demo: Tab) -> None:
     charts = demo.page.locator("#comparison figure")
     charts.nth(3).wait_for()
     assert charts.count() == 4
+    assert demo.page.evaluate(NEAREST_MARKS) > 6  # none lies under another
     demo.page.evaluate(WATCH_PROGRESS)
     demo.page.click("#eval-run")
     demo.page.locator("#eval >> text=finished, judge reference").wait_for(timeout=120_000)

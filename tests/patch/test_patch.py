@@ -112,6 +112,7 @@ def test_diff_counts_what_changed(old: Patch, new: Patch) -> None:
             assert torch.equal(dense(old, name), dense(new, name))
             continue
         row = rows[name]
+        assert was | now  # a site without neurons is the same as one that is not listed
         assert (row["added"], row["removed"], row["kept"]) == (len(now - was), len(was - now), len(was & now))
         if was & now:
             kept = torch.tensor(sorted(was & now))

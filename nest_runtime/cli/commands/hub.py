@@ -298,7 +298,7 @@ def _results(paths: Sequence[Path], patch: Patch) -> dict[str, Any] | None:
     Raises:
         DataError: one cannot be read, or does not say by its digest that it was measured with this very patch.
     """
-    from nest_runtime.errors import DataError
+    from nest_runtime.errors import DataError, reason_of
     from nest_runtime.hub.results import ADAPTIVE
     from nest_runtime.io import MAX_RESULT, parse_json, read_text
 
@@ -307,7 +307,7 @@ def _results(paths: Sequence[Path], patch: Patch) -> dict[str, Any] | None:
         try:
             document = parse_json(read_text(path, MAX_RESULT))
         except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or error
+            why = reason_of(error)
             raise DataError(f"the results {path} cannot be read: {why}", "give what `eval --json` printed") from error
         if not isinstance(document, dict):
             raise DataError(f"the results {path} are no JSON object", "give what `eval --json` printed")

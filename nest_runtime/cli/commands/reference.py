@@ -12,7 +12,7 @@ import typer
 from nest_runtime.cli import complete
 from nest_runtime.cli.common import examples
 from nest_runtime.cli.output import JsonOption, Output, size
-from nest_runtime.errors import ModelError, UsageError
+from nest_runtime.errors import ModelError, UsageError, reason_of
 
 app = typer.Typer(
     help="The built-in reference model: what it is, its prompts, how it is made.",
@@ -141,7 +141,7 @@ def build(
 
 
 def _unwritable(folder: Path, error: OSError) -> UsageError:
-    return UsageError(f"{folder} cannot be written: {error.strerror or error}", "name a folder that you may write to")
+    return UsageError(f"{folder} cannot be written: {reason_of(error)}", "name a folder that you may write to")
 
 
 def _render_info(out: Output, document: dict[str, Any]) -> None:

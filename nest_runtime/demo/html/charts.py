@@ -60,6 +60,9 @@ class Point:
     y_ends: Ends | None = None
 
 
+MARK, TOUCHING = 11, 3.0  # a mark's width in pixels; how near two are one on the other, in percent of the chart
+
+
 def mark(series: int, size: float = 5.0, inner: str = "") -> str:
     """A mark's shape around the origin: one of four shapes and seven colors; 28 differ."""
     look = f'class="nr-c{series % SERIES}"'
@@ -82,10 +85,16 @@ def key(names: Sequence[str]) -> str:
 
 
 def scatter(title: str, points: Sequence[Point], x: Axis, y: Axis) -> str:
-    """Points with their intervals; the key is drawn apart (``key``)."""
-    parts = []
+    """Points with their intervals; the key is drawn apart (``key``).
+
+    A mark that would lie on earlier ones is drawn beside them, its lines where they belong.
+    """
+    parts: list[str] = []
+    places: list[tuple[float, float]] = []
     for number, point in enumerate(points):
         left, low = x.place(point.x), y.place(point.y)
+        aside = sum(abs(left - across) < TOUCHING and abs(low - up) < TOUCHING for across, up in places)
+        places.append((left, low))
         if point.x_ends is not None:
             ends = [x.place(end) for end in point.x_ends]
             parts.append(_line("nr-across", left=ends[0], bottom=low, width=ends[1] - ends[0]))
@@ -94,7 +103,8 @@ def scatter(title: str, points: Sequence[Point], x: Axis, y: Axis) -> str:
             parts.append(_line("nr-up", left=left, bottom=ends[0], height=ends[1] - ends[0]))
         shape = mark(number, 6.0)
         parts.append(
-            f'<svg class="nr-dot" style="left:{left:.2f}%;bottom:{low:.2f}%" viewBox="-9 -9 18 18" data-says="">'
+            f'<svg class="nr-dot" style="left:calc({left:.2f}% + {aside * MARK}px);bottom:{low:.2f}%" '
+            f'viewBox="-9 -9 18 18" data-says="">'
             f"<title>{text(point.words)}</title>{shape}</svg>"
         )
     return frame(title, "".join(parts), x, y)

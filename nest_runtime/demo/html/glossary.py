@@ -27,6 +27,11 @@ TERMS = {
     "silhouette": "How well the clusters are set apart: 1 is far apart, 0 is not at all.",
     "digest": "The patch's name that cannot be mistaken: SHA-256 over what is in it.",
     "wrapping": "A text around a request that is meant to get around the refusal.",
+    "family": "A kind of jailbreak: wrappings that work by the same trick.",
+    "method": "How the model was made to refuse. NeST trains a few numbers for neurons that tell harmful from "
+    "harmless; random neurons is the same with neurons drawn by lot. LoRA trains small matrices beside the weights, "
+    "full all weights, circuit breakers bend the states of harmful prompts. In-context adds a rule to the prompt; "
+    "filter looks at the prompt alone.",
     "95 % interval": "Where the true share lies, with a confidence of 95 %: Wilson's interval. "
     "Few prompts make it wide.",
     "signature": "Who vouches for the patch. It is checked where a key is trusted; `nest-runtime verify` says more.",

@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.errors import EvaluationError, NestError, UsageError
+from nest_runtime.errors import EvaluationError, NestError, UsageError, reason_of
 from nest_runtime.evaluate.cases import Case, digest_of
 from nest_runtime.evaluate.judges.base import Judge, Verdict, answered, whole_answer
 from nest_runtime.evaluate.judges.phrases import PhraseJudge
@@ -58,7 +58,7 @@ def _read_format(path: Path) -> dict[str, Any]:
     try:
         entry = parse_json(read_text(path, MAX_SETTINGS))
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}", "name a JSON file of one format") from error
+        raise UsageError(f"{path} cannot be read: {reason_of(error)}", "name a JSON file of one format") from error
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}", "see docs/guide/evaluation.md for the form") from error
     required = {"generate": ("complied", "other"), "classify": ("text", "labels")}

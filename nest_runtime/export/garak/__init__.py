@@ -13,7 +13,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
-from nest_runtime.errors import NestError
+from nest_runtime.errors import NestError, reason_of
 
 PLUGINS = {"detector.py": "detectors/nest.py", "generator.py": "generators/nest.py"}
 
@@ -47,7 +47,7 @@ def install(folder: Path | None = None) -> list[Path]:
             target.write_text(files(__package__).joinpath(name).read_text(encoding="utf-8"), encoding="utf-8")
         except OSError as error:
             raise NestError(
-                f"{target} cannot be written: {error.strerror or error}", "run this where garak's folder is yours"
+                f"{target} cannot be written: {reason_of(error)}", "run this where garak's folder is yours"
             ) from error
         written.append(target)
     return written

@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.errors import ModelError
+from nest_runtime.errors import ModelError, reason_of
 from nest_runtime.install import extra
 
 MAGIC = b"GGUF"
@@ -141,7 +141,7 @@ def read_header(path: Path) -> Header:
         settled = time.time_ns() - max(facts.st_mtime_ns, facts.st_ctime_ns) > _SETTLED_NS
         return (_read if settled else _read.__wrapped__)(path, identity)
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise ModelError(f"{path} cannot be read: {error}", _AGAIN) from error
+        raise ModelError(f"{path} cannot be read: {reason_of(error)}", _AGAIN) from error
 
 
 @lru_cache(maxsize=2)
@@ -158,7 +158,7 @@ def _begins_as_gguf(path: Path) -> bool:
         with path.open("rb") as file:
             return path.suffix == ".gguf" or file.read(4) == MAGIC
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error}", "check the path and its permissions") from error
+        raise ModelError(f"{path} cannot be read: {reason_of(error)}", "check the path and its permissions") from error
 
 
 def _check_model(header: Header) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.errors import AdmissionRefused, DataError, UsageError
+from nest_runtime.errors import AdmissionRefused, DataError, UsageError, reason_of
 from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
 from nest_runtime.prompts.examples import encode
 from nest_runtime.serve.engine import Engine
@@ -114,7 +114,7 @@ def _read_probes(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     try:
         value = parse_json(read_text(file, MAX_SETTINGS))
     except (OSError, ValueError) as error:
-        raise DataError(f"the probes {file} cannot be read: {error}", hint) from error
+        raise DataError(f"the probes {file} cannot be read: {reason_of(error)}", hint) from error
     if not isinstance(value, dict) or set(value) - {"harmful", "benign"}:
         raise DataError(f"the probes {file} are not an object of harmful and benign", hint)
     lists = [value.get(kind, []) for kind in ("harmful", "benign")]

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.errors import StoreError
+from nest_runtime.errors import StoreError, reason_of
 from nest_runtime.escape import visible
 from nest_runtime.io import MAX_SETTINGS, atomic_write, parse_json, read_bytes
 from nest_runtime.store.history import ChainLog
@@ -65,7 +65,7 @@ class AuditLog:
                 return entry
         except OSError as error:
             raise StoreError(
-                f"the audit log {self.path} cannot be written: {error.strerror}",
+                f"the audit log {self.path} cannot be written: {reason_of(error)}",
                 "free space or fix its permissions; nothing is changed without an audit entry",
             ) from error
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from nest_runtime.errors import NestError, StoreError
+from nest_runtime.errors import NestError, StoreError, reason_of
 from nest_runtime.serve.pools import Pool
 from nest_runtime.serve.switching.audit import AuditLog
 
@@ -39,7 +39,9 @@ class ChangeLog:
             await self._refused(event, error)
             raise
         except OSError as error:
-            full = StoreError(f"the disk refuses: {error}", "nothing was changed: free space or fix permissions")
+            full = StoreError(
+                f"the disk refuses: {reason_of(error)}", "nothing was changed: free space or fix permissions"
+            )
             await self._refused(event, full)
             raise full from error
         except Exception as error:  # nothing that was foreseen, and written down all the same
