@@ -24,11 +24,12 @@ from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.engine import Engine, TokenEngine
 from nest_runtime.serve.following.follow import Following
+from nest_runtime.serve.http.access import Access, Secrets
 from nest_runtime.serve.http.admin import admin_routes
 from nest_runtime.serve.http.api import Service, probes, routes
 from nest_runtime.serve.http.connections import ADMIN, Crowd, clients_share, descriptors
 from nest_runtime.serve.http.grammar import Grammars
-from nest_runtime.serve.http.middleware import Access, RequestFrame, Secrets
+from nest_runtime.serve.http.middleware import RequestFrame
 from nest_runtime.serve.http.pages import pages
 from nest_runtime.serve.http.problems import install
 from nest_runtime.serve.http.service import E_co

@@ -1,6 +1,6 @@
 """The admin routes: load, activate, roll back and remove patches, and read the audit log.
 
-Every route of the router asks the listener's access layer (middleware.py) whether it was called by an operator, and
+Every route of the router asks the listener's access layer (access.py) whether it was called by an operator, and
 answers nobody else: a route that is added is closed. Calls that change nothing are written into the audit log by that
 layer; every change goes through serve/switching/table.py, which writes its own line.
 """
@@ -13,9 +13,9 @@ from fastapi import APIRouter, Depends, Query, Request, Security
 from fastapi.security import HTTPBearer
 
 from nest_runtime.serve.engine import Engine
+from nest_runtime.serve.http.access import Access
 from nest_runtime.serve.http.api import ERRORS, Service
 from nest_runtime.serve.http.json_route import JsonRoute
-from nest_runtime.serve.http.middleware import Access
 from nest_runtime.serve.http.problems import ApiError
 from nest_runtime.serve.http.schemas import Activation, PatchRef, SwitchRef
 from nest_runtime.serve.pools import Pool

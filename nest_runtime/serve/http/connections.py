@@ -2,7 +2,7 @@
 
 uvicorn's own protocol (h11) with what it lacks. An idle connection gives way to a new one, the longest idle first:
 connections cost a stranger nothing, and must not keep others out. If all are in use, a few more are accepted for
-operators alone (middleware.py). Nothing here knows of routes.
+operators alone (access.py). Nothing here knows of routes.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ from nest_runtime.model.load import resolve_model
 from nest_runtime.serve.app import Server, fastapi_app, framed, guard_of, measure, secrets_of
 from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.following.follow import Following
+from nest_runtime.serve.http.access import Secrets
 from nest_runtime.serve.http.admin import admin_routes
 from nest_runtime.serve.http.api import ERRORS, PLAIN, Service, model_routes, probes
-from nest_runtime.serve.http.middleware import Secrets
 from nest_runtime.serve.limits import Limits
 from nest_runtime.serve.metrics import Metrics
 from nest_runtime.serve.requests.generation import EngineRequest
