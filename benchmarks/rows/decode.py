@@ -3,14 +3,13 @@
     python benchmarks/rows/decode.py --models FOLDER
 
 Batches of 1 and 8 on both real models, and on random weights of Llama-3.2-1B's shapes (4 of its 16 layers). The base
-and the LoRA (PEFT, the adapter that the patch exports to, so of equal rank) are models of their own with no runtime
-near them. A round times one decoding step of each, many times.
+and the LoRA (PEFT, the adapter that the patch exports to, so of equal rank) have modules of their own with no runtime
+near them, over the same weights in memory. A round times one decoding step of each, many times.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import statistics
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from measure import Clock, Goal, Line, Report, Series, in_turns, run, threads
-from subjects import SOME_HASH, Real, adapters, llama_1b, load, random_patch, real_models
+from subjects import SOME_HASH, Real, adapters, llama_1b, load, random_patch, real_models, same_weights
 
 from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
@@ -74,11 +73,11 @@ def random_subject(seed: int) -> Subject:
 
 
 def one(subject: Subject, arguments: argparse.Namespace, most: float) -> list[Line]:
-    """One model in three copies, and both batches, for about ``most`` seconds each."""
+    """One model's weights under three sets of modules, and both batches, for about ``most`` seconds each."""
     from peft import PeftModel
 
     base = subject.make()
-    patched, adapted = copy.deepcopy(base), copy.deepcopy(base)
+    patched, adapted = same_weights(base), same_weights(base)
     patch = subject.patch(patched)
     dtype = str(base.dtype).removeprefix("torch.")
     lines: list[Line] = []
@@ -89,6 +88,7 @@ def one(subject: Subject, arguments: argparse.Namespace, most: float) -> list[Li
         models = {"base": base, "hook": patched, "fold": patched, "LoRA": lora}
 
         def switch(way: str) -> None:
+            runtime.deactivate()  # a fold changes the weights that all have
             if way in ("hook", "fold"):
                 runtime.activate(patch.version, mode=way)  # type: ignore[arg-type]
 

@@ -3,7 +3,8 @@
     python benchmarks/rows/mixed.py --models FOLDER
 
 64 rows, one token each, on SmolLM2 in bfloat16 with a cache of 32 tokens behind them. Every patch has neurons of its
-own at every site of the shipped one. PEFT gets the same adapters by name, ``adapter_names``.
+own at every site of the shipped one. PEFT gets the same adapters by name, ``adapter_names``. All run on the very
+same weights in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from measure import Clock, Goal, Line, Report, Series, in_turns, run, threads
-from subjects import adapters, load, random_site, smallest
+from subjects import adapters, load, random_site, same_weights, smallest
 
 from nest_runtime.model.base_rows import rows_digest
 from nest_runtime.patch.patch import Patch
@@ -36,7 +37,7 @@ def measure(arguments: argparse.Namespace) -> Report:
     loaded, shipped = load(real)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     counts = (1, 4) if arguments.quick else tuple(GOALS)
-    base, adapted = load(real, dtype)[0].model, load(real, dtype)[0].model
+    base, adapted = same_weights(loaded.model), same_weights(loaded.model)
     patches = [other(shipped, loaded.model, number) for number in range(max(counts))]
     lines: list[Line] = []
     growth: dict[str, list[float]] = {"patches": [], "ours": [], "PEFT": []}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -63,6 +64,14 @@ def smallest(arguments: argparse.Namespace) -> Real:
 def load(real: Real, dtype: str = "auto") -> tuple[LoadedModel, Patch]:
     """The model in memory, and its shipped patch."""
     return load_model(real.gguf, device="cpu", dtype=dtype), read_patch(real.patch)
+
+
+def same_weights(model: Any) -> Any:
+    """A model of its own modules over the very weights of another.
+
+    Two copies of the weights lie elsewhere in memory, and one may be some percent slower than the other for that alone.
+    """
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def twin(patch: Patch, version: str, factor: float) -> Patch:
