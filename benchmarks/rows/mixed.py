@@ -96,7 +96,7 @@ def stepper(model: Any, options: dict[str, Any], seed: int) -> Callable[[], None
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, int(model.config.vocab_size), (ROWS, PROMPT), generator=generator)
     with torch.inference_mode():
-        cache = model(ids, use_cache=True, logits_to_keep=1, **options).past_key_values
+        cache = model(ids, use_cache=True, logits_to_keep=torch.tensor([-1]), **options).past_key_values
 
     def decode() -> None:
         with torch.inference_mode():

@@ -14,6 +14,7 @@ import torch
 from transformers import StoppingCriteriaList, TextStreamer
 
 from nest_runtime.errors import UsageError
+from nest_runtime.prompts.decoding import last_logits
 from nest_runtime.prompts.examples import encode
 from nest_runtime.prompts.generate import end_token_ids, greedy_config
 
@@ -64,6 +65,7 @@ def answer_chat(
             generation_config=config,
             streamer=None if on_text is None else _Pieces(tokenizer, on_text),
             stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped()]),
+            **last_logits(model),
         )
     made = output[0, len(prompt) :].tolist()
     text = str(tokenizer.decode(made, skip_special_tokens=True)).strip()

@@ -27,6 +27,17 @@ def _inner(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def last_logits(model: Any) -> dict[str, torch.Tensor]:
+    """The argument that asks a model, or its ``generate``, for the logits of the last position alone; {} if none does.
+
+    ``generate`` asks for the last one by number, and the model slices. torch's linear is slow on such a slice of a
+    longer pass in bfloat16 on a CPU: 5.8 s for Qwen2.5-0.5B's head and 8 rows, 24 ms for the same rows by index.
+    """
+    if "logits_to_keep" not in inspect.signature(_inner(model).forward).parameters:
+        return {}
+    return {"logits_to_keep": torch.tensor([-1], device=model.get_input_embeddings().weight.device)}
+
+
 def plain_attention(model: Any) -> bool:
     """Whether a model takes positions and a cache, and keeps nothing of a prompt but keys and values of every token."""
     inner = _inner(model)
@@ -110,8 +121,8 @@ def _forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCa
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
         return_dict=True,
+        **last_logits(model),
     )
     return output.logits[:, -1].to(torch.float32, copy=True)
 

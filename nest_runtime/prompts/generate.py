@@ -15,7 +15,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from nest_runtime.errors import DataError
 from nest_runtime.progress import Progress
-from nest_runtime.prompts.decoding import Decoding, plain_attention, shared_length, shares_well
+from nest_runtime.prompts.decoding import Decoding, last_logits, plain_attention, shared_length, shares_well
 from nest_runtime.prompts.examples import encode_prompt, render
 from nest_runtime.prompts.images import PromptImages, batch_inputs
 
@@ -237,6 +237,7 @@ def _answer_batch(
             generation_config=config,
             stopping_criteria=criteria,
             custom_generate=Decoding(shared) if ways.plain else None,
+            **last_logits(model),
         )
     ends = config.eos_token_id
     wanted = set(ends if isinstance(ends, list) else [ends])

@@ -11,8 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 
 from nest_runtime.model.load import load_model
 from nest_runtime.prompts import generate
+from nest_runtime.prompts.chat import answer_chat
 from nest_runtime.prompts.decoding import LEAST_SHARED, plain_attention, shared_length, shares_well
 from nest_runtime.prompts.examples import encode
+from nest_runtime.serve.transformers.steering import bare_generate
 
 BEGINNING = "you bake with flour water salt and rye and tell everybody what it takes"
 ENDS = ["bread", "a cake", "a very long loaf of rye", "tea with lemon and honey and milk", "seeds", "rolls for two"]
@@ -54,6 +56,29 @@ def test_rows_that_end_at_different_times_are_answered_as_alone(loaded: Any) -> 
     decoded = [rows for rows, width in sizes if width == 1]
     assert decoded[0] == len(TALKS)
     assert decoded[-1] < len(TALKS), "rows that had ended were computed to the end"
+
+
+WAYS = {
+    "a batch": lambda loaded: generate.generate_answers(loaded.model, loaded.tokenizer, TALKS, max_new_tokens=3),
+    "one at a time": lambda loaded: generate.generate_answers(
+        loaded.model, loaded.tokenizer, TALKS[:2], max_new_tokens=3, batch_size=1
+    ),
+    "chat": lambda loaded: answer_chat(loaded.model, loaded.tokenizer, TALKS[0], max_tokens=3),
+    "a server's own pass": lambda loaded: bare_generate(
+        loaded.model, torch.tensor([[1, 2, 3]] * 2), torch.ones(2, 3, dtype=torch.long), 3
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_head_gets_rows_without_gaps(loaded: Any, way: str) -> None:
+    """Torch's linear is slow on a slice of a longer pass, in bfloat16 a hundred times."""
+    given: list[torch.Tensor] = []
+    with loaded.model.get_output_embeddings().register_forward_hook(lambda _, args, __: given.append(args[0])):
+        WAYS[way](loaded)
+    assert len(given) >= 2
+    assert {rows.shape[1] for rows in given} == {1}
+    assert all(rows.stride()[0] in (rows.shape[-1], rows.numel()) for rows in given)
 
 
 def test_a_shared_beginning_is_computed_once(loaded: Any) -> None:

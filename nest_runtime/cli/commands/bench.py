@@ -172,8 +172,10 @@ class Bench:
     def _prefill(self) -> None:
         import torch
 
+        from nest_runtime.prompts.decoding import last_logits
+
         with torch.inference_mode():
-            self.loaded.model(self._prompt(), use_cache=False, logits_to_keep=1)
+            self.loaded.model(self._prompt(), use_cache=False, **last_logits(self.loaded.model))
 
     def _generate(self) -> None:
         """Exactly ``new_tokens`` greedy tokens after a prompt of one token, so that decoding is what is measured."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from nest_runtime.prompts.decoding import last_logits
 from nest_runtime.serve.requests.jobs import Delivery, Job
 from nest_runtime.serve.requests.sampling import NotFinite, Sampler, choose_tokens
 
@@ -103,6 +104,7 @@ def bare_generate(model: Any, ids: torch.Tensor, mask: torch.Tensor, count: int,
     own, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
     try:
         with torch.no_grad():
+            options |= last_logits(model)
             return model.generate(input_ids=ids, attention_mask=mask, generation_config=plain, **options)
     finally:
         model.generation_config = own
