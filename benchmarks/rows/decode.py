@@ -87,14 +87,17 @@ def one(subject: Subject, arguments: argparse.Namespace, most: float) -> list[Li
         lora = PeftModel.from_pretrained(adapted, folder).eval()
         models = {"base": base, "hook": patched, "fold": patched, "LoRA": lora}
 
-        def switch(way: str) -> None:
-            runtime.deactivate()  # a fold changes the weights that all have
-            if way in ("hook", "fold"):
-                runtime.activate(patch.version, mode=way)  # type: ignore[arg-type]
-
         for batch in BATCHES:
             runtime.deactivate()
             decoding = {way: stepper(models[way], batch, arguments.seed) for way in WAYS}
+
+            def switch(way: str, decoding: dict[str, Callable[..., None]] = decoding) -> None:
+                """Switch, and decode a token untimed: after a fold the processor's caches hold other things."""
+                runtime.deactivate()  # a fold changes the weights that all have
+                if way in ("hook", "fold"):
+                    runtime.activate(patch.version, mode=way)  # type: ignore[arg-type]
+                decoding[way](1)
+
             found = in_turns(decoding, 2 if arguments.quick else 16, before=switch, most=most)
             lines += compared(f"{subject.label}, {dtype}, batch {batch}", batch, patch, found)
     return lines
@@ -131,19 +134,19 @@ def patch_rank(patch: Patch) -> int:
     return max(site.n_clusters for site in patch.sites)
 
 
-def stepper(model: Any, batch: int, seed: int) -> Callable[[], None]:
-    """Reads a prompt, then decodes ``STEPS`` tokens for each row, every time the same."""
+def stepper(model: Any, batch: int, seed: int) -> Callable[..., None]:
+    """Reads a prompt, then decodes some tokens (``STEPS``) for each row, every time the same."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, int(model.config.vocab_size), (batch, PROMPT), generator=generator)
     with torch.inference_mode():
         cache = model(ids, use_cache=True, logits_to_keep=torch.tensor([-1])).past_key_values
 
-    def decode() -> None:
+    def decode(steps: int = STEPS) -> None:
         with torch.inference_mode():
             token = ids[:, -1:]
-            for _ in range(STEPS):
+            for _ in range(steps):
                 token = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
-            cache.crop(-STEPS)
+            cache.crop(-steps)
 
     return decode
 
