@@ -69,6 +69,10 @@ ELSEWHERE = {"gpu": ("On a GPU: CUDA graphs, many patches, idle cost", "no GPU o
 def main() -> int:
     """Measure, print, write; 1 where a row failed."""
     arguments = parse()
+    if arguments.source and not Path(arguments.source).is_file():
+        sys.exit(f"there is no file {arguments.source}: --from takes what --json or --merge wrote")
+    if arguments.page and not Path(arguments.page).is_file():
+        sys.exit(f"there is no page {arguments.page} to write the table into")
     document, failed = read(arguments.source or arguments.merge), []
     if not arguments.source:
         document, failed = merged(document, measured(arguments))

@@ -14,6 +14,7 @@ from nest_runtime.cli import complete
 from nest_runtime.cli.common import writable_file
 from nest_runtime.cli.output import Interrupted, Output, size
 from nest_runtime.errors import UsageError, reason_of
+from nest_runtime.hints import did_you_mean
 from nest_runtime.io import MAX_SETTINGS, parse_json, read_text
 from nest_runtime.train.recipe import RECIPES, Recipe, named_recipe
 
@@ -33,7 +34,7 @@ RecipeRef = Annotated[
         "--recipe",
         metavar="NAME|FILE.json",
         autocompletion=complete.recipes,
-        help="default, paper, fast, or a file of settings, as `inspect --json` shows under method.",
+        help="default, paper, fast, reference, or a file of settings, as `inspect --json` shows under method.",
     ),
 ]
 Borderline = Annotated[
@@ -87,8 +88,10 @@ def recipe_of(name: str | None, model: str = "", **given: Any) -> Recipe:
         try:
             values = parse_json(read_text(path, MAX_SETTINGS))
         except (OSError, ValueError) as error:
+            beside = (item.name for item in path.parent.glob("*.json")) if not path.exists() else ()
             raise UsageError(
-                f"the recipe {path} cannot be read: {reason_of(error)}", "give a JSON object of settings"
+                f"the recipe {path} cannot be read: {reason_of(error)}",
+                f"{did_you_mean(path.name, beside)}give a JSON object of settings",
             ) from error
         if not isinstance(values, dict):
             raise UsageError(f"the recipe {path} is a JSON {type(values).__name__}", "give a JSON object of settings")

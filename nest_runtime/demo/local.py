@@ -149,8 +149,12 @@ class LocalBackend:
         return self._active(done)
 
     def _active(self, entry: Entry) -> str:
+        from nest_runtime.serve.running import running
+
         label = next((choice.label for choice in self.choices() if choice.digest == entry.digest), entry.key)
-        return f"active: {label} ({short(entry.digest)})"
+        beside = ", ".join(note.url for note in running(entry.base_hash))
+        kept = f"; not switched: the running server at {beside}" if beside else ""
+        return f"active: {label} ({short(entry.digest)}){kept}"
 
     @contextmanager
     def using(self, digest: str | None) -> Iterator[None]:

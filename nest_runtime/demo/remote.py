@@ -12,6 +12,7 @@ from nest_runtime.errors import AdminApiOff, EngineError, NestError, TrustError,
 from nest_runtime.escape import short
 from nest_runtime.model.load import REFERENCE
 from nest_runtime.serve.client import AdminClient
+from nest_runtime.web import web_client
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,15 +37,13 @@ class RemoteBackend:
     """
 
     def __init__(self, url: str, api_key: str = "", admin_token: str = "") -> None:
-        import httpx2
-
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.url = url.rstrip("/").removesuffix("/v1")
         self.place = f"at {self.url}"
         self.model_hash: str | None = None
         self.can_switch = bool(admin_token)
         self._admin = AdminClient(self.url, admin_token)
-        self._client = httpx2.Client(base_url=self.url, headers=headers, timeout=TIMEOUT)
+        self._client = web_client(base_url=self.url, headers=headers, timeout=TIMEOUT)
         names = self._names()
         self.name = next((name for name in names if "@" not in name), names[0] if names else "")
         self.about = TOY if self.name == REFERENCE else ""  # a server does not tell its model's size

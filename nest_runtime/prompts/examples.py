@@ -79,6 +79,17 @@ def load_examples(ref: str | Path) -> list[Example]:
     return [_example(path, line, fields) for line, fields in rows]
 
 
+def check_sides(harmful: Sequence[Example], benign: Sequence[Example]) -> None:
+    """Raise DataError where a prompt is harmful and benign at once; needs no model."""
+    seen = {canonical_json(plain_content(example.messages)) for example in harmful}
+    both = [item for item in benign if canonical_json(plain_content(item.messages)) in seen]
+    if both:
+        raise DataError(
+            f"{len(both)} prompts are harmful and benign at once, first {both[0].id}: {both[0].prompt[:60]!r}",
+            "a prompt belongs to one side: give another file, or remove it from one",
+        )
+
+
 def _located(name: str) -> Path:
     """The file of a reference; a file wins over a bundled one of that name."""
     if name.startswith("hf://"):

@@ -167,7 +167,7 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
                     f"{path}:{line}: {len(cells)} cells; the header has {len(header)}",
                     "put quotes around cells that hold commas",
                 )
-            if any(cell.strip() for cell in cells):
+            if len(header) == 1 or any(cell.strip() for cell in cells):  # in one column "" is a prompt left empty
                 yield line, {**dict.fromkeys(header), **dict(zip(header, cells, strict=False))}
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: broken CSV: {error}", "check the quotes of that line") from None

@@ -256,7 +256,7 @@ class LinearDelta:
 
 
 def add_at(y: torch.Tensor, places: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """A copy of ``y`` with ``update`` (m,) added at flat ``places`` (m,).
+    """A copy of ``y`` with ``update`` (m,), of its dtype, added at flat ``places`` (m,) int64.
 
     On a CPU this takes a third of ``index_add`` along the last dimension, which goes slice by slice.
     """

@@ -46,6 +46,11 @@ class PatchRuntime:
     """
 
     def __init__(self, model: nn.Module, *, base_hash: str | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise UsageError(
+                f"PatchRuntime got a {type(model).__name__}; expected a model, a torch.nn.Module",
+                "make it of the model, then add patches to it",
+            )
         self._model = model
         self._hash = base_hash
         self._hashed = base_hash is not None

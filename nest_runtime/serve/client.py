@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from nest_runtime import errors
 from nest_runtime.errors import AdminApiOff, EngineError, NestError, PatchNotFound, StoreError, TrustError, UsageError
 from nest_runtime.secret_files import secret_lines
+from nest_runtime.web import web_client
 
 TIMEOUT = 600.0  # seconds: an activation may fetch a patch and try it
 LOOK = 2.0  # seconds that a server may take to say what it answers with
@@ -30,10 +31,8 @@ class AdminClient:
     """
 
     def __init__(self, url: str, token: str) -> None:
-        import httpx2
-
         self.url = _base(url)
-        self._client = httpx2.Client(
+        self._client = web_client(
             base_url=self.url, headers={"authorization": f"Bearer {token}"}, timeout=TIMEOUT, follow_redirects=False
         )
 

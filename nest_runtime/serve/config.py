@@ -183,6 +183,10 @@ class ServeConfig:
             raise UsageError(
                 "--admin-port is given, and no --admin-token-file", "give the file: it opens the admin API"
             )
+        if self.admin_port is not None and self.admin_port == self.port != 0 and self.admin_host in (None, self.host):
+            raise UsageError(
+                f"--port and --admin-port are both {self.port}", "give the admin API a port of its own, or leave it out"
+            )
         if any(not key.strip() or key != key.strip() for key in self.api_keys):
             raise UsageError("an --api-key is empty, or has spaces around it", "give the key as clients send it")
         if self.ssl_keyfile is not None and self.ssl_certfile is None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import PatchNotFound, StoreError, UsageError, reason_of
 from nest_runtime.escape import short
-from nest_runtime.hints import closest
+from nest_runtime.hints import closest, did_you_mean
 from nest_runtime.io import expand
 
 if TYPE_CHECKING:
@@ -187,6 +187,11 @@ def not_found(ref: str, mine: Sequence[Entry], everything: Sequence[Entry], wher
     if elsewhere:
         hint = f"{ref} exists for {', '.join(elsewhere)}; name that model, or train a patch for this one"
         return PatchNotFound(f"there is no patch {ref!r}{where}", hint)
+    file = Path(ref)
+    if file.suffix and file.suffix[1:].isalpha() and file.parent.is_dir():
+        near = did_you_mean(file.name, (item.name for item in sorted(file.parent.iterdir())))
+        if near:
+            return PatchNotFound(f"there is no patch {ref!r}{where}, and no such file", f"{near}give the file's name")
     names = closest(ref, [e.version for e in mine] + [e.key for e in mine])
     if names:
         return PatchNotFound(

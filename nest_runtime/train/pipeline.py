@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from nest_runtime.errors import DataError, UsageError
-from nest_runtime.io import canonical_json
 from nest_runtime.model.anatomy import find_projections
 from nest_runtime.patch.patch import Patch
 from nest_runtime.progress import Progress
-from nest_runtime.prompts.content import plain_content
-from nest_runtime.prompts.examples import Example
+from nest_runtime.prompts.examples import Example, check_sides
 from nest_runtime.train.recipe import Recipe
 from nest_runtime.train.result import TrainResult
 from nest_runtime.train.run import Run
@@ -141,13 +139,7 @@ def _check_prompts(
             raise DataError(f"there are no {kind} prompts", f"give a file of {kind} prompts")
     if rehearsal and parent is None:
         raise UsageError("rehearsal prompts without a parent patch", "name the patch to re-tune")
-    seen = {canonical_json(plain_content(example.messages)) for example in [*harmful, *rehearsal]}
-    both = [item for item in benign if canonical_json(plain_content(item.messages)) in seen]
-    if both:
-        raise DataError(
-            f"{len(both)} prompts are harmful and benign at once, first {both[0].id}: {both[0].prompt[:60]!r}",
-            "remove them from one of the files",
-        )
+    check_sides([*harmful, *rehearsal], benign)
 
 
 @contextmanager

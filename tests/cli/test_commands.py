@@ -149,6 +149,7 @@ TRAINING = ("train", "--harmful", "p.txt", "--benign", "p.txt", "--out", "x.safe
         ((*TRAINING, "--recipe", "recipe.json"), "steps"),
         ("locate --harmful p.txt --benign q.txt --out s.json", "p.txt"),
         ("inspect ./tset.safetensors", "test.safetensors"),
+        ("inspect test.safetensor", "test.safetensors"),
         ("activate tset@v1", "test@v1"),
         ("channel show ./mirror stabel", "stable"),
         ("pull ./mirror@stabel", "stable"),
@@ -504,6 +505,11 @@ def test_locate_and_train_write_files(run: Run, tiny_llama: Path, tmp_path: Path
 
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"nonsense": 1}))
+    mistyped = tmp_path / "recip.json"
+    fails(run(*train, "--recipe", mistyped), 2, f"{mistyped} cannot be read: No such file", "mean 'recipe.json'?")
+    both = ("--harmful", harmful, "--benign", harmful)
+    fails(run("train", *both, "--out", tmp_path / "x.safetensors"), 1, "harmful and benign at once")
+    fails(run("plan", *both), 1, "harmful and benign at once")
     fails(run(*train, "--recipe", recipe), 2, "nonsense")
     recipe.write_text(json.dumps({**document["method"]["recipe"], "steps": 1}))
     other = tmp_path / "other.safetensors"

@@ -98,6 +98,17 @@ def test_with_a_url_the_server_is_switched_and_its_store_with_it(
     assert "rollback" in run("history", *there, "--last", "1").out
 
 
+@pytest.mark.parametrize("content", [None, "no certificate\n"])
+def test_certificates_that_cannot_be_read_are_named(
+    run: Run, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
+    file = tmp_path / "own.crt"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    fails(run("list", "--url", "https://127.0.0.1:1", "--token-file", token_file), 2, f"SSL_CERT_FILE={file}")
+
+
 def test_wrong_use_of_a_url_is_refused_before_anything_is_asked(run: Run, token_file: Path, tmp_path: Path) -> None:
     fails(run("list", "--url", "http://127.0.0.1:1"), 2, "--token-file")
     fails(run("list", "--token-file", token_file), 2, "--url")

@@ -47,10 +47,11 @@ WATCH_PROGRESS = """() => {
   new MutationObserver(look).observe(document.querySelector('#eval'), whole);
 }"""
 
-NEAREST_MARKS = """() => Math.min(...[...document.querySelectorAll('#comparison .nr-area')].map(chart => {
-  const marks = [...chart.querySelectorAll('.nr-dot')].map(mark => mark.getBoundingClientRect());
-  return Math.min(...marks.flatMap((a, i) => marks.slice(i + 1).map(b => Math.hypot(a.x - b.x, a.y - b.y))));
-}))"""
+HIDDEN_MARKS = """() => [...document.querySelectorAll('#comparison .nr-area')].flatMap(chart => {
+  const marks = [...chart.querySelectorAll('.nr-dot')].map(mark => mark.lastChild.getBoundingClientRect());
+  const inside = (a, b) => a.left >= b.left && a.right <= b.right && a.top >= b.top && a.bottom <= b.bottom;
+  return marks.flatMap((a, i) => marks.slice(i + 1).filter(b => inside(a, b)).map(b => [i, a, b]));
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -318,8 +319,6 @@ def test_what_was_asked_is_what_is_done(demo: Tab, state: DemoState, hub: HubSer
     """A field that changes while the question stands changes neither the patch nor the repository."""
     demo.show("Patches")
     demo.choose("which", "v2")
-    demo.page.click("#activate")
-    demo.page.locator("#activate-question >> text=Make v2 the active patch").wait_for()
     demo.page.get_by_label("Repository").fill("alice/asked")
     demo.page.click("#push")
     demo.page.locator("#push-question >> text=Publish v2 at hf://alice/asked?").wait_for()
@@ -329,6 +328,13 @@ def test_what_was_asked_is_what_is_done(demo: Tab, state: DemoState, hub: HubSer
     demo.page.click("#push-yes")
     demo.page.locator("#hub-outcome .nr-good", has_text="reference-safety@v2").wait_for()
     assert list(hub.repo("alice/asked").tags) == ["v2"]
+    demo.choose("which", "v2")
+    demo.page.click("#rollback")
+    demo.page.locator("#rollback-question").wait_for()
+    demo.page.click("#activate")
+    demo.page.locator("#activate-question >> text=Make v2 the active patch").wait_for()
+    demo.page.locator("#rollback-question").wait_for(state="hidden")  # one question at a time
+    demo.choose("which", "v1")
     demo.page.click("#activate-yes")
     demo.page.locator("#outcome >> text=active: v2").wait_for()
     assert state.backend.active() == state.store.find("v2").digest
@@ -367,7 +373,7 @@ def test_an_evaluation_whose_bars_move(demo: Tab) -> None:
     charts = demo.page.locator("#comparison figure")
     charts.nth(3).wait_for()
     assert charts.count() == 4
-    assert demo.page.evaluate(NEAREST_MARKS) > 6  # none lies under another
+    assert demo.page.evaluate(HIDDEN_MARKS) == []  # whatever lies under another sticks out
     demo.page.evaluate(WATCH_PROGRESS)
     demo.page.click("#eval-run")
     demo.page.locator("#eval >> text=finished, judge reference").wait_for(timeout=120_000)

@@ -97,6 +97,7 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("a.csv", 'prompt\n"x\n', ["a.csv", "broken CSV"]),
         ("a.csv", "prompt,b\nfine,y\n,y\n", ["a.csv:3", "empty"]),
         ("a.csv", "prompt\n", ["no prompts"]),
+        ("a.csv", 'prompt\nfine\n""\nfine\n', ["a.csv:3", "empty"]),
         ("a.txt", "", ["no prompts"]),
         ("a.txt", b"fine\nbad \xff\n", ["a.txt:2", "0xff", "UTF-8"]),
         ("a.txt", "x".encode("utf-16"), ["a.txt:1", "UTF-16"]),

@@ -82,9 +82,12 @@ def bench(
     loaded = load_model(model, device=device, dtype=dtype)
     chosen = _patch_for(loaded, patch)
     load_seconds = time.perf_counter() - began
+    length = _prompt_length(loaded, prompt_tokens)
+    if length < prompt_tokens:
+        out.note(f"{loaded.name} reads at most {length:,} tokens: prompts have so many, not {prompt_tokens:,}")
     with PatchRuntime(loaded.model, base_hash=loaded.hash) as runtime, out.bars() as bars:
         key = runtime.add(chosen)
-        run = Bench(loaded, runtime, key, batch, _prompt_length(loaded, prompt_tokens))
+        run = Bench(loaded, runtime, key, batch, length)
         run.measure(seconds, bars)
         document = {**_setup(loaded, chosen, run), "load_seconds": round(load_seconds, 2), **run.report()}
     out.result(document, lambda: _render(out, document))
@@ -304,5 +307,5 @@ def _render(out: Output, document: dict[str, Any]) -> None:
     out.table(("", *right), rows, right=right)
     out.note(
         f"medians of {document['rounds']} rounds, {document['batch']} x {document['prompt_tokens']} prompt tokens and "
-        f"{document['new_tokens']} new ones; × 1.00 is the base's speed"
+        f"{document['new_tokens']} new ones; × is the median of the rounds' own ratios to the base"
     )

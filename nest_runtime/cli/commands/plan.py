@@ -111,15 +111,15 @@ def _dtype(config: Any, asked: str) -> tuple[str, list[str]]:
 
 
 def _load(harmful: str | None, benign: str | None, model: str, prompt_tokens: int, recipe: Recipe) -> Load:
+    from nest_runtime.prompts.examples import check_sides
     from nest_runtime.train.sizes import Load, load_of
 
     if harmful is None or benign is None:
         return Load(prompt_tokens=prompt_tokens, answer_tokens=recipe.answer_tokens)
-    return load_of(
-        prompts_named(harmful, "harmful"),
-        [*prompts_named(benign, "benign"), *borderline_of(None, model, recipe)],
-        recipe,
-    )
+    bad = prompts_named(harmful, "harmful")
+    good = [*prompts_named(benign, "benign"), *borderline_of(None, model, recipe)]
+    check_sides(bad, good)
+    return load_of(bad, good, recipe)
 
 
 def _speed(device: str, dtype: str, ffn: tuple[int, int, int], tflops: float | None, gbps: float | None) -> Speed:

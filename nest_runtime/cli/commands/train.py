@@ -91,9 +91,11 @@ def locate(
     recipe = recipe_of(recipe_name, model, **settings)
     workdir = check_out(out_file, ".json")
     from nest_runtime.model.load import load_model
+    from nest_runtime.prompts.examples import check_sides
     from nest_runtime.train.pipeline import locate_sites
 
     bad, good = prompts_named(harmful, "harmful"), prompts_named(benign, "benign")
+    check_sides(bad, good)
     team = join(out)
     loaded = load_model(model, device=device, dtype=dtype)
     with keeping(workdir), out.bars() as bars:
@@ -157,11 +159,14 @@ def train(
     recipe, again = recipe_of(recipe_name, model, **settings), _rehearsed(rehearsal, parent)
     workdir, named_base = check_out(out_file, ".safetensors"), _base_name(base_model, model)
     from nest_runtime.model.load import load_model
+    from nest_runtime.prompts.examples import check_sides
     from nest_runtime.resolve import load_patch
     from nest_runtime.train.pipeline import train_patch
 
     bad, good = prompts_named(harmful, "harmful"), prompts_named(benign, "benign")
-    near, team = borderline_of(borderline, model, recipe), join(out)
+    near = borderline_of(borderline, model, recipe)
+    check_sides([*bad, *again], [*good, *near])
+    team = join(out)
     loaded = load_model(model, device=device, dtype=dtype)
     check_answers(out, loaded, {harmful: bad, benign: good, rehearsal or "": again}, good)
     before = load_patch(parent, model_hash=loaded.hash) if parent else None

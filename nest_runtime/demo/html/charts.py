@@ -60,7 +60,8 @@ class Point:
     y_ends: Ends | None = None
 
 
-MARK, TOUCHING = 11, 3.0  # a mark's width in pixels; how near two are one on the other, in percent of the chart
+TOUCHING = 3.5  # percent of the chart: nearer marks lie one on the other
+RIM = 2.4  # pixels that the lower one sticks out
 
 
 def mark(series: int, size: float = 5.0, inner: str = "") -> str:
@@ -87,25 +88,27 @@ def key(names: Sequence[str]) -> str:
 def scatter(title: str, points: Sequence[Point], x: Axis, y: Axis) -> str:
     """Points with their intervals; the key is drawn apart (``key``).
 
-    A mark that would lie on earlier ones is drawn beside them, its lines where they belong.
+    A mark that lies under later ones is larger and sticks out, and a mark on others says which they are.
     """
     parts: list[str] = []
-    places: list[tuple[float, float]] = []
-    for number, point in enumerate(points):
-        left, low = x.place(point.x), y.place(point.y)
-        aside = sum(abs(left - across) < TOUCHING and abs(low - up) < TOUCHING for across, up in places)
-        places.append((left, low))
+    places = [(x.place(point.x), y.place(point.y)) for point in points]
+    for number, (point, (left, low)) in enumerate(zip(points, places, strict=True)):
+        near = [
+            other
+            for other, (across, up) in enumerate(places)
+            if other != number and abs(left - across) < TOUCHING and abs(low - up) < TOUCHING
+        ]
+        words = f"{point.words}; beside {', '.join(points[other].name for other in near)}" if near else point.words
         if point.x_ends is not None:
             ends = [x.place(end) for end in point.x_ends]
             parts.append(_line("nr-across", left=ends[0], bottom=low, width=ends[1] - ends[0]))
         if point.y_ends is not None:
             ends = [y.place(end) for end in point.y_ends]
             parts.append(_line("nr-up", left=left, bottom=ends[0], height=ends[1] - ends[0]))
-        shape = mark(number, 6.0)
+        shape = mark(number, 6.0 + RIM * sum(other > number for other in near))
         parts.append(
-            f'<svg class="nr-dot" style="left:calc({left:.2f}% + {aside * MARK}px);bottom:{low:.2f}%" '
-            f'viewBox="-9 -9 18 18" data-says="">'
-            f"<title>{text(point.words)}</title>{shape}</svg>"
+            f'<svg class="nr-dot" style="left:{left:.2f}%;bottom:{low:.2f}%" viewBox="-9 -9 18 18" data-says="">'
+            f"<title>{text(words)}</title>{shape}</svg>"
         )
     return frame(title, "".join(parts), x, y)
 

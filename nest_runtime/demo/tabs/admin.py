@@ -118,7 +118,9 @@ def connect(state: DemoState, parts: AdminParts, refresh: Callable[[], list[Any]
         (parts.rollback, tab.ask_rollback, [], parts.rolling, parts.outcome),
         (parts.push, tab.ask_push, [parts.which, parts.repo], parts.pushing, parts.hub_outcome),
     ):
-        button.click(asks, given, [question.row, question.words, outcome, question.asked], show_progress="hidden")
+        others = [other.row for other in (parts.activating, parts.rolling, parts.pushing) if other is not question]
+        out_of_it = [question.row, question.words, outcome, question.asked, *others]
+        button.click(asks, given, out_of_it, show_progress="hidden")
         question.close(outcome)
         question.yes.click(lambda: gr.Row(visible=False), None, question.row, show_progress="hidden")
     parts.activating.yes.click(tab.activate, parts.activating.asked, [parts.outcome, *lists], **quiet)
@@ -138,14 +140,18 @@ class Changes:
         return self._ask(
             lambda: (
                 f"Make {self.state.called(str(digest))} the active patch {self._where()}? "
-                "It then answers everybody who asks there."
+                + (
+                    "Servers that are running keep theirs until they are switched."
+                    if self.state.local is not None
+                    else "It then answers everybody who asks there."
+                )
             ),
             digest,
         )
 
     def ask_rollback(self) -> list[Any]:
         """Whether to go back."""
-        return self._ask(lambda: f"Go back to the patch that was active before {self._where()}?")
+        return self._ask(lambda: f"Go back to the patch that was active before, {self._where()}?")
 
     def ask_push(self, digest: str | None, repo: str) -> list[Any]:
         """Whether to publish."""
@@ -159,16 +165,17 @@ class Changes:
         return self._ask(words, (digest, repo), switch=False)
 
     def _ask(self, words: Callable[[], str], asked: Any = None, *, switch: bool = True) -> list[Any]:
-        """Open a question about ``asked``; if there is nothing to ask, say why."""
+        """Open a question about ``asked`` and close the others; if there is nothing to ask, say why."""
+        closed = [gr.Row(visible=False)] * 2
         try:
             if switch:
                 self._may_switch()
-            return [gr.Row(visible=True), markup.wrap(f"<p>{markup.words(words())}</p>"), "", asked]
+            return [gr.Row(visible=True), markup.wrap(f"<p>{markup.words(words())}</p>"), "", asked, *closed]
         except NestError as error:
-            return [gr.Row(visible=False), "", markup.wrap(markup.alert(error)), None]
+            return [gr.Row(visible=False), "", markup.wrap(markup.alert(error)), None, *closed]
 
     def _where(self) -> str:
-        return "of this machine's store" if self.state.local is not None else self.state.backend.place
+        return "in this machine's store" if self.state.local is not None else self.state.backend.place
 
     def _may_switch(self) -> None:
         if not self.state.backend.can_switch:

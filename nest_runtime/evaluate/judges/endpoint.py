@@ -14,6 +14,7 @@ from typing import Any
 
 from nest_runtime.errors import EvaluationError
 from nest_runtime.escape import visible
+from nest_runtime.web import web_client
 
 _RETRY_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 _ABOUT_ONE = {400, 403, 413, 422}  # 403 only where the question was filtered
@@ -65,11 +66,10 @@ class Endpoint:
         timeout: float,
         max_tokens: int = 400,
     ) -> None:
-        import httpx2
 
         self.model, self.base_url, self._layouts, self._max_tokens = model, base_url, layouts, max_tokens
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx2.Client(headers=headers, timeout=timeout)
+        self._client = web_client(headers=headers, timeout=timeout)
         self._lock = threading.Lock()
         self._form = _Form()
         self.used = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}

@@ -140,7 +140,10 @@ class RequestFrame:
         host = Headers(scope=scope).get("host")
         if self._welcome is None or host is None or self._welcome(host_of(host)):
             return None
-        message = f"This server is for this machine only, and the request was made to {host[:200]!r}."
+        message = (
+            f"This server is for this machine only, and the request was made to {host[:200]!r}; "
+            "--allowed-host lets more names in."
+        )
         return ApiError(403, message, code="host_not_allowed")
 
     def _too_large(self, scope: Scope) -> ApiError | None:

@@ -110,7 +110,7 @@ def prefill_closed() -> ApiError:
 def schemas_closed() -> ApiError:
     """400 where clients may not have the model say what a schema spells out."""
     message = (
-        "response_format: this server holds answers to {'type': 'json_object'}, and to no schema of a client's own "
+        "response_format: this server holds answers to no schema of a client's own, only to {'type': 'json_object'} "
         "(the operator can allow that: --allow-json-schema)"
     )
     return ApiError(400, message, code="not_allowed", param="response_format")
