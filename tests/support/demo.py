@@ -111,12 +111,16 @@ class Tab:
         """Both answers of a turn, once they are whole."""
         sides = self.page.locator("#conversation .nr-sides").nth(turn).locator("article")
         for side in (0, 1):
-            self.page.wait_for_function(
-                "([turn, side]) => { const reply = document.querySelectorAll('#conversation .nr-sides')[turn]"
-                "?.querySelectorAll('article')[side]; return reply && reply.dataset.state !== 'running' "
-                "&& (reply.dataset.state !== 'done' || reply.querySelector('.nr-badge')); }",
-                arg=[turn, side],
-            )
+            try:
+                self.page.wait_for_function(
+                    "([turn, side]) => { const reply = document.querySelectorAll('#conversation .nr-sides')[turn]"
+                    "?.querySelectorAll('article')[side]; return reply && reply.dataset.state !== 'running' "
+                    "&& (reply.dataset.state !== 'done' || reply.querySelector('.nr-badge')); }",
+                    arg=[turn, side],
+                )
+            except Exception as error:
+                shown = self.page.locator("#conversation").inner_html()
+                raise AssertionError(f"side {side} of turn {turn}: {shown[:2000]}, {self.complaints}") from error
         return sides.nth(0), sides.nth(1)
 
     def picture(self, name: str) -> Path:
