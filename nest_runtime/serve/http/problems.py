@@ -155,6 +155,9 @@ def from_nest(error: NestError) -> ApiError:
 def from_validation(error: RequestValidationError) -> ApiError:
     """400 for the first field that pydantic refuses, with the field's path in ``param``."""
     first = error.errors()[0]
+    unknown = next((e for e in error.errors() if e["type"] == "extra_forbidden"), None)
+    if first["type"] == "missing" and unknown is not None:  # a mistyped name is both
+        first = unknown
     # A union reports every alternative it tried: the one that got furthest knows best what is wrong.
     first = max((e for e in error.errors() if e["loc"][:2] == first["loc"][:2]), key=lambda e: len(e["loc"]))
     if first["type"] == "json_invalid":
@@ -163,7 +166,9 @@ def from_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {param}"
     else:
-        message = f"{param or 'The body'}: {first['msg']}"
+        given = first.get("input")
+        found = f"; found {given!r:.80}" if isinstance(given, (str, int, float)) else ""
+        message = f"{param or 'The body'}: {first['msg']}{found}"
     return ApiError(400, message, code=_CODES.get(first["type"], _own_code(first["type"])), param=param)
 
 
@@ -180,9 +185,12 @@ def install(app: FastAPI) -> None:
         return from_validation(error).response()
 
     async def http_error(request: Request, error: Any) -> JSONResponse:
-        found = {404: f"Invalid URL ({request.method} {request.url.path})", 405: f"Not allowed: {request.method}"}
-        message = found.get(error.status_code, str(error.detail))
-        headers = {"allow": _methods(request)} if error.status_code == 405 else error.headers
+        message, headers = str(error.detail), error.headers
+        if error.status_code == 404:
+            message = f"Invalid URL ({request.method} {request.url.path})"
+        elif error.status_code == 405:
+            allowed = _methods(request)
+            message, headers = f"Not allowed: {request.method}; use {allowed}", {"allow": allowed}
         return ApiError(error.status_code, message, headers=headers).response()
 
     async def bug(request: Request, error: Exception) -> JSONResponse:
@@ -196,9 +204,13 @@ def install(app: FastAPI) -> None:
 
 
 def _methods(request: Request) -> str:
-    """What a path can be asked with; the framework's own list stops at the first route."""
-    routes = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
-    return ", ".join(sorted({method for route in routes for method in getattr(route, "methods", None) or ()}))
+    """What a path can be asked with. Each method is tried on the routes: what an included router holds is its own."""
+    routes, found = request.app.routes, []
+    for method in ("DELETE", "GET", "PATCH", "POST", "PUT"):
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] is Match.FULL for route in routes):
+            found.append(method)
+    return ", ".join(found)
 
 
 def _is_union_tag(part: str | int) -> bool:

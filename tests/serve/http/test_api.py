@@ -327,7 +327,9 @@ def test_bodies_that_are_no_request(server: Running) -> None:
     lost = server.http("GET", "/v1/nothing")
     assert lost.status_code == 404
     assert "Invalid URL" in lost.json()["error"]["message"]
-    assert server.http("GET", "/v1/chat/completions").status_code == 405
+    wrong = server.http("GET", "/v1/chat/completions")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert wrong.json()["error"]["message"] == "Not allowed: GET; use POST"
     for response in (broken, large, chunked, lost):
         assert response.headers["x-nest-patch"] == "v3"
         assert response.headers["x-request-id"]

@@ -208,6 +208,9 @@ def test_an_urgent_call_reaches_requests_that_an_earlier_switch_let_drain(
 def test_policies_that_do_not_exist_are_refused(server: Running, files: dict[str, str]) -> None:
     refused = server.admin("POST", "/v1/patches/activate", json={"patch": files["v2"], "policy": "now"})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "policy")
+    assert refused.json()["error"]["message"] == "policy: Input should be 'drain' or 'enforce'; found 'now'"
+    mistyped = server.admin("POST", "/v1/patches/activate", json={"pach": "v2"})
+    assert mistyped.json()["error"]["message"] == "Unrecognized request argument supplied: pach"
     assert server.admin("POST", "/v1/patches/rollback", json={"policy": "now"}).status_code == 400
     with pytest.raises(UsageError, match="swap_policy is 'now'"):
         ServeConfig(swap_policy="now")  # type: ignore[arg-type]
