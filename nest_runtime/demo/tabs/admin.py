@@ -95,7 +95,7 @@ def build_admin() -> AdminParts:
 
 def _question(name: str, verb: str) -> Question:
     with gr.Row(visible=False, elem_id=f"{name}-sure", equal_height=True) as row:
-        words = gr.HTML(padding=False, elem_id=f"{name}-question")
+        words = gr.HTML(padding=False, elem_id=f"{name}-question", elem_classes="nr-question")
         yes = gr.Button(verb, variant="primary", elem_id=f"{name}-yes", size="md", min_width=100)
         no = gr.Button("Leave it", elem_id=f"{name}-no", size="md", min_width=100)
     return Question(row, words, yes, no, gr.State())
