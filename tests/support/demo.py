@@ -22,6 +22,7 @@ FLAGS = [
     *("--disable-component-update", "--disable-sync"),
 ]
 WAIT = 90_000  # milliseconds for anything the page is to show, on a machine with other work too
+LOST = 20_000  # milliseconds without a sign of an answer
 PICTURES = "NEST_ARTIFACTS"  # a folder where screenshots are kept
 
 
@@ -105,6 +106,10 @@ class Tab:
         if prompt:
             self.page.fill("#prompt textarea", prompt)
         self.page.click("#send")
+        try:
+            self.page.locator("#conversation .nr-sides").nth(before).wait_for(timeout=LOST)
+        except Exception:  # a click on a page that is still being built may be lost: a person clicks again
+            self.page.click("#send")
         return self.answers(before)
 
     def answers(self, turn: int) -> tuple[Locator, Locator]:

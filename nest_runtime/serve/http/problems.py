@@ -185,6 +185,7 @@ def install(app: FastAPI) -> None:
         return from_validation(error).response()
 
     async def http_error(request: Request, error: Any) -> JSONResponse:
+        """A path that is not there, or cannot be asked so; else as the framework says."""
         message, headers = str(error.detail), error.headers
         if error.status_code == 404:
             message = f"Invalid URL ({request.method} {request.url.path})"
