@@ -119,8 +119,8 @@ def connect(state: DemoState, parts: AdminParts, refresh: Callable[[], list[Any]
         (parts.push, tab.ask_push, [parts.which, parts.repo], parts.pushing, parts.hub_outcome),
     ):
         others = [other.row for other in (parts.activating, parts.rolling, parts.pushing) if other is not question]
-        out_of_it = [question.row, question.words, outcome, question.asked, *others]
-        button.click(asks, given, out_of_it, show_progress="hidden")
+        shown = [question.row, question.words, outcome, question.asked, *others]
+        button.click(asks, given, shown, show_progress="hidden")
         question.close(outcome)
         question.yes.click(lambda: gr.Row(visible=False), None, question.row, show_progress="hidden")
     parts.activating.yes.click(tab.activate, parts.activating.asked, [parts.outcome, *lists], **quiet)

@@ -66,7 +66,6 @@ class Endpoint:
         timeout: float,
         max_tokens: int = 400,
     ) -> None:
-
         self.model, self.base_url, self._layouts, self._max_tokens = model, base_url, layouts, max_tokens
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = web_client(headers=headers, timeout=timeout)
