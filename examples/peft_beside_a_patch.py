@@ -8,6 +8,7 @@ One on gate_proj or up_proj adds to the same outputs: measure both together.
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
@@ -16,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import nest_runtime as nest
 
 
-def main(adapter: str | None = None) -> None:
+def main(adapter: str | None) -> None:
     """Answer with patch alone, adapter alone, both, and neither."""
     loaded = nest.load_model("reference")
     runtime = nest.PatchRuntime(loaded.model)
@@ -51,4 +52,9 @@ def main(adapter: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter", nargs="?", metavar="ADAPTER_FOLDER")
+    try:
+        main(**vars(parser.parse_args()))
+    except nest.NestError as error:  # it says what was found, and what to do
+        sys.exit(f"error: {error}\nhint: {error.hint}")

@@ -8,6 +8,7 @@ your own leave the recipe out, and give a few hundred prompts of each kind.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -19,12 +20,7 @@ HERE = Path(__file__).parent
 QUICK = RECIPES["reference"].evolve(steps=60, batch_size=16, validate_every=60)
 
 
-def main(
-    model: str = "reference",
-    harmful: str = str(HERE / "harmful.csv"),
-    benign: str = str(HERE / "benign.csv"),
-    out: str = "my.safetensors",
-) -> None:
+def main(model: str, harmful: str, benign: str, out: str) -> None:
     """Locate, cluster, tune, save."""
     loaded = nest.load_model(model)
     result = nest.train_patch(
@@ -45,4 +41,12 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="reference")
+    parser.add_argument("harmful", nargs="?", default=str(HERE / "harmful.csv"))
+    parser.add_argument("benign", nargs="?", default=str(HERE / "benign.csv"))
+    parser.add_argument("out", nargs="?", default="my.safetensors")
+    try:
+        main(**vars(parser.parse_args()))
+    except nest.NestError as error:  # it says what was found, and what to do
+        sys.exit(f"error: {error}\nhint: {error.hint}")

@@ -19,6 +19,7 @@ import typer
 
 from nest_runtime.cli import complete
 from nest_runtime.cli.common import seconds_of
+from nest_runtime.errors import UsageError
 from nest_runtime.settings import Setting, settings_of
 
 
@@ -92,11 +93,20 @@ class _Inner:
     optional: bool
 
     def made(self, values: dict[str, Any]) -> Any:
-        """The instance of these values; None if it may be and what has no default is not given."""
-        required = [name for name, about in settings_of(self.owner).items() if about.is_required]
-        if self.optional and any(values[name] is None for name in required):
-            return None
-        return self.owner(**values)
+        """The instance of these values; None if it may be and what has no default is not given.
+
+        Raises:
+            UsageError: it is not given, and another value was.
+        """
+        settings = settings_of(self.owner)
+        missing = next((about for name, about in settings.items() if about.is_required and values[name] is None), None)
+        if not self.optional or missing is None:
+            return self.owner(**values)
+        for name, value in values.items():
+            if not settings[name].is_required and value != settings[name].default:
+                flags = settings[name].flag.split("/")[0], missing.flag
+                raise UsageError(f"{flags[0]} is given without {flags[1]}", f"add {flags[1]}, or leave it out")
+        return None
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:

@@ -142,7 +142,7 @@ def read_answers(path: str | Path) -> list[Answered]:
     from nest_runtime.prompts.readers import read_rows
 
     file = Path(path).expanduser()
-    return [_answered(f"{file}:{line}", fields) for line, fields in read_rows(file)]
+    return [_answered(f"{file}:{line}", fields) for line, fields in read_rows(file, "answers")]
 
 
 def _answered(where: str, fields: Mapping[str, Any]) -> Answered:

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from nest_runtime.errors import DigestMismatch, HubError
-from nest_runtime.hub.errors import reason
+from nest_runtime.hub.errors import first_line
 from nest_runtime.hub.repository import too_large
 from nest_runtime.io import Unfit, read_bytes
 
@@ -34,7 +34,7 @@ def checked(path: Path, what: str, limit: int) -> bytes:
         raise HubError(f"{what} is no file in the cache: {error.strerror}", "see HF_HOME") from error
     except OSError as error:
         raise HubError(
-            f"{what} cannot be read from the cache: {reason(error)}", "free some space; see HF_HOME"
+            f"{what} cannot be read from the cache: {first_line(error)}", "free some space; see HF_HOME"
         ) from error
     wanted = places[1].name if len(places) > 1 else ""
     if _SHA256.fullmatch(wanted):

@@ -49,9 +49,9 @@ def as_nest_error(error: Exception, repo: str, doing: str) -> NestError:
             return _offline(repo)
         error = next(reversed(list(causes(error))), error)  # type: ignore[assignment]
     if isinstance(error, KeyError | TypeError | ValueError) and not isinstance(error, OSError):
-        return HubError(f"{repo}: the Hub's answer while {doing} cannot be read: {reason(error)}", NETWORK_HINT)
+        return HubError(f"{repo}: the Hub's answer while {doing} cannot be read: {first_line(error)}", NETWORK_HINT)
     hint = XET_HINT if any(word in str(error).lower() for word in _XET_WORDS) else NETWORK_HINT
-    return HubError(f"{repo} could not be reached while {doing}: {reason(error)}", hint)
+    return HubError(f"{repo} could not be reached while {doing}: {first_line(error)}", hint)
 
 
 def is_transient(error: BaseException) -> bool:
@@ -111,7 +111,7 @@ def request_path(error: BaseException) -> str:
     return ""
 
 
-def reason(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{lines[0]:.200}" if lines else type(error).__name__
@@ -146,7 +146,7 @@ def _of_status(status: int, error: BaseException, repo: str, doing: str) -> HubE
         return HubError(f"the Hub limits your requests to {repo} while {doing}: 429{when}", "wait, then try again")
     if status >= 500:
         return HubError(f"the Hub is out of order for {repo} while {doing}: {status}{said}", "try again later")
-    return HubError(f"the Hub refused {repo} while {doing}: {status}{said} {reason(error)}", NETWORK_HINT)
+    return HubError(f"the Hub refused {repo} while {doing}: {status}{said} {first_line(error)}", NETWORK_HINT)
 
 
 def _offline(repo: str) -> HubError:

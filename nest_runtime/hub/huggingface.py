@@ -23,10 +23,10 @@ from nest_runtime.hub.cache import checked, known_missing
 from nest_runtime.hub.errors import (
     as_nest_error,
     causes,
+    first_line,
     is_conflict,
     is_transient,
     only_reads,
-    reason,
     request_path,
     retry_after,
     status_of,
@@ -196,7 +196,7 @@ class HubRemote:
 
         def passes(error: BaseException) -> bool:
             nonlocal last
-            last = f"; the last try: {reason(list(causes(error))[-1])}"
+            last = f"; the last try: {first_line(list(causes(error))[-1])}"
             return again(error) and _wait_of(error, 0.0) < until - time.monotonic()
 
         retrying = Retrying(

@@ -25,8 +25,12 @@ MAX_CELL = 1 << 26  # characters of a CSV file's cell; Python's own limit is 131
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".txt", ".parquet")
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, what: str = "prompts") -> list[Row]:
     """All rows of one prompt file, by its suffix.
+
+    Args:
+        path: the file.
+        what: what its rows are, for messages.
 
     Raises:
         DataError: no such file, unknown suffix, not UTF-8, broken syntax, wrong types, or no rows.
@@ -45,7 +49,7 @@ def read_rows(path: Path) -> list[Row]:
         reader = {".csv": _csv, ".txt": _txt, ".json": _json}.get(suffix, _jsonl)
         rows = list(reader(path, text))
     if not rows:
-        raise DataError(f"{path}: the file holds no prompts", "give a file with at least one prompt")
+        raise DataError(f"{path}: the file holds no {what}", "give a file with at least one row")
     return rows
 
 

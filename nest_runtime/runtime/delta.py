@@ -21,9 +21,9 @@ from nest_runtime.patch.patch import Patch, Site
 
 if TYPE_CHECKING:
     from nest_runtime.runtime.fold import FoldRecord
+    from nest_runtime.runtime.mixture import StackedTensors
 
-MAX_STACKS = 32  # mixtures of patches that a module remembers
-FEW = 16  # tokens; a CPU's narrow product of so many takes 24 µs whatever its size, the one in float32 6
+SMALL = 1 << 20  # multiplications; a CPU's narrow product of fewer takes some 18 µs whatever its size, in float32 4 up
 DECODED = 256  # tokens of a batch whose places are remembered: decoded ones come again, prompts do not
 Call = tuple[torch.Tensor, ...]  # a module's inputs, each with the tokens first: (x,), or those of experts
 
@@ -62,13 +62,20 @@ class DeltaTensors:
     rows: torch.Tensor  # (n,) int64, rows of the module's output
     clusters: torch.Tensor  # (n,) int64
     loadings: torch.Tensor | None  # (n,), None where all are one
-    wide: torch.Tensor | None = None  # deltas in float32, for a few narrow tokens on a CPU
+    wide: torch.Tensor | None = None  # deltas in float32, where they are narrow and on a CPU
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Every cluster's number for every token: [..., K] from x [..., d_in], in x's dtype or wider."""
-        if self.wide is not None and 1 < x.numel() // x.shape[-1] <= FEW:
-            return F.linear(x.to(self.wide.dtype), self.wide)
-        return F.linear(x, self.deltas)
+
+def product(x: torch.Tensor, deltas: torch.Tensor, wide: torch.Tensor | None) -> torch.Tensor:
+    """Every cluster's number for every token: [..., K] from x [..., d_in], in x's dtype or wider.
+
+    Args:
+        x: the module's input.
+        deltas: [K, d_in] in x's dtype.
+        wide: the same in float32, or None.
+    """
+    if wide is not None and x.numel() * len(wide) <= SMALL:
+        return F.linear(x.to(wide.dtype), wide)
+    return F.linear(x, deltas)
 
 
 class ModuleDelta(Protocol):
@@ -89,78 +96,6 @@ class ModuleDelta(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where the numbers of each token's own patch are, among those of all tokens and patches of one module."""
-
-    shared: torch.Tensor  # (m,) int64, in the flat (tokens, ΣK) product
-    outputs: torch.Tensor  # (m,) int64, in the flat (tokens, outputs) output
-    loadings: torch.Tensor | None  # (m,)
-
-
-@dataclass(frozen=True)
-class StackedTensors:
-    """The updates of several patches on one module and device, end to end, so that they take one product together."""
-
-    deltas: torch.Tensor  # (ΣK, d_in)
-    rows: torch.Tensor  # (Σn,) int64, rows of the module's output; a row comes once for every patch that changes it
-    clusters: torch.Tensor  # (Σn,) int64
-    loadings: torch.Tensor | None  # (Σn,), None where all are one
-    widths: tuple[int, ...]  # K of each patch, 0 where it leaves the module alone
-    counts: torch.Tensor  # (patches + 1,) int64 on the CPU: n of each patch; the last is the base's, 0
-
-    def places(self, owners: tuple[int, ...], outputs: int) -> Places:
-        """The places for a batch whose tokens belong to these patches, by number, -1 for the base.
-
-        Args:
-            owners: each token's patch.
-            outputs: the module's outputs.
-        """
-        with torch.inference_mode(False), torch.no_grad():
-            owner = torch.tensor(owners)
-            each = self.counts[owner]
-            token = torch.arange(len(owners)).repeat_interleave(each)
-            first = (self.counts.cumsum(0) - self.counts)[owner] - (each.cumsum(0) - each)
-            entry = first.repeat_interleave(each) + torch.arange(len(token))
-            return Places(
-                token * len(self.deltas) + self.clusters[entry],
-                token * outputs + self.rows[entry],
-                None if self.loadings is None else self.loadings[entry],
-            )
-
-
-class Members:
-    """Which token of a flat batch is computed under which patch; valid for one pass.
-
-    Args:
-        owners: each token's patch by number, -1 for the base.
-        patches: how many patches there are.
-        device: where the batch is.
-    """
-
-    def __init__(self, owners: Sequence[int], patches: int, device: torch.device) -> None:
-        self.owners = tuple(owners)
-        self._patches = patches
-        self._device = device
-        self._others: dict[tuple[int, ...], torch.Tensor] = {}
-
-    def others(self, widths: tuple[int, ...]) -> torch.Tensor:
-        """(tokens, Σ widths) bool: whether a column is of a patch that is not the token's, ``widths`` columns each.
-
-        Most modules of a model ask with the same widths: worked out once for them.
-        """
-        found = self._others.get(widths)
-        if found is None:
-            rows = [
-                [owner != number for number, width in enumerate(widths) for _ in range(width)]
-                for owner in range(-1, self._patches)
-            ]
-            table = torch.tensor(rows)  # a row for the base, and one for each patch
-            index = torch.tensor([owner + 1 for owner in self.owners])
-            found = self._others[widths] = table.index_select(0, index).to(self._device)
-        return found
-
-
 class LinearDelta:
     """The update of one linear module's outputs: y[..., rows] += loadings · (x Dᵀ)[..., clusters].
 
@@ -174,9 +109,7 @@ class LinearDelta:
         self.n_neurons = sum(site.n_neurons for site, _ in sites)
         self.d_in = sites[0][0].d_in
         self._cached: tuple[torch.device, torch.dtype, DeltaTensors] | None = None
-        # With those of other patches, kept by the first of them: mixtures, and places in the batch decoded last.
-        self.stacks: dict[Any, StackedTensors] = {}
-        self._placed: tuple[StackedTensors, tuple[int, ...], Places] | None = None
+        self.stacks: dict[Any, StackedTensors] = {}  # with those of other patches, kept by the first of them
         self._outputs: tuple[torch.Tensor, int, int, torch.Tensor] | None = None
 
     def build(self, device: torch.device | str, dtype: torch.dtype) -> DeltaTensors:
@@ -209,16 +142,6 @@ class LinearDelta:
             self._cached = cached
         return cached[2]
 
-    def places(self, stack: StackedTensors, owners: tuple[int, ...], outputs: int) -> Places:
-        """As ``StackedTensors.places``; those of the batch decoded last are kept, since its next pass asks for them."""
-        placed = self._placed
-        if placed is not None and placed[0] is stack and placed[1] == owners:
-            return placed[2]
-        found = stack.places(owners, outputs)
-        if len(owners) <= DECODED:
-            self._placed = (stack, owners, found)
-        return found
-
     def outputs(self, rows: torch.Tensor, tokens: int, width: int) -> torch.Tensor:
         """The places of ``rows`` in the flat (tokens, width) output; those of the last shape are kept.
 
@@ -244,7 +167,7 @@ class LinearDelta:
         """
         x = call[0]
         delta = self.on(x.device, x.dtype)
-        update = delta.product(x).index_select(-1, delta.clusters)  # (..., n)
+        update = product(x, delta.deltas, delta.wide).index_select(-1, delta.clusters)  # (..., n)
         if delta.loadings is not None:
             update = update * delta.loadings
         update = update.to(y.dtype)
@@ -263,66 +186,6 @@ def add_at(y: torch.Tensor, places: torch.Tensor, update: torch.Tensor) -> torch
     changed = y.clone(memory_format=torch.contiguous_format)
     changed.view(-1).index_add_(0, places, update)
     return changed
-
-
-def add_mixed(deltas: Sequence[LinearDelta | None], members: Members, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """A linear module's outputs when every token has its own patch; ``y`` is never written to.
-
-    Each patch's product is computed for all tokens. These few extra rows of arithmetic cost less than sorting tokens by
-    patch and back at every module. On a CPU only the numbers of each token's own patch are then taken from it. On other
-    devices, where small operations cost more than their arithmetic, the others are set to zero.
-
-    Args:
-        deltas: each patch's update, None if it leaves this module alone.
-        members: which token belongs to which patch, by number in ``deltas``.
-        x: the module's input (tokens, d_in).
-        y: its output (tokens, outputs) as the pristine weights give it.
-
-    Returns:
-        (tokens, outputs) in y's dtype.
-    """
-    first = next((delta for delta in deltas if delta is not None), None)
-    if first is None:
-        return y
-    key = (tuple(deltas), x.device, x.dtype)
-    stack = first.stacks.get(key)
-    if stack is None:
-        if len(first.stacks) >= MAX_STACKS:
-            first.stacks.clear()
-        stack = first.stacks[key] = _stack(*key)
-    shared = F.linear(x, stack.deltas)  # (tokens, ΣK)
-    if x.device.type == "cpu":
-        places = first.places(stack, members.owners, y.shape[-1])
-        update = shared.reshape(-1).index_select(0, places.shared)  # (m,)
-        if places.loadings is not None:
-            update = update * places.loadings
-        return add_at(y, places.outputs, update.to(y.dtype))
-    shared = shared.masked_fill(members.others(stack.widths), 0.0)
-    update = shared.index_select(-1, stack.clusters)  # (tokens, Σn)
-    if stack.loadings is not None:
-        update = update * stack.loadings
-    return y.index_add(-1, stack.rows, update.to(y.dtype))
-
-
-def _stack(deltas: Sequence[LinearDelta | None], device: torch.device, dtype: torch.dtype) -> StackedTensors:
-    parts = [(number, delta.on(device, dtype)) for number, delta in enumerate(deltas) if delta is not None]
-    with torch.inference_mode(False), torch.no_grad():
-        clusters, first = [], 0
-        for _, part in parts:
-            clusters.append(part.clusters + first)
-            first += len(part.deltas)
-        ones = [part.deltas.new_ones(len(part.rows)) for _, part in parts]
-        factors = [one if part.loadings is None else part.loadings for (_, part), one in zip(parts, ones, strict=True)]
-        stacked = StackedTensors(
-            torch.cat([part.deltas for _, part in parts]),
-            torch.cat([part.rows for _, part in parts]),
-            torch.cat(clusters),
-            torch.cat(factors) if any(part.loadings is not None for _, part in parts) else None,
-            tuple(0 if delta is None else delta.n_clusters for delta in deltas),
-            torch.tensor([0 if delta is None else delta.n_neurons for delta in deltas] + [0]),
-        )
-        settle([device])
-        return stacked
 
 
 @dataclass(frozen=True, eq=False)

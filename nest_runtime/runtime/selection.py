@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from nest_runtime.errors import UsageError
-from nest_runtime.runtime.delta import Call, LinearDelta, Loaded, Members, add_mixed
+from nest_runtime.runtime.delta import Call, LinearDelta, Loaded
 from nest_runtime.runtime.fold import FoldRecord
+from nest_runtime.runtime.mixture import Members, add_mixed
 
 Run = tuple[Loaded | None, int]
 

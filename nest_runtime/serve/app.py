@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
@@ -16,10 +16,12 @@ from starlette.types import ASGIApp
 from nest_runtime import __version__
 from nest_runtime.addresses import is_loopback, networks_of
 from nest_runtime.errors import HubError, NestError, TrustError, UsageError
+from nest_runtime.hub.follow import follow_ref
 from nest_runtime.io import nest_home
 from nest_runtime.model.load import load_model
 from nest_runtime.prompts.control import controls
 from nest_runtime.prompts.generate import end_token_ids
+from nest_runtime.resolve import load_patch
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.engine import Engine, TokenEngine
@@ -43,6 +45,7 @@ from nest_runtime.serve.tokens import AccessTokens, read_tokens
 from nest_runtime.serve.transformers.engine import TransformersEngine
 from nest_runtime.serve.transformers.own_rules import not_honoured, own_rules
 from nest_runtime.serve.transformers.tryout import Tryout
+from nest_runtime.store.entries import is_repository
 from nest_runtime.store.history import actor
 from nest_runtime.store.store import Store
 from nest_runtime.trust.guard import Guard, guard_for
@@ -154,6 +157,7 @@ def _build(config: ServeConfig) -> Server[TransformersEngine]:
     api_keys, admin = secrets_of(config)
     store = Store()
     guard = guard_of(config, store)
+    check_refs(config, store)
     loaded = load_model(
         config.model, device=config.device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
@@ -301,6 +305,21 @@ def guard_of(config: ServeConfig, store: Store) -> Guard | None:
         policy_file=config.trust_policy,
         allow_downgrade=config.allow_downgrade,
     )
+
+
+def check_refs(config: ServeConfig, store: Store) -> None:
+    """See that what the configuration names is there, as far as it can be said without model and network.
+
+    Raises:
+        UsageError: what is to be followed is no channel of a repository.
+        NestError: there is no such patch, for any model, or its file cannot be read.
+    """
+    if config.follow is not None:
+        follow_ref(config.follow.ref)
+    for ref in (config.patch, *config.expose):
+        if ref is not None and not is_repository(ref):
+            with suppress(UsageError):  # several models have one called so; which is meant is known with the model
+                load_patch(ref, store=store)
 
 
 def secrets_of(config: ServeConfig) -> tuple[AccessTokens | None, AccessTokens | None]:

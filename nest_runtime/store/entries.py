@@ -169,7 +169,7 @@ def match(ref: str, entries: Iterable[Entry], model_hash: str | None = None) -> 
     else:
         mine = [e for e in everything if model_hash is None or e.base_hash == model_hash]
         found = [e for e in mine if ref in (e.key, e.version)]
-        where = f" for model {short(model_hash)}" if model_hash else ""
+        where = f" for {model_name(model_hash, everything)}" if model_hash else ""
         if not found:
             raise not_found(ref, mine, everything, where)
         if model_hash is None:  # the model is the built-in one by default: what ships for others stands back
@@ -179,6 +179,12 @@ def match(ref: str, entries: Iterable[Entry], model_hash: str | None = None) -> 
     if len({entry.digest for entry in found}) > 1:
         raise _ambiguous(ref, found, where)
     return found[0]
+
+
+def model_name(model_hash: str, entries: Iterable[Entry]) -> str:
+    """What to call a model in a message: as its patches do, else by the beginning of its hash."""
+    names = {entry.base_model for entry in entries if entry.base_hash == model_hash and entry.base_model}
+    return min(names) if names else f"model {short(model_hash)}"
 
 
 def not_found(ref: str, mine: Sequence[Entry], everything: Sequence[Entry], where: str) -> PatchNotFound:

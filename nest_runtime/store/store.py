@@ -32,6 +32,7 @@ from nest_runtime.store.entries import (
     check_names,
     entry_of,
     match,
+    model_name,
 )
 from nest_runtime.store.index import Index, read_index, undone
 from nest_runtime.store.locked import locked
@@ -202,9 +203,8 @@ class Store:
             if not left:
                 first = index.active_entry(model)
                 now = f"{first.key} is the first patch activated" if first else "no patch is active"
-                raise StoreError(
-                    f"{now} for model {short(model)}: nothing to roll back to", "activate a patch by name instead"
-                )
+                name = model_name(model, self.list())
+                raise StoreError(f"{now} for {name}: nothing to roll back to", "activate a patch by name instead")
             entry = left[-1]
             self.read(entry)
             index.active[model] = left

@@ -100,6 +100,12 @@ def test_values_are_those_of_the_fields() -> None:
     }
 
 
+def test_a_detail_of_what_was_not_asked_for_is_refused() -> None:
+    with pytest.raises(UsageError, match="--grams is given without --filling"):
+        run(["--grams", "30"], Flags(Bread))
+    assert run(["--grams", "20"], Flags(Bread))["filling"] is None  # the default, whoever said it
+
+
 def test_what_is_not_given_can_be_told_from_a_default() -> None:
     assert run(["--soft"], Flags(Bread, only=("flour", "crust", "rest"), unset=True)) == {
         "flour": None,

@@ -365,3 +365,10 @@ def test_errors_measured_with_other_phrases_are_not_used(monkeypatch: pytest.Mon
     monkeypatch.undo()
     phrase_errors.cache_clear()
     assert measured_errors("phrases", "asr") is not None
+
+
+def test_an_empty_file_is_said_to_hold_no_answers(tmp_path: Path) -> None:
+    file = tmp_path / "empty.jsonl"
+    file.touch()
+    with pytest.raises(DataError, match="holds no answers"):
+        judge_file(file)

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.timeout(2 * SECONDS + 40)  # the longest runs two
 COVERED = {"patch_in_python", "peft_beside_a_patch", "openai_client", "train_from_csv", "evaluate_a_patch"}
 
 
-def run(name: str, *arguments: object, folder: Path) -> str:
-    """What a script prints on stdout; it must end well."""
-    done = subprocess.run(
+def started(name: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A script that has ended."""
+    return subprocess.run(
         [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "HF_HUB_OFFLINE": "1"},
@@ -31,6 +31,11 @@ def run(name: str, *arguments: object, folder: Path) -> str:
         timeout=SECONDS,
         check=False,
     )
+
+
+def run(name: str, *arguments: object, folder: Path) -> str:
+    """What a script prints on stdout; it must end well."""
+    done = started(name, *arguments, folder=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -55,6 +60,28 @@ def test_peft_beside_a_patch(tmp_path: Path) -> None:
     assert said.count("moves the logits") == 3
     assert "up to 0.000" not in said
     assert "neither: the base, bit for bit" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"),
+    [
+        ("patch_in_python", ["nowhere"], "nowhere"),
+        ("evaluate_a_patch", ["reference", "v33"], "there is no patch 'v33'"),
+        ("evaluate_a_patch", ["reference", "v3", "many"], "invalid int value"),
+        ("train_from_csv", ["reference", "none.csv"], "none.csv"),
+        ("openai_client", ["http://127.0.0.1:9"], "is a server running there?"),
+        ("peft_beside_a_patch", ["a", "b"], "unrecognized arguments: b"),
+    ],
+)
+def test_a_wrong_argument_gets_an_error_and_no_traceback(
+    name: str, wrong: list[str], said: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    done = started(name, *wrong, folder=tmp_path)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [*tmp_path.rglob("*.safetensors")]
 
 
 @pytest.fixture

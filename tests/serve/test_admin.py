@@ -19,12 +19,13 @@ import httpx
 import pytest
 
 from nest_runtime.cli.main import main
-from nest_runtime.errors import EngineError, UsageError
+from nest_runtime.errors import EngineError, NestError, UsageError
 from nest_runtime.model.load import load_model
 from nest_runtime.patch.patch import Patch
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.serve import ServeConfig, serve
 from nest_runtime.serve.app import build
+from nest_runtime.serve.limits import FollowConfig
 from nest_runtime.serve.ports import bind, bind_admin
 from nest_runtime.serve.server import run
 from nest_runtime.serve.tokens import read_tokens
@@ -91,6 +92,23 @@ def test_a_taken_admin_port_is_said_before_anything_is_loaded(config: ServeConfi
         clash = replace(config, model="/no/such/model", admin_port=number)
         with pytest.raises(EngineError, match=f"port {number} on 127.0.0.1 is in use"):
             serve(clash, on_event=lambda event: None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"patch": "nothing"}, "there is no patch 'nothing'"),
+        ({"patch": "/no/such/patch.safetensors"}, "there is no patch file"),
+        ({"expose": ("v1", "nothing")}, "there is no patch 'nothing'"),
+        ({"follow": FollowConfig("nothing")}, "'nothing' names no repository"),
+        ({"trust": (Path("/no/such/key.pub"),)}, "key.pub cannot be read"),
+    ],
+)
+def test_what_is_named_and_not_there_is_said_before_a_model_is_loaded(
+    config: ServeConfig, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(NestError, match=message):
+        serve(replace(config, **{"model": "/no/such/model", "port": 0, "patch": None, **fields}), on_event=print)
 
 
 def test_an_admin_port_taken_while_the_model_loads(config: ServeConfig) -> None:

@@ -216,7 +216,7 @@ def test_builtin_patches_of_several_bases_stand_in_folders_of_their_own(store: S
     with pytest.raises(UsageError, match="of the models tiny-a, tiny-b") as caught:
         store.get("v1")
     assert "--model" in caught.value.hint
-    with pytest.raises(PatchNotFound, match="'v2' for model sha256:bbbb"):
+    with pytest.raises(PatchNotFound, match="'v2' for tiny-b"):
         store.get("v2", model_hash=BASE_B)
     with pytest.raises(PatchNotFound, match="'v1' for model sha256:dddd") as missing:
         store.get("v1", model_hash="sha256:" + "d" * 64)

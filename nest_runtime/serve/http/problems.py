@@ -17,6 +17,7 @@ from starlette.routing import Match
 
 from nest_runtime.errors import (
     EngineError,
+    HubError,
     NestError,
     PatchNotFound,
     PatchReplaced,
@@ -147,6 +148,8 @@ def from_nest(error: NestError) -> ApiError:
         return ApiError(403, message, code=_snake(error), param="patch")
     if isinstance(error, StoreError):
         return ApiError(409, message, code="conflict", param="patch")
+    if isinstance(error, HubError):
+        return ApiError(502, message, code=_snake(error), param="patch")
     if isinstance(error, UsageError):
         return ApiError(400, message, code="invalid_value")
     return ApiError(422, message, code=_snake(error), param="patch")

@@ -16,7 +16,7 @@ from typing import Any
 
 from nest_runtime.errors import EngineError, NestError
 from nest_runtime.model.load import resolve_model
-from nest_runtime.serve.app import Server
+from nest_runtime.serve.app import Server, check_refs, guard_of
 from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.engine import Engine
 from nest_runtime.serve.events import Emit, json_events, json_line, sentence, set_up_logging
@@ -25,6 +25,7 @@ from nest_runtime.serve.running import noted
 from nest_runtime.serve.server import admin_listener, note_of, reread_on_hangup, warn
 from nest_runtime.serve.vllm.arguments import engine_arguments, environment
 from nest_runtime.serve.vllm.plugin import PLAN
+from nest_runtime.store.store import Store
 
 
 def serve(config: ServeConfig, *, on_event: Emit | None = None) -> None:
@@ -42,6 +43,8 @@ def serve(config: ServeConfig, *, on_event: Emit | None = None) -> None:
         raise EngineError("vLLM is not installed here", "install it beside nest-runtime as docs/guide/engines.md says")
     set_up_logging(config.json)
     tls_context(config)
+    guard_of(config, Store())
+    check_refs(config, Store())
     warn(config, emit)
     emit({"event": "loading", "model": config.model, "patch": config.patch})
     with contextlib.closing(bind(config)) as free:
