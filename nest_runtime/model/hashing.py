@@ -6,8 +6,9 @@ import hashlib
 import json
 import mmap
 import os
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 from nest_runtime.errors import ModelError, reason_of
 from nest_runtime.progress import Progress
+
+TOLD = 0.1  # seconds between two reports of progress
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,31 @@ def hash_all(jobs: Iterable[HashJob], progress: Progress | None = None) -> list[
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ModelError(f"tensor {twice} appears twice in the checkpoint", "fetch the checkpoint again: it is damaged")
-    total, done = sum(job.size for job in jobs), 0
-    rows = []
+    total = sum(job.size for job in jobs)
+    left: deque[HashJob] = deque(jobs)
+    hashed: list[tuple[int, HashRow]] = []  # each with its size
+
+    def work() -> None:
+        # Every thread takes its next tensor itself: waking another thread for each costs as much as a small tensor.
+        while True:
+            try:
+                job = left.popleft()
+            except IndexError:
+                return
+            hashed.append((job.size, HashRow((job.name, job.dtype, job.shape, _sha256(job.read)))))
+
     with ThreadPoolExecutor(max_workers=hash_threads()) as pool:
-        futures = {pool.submit(_sha256, job.read): job for job in jobs}
-        for future in as_completed(futures):
-            job = futures[future]
-            rows.append(HashRow((job.name, job.dtype, job.shape, future.result())))
-            done += job.size
-            if progress:
-                progress("hash", done, total)
-    return rows
+        waiting = {pool.submit(work) for _ in range(hash_threads())}
+        try:
+            while waiting:
+                ended, waiting = wait(waiting, timeout=TOLD if progress else None, return_when=FIRST_COMPLETED)
+                for worker in ended:
+                    worker.result()
+                if progress:
+                    progress("hash", sum(size for size, _ in hashed), total)
+        finally:
+            left.clear()  # after an error or Ctrl-C nothing more is begun
+    return [row for _, row in hashed]
 
 
 def hash_threads() -> int:
