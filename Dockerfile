@@ -43,7 +43,7 @@ VOLUME /data
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 # A model may load for a while; after that, three failures in a row make the container unhealthy.
-HEALTHCHECK --start-period=10m --start-interval=5s --interval=30s --timeout=5s --retries=3 \
+HEALTHCHECK --start-period=10m --interval=10s --timeout=5s --retries=3 \
     CMD ["python", "/opt/nest-runtime/healthcheck.py"]
 ENTRYPOINT ["nest-runtime"]
 CMD ["serve"]
