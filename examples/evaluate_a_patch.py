@@ -35,4 +35,4 @@ if __name__ == "__main__":
     try:
         main(**vars(parser.parse_args()))
     except nest.NestError as error:  # it says what was found, and what to do
-        sys.exit(f"error: {error}\nhint: {error.hint}")
+        sys.exit(f"error: {error.message}\nhint: {error.hint}")

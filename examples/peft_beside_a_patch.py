@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -54,7 +55,10 @@ def main(adapter: str | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", nargs="?", metavar="ADAPTER_FOLDER")
+    given = parser.parse_args()
+    if given.adapter is not None and not (Path(given.adapter) / "adapter_config.json").is_file():
+        parser.error(f"{given.adapter} is no folder of an adapter: it holds no adapter_config.json")
     try:
-        main(**vars(parser.parse_args()))
+        main(given.adapter)
     except nest.NestError as error:  # it says what was found, and what to do
-        sys.exit(f"error: {error}\nhint: {error.hint}")
+        sys.exit(f"error: {error.message}\nhint: {error.hint}")

@@ -55,7 +55,10 @@ def load_patch(ref: str | Path, *, model_hash: str | None = None, store: Store |
         if not Path(text).is_file():
             raise
         ends = Path(text).suffix or "nothing"
-        raise PatchNotFound(f"{text} ends with {ends}; expected a patch's file, {PATCH_SUFFIX}", error.hint) from error
+        raise PatchNotFound(
+            f"{text} ends with {ends}; expected a patch's file, {PATCH_SUFFIX}",
+            "name the patch's file; `nest-runtime list` shows stored patches",
+        ) from error
 
 
 def _from_file(path: Path) -> Patch:

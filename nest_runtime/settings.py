@@ -176,20 +176,22 @@ def _read(owner: Any) -> Mapping[str, Setting]:
     return types.MappingProxyType(found)
 
 
-def check(owner: Any, what: str) -> None:
+def check(owner: Any, what: str, *, by_flag: bool = False) -> None:
     """Check the values of a dataclass of settings.
 
     Args:
         owner: the value, an instance.
         what: how to begin an error: ``recipe:``.
+        by_flag: call a value by its option, where it has one, and not by its field.
 
     Raises:
         UsageError: a value is not allowed; the field, what was found and what is expected are named.
     """
-    for name, about in settings_of(type(owner)).items():
-        value = getattr(owner, name)
+    for field, about in settings_of(type(owner)).items():
+        value = getattr(owner, field)
         if value is None and about.optional:
             continue
+        name = about.flag.split("/")[0] if by_flag and about.flag else field
         if about.choices and value not in about.choices:
             near = did_you_mean(value, about.choices) if isinstance(value, str) else ""
             raise UsageError(f"{what} {name} is {value!r}", f"{near}use {about.allowed}")

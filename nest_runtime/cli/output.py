@@ -7,6 +7,7 @@ the document and nothing more. Errors are always two lines: ``error: …`` and `
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,8 @@ DtypeOption = Annotated[
 ]
 
 
+WIDEST = 10_000  # columns of a table in a pipe whose rows are not wrapped
+ELSEWHERE = {"rm": "remove", "delete": "remove", "ls": "list", "show": "inspect", "download": "pull", "upload": "push"}
 _NO_CHOICE = re.compile(r"'([^']*)' is not one of (.+)")
 
 
@@ -112,6 +115,7 @@ class Output:
         right: Sequence[str] = (),
         whole: Sequence[str] = (),
         styles: Mapping[str, str] | None = None,
+        whole_in_pipe: bool = False,
     ) -> None:
         """Print a table that fits the terminal, or 80 columns in a pipe.
 
@@ -121,6 +125,8 @@ class Output:
             right: titles of the columns that align right.
             whole: titles of the columns that are not wrapped.
             styles: color of the cells that hold just this text.
+            whole_in_pipe: print a line a row in a pipe, however long, for what people look for or copy; COLUMNS bounds
+                it.
         """
         from rich import box
         from rich.table import Table
@@ -137,6 +143,8 @@ class Output:
         if console.is_terminal:
             console.print(table)
             return
+        if whole_in_pipe and not os.environ.get("COLUMNS"):
+            console.width = WIDEST
         with console.capture() as captured:  # in a pipe: no padding behind the last column
             console.print(table)
         print("\n".join(line.rstrip() for line in captured.get().splitlines()))
@@ -194,15 +202,25 @@ def print_usage_error(error: Any) -> int:
     if (variable := _variable_of(context, getattr(error, "param", None))) is not None:
         hint = f"it comes from the environment, where {variable} is set; {hint}"
     message, _, suggestion = message.partition("Did you mean ")
-    names = sorted(getattr(error, "possibilities", None) or []) or _choice_meant(message)
+    names = sorted(getattr(error, "possibilities", None) or []) or _choice_meant(message) or _command_meant(message)
     if suggestion:
         hint = f"did you mean {suggestion.strip()} {hint}"
     elif names:
         message = message.partition("(Possible options")[0]
         hint = f"did you mean {' or '.join(names)}? {hint}"
-    message = message.replace("Value error, ", "").strip().rstrip(".")
+    message = message.replace("Value error, ", "").strip().rstrip(".") + _found(error.__cause__, message)
     print_error(message[:1].lower() + message[1:], hint)
     return int(getattr(error, "exit_code", 2))
+
+
+def _found(cause: BaseException | None, message: str) -> str:
+    """What stood in the place of an option's value, where the parser's message does not say it."""
+    from pydantic import ValidationError  # typer's own parser of values
+
+    if not isinstance(cause, ValidationError):
+        return ""
+    found = repr(cause.errors(include_url=False)[0]["input"])
+    return "" if found in message else f"; found {found:.60}"
 
 
 def _variable_of(context: Any, option: Any) -> str | None:
@@ -219,6 +237,12 @@ def _choice_meant(message: str) -> list[str]:
     """The choice that the parser's ``'pfet' is not one of 'peft', 'vllm'`` was meant to be, or nothing."""
     found = _NO_CHOICE.search(message)
     return alike(found[1], re.findall(r"'([^']*)'", found[2]), limit=1) if found else []
+
+
+def _command_meant(message: str) -> list[str]:
+    """The command behind a name that other tools have for it, or nothing."""
+    found = re.match(r"No such command '([^']*)'", message)
+    return [ELSEWHERE[found[1]]] if found and found[1] in ELSEWHERE else []
 
 
 def size(count: int) -> str:

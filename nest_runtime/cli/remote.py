@@ -131,7 +131,7 @@ def show_patches(out: Output, server: AdminClient) -> None:
             for row in found["patches"]
         ]
         if rows:
-            out.table(("", "LABEL", "PATCH", "DIGEST", "IN FLIGHT", ""), rows, right=("IN FLIGHT",))
+            out.table(("", "LABEL", "PATCH", "DIGEST", "IN FLIGHT", ""), rows, right=("IN FLIGHT",), whole_in_pipe=True)
         out.note(f"* active on {server.url}" if found["active"] != "base" else "the bare base answers")
         store = found.get("store") or {}
         if store.get("active") and not store["agrees"]:
@@ -169,7 +169,12 @@ def show_audit(out: Output, server: AdminClient, last: int, verify: bool) -> Non
             for entry in entries
         ]
         if rows:
-            out.table(("WHEN (UTC)", "WHO", "WHAT", "PATCH", "OUTCOME"), rows, whole=("WHEN (UTC)", "WHAT"))
+            out.table(
+                ("WHEN (UTC)", "WHO", "WHAT", "PATCH", "OUTCOME"),
+                rows,
+                whole=("WHEN (UTC)", "WHAT"),
+                whole_in_pipe=True,
+            )
         else:
             out.note("nothing has happened on this server yet")
         if verify:

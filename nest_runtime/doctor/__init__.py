@@ -31,6 +31,7 @@ def examine(timeout: float = 5.0) -> Iterator[Finding]:
         ("home", machine.home),
         ("reference model", patches.reference_model),
         ("store", patches.store),
+        ("audit log", patches.audit_log),
         ("active patches", patches.active),
         ("trust policy", patches.trust),
         ("hub cache", hub.cache),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from nest_runtime.doctor.finding import NOTE, OK, PROBLEM, Finding
 from nest_runtime.errors import NestError
 from nest_runtime.escape import short
+from nest_runtime.io import nest_home
 from nest_runtime.store.store import Entry, Store
 
 
@@ -38,6 +39,16 @@ def store() -> Finding:
         f"{len(entries)} patches ({built_in} built-in), every digest matches; history of {events} entries is whole",
         "" if entries else "train one with `nest-runtime train`, or `nest-runtime pull org/repo`",
     )
+
+
+def audit_log() -> Finding:
+    """The audit log of servers on this machine, against its chain. Raises StoreError if a line is wrong or missing."""
+    from nest_runtime.serve.switching.audit import AuditLog
+
+    log = AuditLog(nest_home() / "audit.jsonl")
+    if not log.kept:
+        return Finding("audit log", OK, "none yet: a server begins it")
+    return Finding("audit log", OK, f"{log.verify()} entries in {log.path}, whole")
 
 
 def active() -> Finding:

@@ -107,8 +107,9 @@ def judge(
         raise UsageError("prompts or answers is one text; expected lists of texts", "give [prompt] and [answer]")
     kinds = [kind] * len(prompts) if isinstance(kind, str) else list(kind)
     if not len(prompts) == len(answers) == len(kinds):
+        told = "" if isinstance(kind, str) else f", {len(kinds)} kinds"
         raise UsageError(
-            f"{len(prompts)} prompts, {len(answers)} answers and {len(kinds)} kinds", "give one answer per prompt"
+            f"{len(prompts)} prompts, {len(answers)} answers{told}", "give one answer and one kind per prompt"
         )
     chosen = make_judge(judge) if isinstance(judge, str) else judge
     chosen.check()

@@ -172,7 +172,8 @@ def verify_channel(data: bytes, signature: bytes, policy: Policy, channel: str) 
     """
     _check_name(channel)
     where = f"the file of channel {channel}"
-    key = verify_files({f"{channel}.json": data}, signature, policy.public_keys, where)
+    remedy = "fetch it again from its publisher, or set it again with `nest-runtime channel set`"
+    key = verify_files({f"{channel}.json": data}, signature, policy.public_keys, where, remedy=remedy)
     found = Channel.parse(data, where)
     if found.channel != channel:
         raise SignatureError(f"{where} is that of {found.channel}", "ask the publisher to sign it again")

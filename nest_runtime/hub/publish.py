@@ -82,7 +82,7 @@ def push(
     Args:
         patch: the patch; its own version becomes the tag.
         ref: the repository.
-        store: remembers the commit, and keeps the signature.
+        store: remembers the commit, and keeps the signature of what is published.
         material: manifest and signature; None publishes it unsigned.
         private: for a repository that has to be made.
         license_id, results, base_model: for the card, see ``render_card``.
@@ -100,9 +100,9 @@ def push(
 
     data = to_bytes(patch)
     if material is not None:
-        from nest_runtime.trust.kept import keep_signature
+        from nest_runtime.trust.kept import check_material
 
-        keep_signature(store.root, patch, material)
+        check_material(patch, material)
     remote = connect(ref, timeout=timeout)
     refs = _refs_or_create(remote, private)
     _check_version(remote, refs, ref, patch.version)
@@ -116,6 +116,10 @@ def push(
         unchanged = True
         if not ref.on_hub:
             _mend(remote, refs, ref, patch, done)
+    if material is not None:
+        from nest_runtime.trust.kept import keep_signature
+
+        keep_signature(store.root, patch, material)  # not before: a push that is refused leaves nothing behind
     Origins(store.root).record(ref.place, patch.version, done, patch.digest, patch.name)
     signed_by = material.key_id if material else None
     return Pushed(ref.place, done, remote.url(done), patch.digest, patch.version, signed_by, unchanged)

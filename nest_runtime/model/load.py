@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nest_runtime.errors import ModelError, NestError
+from nest_runtime.errors import ModelError, NestError, UsageError
 from nest_runtime.hints import did_you_mean
 from nest_runtime.io import expand
 from nest_runtime.model.fetch import fetch_model, quiet
@@ -159,7 +159,8 @@ def load_model(
         The model in eval mode, its tokenizer padding on the left with a pad token set.
 
     Raises:
-        ModelError: the model cannot be found or loaded, or there is no such device or dtype.
+        ModelError: the model cannot be found or loaded, or the device is not on this machine.
+        UsageError: there is no such device or dtype.
     """
     place, wanted = pick_device(device), _pick_dtype(dtype)
     name, source = resolve_model(ref, trust_remote_code=trust_remote_code)
@@ -294,7 +295,8 @@ def pick_device(device: str = "auto") -> str:
     """Resolve a device: ``auto`` is cuda, mps or cpu, whichever is there first; a named device must exist.
 
     Raises:
-        ModelError: there is no such device.
+        UsageError: no device is called so.
+        ModelError: it is not on this machine.
     """
     import torch
 
@@ -307,8 +309,9 @@ def pick_device(device: str = "auto") -> str:
             raise NotImplementedError("it holds no numbers")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or ["unavailable"])[0]
-        near = "" if device.partition(":")[0] in _DEVICES else did_you_mean(device, _DEVICES)
-        raise ModelError(
+        known = device.partition(":")[0] in _DEVICES
+        near = "" if known else did_you_mean(device, _DEVICES)
+        raise (ModelError if known else UsageError)(
             f"device {device!r} cannot be used: {reason}", f"{near}use auto, cpu, cuda, cuda:1 or mps"
         ) from error
     return device
@@ -320,7 +323,7 @@ def _pick_dtype(dtype: str) -> Any:
     if dtype == "auto":
         return "auto"
     if dtype not in _DTYPES:
-        raise ModelError(
+        raise UsageError(
             f"dtype {dtype!r} is not supported; expected one of auto, {', '.join(_DTYPES)}",
             f"{did_you_mean(dtype, ('auto', *_DTYPES))}auto keeps the checkpoint's",
         )

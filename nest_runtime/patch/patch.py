@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.errors import PatchFormatError, SiteMismatch
+from nest_runtime.errors import PatchFormatError, SiteMismatch, UsageError
 from nest_runtime.escape import short
 from nest_runtime.patch.claims import Claims
 from nest_runtime.patch.site import DELTA_DTYPES, Site
@@ -238,6 +238,16 @@ def _check_claims(patch: Patch) -> None:
             f"claims are about {short(patch.claims.patch)}; without them this patch is {short(patch.bare_digest)}",
             "claims belong to one content: measure this patch anew with `nest-runtime claim`",
         )
+
+
+def check_names(name: str | None, version: str | None) -> None:
+    """Refuse a name or version that no patch can have; None is not looked at. Raises UsageError."""
+    pattern, expected = _PATTERNS["name"]
+    for what, value in (("name", name), ("version", version)):
+        if value is not None and not re.fullmatch(pattern, value):
+            raise UsageError(f"the {what} is {value!r:.100}; expected {expected}", f"give the patch a valid {what}")
+    if version == "base":
+        raise UsageError("version 'base' is taken: it means no patch", "name the version v1, v2, …")
 
 
 def _check_fields(patch: Patch) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nest_runtime.addresses import is_loopback, networks_of
-from nest_runtime.errors import EngineError, UsageError
+from nest_runtime.errors import UsageError
 from nest_runtime.hints import did_you_mean
 from nest_runtime.serve.limits import Allowed, FollowConfig, Limits
 from nest_runtime.serve.served_patch import POLICIES, SwapPolicy
@@ -168,7 +168,7 @@ class ServeConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_names()
         if self.engine not in ENGINES:
-            raise EngineError(
+            raise UsageError(
                 f"there is no engine {self.engine!r} here; known: {', '.join(ENGINES)}",
                 f"{did_you_mean(self.engine, ENGINES)}leave --engine out for transformers",
             )
@@ -176,7 +176,7 @@ class ServeConfig:
             raise UsageError(
                 f"--engine-args are given, and the engine is {self.engine}", "give --engine vllm, or leave them out"
             )
-        check(self, "serve:")
+        check(self, "serve:", by_flag=True)
         if self.admin_host is not None and self.admin_port is None:
             raise UsageError("--admin-host is given without --admin-port", "give both, or neither")
         if self.admin_port is not None and self.admin_token_file is None:

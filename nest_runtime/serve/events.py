@@ -46,7 +46,9 @@ def json_line(event: Event) -> None:
 
 
 def sentence(event: Event) -> None:
-    """Print an event on stderr, for people."""
+    """Print an event on stderr, for people; not one that the log, which goes there too, has told already."""
+    if event.get("logged"):
+        return
     kind = event["event"]
     text = {
         "loading": lambda: f"loading {event['model']}",

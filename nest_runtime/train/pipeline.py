@@ -17,7 +17,7 @@ from typing import Any
 
 from nest_runtime.errors import DataError, UsageError
 from nest_runtime.model.anatomy import find_projections
-from nest_runtime.patch.patch import Patch
+from nest_runtime.patch.patch import Patch, check_names
 from nest_runtime.progress import Progress
 from nest_runtime.prompts.examples import Example, check_sides
 from nest_runtime.train.recipe import Recipe
@@ -83,13 +83,14 @@ def train_patch(
         A validated Patch, with figures measured on the numbers that it ships, and the report.
 
     Raises:
-        UsageError: arguments that do not belong together.
+        UsageError: arguments that do not belong together, or a name that no patch can have.
         DataError: no prompts of a class, or a prompt in both.
         TrainingError: training cannot start or continue.
         BaseMismatch, SiteMismatch: the parent is not for this model.
         UnknownArchitecture: no FFN projections are known for the model.
     """
     settings = recipe or Recipe()
+    check_names(name, version)
     _check_prompts(harmful, benign, rehearsal, parent)
     projections = find_projections(model)
     if parent is not None:

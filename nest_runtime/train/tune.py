@@ -10,6 +10,7 @@ step's rows: every one adds up its part of the same loss, so that the sum of the
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from nest_runtime.train.stages import read_tensors, write_tensors
 from nest_runtime.train.workers import Workers
 
 CHECKPOINT = "checkpoint.safetensors"
+KEEP_SECONDS = 15.0  # of steps that an interrupt may cost
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def tune(
         train: rows of both classes.
         validation: held-out rows; without any, the last state is kept.
         settings: the recipe; its tune fields count.
-        workdir: keep a checkpoint here at every validation, and continue from one found.
+        workdir: keep a checkpoint here at every validation and every ``KEEP_SECONDS``, and continue from one found.
         workers: the processes that share the rows; None is this one alone. All end with the same numbers.
         progress: called as ``("tune", done, total)``.
 
@@ -104,7 +106,7 @@ def tune(
     optimizer, state, team = _optimizer(deltas, settings), _TuneState(), workers or Workers()
     best = deltas.copy()
     path = workdir / CHECKPOINT if workdir else None
-    trimmer = Trimmer()
+    trimmer, kept = Trimmer(), time.monotonic()
     with _frozen(model), deltas.attached():
         passes = Passes(model, deltas, pad_token_id(model, tokenizer), settings)
         passes.prepare(train)
@@ -119,10 +121,12 @@ def tune(
             state.losses.append(_step(passes, optimizer, rows, state.step, team))
             state.step += 1
             trimmer.step_done()
-            if state.step % settings.validate_every == 0 or state.step == settings.steps:
+            validated = state.step % settings.validate_every == 0 or state.step == settings.steps
+            if validated:
                 best = _validate(passes, validation, state, best, team)
-                if path is not None and team.main:
-                    _save(path, deltas, optimizer, state, best)
+            if path is not None and team.main and (validated or time.monotonic() - kept >= KEEP_SECONDS):
+                _save(path, deltas, optimizer, state, best)
+                kept = time.monotonic()
             if progress is not None:
                 progress("tune", state.step, settings.steps)
         deltas.load(best)

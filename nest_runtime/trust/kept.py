@@ -16,7 +16,7 @@ from nest_runtime.patch.write import to_bytes
 from nest_runtime.store.signatures import signature_folder
 from nest_runtime.trust.documents import read_file
 from nest_runtime.trust.material import Material, check_manifest
-from nest_runtime.trust.signing import check_resources, read_bundle
+from nest_runtime.trust.signing import Bundle, check_resources, read_bundle
 
 if TYPE_CHECKING:
     from nest_runtime.patch.patch import Patch
@@ -32,10 +32,7 @@ def keep_signature(store_root: Path, patch: Patch, material: Material, *, verifi
         SignatureError: they are malformed, or about another patch.
         StoreError: the store cannot be written.
     """
-    data, where = to_bytes(patch), material.source or f"the signature of {patch.label}"
-    check_manifest(material.manifest, patch, data, f"the manifest of {where}")
-    bundle = read_bundle(material.signature, where)
-    check_resources(bundle, material.signed_files(data), where)
+    bundle = check_material(patch, material)
     folder = signature_folder(store_root, patch.digest)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,6 +40,15 @@ def keep_signature(store_root: Path, patch: Patch, material: Material, *, verifi
         _put(folder, bundle.key_id.partition(":")[2], material.signature, verified)
     except OSError as error:
         raise StoreError(f"{folder} cannot be written: {reason_of(error)}", "set NEST_HOME elsewhere") from error
+
+
+def check_material(patch: Patch, material: Material) -> Bundle:
+    """Whether a manifest and signature are about a patch; nothing is verified. Raises SignatureError if not."""
+    data, where = to_bytes(patch), material.source or f"the signature of {patch.label}"
+    check_manifest(material.manifest, patch, data, f"the manifest of {where}")
+    bundle = read_bundle(material.signature, where)
+    check_resources(bundle, material.signed_files(data), where)
+    return bundle
 
 
 def kept_signatures(store_root: Path, patch: Patch, policy: Policy) -> list[Material]:

@@ -119,7 +119,8 @@ def verify_list(data: bytes, signature: bytes, policy: Policy, where: str = "") 
         SignatureError: false, by a key that is not trusted or may not revoke, or malformed.
     """
     where = where or "the revocation list"
-    key = verify_files({LIST_FILE: data}, signature, policy.public_keys, where)
+    remedy = "fetch it again from its publisher, who restores both files as last published"
+    key = verify_files({LIST_FILE: data}, signature, policy.public_keys, where, remedy=remedy)
     rule = policy.rule_of(key.id)
     if rule is None or "revocations" not in rule.may:
         raise SignatureError(

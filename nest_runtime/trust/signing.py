@@ -69,7 +69,9 @@ def sign_files(files: Mapping[str, bytes], private_path: Path, passphrase: str =
     return signature, public
 
 
-def verify_files(files: Mapping[str, bytes], signature: bytes, keys: Iterable[PublicKey], where: str) -> PublicKey:
+def verify_files(
+    files: Mapping[str, bytes], signature: bytes, keys: Iterable[PublicKey], where: str, *, remedy: str = _RESIGN
+) -> PublicKey:
     """Check a signature over exactly these files; returns the key that made it.
 
     Args:
@@ -77,12 +79,13 @@ def verify_files(files: Mapping[str, bytes], signature: bytes, keys: Iterable[Pu
         signature: the bundle's bytes.
         keys: those that are trusted; the signature's own hint chooses among them.
         where: how to call the signature in messages.
+        remedy: what to do about a signature that is damaged or false.
 
     Raises:
         SignatureError: malformed, over other files, by a key that is not among ``keys``, or simply false.
         NestError: model-signing is not installed.
     """
-    bundle = read_bundle(signature, where)
+    bundle = read_bundle(signature, where, remedy)
     known = {key.id: key for key in keys}
     if bundle.key_id not in known:
         names = ", ".join(f"{key.name} ({short(key.id)})" for key in known.values()) or "none"
@@ -90,13 +93,13 @@ def verify_files(files: Mapping[str, bytes], signature: bytes, keys: Iterable[Pu
             f"{where} was made by the key {short(bundle.key_id)}; trusted: {names}",
             "if you trust its owner, get the .pub file from them and give it with --trust",
         )
-    check_resources(bundle, files, where)
+    check_resources(bundle, files, where, remedy)
     key = known[bundle.key_id]
-    _verify(files, signature, key, where)
+    _verify(files, signature, key, where, remedy)
     return key
 
 
-def read_bundle(signature: bytes, where: str) -> Bundle:
+def read_bundle(signature: bytes, where: str, remedy: str = _RESIGN) -> Bundle:
     """A signature's claims, read strictly. Raises SignatureError; verifies nothing."""
     try:
         if len(signature) > MAX_SIGNATURE:
@@ -118,17 +121,17 @@ def read_bundle(signature: bytes, where: str) -> Bundle:
         if not isinstance(hint, str) or not re.fullmatch(r"[0-9a-f]{64}", hint):
             raise FramingError("it does not name its key")
     except (FramingError, UnicodeEncodeError) as error:
-        raise SignatureError(f"{where} is no signature that can be read: {error}", _RESIGN) from error
+        raise SignatureError(f"{where} is no signature that can be read: {error}", remedy) from error
     return Bundle(f"sha256:{hint}", resources)
 
 
-def check_resources(bundle: Bundle, files: Mapping[str, bytes], where: str) -> None:
+def check_resources(bundle: Bundle, files: Mapping[str, bytes], where: str, remedy: str = _RESIGN) -> None:
     """Whether a signature is about exactly these files. Raises SignatureError naming the first that differs."""
     if set(bundle.resources) != set(files):
         raise SignatureError(
             f"{where} is over {', '.join(sorted(bundle.resources)) or 'nothing'}; "
             f"expected exactly {', '.join(sorted(files))}",
-            _RESIGN,
+            remedy,
         )
     for name, content in files.items():
         found = hashlib.sha256(content).hexdigest()
@@ -136,11 +139,11 @@ def check_resources(bundle: Bundle, files: Mapping[str, bytes], where: str) -> N
             raise SignatureError(
                 f"{where}: {name} was changed after signing: its SHA-256 is {found[:12]}…, "
                 f"{bundle.resources[name][:12]}… was signed",
-                _RESIGN,
+                remedy,
             )
 
 
-def _verify(files: Mapping[str, bytes], signature: bytes, key: PublicKey, where: str) -> None:
+def _verify(files: Mapping[str, bytes], signature: bytes, key: PublicKey, where: str, remedy: str) -> None:
     hashing, _, verifying = library()
     from cryptography.exceptions import InvalidSignature
 
@@ -154,7 +157,7 @@ def _verify(files: Mapping[str, bytes], signature: bytes, key: PublicKey, where:
         except (InvalidSignature, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = " ".join(str(error).split()) or "the signature does not fit what it is over"
             raise SignatureError(
-                f"{where} is false: it was not made by {key.name} ({short(key.id)}): {reason:.200}", _RESIGN
+                f"{where} is false: it was not made by {key.name} ({short(key.id)}): {reason:.200}", remedy
             ) from error
 
 

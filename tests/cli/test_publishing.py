@@ -52,6 +52,7 @@ WRONG = [
     ("channel set {mirror} stable v2 --key {private} --valid soon", USAGE, "--valid is 'soon'"),
     ("channel set {mirror} ../stable v2 --key {private}", USAGE, "no channel"),
     ("channel set {mirror} stable", USAGE, "missing"),
+    ("channel show {damaged} stable --trust {public}", TRUST, "changed after signing"),
     ("channel show {mirror} canary", FAILED, "no channel 'canary'"),
     ("channel show {mirror} stable --trust {stranger}", TRUST, "was made by the key"),
     ("channel nothing", USAGE, "nothing"),
@@ -82,9 +83,14 @@ WRONG = [
     ("serve --follow {mirror} --every 0s", USAGE, "--every is '0s'"),
     ("serve --follow {mirror} --admission-min-refused 2", USAGE, "admission-min-refused"),
     ("serve --follow {mirror} --admission-probes {file}", FAILED, "probes"),
+    ("serve --follow {mirror} --admission-probes {empty}", FAILED, "hold no prompt"),
     ("serve --follow {mirror} --trust {stranger} --require-signature", TRUST, "was made by the key"),
     ("serve --follow {mirror} --trust {public} --require-signature", TRUST, "for model"),
     ("serve --require-signature", USAGE, "no key is trusted"),
+    ("serve --max-queue abc", USAGE, "; found 'abc'"),
+    ("serve --swap-policy foo", USAGE, "--swap-policy is 'foo'"),
+    ("serve --engine fast", USAGE, "no engine 'fast'"),
+    ("serve --device gpu7", USAGE, "'gpu7' cannot be used"),
 ]  # fmt: skip
 
 
@@ -102,12 +108,16 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     found = {name: str(patch.save(tmp / f"{name}.safetensors")) for name, patch in files.items()}
     stranger = generate_keys(tmp / "stranger")[1]
     found |= {"tmp": str(tmp), "keys": str(tmp / "keys"), "private": str(private), "public": str(public)}
-    found |= {"stranger": str(stranger), "mirror": str(tmp / "mirror")}
+    found |= {"stranger": str(stranger)}
     with pytest.MonkeyPatch.context() as patching:
         patching.setenv("NEST_HOME", str(tmp / "home"))
         assert main(["sign", found["signed"], "--key", str(private)]) == 0
-        assert main(["push", found["signed"], found["mirror"], "--key", str(private), "--channel", "stable"]) == 0
-    return found
+        for mirror in ("mirror", "damaged"):
+            found[mirror] = str(tmp / mirror)
+            assert main(["push", found["signed"], found[mirror], "--key", str(private), "--channel", "stable"]) == 0
+    (tmp / "damaged" / "channels" / "stable.json").write_text("garbage")
+    (tmp / "empty").write_text("{}")
+    return found | {"empty": str(tmp / "empty")}
 
 
 @pytest.mark.parametrize(("line", "status", "words"), WRONG, ids=[line for line, _, _ in WRONG])
@@ -125,6 +135,41 @@ def test_wrong_input_is_two_lines(
     assert words in lines[0]
     assert len(lines[1]) > 12
     assert "Traceback" not in err
+
+
+def test_a_damaged_channel_is_set_again_and_not_signed(
+    places: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["channel", "show", places["damaged"], "stable", "--trust", places["public"]]) == TRUST
+    assert "nest-runtime channel set" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_push_that_is_refused_leaves_no_signature(
+    places: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NEST_HOME", str(tmp_path))
+    assert main(["push", places["file"], places["mirror"], "--key", places["private"]]) == TRUST
+    assert "serial" in capsys.readouterr().err
+    assert main(["verify", places["file"], "--trust", places["public"]]) == TRUST
+    assert "is not signed" in capsys.readouterr().err
+
+
+def test_who_revokes_obeys(
+    places: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NEST_HOME", str(tmp_path / "home"))
+    key, trust = ["--key", places["private"]], ["--trust", places["public"]]
+    assert main(["verify", places["signed"], *trust]) == 0
+    assert main(["revoke", places["signed"], "--reason", "a leak", "--to", str(tmp_path / "m"), *key]) == 0
+    capsys.readouterr()
+    assert main(["verify", places["signed"], *trust]) == TRUST
+    assert "a leak" in capsys.readouterr().err
+    assert main(["revocations", *trust]) == 0
+    assert "test@v2" in capsys.readouterr().out
+    # Another repository has a list of its own by the same key; this machine goes by one of them, and says so.
+    assert main(["revoke", places["file"], "--reason", "worse", "--to", str(tmp_path / "n"), *key]) == 0
+    assert "this machine still trusts it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -59,6 +59,15 @@ def test_a_taken_port_is_told_in_one_way() -> None:
     assert said[0] == said[1]
 
 
+def test_a_taken_port_is_told_before_torch_is_imported() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        given = ["serve", "--port", str(taken.getsockname()[1])]
+        script = f"import sys; from nest_runtime.cli.main import main; print(main({given}), 'torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "is in use" in done.stderr
+    assert done.stdout == "1 False\n"
+
+
 def test_reference_names_prompts_wherever_prompts_are_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,9 +98,42 @@ def test_collecting_tests_warns_of_nothing() -> None:
 def test_a_file_that_is_no_patch_is_said_to_be_none(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("harm.csv").write_text("goal\nForge it\n")
-    fails(run("inspect", "harm.csv"), 1, "harm.csv ends with .csv; expected a patch's file, .safetensors")
+    said = run("inspect", "harm.csv")
+    fails(said, 1, "harm.csv ends with .csv; expected a patch's file, .safetensors")
+    assert "did you mean" not in said.err  # it is what was typed
     Path("model.safetensors").write_bytes(b"GGUF" + bytes(range(200, 240)))
     fails(run("inspect", "model.safetensors"), 1, "it is a GGUF file")
+
+
+def test_names_in_a_pipe_are_whole(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    long = "a-patch-whose-name-is-rather-long-for-a-column-of-a-table"
+    Store().add(small_patch("v1", name=long))
+    assert any(f"{long}@v1" in line for line in run("list").out.splitlines())
+    assert any(f"{long}@v1" in line for line in run("history").out.splitlines())
+
+
+def test_names_of_other_tools_lead_to_ours(run: Run) -> None:
+    fails(run("rm", "v1"), 2, "no such command 'rm'", "did you mean remove?")
+
+
+def test_a_name_that_no_patch_can_have_is_refused_before_anything_loads(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_text("one\n")
+    (tmp_path / "good.txt").write_text("two\n")
+    given = ("--harmful", tmp_path / "bad.txt", "--benign", tmp_path / "good.txt", "--out", tmp_path / "a.safetensors")
+    fails(run("train", *given, "--name", "bad name@x"), 2, "the name is 'bad name@x'; expected letters")
+    fails(run("train", *given, "--version", "base"), 2, "it means no patch")
+    assert not [*tmp_path.glob("a.*")]
+
+
+def test_plan_counts_the_borderline_prompts_that_train_would_take(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_text("one\n")
+    (tmp_path / "good.txt").write_text("two\nthree\n")
+    given = ("--harmful", tmp_path / "bad.txt", "--benign", tmp_path / "good.txt", "--tflops", 1, "--gbps", 10)
+    assert "1 harmful and 2 benign" in run("plan", *given, "--borderline", "none").out
+    (tmp_path / "near.txt").write_text("four\n")
+    assert "1 harmful and 3 benign" in run("plan", *given, "--borderline", tmp_path / "near.txt").out
+    fails(run("plan", "--borderline", "none"), 2, "--borderline is given without --benign")
 
 
 def test_the_public_half_signs_nothing(run: Run, tmp_path: Path) -> None:

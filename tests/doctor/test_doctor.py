@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from nest_runtime.cli.main import main
+from nest_runtime.io import nest_home
+from nest_runtime.serve.switching.audit import AuditLog
 from nest_runtime.store.store import Store
 from tests.support.hub_server import HubServer
 from tests.support.store import small_patch
@@ -224,3 +226,16 @@ def test_bench_prints_a_table_and_takes_a_patch(run: Any, tiny_llama: Path, tiny
     status, _, errors = run("bench", "--model", tiny_qwen, "--patch", path, *common)
     assert status == 3
     assert errors.startswith("error: ")
+
+
+def test_an_audit_log_that_was_cut_is_a_problem(run: Any) -> None:
+    log = AuditLog(nest_home() / "audit.jsonl")
+    for number in range(3):
+        log.record({"what": "activate", "number": number})
+    assert "3 entries" in examined(run)[1]["audit log"]["found"]
+    kept = log.path.read_bytes().splitlines(keepends=True)
+    log.path.write_bytes(b"".join(kept[:-1]))
+    status, found = examined(run)
+    assert status == 1
+    assert "line" in found["audit log"]["found"]
+    assert "missing" in found["audit log"]["found"]

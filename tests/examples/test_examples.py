@@ -71,6 +71,7 @@ def test_peft_beside_a_patch(tmp_path: Path) -> None:
         ("train_from_csv", ["reference", "none.csv"], "none.csv"),
         ("openai_client", ["http://127.0.0.1:9"], "is a server running there?"),
         ("peft_beside_a_patch", ["a", "b"], "unrecognized arguments: b"),
+        ("peft_beside_a_patch", ["nowhere"], "nowhere is no folder of an adapter"),
     ],
 )
 def test_a_wrong_argument_gets_an_error_and_no_traceback(
@@ -81,6 +82,7 @@ def test_a_wrong_argument_gets_an_error_and_no_traceback(
     assert done.returncode != 0
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stderr.count(said) == 1
     assert not [*tmp_path.rglob("*.safetensors")]
 
 

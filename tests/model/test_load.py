@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
-from nest_runtime.errors import ModelError
+from nest_runtime.errors import ModelError, UsageError
 from nest_runtime.model import load as models
 from nest_runtime.model.fingerprint import model_hash
 from nest_runtime.model.load import load_model, pick_device, resolve_model
@@ -110,11 +110,11 @@ def test_missing_and_damaged_tensors_are_errors_not_random_numbers(tiny_llama: P
 
 
 def test_dtypes_and_devices() -> None:
-    with pytest.raises(ModelError, match="'int3' is not supported; expected one of auto, float32"):
+    with pytest.raises(UsageError, match="'int3' is not supported; expected one of auto, float32"):
         load_model("reference", dtype="int3")
-    with pytest.raises(ModelError, match="cannot be used"):
+    with pytest.raises(UsageError, match="'nonsense' cannot be used"):
         pick_device("nonsense")
-    with pytest.raises(ModelError, match="holds no numbers"):
+    with pytest.raises(UsageError, match="holds no numbers"):
         pick_device("meta")
     assert pick_device("cpu") == "cpu"
     assert pick_device("auto") in {"cuda", "mps", "cpu"}

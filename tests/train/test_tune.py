@@ -225,6 +225,32 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     assert resumed == report
 
 
+def test_an_interrupt_costs_seconds_and_not_the_steps_since_the_last_validation(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, settings = some_rows(loaded), QUICK.evolve(validate_every=1000)
+    monkeypatch.setattr("nest_runtime.train.tune.KEEP_SECONDS", 0.0)
+
+    def run(workdir: Path | None, stop: int = 0) -> tuple[list[int], dict[str, torch.Tensor]]:
+        seen: list[int] = []
+
+        def told(_: str, done: int, __: int) -> None:
+            seen.append(done)
+            if done == stop:
+                raise KeyboardInterrupt
+
+        deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model), "learned")
+        tune(loaded.model, loaded.tokenizer, deltas, rows, rows[8:12], settings, workdir=workdir, progress=told)
+        return seen, deltas.copy()
+
+    _, whole = run(None)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, 5)
+    seen, again = run(tmp_path)
+    assert seen[0] == 6
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
 def test_a_half_precision_base_trains_float32_numbers(tiny_llama: Path) -> None:
     half = load_model(tiny_llama, dtype="bfloat16")
     deltas = Deltas(half.model, find_projections(half.model), some_sites(half.model), "learned")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -86,13 +87,15 @@ def revoke(
         raise UsageError("a revocation must be signed", f"give --key, or set {KEY_VARIABLE}")
     chosen, _ = patch_and_material(patch, store, model, None)
     ref = repository(to) if to is not None else _home_of(patch, chosen, store)
+    passphrase = passphrase_of(private_key)
     revocations, revision = publish_revocation(
-        chosen, reason, ref, key=private_key, passphrase=passphrase_of(private_key), timeout=timeout
+        chosen, reason, ref, key=private_key, passphrase=passphrase, timeout=timeout
     )
     entry = revocations.find(chosen.digest, chosen.name)
     assert entry is not None  # just added, or there before
     from nest_runtime.hub.connect import connect
 
+    untold = _take_in(ref, revision, private_key, passphrase, timeout)
     document = {
         "repo": ref.place,
         "revision": revision,
@@ -105,8 +108,29 @@ def revoke(
         out.line(f"revoked {entry.name}@{entry.version} ({short(entry.digest)}): {entry.reason}")
         out.line(f"list {revocations.serial} of {ref.place} holds {len(revocations.revoked)}")
         out.note("point the channels that name it to another version with `nest-runtime channel set`")
+        if untold is not None:
+            out.note(f"this machine still trusts it: {untold}")
 
     out.result(document, render)
+
+
+def _take_in(ref: RepoRef, revision: str, key: Path, passphrase: str, timeout: float | None) -> str | None:
+    """Let this machine obey the list that it has just published; why it cannot, or None."""
+    from nest_runtime.errors import NestError
+    from nest_runtime.hub.connect import connect
+    from nest_runtime.trust.keys import public_key_of
+    from nest_runtime.trust.policy import Policy, with_keys
+    from nest_runtime.trust.revocations import LIST_FILE, LIST_SIGNATURE
+    from nest_runtime.trust.state import TrustState
+
+    mine = with_keys(Policy(require_signature=False), [public_key_of(key, passphrase)], require_signature=False)
+    remote = connect(ref, timeout=timeout)
+    try:
+        data, signature = (remote.read(name, revision) for name in (LIST_FILE, LIST_SIGNATURE))
+        TrustState().update_revocations(data or b"", signature or b"", mine)
+    except NestError as error:
+        return error.message
+    return None
 
 
 @channel_app.command(

@@ -54,6 +54,8 @@ def judge(
     from nest_runtime.evaluate.judges import make_judge
     from nest_runtime.evaluate.judging import judge_file
 
+    if judge == "reference":
+        out.note("the judge `reference` knows the built-in model's answers, and no others")
     judged = judge_file(file, make_judge(judge, device=device))
     out.result({"file": str(file), **judged.to_json()}, lambda: _render(out, judged))
 

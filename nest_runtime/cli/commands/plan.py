@@ -11,7 +11,7 @@ import typer
 from nest_runtime.cli.common import examples, model_flag, prompts_named
 from nest_runtime.cli.options import Flags, with_flags
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output, size
-from nest_runtime.cli.training import PROMPTS, RecipeRef, borderline_of, recipe_of
+from nest_runtime.cli.training import PROMPTS, Borderline, RecipeRef, borderline_of, recipe_of
 from nest_runtime.errors import UsageError
 from nest_runtime.train.recipe import Recipe
 
@@ -42,6 +42,7 @@ def plan(
     benign: Annotated[
         str | None, typer.Option("--benign", metavar="FILE", help="Prompts to answer as before. 1,000 by default.")
     ] = None,
+    borderline: Borderline = None,
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", metavar="N", min=1, help="Length of a prompt, without files.")
     ] = 64,
@@ -65,6 +66,8 @@ def plan(
     out = Output.of(ctx, as_json)
     if (harmful is None) != (benign is None):
         raise UsageError("one of --harmful and --benign without the other", "give both, or neither")
+    if borderline is not None and benign is None:
+        raise UsageError("--borderline is given without --benign", "give both files as `train` takes them")
     if (tflops is None) != (gbps is None):
         raise UsageError("one of --tflops and --gbps without the other", "give both; neither: they are measured")
     from nest_runtime.model.load import gguf_dtype, pick_device, resolve_model, skeleton
@@ -79,7 +82,7 @@ def plan(
         empty.config.dtype = gguf_dtype(place)
     kind, notes = _dtype(empty.config, dtype)
     shape = shape_of(empty, kind, recipe)
-    load = _load(harmful, benign, model, prompt_tokens, recipe)
+    load = _load(harmful, benign, borderline, model, prompt_tokens, recipe)
     ffn = (recipe.step_tokens, shape.hidden, shape.widest)
     found = estimate(shape, recipe, load, _speed(place, kind, ffn, tflops, gbps))
     memory, total = _memory(place)
@@ -89,7 +92,8 @@ def plan(
     out.result(document, lambda: _render(out, document))
     if not out.json:
         files = f"--harmful {shlex.quote(harmful or 'FILE')} --benign {shlex.quote(benign or 'FILE')}"
-        own = f" --recipe {shlex.quote(recipe_name)}" if recipe_name else ""
+        own = f" --borderline {shlex.quote(borderline)}" if borderline else ""
+        own += f" --recipe {shlex.quote(recipe_name)}" if recipe_name else ""
         own += "".join(f" --{name.replace('_', '-')} {value}" for name, value in settings.items() if value is not None)
         out.note(f"next: nest-runtime train{model_flag(model)} {files}{own} --out v1.safetensors")
 
@@ -110,14 +114,16 @@ def _dtype(config: Any, asked: str) -> tuple[str, list[str]]:
     return kind, notes
 
 
-def _load(harmful: str | None, benign: str | None, model: str, prompt_tokens: int, recipe: Recipe) -> Load:
+def _load(
+    harmful: str | None, benign: str | None, borderline: str | None, model: str, prompt_tokens: int, recipe: Recipe
+) -> Load:
     from nest_runtime.prompts.examples import check_sides
     from nest_runtime.train.sizes import Load, load_of
 
     if harmful is None or benign is None:
         return Load(prompt_tokens=prompt_tokens, answer_tokens=recipe.answer_tokens)
     bad = prompts_named(harmful, "harmful")
-    good = [*prompts_named(benign, "benign"), *borderline_of(None, model, recipe)]
+    good = [*prompts_named(benign, "benign"), *borderline_of(borderline, model, recipe)]
     check_sides(bad, good)
     return load_of(bad, good, recipe)
 

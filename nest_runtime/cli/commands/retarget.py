@@ -96,6 +96,9 @@ def retarget(
     out = Output.of(ctx, as_json)
     if (harmful is None) != (benign is None):
         raise UsageError("one of --harmful and --benign without the other", "give both, or neither")
+    from nest_runtime.patch.patch import check_names
+
+    check_names(name, version)
     from nest_runtime.model.load import load_model
     from nest_runtime.resolve import load_patch
     from nest_runtime.train.retarget import retarget_patch

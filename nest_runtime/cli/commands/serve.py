@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections.abc import Mapping
@@ -70,9 +71,6 @@ def serve(
     out = Output.of(ctx, as_json)
     for unknown in unknown_variables(ctx.command, os.environ):
         out.note(f"warning: {unknown}")
-    from nest_runtime.serve.events import json_events
-    from nest_runtime.serve.server import serve as run_server
-
     config = ServeConfig(
         model=_model_named(ctx, model_named, model) or model_for(ctx, out, model, settings["patch"]),
         json=as_json,
@@ -84,6 +82,13 @@ def serve(
         allow_downgrade=allow_downgrade,
         **settings,
     )
+    from nest_runtime.serve.ports import bind, bind_admin
+
+    with contextlib.closing(bind(config)), bind_admin(config):
+        pass  # a taken port is told at once, and not after torch was imported
+    from nest_runtime.serve.events import json_events
+    from nest_runtime.serve.server import serve as run_server
+
     silent = out.quiet and not as_json
     on_event = json_events(out.event) if as_json else (lambda event: None) if silent else None
     if config.engine == "vllm":

@@ -117,7 +117,7 @@ def list_patches(
             )
             for e in entries
         ]
-        out.table(("", "PATCH", "FOR MODEL (HASH)", "DIGEST", "SIZE", ""), rows, right=("SIZE",))
+        out.table(("", "PATCH", "FOR MODEL (HASH)", "DIGEST", "SIZE", ""), rows, right=("SIZE",), whole_in_pipe=True)
         if any(e.active for e in entries):
             out.note("* active in the store")
         for server in servers:
@@ -284,7 +284,9 @@ def history(
         """The changes in a table; after a check, whether chain and audit log are whole."""
         rows = [(e["at"][:19].replace("T", " "), e["who"], e["what"], _what(e), e["why"]) for e in entries]
         if rows:
-            out.table(("WHEN (UTC)", "WHO", "WHAT", "PATCH", "WHY"), rows, whole=("WHEN (UTC)", "WHAT"))
+            out.table(
+                ("WHEN (UTC)", "WHO", "WHAT", "PATCH", "WHY"), rows, whole=("WHEN (UTC)", "WHAT"), whole_in_pipe=True
+            )
         if not entries:
             out.note("nothing has happened in this store yet")
         if count is not None:

@@ -158,6 +158,9 @@ def train(
     model = model_for(ctx, out, model, parent)
     recipe, again = recipe_of(recipe_name, model, **settings), _rehearsed(rehearsal, parent)
     workdir, named_base = check_out(out_file, ".safetensors"), _base_name(base_model, model)
+    from nest_runtime.patch.patch import check_names
+
+    check_names(name, version)
     from nest_runtime.model.load import load_model
     from nest_runtime.prompts.examples import check_sides
     from nest_runtime.resolve import load_patch

@@ -233,7 +233,7 @@ def revocations(
             (r["date"][:10], f"{r['name']}@{r['version']}", short(r["digest"]), r["revoked_by"], r["reason"])
             for r in rows
         ]
-        out.table(("DATE", "PATCH", "DIGEST", "BY", "REASON"), cells)
+        out.table(("DATE", "PATCH", "DIGEST", "BY", "REASON"), cells, whole_in_pipe=True)
 
     out.result({"revocations": rows}, render)
 

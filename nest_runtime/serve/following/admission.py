@@ -121,6 +121,8 @@ def _read_probes(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     for prompts in lists:
         if not isinstance(prompts, list) or not all(isinstance(text, str) and text for text in prompts):
             raise DataError(f"the probes {file} hold something that is no prompt", hint)
+    if not any(lists):
+        raise DataError(f"the probes {file} hold no prompt", f"{hint}, or give --no-admission-test")
     return tuple(lists[0]), tuple(lists[1])
 
 

@@ -187,7 +187,7 @@ class Following(FollowHost):
             return
         message = f"{served_patch.label} is exposed no more: {error.message}"
         log.error("following %s: %s", self._follower.ref, message)
-        self.on_event({"event": "warning", "message": message})
+        self.on_event({"event": "warning", "message": message, "logged": True})
         self._service.metrics.patch_failures.labels(type(error).__name__).inc()
         entry = {
             "what": "withdraw",
@@ -240,7 +240,7 @@ class Following(FollowHost):
         self._said = said
         for text in filter(None, said if tell else ()):
             log.warning("following %s: %s", status.ref, text)
-            self.on_event({"event": "warning", "message": f"following {status.ref}: {text}"})
+            self.on_event({"event": "warning", "message": f"following {status.ref}: {text}", "logged": True})
         if outcome.error is not None:
             error = outcome.error
             entry = {"what": f"follow: {outcome.kind}", "who": self._who, "ref": status.ref, "done": False}

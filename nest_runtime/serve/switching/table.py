@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.errors import NestError, PatchNotFound, StoreError
+from nest_runtime.escape import short
 from nest_runtime.patch.patch import Patch
 from nest_runtime.serve.engine import EngineControl, PatchHolder
 from nest_runtime.serve.pools import Pool, at_home
@@ -77,7 +78,9 @@ class PatchTable:
         self._loaded: dict[str, ServedPatch] = {}  # by digest
         self._exposed: dict[str, ServedPatch] = {}  # by what follows the @
         self._withdrawn: dict[str, NestError] = {}  # by the same: why clients get it no more
-        self._before: list[ServedPatch] = []  # activations that a rollback returns to
+        self._before: list[
+            tuple[str, str]
+        ] = []  # digest and label of what a rollback returns to; no digest for the base
         self._rollbacks = 0
         self._lock = asyncio.Lock()  # held while a switch is written down and made; nothing is fetched or verified then
 
@@ -195,20 +198,31 @@ class PatchTable:
 
     @at_home
     async def rollback(self, who: str, policy: SwapPolicy | None = None) -> Switch:
-        """Return to the patch that was active before. Raises StoreError if there is none."""
+        """Return to the patch that was active before, which is loaded again if it was unloaded since.
+
+        Raises:
+            StoreError: there is none, or it is neither loaded nor in the store any more.
+        """
         policy = policy or self.policy
         async with self._changes.audited("rollback", who, policy=policy) as event:
             started = time.perf_counter()
             while True:
                 target = await self._earlier()
-                async with self._brought(target, older=True) as arrival, self._lock:
-                    if await self._earlier() != target:
-                        continue  # somebody else switched meanwhile
-                    served_patch = self._placed(arrival)
-                    await self._record(event, served_patch)
-                    switch = await self._switch("rollback", served_patch, started, who, policy)
-                    self._rollbacks += 1
-                    return switch
+                try:
+                    async with self._brought(target, older=True) as arrival, self._lock:
+                        if await self._earlier() != target:
+                            continue  # somebody else switched meanwhile
+                        served_patch = self._placed(arrival)
+                        await self._record(event, served_patch)
+                        switch = await self._switch("rollback", served_patch, started, who, policy)
+                        self._rollbacks += 1
+                        return switch
+                except PatchNotFound as error:
+                    label = next((label for digest, label in self._before[::-1] if digest == target), short(target))
+                    raise StoreError(
+                        f"{label}, which answered before, was unloaded since, and the store does not have it",
+                        "load it again from its file, and activate it",
+                    ) from error
 
     @at_home
     async def remove(self, version: str, in_use: Callable[[], Collection[str | None]], who: str) -> ServedPatch:
@@ -230,7 +244,6 @@ class PatchTable:
             except NestError:
                 self._loaded.setdefault(served_patch.digest, served_patch)
                 raise
-            self._before = [before for before in self._before if before != served_patch]
             return served_patch
 
     async def recheck(self) -> list[str]:
@@ -281,7 +294,7 @@ class PatchTable:
         if what == "rollback":
             self._before = self._before[:-1]
         elif previous != served_patch:
-            self._before.append(previous)
+            self._before.append((previous.digest if previous.key is not None else "", previous.label))
         self._loaded.setdefault(served_patch.digest, served_patch)
         self.active, self.halted = served_patch, None
         replaced = self.engine_control.enforce(served_patch) if policy == "enforce" else 0
@@ -295,8 +308,8 @@ class PatchTable:
             entry = await self._pool.run(self._durable.previous, self.active.digest)
             if entry is not None:
                 return entry.digest
-        elif self._before and self._before[-1].key is not None:
-            return self._before[-1].digest
+        elif self._before and self._before[-1][0]:
+            return self._before[-1][0]
         first = f"{self.active.label} is the first patch that answers here: nothing to roll back to, for a server"
         first += " does not go back to the bare base"
         parted = await self._pool.run(self._durable.parted, self.active.key)

@@ -212,7 +212,7 @@ def test_policies_that_do_not_exist_are_refused(server: Running, files: dict[str
     mistyped = server.admin("POST", "/v1/patches/activate", json={"pach": "v2"})
     assert mistyped.json()["error"]["message"] == "Unrecognized request argument supplied: pach"
     assert server.admin("POST", "/v1/patches/rollback", json={"policy": "now"}).status_code == 400
-    with pytest.raises(UsageError, match="swap_policy is 'now'"):
+    with pytest.raises(UsageError, match="--swap-policy is 'now'"):
         ServeConfig(swap_policy="now")  # type: ignore[arg-type]
 
 

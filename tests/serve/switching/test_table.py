@@ -78,6 +78,15 @@ def test_load_activate_roll_back_remove(server: Running, files: dict[str, str], 
     assert server.admin("DELETE", "/v1/patches/v2").status_code == 404
     assert [r["version"] for r in server.admin("GET", "/v1/patches").json()["patches"]] == ["v1", "v3"]
     assert 'nest_swaps_total{what="rollback"} 2.0' in server.http("GET", "/metrics").text
+    # What was unloaded since is loaded again, if it is still to be had: it did answer before.
+    assert server.admin("POST", "/v1/patches/activate", json={"patch": "v3"}).json()["active"] == "v3"
+    assert server.admin("DELETE", "/v1/patches/v1").status_code == 200
+    gone = server.admin("POST", "/v1/patches/rollback")
+    assert gone.status_code == 409
+    assert "v1, which answered before, was unloaded since" in gone.json()["error"]["message"]
+    Store().add(patches[0])
+    assert server.admin("POST", "/v1/patches/rollback").json()["active"] == "v1"
+    assert patch_of_answer() == "v1"
 
 
 def test_every_change_and_refusal_is_audited(server: Running, files: dict[str, str], config: ServeConfig) -> None:

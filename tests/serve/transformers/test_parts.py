@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nest_runtime.errors import EngineError, StoreError, UsageError
+from nest_runtime.errors import StoreError, UsageError
 from nest_runtime.serve.config import ServeConfig
 from nest_runtime.serve.limits import Limits
 from nest_runtime.serve.requests.detokenize import AnswerText, Detokenizer, StopScanner
@@ -209,7 +209,7 @@ def test_token_files_are_checked(tmp_path: Path) -> None:
 def test_configurations_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UsageError, match="port is 99999; expected 0 to 65535"):
         ServeConfig(port=99999)
-    with pytest.raises(EngineError, match="no engine 'abacus'"):
+    with pytest.raises(UsageError, match="no engine 'abacus'"):
         ServeConfig(engine="abacus")
     with pytest.raises(UsageError, match="max_choices is 0"):
         Limits(max_choices=0)
