@@ -70,8 +70,9 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
         cases = validation_cases(PublicData.at(options.data), options.n)
     else:
         cases = list(load_standard(SUITES, data=options.data, n=options.n).cases)
-    wanted = (options.suites or "").split(",")
-    return [case for case in cases if any(part in case.suite for part in wanted)]
+    wanted, unwanted = (options.suites or "").split(","), options.without.split(",") if options.without else []
+    cases = [case for case in cases if any(part in case.suite for part in wanted)]
+    return [case for case in cases if not any(part in case.suite for part in unwanted)]
 
 
 def utility(scores: Sequence[Score]) -> dict[str, float]:
@@ -240,7 +241,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--judge", choices=("phrases", "local"), default="phrases")
-    parser.add_argument("--suites", help="only suites whose name has this in it")
+    parser.add_argument("--suites", help="only suites whose name has one of these in it, separated by commas")
+    parser.add_argument("--without", help="no suites whose name has one of these in it")
     parser.add_argument("--no-base", action="store_true")
     parser.add_argument("--utility", type=int, default=0, metavar="N", help="also measure utility on N questions a set")
     parser.add_argument("--answer-tokens", type=int, default=128)

@@ -35,13 +35,13 @@ def read_rows(path: Path, what: str = "prompts") -> list[Row]:
     Raises:
         DataError: no such file, unknown suffix, not UTF-8, broken syntax, wrong types, or no rows.
     """
-    check_file(path)
-    suffix = path.suffix.lower()
+    check_file(path, what)
+    suffix, kind = path.suffix.lower(), f"{what.removesuffix('s')} file"
     if suffix == ".parquet":
         rows = list(_parquet(path))
     elif suffix not in SUFFIXES:
         raise DataError(
-            f"{path}: unknown kind of prompt file {path.suffix!r}; expected one of {', '.join(SUFFIXES)}",
+            f"{path}: unknown kind of {kind} {path.suffix!r}; expected one of {', '.join(SUFFIXES)}",
             "rename the file to the suffix of what it holds",
         )
     else:
@@ -53,24 +53,25 @@ def read_rows(path: Path, what: str = "prompts") -> list[Row]:
     return rows
 
 
-def check_file(path: Path) -> None:
-    """Raise DataError if ``path`` is not a readable file, with the nearest name as a hint."""
+def check_file(path: Path, what: str = "prompts") -> None:
+    """Raise DataError if ``path`` is not a readable file of ``what``, with the nearest name as a hint."""
+    kind = f"{what.removesuffix('s')} file"
     if path.is_dir():
-        raise DataError(f"{path} is a folder; expected a prompt file", "name one file in it")
+        raise DataError(f"{path} is a folder; expected a {kind}", "name one file in it")
     if path.is_file():
         return
     if path.exists():
-        raise DataError(f"{path} is a device or a pipe; expected a prompt file", "save the prompts to a file first")
+        raise DataError(f"{path} is a device or a pipe; expected a {kind}", f"save the {what} to a file first")
     folder = path.parent
     names = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else []
-    bare = str(path) == path.name
+    bare = str(path) == path.name and what == "prompts"
     near = difflib.get_close_matches(path.name, [*(BUNDLED if bare else ()), *names], n=1, cutoff=0.6)
     hint = f"did you mean {folder / near[0]}?" if near else "check the path"
     if bare and not path.suffix:
         hint += f"{' ' if near else '; '}prompts that come with the package are {', '.join(BUNDLED)}"
     if not folder.is_dir():
         hint = f"the folder {folder} does not exist either"
-    raise DataError(f"no such prompt file: {path}", hint)
+    raise DataError(f"no such {kind}: {path}", hint)
 
 
 def read_text(path: Path) -> str:

@@ -96,14 +96,15 @@ def kept_share(recipe: Recipe) -> float:
 
 def _patch(shape: Shape, recipe: Recipe) -> dict[str, int]:
     neurons = round(kept_share(recipe) * sum(projection.d_out for projection in shape.projections))
-    shared = sum(recipe.k_max * projection.d_in for projection in shape.projections)
+    clusters = [min(recipe.k_max, round(kept_share(recipe) * each.d_out)) for each in shape.projections]
+    shared = sum(count * each.d_in for count, each in zip(clusters, shape.projections, strict=True))
     own = round(sum(kept_share(recipe) * projection.d_out * projection.d_in for projection in shape.projections))
     rows = own if recipe.rows == "neuron" else shared
     numbers = rows + (neurons if recipe.loadings == "learned" else 0)
     size = rows * SCALES[recipe.delta_dtype] + neurons * (12 + (0 if recipe.loadings == "tied" else 4))
     return {
         "neurons": neurons,
-        "clusters": neurons if recipe.rows == "neuron" else recipe.k_max * len(shape.projections),
+        "clusters": neurons if recipe.rows == "neuron" else sum(clusters),
         "parameters": numbers,
         "bytes": size,
     }

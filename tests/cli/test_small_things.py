@@ -113,6 +113,13 @@ def test_names_in_a_pipe_are_whole(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert any(f"{long}@v1" in line for line in run("history").out.splitlines())
 
 
+def test_a_file_that_is_not_there_is_called_what_it_should_hold(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("one\n")
+    given = ("eval", "--no-patch", "--behaviors", tmp_path / "one.txt", "--attacks", tmp_path / "none.txt")
+    fails(run(*given), 1, f"no such template file: {tmp_path / 'none.txt'}")
+    fails(run("judge", tmp_path / "none.jsonl"), 1, f"no such answer file: {tmp_path / 'none.jsonl'}")
+
+
 def test_names_of_other_tools_lead_to_ours(run: Run) -> None:
     fails(run("rm", "v1"), 2, "no such command 'rm'", "did you mean remove?")
 

@@ -231,10 +231,10 @@ def test_attacks_are_named_numbered_listed_or_filed(tmp_path: Path) -> None:
     [
         ("a.txt", "fine: {prompt}\nno slot\n", r"a.txt:2: the template has no \{prompt\} slot; expected one"),
         ("b.txt", "{prompt} and {prompt}\n", r"b.txt:1: the template has 2 \{prompt\} slots"),
-        ("c.txt", "", "no prompts"),
+        ("c.txt", "", "no templates"),
         ("d.csv", "name,text\na,{prompt}\n", "no 'template' column; found 'name', 'text'"),
         ("e.jsonl", '{"name": "x", "template": "{prompt}"}\n' * 2, "appears twice"),
-        ("missing.txt", None, "no such prompt file"),
+        ("missing.txt", None, "no such template file"),
     ],
 )
 def test_a_bad_template_file_says_what_is_wrong(tmp_path: Path, name: str, text: str | None, said: str) -> None:

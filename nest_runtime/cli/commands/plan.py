@@ -180,8 +180,8 @@ def _assumption_notes(given: dict[str, Any]) -> list[str]:
     """The assumptions, in words."""
     own = "given in the file" if given["answers_given"] else "generated"
     return [
-        f"assumes {given['harmful']:,} harmful and {given['benign']:,} benign prompts of {given['prompt_tokens']} "
-        f"tokens, answers of {given['answer_tokens']} (benign ones {own})",
+        f"assumes {given['harmful']:,} harmful and {given['benign']:,} benign prompts of at most "
+        f"{given['prompt_tokens']} tokens, answers of {given['answer_tokens']} (benign ones {own})",
         f"assumes {100 * given['neurons_kept']:.1f} % of neurons kept (normally distributed probe weights) and "
         f"{given['clusters_per_site']} clusters a site",
         f"assumes {given['flops'] / 1e12:.3g} TFLOP/s, of which a model reaches {100 * given['efficiency']:.0f} %, and "

@@ -26,7 +26,7 @@ def read_templates(path: str | Path) -> list[Attack]:
     """
     file = expand(path)
     attacks: dict[str, Attack] = {}
-    for line, fields in read_rows(file):
+    for line, fields in read_rows(file, "templates"):
         attack = _template(file, line, {str(key).strip().lower(): value for key, value in fields.items()})
         if attack.name in attacks:
             raise DataError(
