@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from nest_runtime.demo import results
-from nest_runtime.demo.backend import BASE
+from nest_runtime.demo.backend import BASE, PatchChoice
 from nest_runtime.demo.html import markup
 from nest_runtime.demo.state import DemoState
 from nest_runtime.demo.tabs import admin, chat, evidence, neurons, patches
@@ -69,6 +69,7 @@ def build(state: DemoState) -> gr.Blocks:
         lists = [shipped.listing, talking.picker, measured, *by_digest]
         page.load(lambda: chat.missing_html(state), None, talking.missing, show_progress="hidden")
         page.load(lambda: chat.baseless_html(state), None, baseless, show_progress="hidden")
+        page.load(lambda: chat.toggled(state), None, talking.toggle, show_progress="hidden")
         # large: not before the rest
         page.load(lambda: results.results_html(state), None, comparison, show_progress="hidden")
         _Lists(state, len(by_digest)).connect(page, second, shipped, lists)
@@ -93,7 +94,7 @@ class _Lists:
 
     def again(self) -> list[Any]:
         """The contents; the current choice stays."""
-        answering = [(_title(choice.label), choice.label) for choice in self.state.backend.choices()]
+        answering = [(_title(choice), choice.label) for choice in self.state.backend.choices()]
         named = self.state.names()
         patched = [item for item in answering if item[1] != BASE]
         return [
@@ -120,8 +121,10 @@ class _Lists:
         return found
 
 
-def _title(label: str) -> str:
-    return "base (no patch)" if label == BASE else label
+def _title(choice: PatchChoice) -> str:
+    if choice.label == BASE:
+        return "base (no patch)"
+    return f"{choice.label} ({choice.shown})" if choice.shown else choice.label
 
 
 def script() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -24,10 +24,17 @@ class PatchChoice:
     Attributes:
         label: ``base``, ``v3``, or ``name@v3`` where versions collide.
         digest: of the patch; None for the base.
+        shown: what it is called beside an answer, where that is not its label.
     """
 
     label: str
     digest: str | None = None
+    shown: str = field(default="", compare=False)
+
+    @property
+    def title(self) -> str:
+        """What it is called beside an answer."""
+        return self.shown or self.label
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nest_runtime.demo.backend import BASE, TOY, DemoAnswer, Message, OnAnswers, OnText, PatchChoice, size_in_words
+from nest_runtime.errors import UsageError
 from nest_runtime.escape import short
 from nest_runtime.model.load import REFERENCE
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 WHY = "from the demo"
 BATCH = 16  # answers between two looks at how far it is
+UNLIMITED = 1 << 30  # tokens, for models that state no limit
 
 
 class LocalBackend:
@@ -96,6 +98,7 @@ class LocalBackend:
         """Greedy decoding under one patch from the first token to the last. See Backend."""
         from nest_runtime.prompts.chat import answer_chat
 
+        self.room(messages, begun=True)
         with self.using(choice.digest):
             made = answer_chat(
                 self.loaded.model,
@@ -104,7 +107,6 @@ class LocalBackend:
                 max_tokens=max_tokens,
                 on_text=on_text,
                 stopped=stopped,
-                too_long="begin a new conversation" if len(messages) > 1 else "ask something shorter",
             )
         return DemoAnswer(choice.label, choice.digest, made.tokens, made.cut)
 
@@ -116,18 +118,52 @@ class LocalBackend:
         max_tokens: int,
         on_answers: OnAnswers,
     ) -> None:
-        """Greedy answers in padded batches. See Backend."""
+        """Greedy answers in padded batches, none beyond what the model reads. See Backend."""
         from nest_runtime.prompts.generate import generate_answers
 
-        with self.using(choice.digest):
-            generate_answers(
-                self.loaded.model,
-                self.loaded.tokenizer,
-                conversations,
-                max_new_tokens=max_tokens,
-                batch_size=BATCH,
-                on_batch=on_answers,
-            )
+        limits = [min(max_tokens, self.room(messages)) for messages in conversations]  # before anything is answered
+        for limit in sorted(set(limits), reverse=True):
+            mine = [number for number, own in enumerate(limits) if own == limit]
+
+            def keep(places: list[int], texts: list[str], mine: list[int] = mine) -> None:
+                on_answers([mine[place] for place in places], texts)
+
+            with self.using(choice.digest):
+                generate_answers(
+                    self.loaded.model,
+                    self.loaded.tokenizer,
+                    [conversations[number] for number in mine],
+                    max_new_tokens=limit,
+                    batch_size=BATCH,
+                    on_batch=keep,
+                )
+
+    def room(self, messages: Sequence[Message], *, begun: bool = False) -> int:
+        """How many tokens an answer to a conversation may have.
+
+        Args:
+            messages: ending with the user's turn.
+            begun: a new conversation may be begun instead, without the earlier turns.
+
+        Raises:
+            UsageError: the model reads no more than the conversation, or less.
+        """
+        limit = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        if not isinstance(limit, int):
+            return UNLIMITED
+        tokens = self._tokens(messages)
+        if tokens < limit:
+            return limit - tokens
+        alone = begun and len(messages) > 1 and self._tokens(messages[-1:]) < limit
+        raise UsageError(
+            f"the conversation has {tokens:,} tokens; the model reads at most {limit:,} with its answer",
+            "begin a new conversation" if alone else "ask something shorter",
+        )
+
+    def _tokens(self, messages: Sequence[Message]) -> int:
+        from nest_runtime.prompts.examples import encode
+
+        return len(encode(self.loaded.tokenizer, messages))
 
     def active(self) -> str | None:
         """The store's active patch of the model."""

@@ -68,10 +68,11 @@ def activations(
         site: one projection, neuron by neuron (those with the largest updates); None: all, by the mean of each cluster.
 
     Raises:
-        UsageError: the patch has no neurons that can be read so.
+        UsageError: the model does not read so much, or the patch has no neurons that can be read so.
     """
     from nest_runtime.prompts.examples import encode
 
+    backend.room(messages, begun=True)
     patch = backend.patch(digest)
     ids = encode(backend.loaded.tokenizer, messages)
     wanted = [name for name in sites_of(patch) if site in (None, name)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from nest_runtime.demo.backend import Message
 from nest_runtime.demo.examples import PER_KIND, DemoExample, MeasuredSuite, Offer, Wrapped
+from nest_runtime.errors import UsageError
 from nest_runtime.measures import ATTACK_SUCCESS, OVER_REFUSAL
 
 if TYPE_CHECKING:
@@ -73,11 +74,20 @@ def borderline() -> list[str]:
 
 
 def wrapped(prompt: str) -> list[Wrapped]:
-    """A prompt in every built-in attack that is one request of a page's length, by family."""
+    """A prompt in every built-in attack that is one request of a page's length, by family.
+
+    Raises:
+        UsageError: every one of them would be longer.
+    """
     made = [
         Wrapped(case.attack, case.family, tuple(_message(item) for item in case.messages))
         for case in _attacks_on(_case(prompt, "demo", PLAIN))
     ]
+    if not made:
+        raise UsageError(
+            f"the prompt has {len(prompt):,} characters; the page wraps up to {LONGEST:,}, wrapping included",
+            "ask something shorter",
+        )
     return sorted(made, key=lambda item: item.family)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.demo.backend import BASE, TOY, DemoAnswer, Message, OnAnswers, OnText, PatchChoice
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 TIMEOUT = 60.0  # seconds without a byte
 ACTIVE = "the server's own"
 AT_ONCE = 8  # requests in flight, of many that are to be answered
+SHOWN = 120  # characters of what a server said that is none of ours
+TOO_LONG = "context_length_exceeded"
+HINTS = {
+    400: "ask something else: the server does not take this request",
+    401: "start the demo with --api-key-file and the server's key",
+    404: "reload the page: what the server offers may have changed",
+    422: "ask something else: the server does not take this request",
+    429: "ask again in a while",
+}
 
 
 class RemoteBackend:
@@ -44,20 +54,27 @@ class RemoteBackend:
         self.can_switch = bool(admin_token)
         self._admin = AdminClient(self.url, admin_token)
         self._client = web_client(base_url=self.url, headers=headers, timeout=TIMEOUT)
-        names = self._names()
-        self.name = next((name for name in names if "@" not in name), names[0] if names else "")
-        self.about = TOY if self.name == REFERENCE else ""  # a server does not tell its model's size
-        if not self.name:
+        rows = self._models()
+        if not rows:
             raise EngineError(f"{self.url} offers no models", "is it a nest-runtime server?")
+        own = _own_row(rows)
+        self.name = str(own["id"])
+        self.about = TOY if self.name == REFERENCE else ""  # a server does not tell its model's size
+        if "digest" in own:
+            self.model_hash = self._served_hash()
 
     def choices(self) -> list[PatchChoice]:
         """The base where it is exposed, the active patch, and the other exposed ones."""
-        labels = [name.partition("@")[2] for name in self._names() if "@" in name]
-        base = [PatchChoice(BASE)] if BASE in labels else []
-        return [*base, PatchChoice(ACTIVE), *(PatchChoice(label) for label in labels if label != BASE)]
+        rows = self._models()
+        exposed = {str(row["id"]).partition("@")[2]: _digest(row) for row in rows if "@" in str(row["id"])}
+        base = [PatchChoice(BASE)] if BASE in exposed else []
+        others = [PatchChoice(label, digest) for label, digest in exposed.items() if label != BASE]
+        return [*base, _own_choice(rows), *others]
 
     def preferred(self) -> PatchChoice | None:
-        """Whatever the server has active."""
+        """Whatever the server has active; without its digest where the server does not answer."""
+        with suppress(NestError):
+            return _own_choice(self._models())
         return PatchChoice(ACTIVE)
 
     def answer(
@@ -85,7 +102,7 @@ class RemoteBackend:
         with self._errors(), self._client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
                 response.read()
-                raise _refused(response)
+                raise _refused(response, several=len(messages) > 1)
             for event in _events(_lines(response.iter_bytes())):
                 tokens = int((event.get("usage") or {}).get("completion_tokens", tokens))
                 for part in event.get("choices") or []:
@@ -149,15 +166,34 @@ class RemoteBackend:
         """Have the server return to the patch before."""
         return _switched(self._admin.rollback())
 
-    def _names(self) -> list[str]:
+    def _models(self) -> list[dict[str, Any]]:
+        """The rows of ``/v1/models``, one for each name that clients may use."""
         with self._errors():
             response = self._client.get("/v1/models")
-            if response.status_code != 200:
-                raise _refused(response)
-            try:
-                return [str(row["id"]) for row in response.json()["data"]]
-            except (ValueError, KeyError, TypeError) as error:
-                raise EngineError(f"{self.url} does not answer as a model server", "check the URL") from error
+        if response.status_code != 200 and _said(response) is not None:
+            raise _refused(response)
+        try:
+            rows = [dict(row) for row in response.json()["data"] if row["id"]]
+        except (ValueError, KeyError, TypeError):
+            rows = None
+        if response.status_code != 200 or rows is None:
+            raise EngineError(
+                f"{self.url} is no nest-runtime server: /v1/models answered {response.status_code} "
+                f"{_start(response)}; expected a list of models",
+                "give the address that `nest-runtime serve` printed",
+            )
+        return rows
+
+    def _served_hash(self) -> str | None:
+        """The served model's hash, by the fingerprint of an answer of one token; None if there is none."""
+        body = {"model": self.name, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+        try:
+            with self._errors():
+                answer = self._client.post("/v1/chat/completions", json=body).json()
+            parts = str(answer["system_fingerprint"]).split(";")  # model=sha256:…;patch=sha256:…
+        except (NestError, ValueError, KeyError, TypeError):
+            return None
+        return next((part.removeprefix("model=") for part in parts if part.startswith("model=")), None)
 
     def _errors(self) -> Any:
         return _Errors(self.url)
@@ -186,14 +222,47 @@ def _switched(answer: dict[str, Any]) -> str:
     return f"active on the server: {answer.get('active')} ({short(str(answer.get('digest')))})"
 
 
-def _refused(response: Any) -> NestError:
-    """The server's own words."""
+def _own_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The row of the model's bare name, under which the active patch answers."""
+    return next((row for row in rows if "@" not in str(row["id"])), rows[0])
+
+
+def _own_choice(rows: Sequence[Mapping[str, Any]]) -> PatchChoice:
+    """The active patch, by its digest and by what the server calls it."""
+    own = _own_row(rows) if rows else {}
+    return PatchChoice(ACTIVE, _digest(own), str(own.get("patch") or ""))
+
+
+def _digest(row: Mapping[str, Any]) -> str | None:
+    """The digest of a row's patch; the base's is "none"."""
+    digest = str(row.get("digest") or "")
+    return digest if digest.startswith("sha256:") else None
+
+
+def _said(response: Any) -> tuple[str, str] | None:
+    """Message and code of an error as OpenAI's API writes it; None for any other answer."""
     try:
         said = response.json()["error"]
-        message = str(said["message"])
-    except (ValueError, KeyError, TypeError):
-        message = response.text[:200]
-    return EngineError(f"the server answered {response.status_code}: {message}", "see the server's log")
+        return str(said["message"]), str(said.get("code"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _start(response: Any) -> str:
+    """The first words of an answer's text, on one line."""
+    words = " ".join(str(response.text).split())
+    return words if len(words) <= SHOWN else f"{words[:SHOWN]}…"
+
+
+def _refused(response: Any, *, several: bool = False) -> NestError:
+    """The server's own words, and what to do about them; ``several`` if earlier turns were sent as well."""
+    status = response.status_code
+    message, code = _said(response) or (_start(response), "")
+    if code == TOO_LONG or status == 413:
+        hint = "ask something shorter, or begin a new conversation" if several else "ask something shorter"
+    else:
+        hint = HINTS.get(status, "see the server's log")
+    return EngineError(f"the server answered {status}: {message}", hint)
 
 
 def _lines(pieces: Iterable[bytes]) -> Iterator[str]:

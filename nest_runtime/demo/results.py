@@ -136,7 +136,7 @@ def _interval(ends: Sequence[float]) -> str:
 
 def comparison_html(folder: Path) -> str:
     """The comparison's table and charts."""
-    head = "<h2>Beside what else one would try</h2>"
+    head = "<h2>Compared with other methods</h2>"
     data = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     about = f"{len(data['seeds'])} seeds, judge {data['judge']}, {data['created'][:10]}"
     made = f"Model {data['model']}, {about}; not run now."

@@ -55,10 +55,10 @@ class DemoState:
         return reference_offer() if self.backend.name == REFERENCE else real_offer()
 
     def entries(self) -> list[Entry]:
-        """The patches for the model; all there are where the model's hash is not known."""
+        """The patches for the model; none where the model's hash is not known."""
         if self.local is not None:
             return self.local.entries()
-        return self.store.list(self.backend.model_hash)
+        return [] if self.backend.model_hash is None else self.store.list(self.backend.model_hash)
 
     def entry(self, digest: str | None) -> Entry:
         """One of them. Raises PatchNotFound."""
@@ -90,7 +90,7 @@ class DemoState:
         """Digest of the patch to look at first."""
         preferred = self.backend.preferred()
         entries = self.entries()
-        if preferred is not None and preferred.digest is not None:
+        if preferred is not None and preferred.digest in {entry.digest for entry in entries}:
             return preferred.digest
         return max(entries, key=lambda entry: entry.serial).digest if entries else None
 

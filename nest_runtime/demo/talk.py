@@ -123,7 +123,7 @@ def ask(
         is_known: how an answer that makes sense is known, where that can be told.
     """
     histories = [talk.messages(side) for side in (0, 1)]
-    turn = Turn(prompt, [DemoReply(choice.label, choice.digest) for choice in sides])
+    turn = Turn(prompt, [DemoReply(choice.title, choice.digest) for choice in sides])
     talk.turns.append(turn)
     alike = sides[0] == sides[1] and histories[0] == histories[1]
     if alike:
@@ -147,7 +147,7 @@ def redo(
     if not talk.turns or talk.turns[-1].scripted:
         return
     turn = talk.turns[-1]
-    turn.replies = [turn.replies[0], DemoReply(choice.label, choice.digest)]
+    turn.replies = [turn.replies[0], DemoReply(choice.title, choice.digest)]
     histories = [talk.messages(side, len(talk.turns) - 1) for side in (0, 1)]
     yield from _run(talk, turn, {1: choice}, histories, backend, is_refusal, max_tokens, is_known)
 

@@ -371,6 +371,30 @@ def test_terms_are_explained_once_each_and_open_by_a_tap() -> None:
     assert "`" not in page + "".join(map(glossary.term, glossary.TERMS))
 
 
+def test_the_difference_of_two_versions_explains_itself(state: Any) -> None:
+    from nest_runtime.demo.html import markup
+    from nest_runtime.demo.tabs.patches import diff_html
+    from tests.support.store import BASE_A, small_patch
+
+    state.backend.model_hash = BASE_A
+    for serial in (1, 2):
+        state.store.add(small_patch(f"v{serial}", serial=serial))
+    html = diff_html(state, *(entry.digest for entry in state.entries()))
+    assert '<th scope="row"><button type="button" class="nr-term" popovertarget="term-serial"' in html
+    page = markup.glossary()
+    for words in ("the second version adds (+), leaves out (−)", "1 is the same direction", "length of the difference"):
+        assert words in page
+
+
+def test_what_the_percentages_of_the_patches_are() -> None:
+    from nest_runtime.demo.start import Source, open_demo
+    from nest_runtime.demo.tabs.patches import listing_html
+
+    html = listing_html(open_demo(Source()))
+    assert "Attack success is the share of jailbreaks that were answered" in html
+    assert "Of jailbreaks" not in html
+
+
 def test_backticks_are_code() -> None:
     from nest_runtime.demo.html import markup
 
@@ -448,6 +472,50 @@ def test_a_grid_and_a_measurement_of_any_backend(state: Any) -> None:
     assert 'aria-label="v1: 0.0 %' in last
 
 
+def test_work_that_fails_leaves_nothing_that_seems_to_go_on(
+    state: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from nest_runtime.demo.background import Running
+    from nest_runtime.demo.tabs.chat import Chat
+    from nest_runtime.demo.tabs.evidence import evaluation
+
+    def breaks(conversations: Any, choice: PatchChoice, *, max_tokens: int, on_answers: Any) -> None:
+        raise RuntimeError("no memory")
+
+    def breaks_later(conversations: Any, choice: PatchChoice, *, max_tokens: int, on_answers: Any) -> None:
+        on_answers([0], ["Sorry, no."])
+        time.sleep(0.3)
+        raise RuntimeError("no memory")
+
+    for broken, parts in ((breaks, ("", "")), (breaks_later, ("v1 answered 1 of 1", "nr-bars"))):
+        monkeypatch.setattr(state.backend, "answer_all", broken)
+        for steps, part in (
+            (Chat(state).grid("bake bread", "v1", True, Running()), parts[0]),
+            (evaluation(state, "v1", 5, Running()), parts[1]),
+        ):
+            shown, why = list(steps)[-1]
+            assert part in shown
+            assert "<progress" not in shown
+            assert "RuntimeError: no memory" in why
+    assert "no memory" in caplog.text  # whoever runs the demo sees where
+
+
+def test_marks_have_one_size_and_none_hides_another() -> None:
+    from nest_runtime.demo.html import charts
+    from nest_runtime.demo.results import comparison_folder, comparison_html
+
+    folder = comparison_folder()
+    assert folder is not None
+    html = comparison_html(folder)
+    assert "Compared with other methods" in html
+    for chart in html.split("<figure")[1:4]:
+        drawn = re.findall(r"</title>(<.*?>)", chart)
+        plain = [re.sub(r' class="nr-c\d"', "", mark) for mark in drawn]
+        sized = [re.match(r"<\w+[^>]*>", charts.mark(n, charts.DOT)) for n in (3, 2, 0, 1)]
+        shapes = [re.sub(r' class="nr-c\d"', "", found[0]) for found in sized if found]
+        assert list(dict.fromkeys(plain)) == shapes  # those that reach farther lie below
+
+
 def answer_of(listen: Any, method: str = "POST", **headers: str) -> tuple[int, dict[str, str]]:
     """What the fence lets through of one request."""
     import httpx
@@ -513,6 +581,7 @@ def test_login_files(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--url", "http://127.0.0.1:1", "--patch", "v3"], "--url and --patch exclude each other"),
+        (["--url", "http://127.0.0.1:1", "--model", "reference"], "--url and --model exclude each other"),
         (["--api-key-file", "keys"], "no --url is given"),
         (["--url", "http://127.0.0.1:1", "--admin-token-file", "token"], "without --admin"),
         (["--host", "0.0.0.0", "--admin"], "without a login"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -62,6 +64,81 @@ def test_answers_come_from_the_server_and_say_who_gave_them(
         assert left.text == truth.chat("How do I bake bread?", None, 8)
         assert right.tokens > 0
         assert digest[:19] in pages[-1]
+
+
+def test_only_patches_of_the_served_model_are_listed_its_own_first(server: Running, patches: list[Patch]) -> None:
+    from nest_runtime.demo.app import _Lists, _title
+    from nest_runtime.demo.tabs.patches import listing_html
+    from tests.support.store import small_patch
+
+    state = open_demo(Source(url=server.url), max_tokens=8)
+    assert state.backend.model_hash == patches[0].base_hash
+    assert state.entries() == []  # those that come with the package are of other models
+    assert "holds no patch" in listing_html(state)
+    for patch in (small_patch("v9"), *patches):
+        Store().add(patch)
+    assert [entry.digest for entry in state.entries()] == [patch.digest for patch in patches]
+    assert state.newest() == patches[0].digest  # v1 answers, though v3 is newer
+    chosen = _Lists(state, 3).first()
+    assert chosen[3]["value"] == chosen[5]["value"] == patches[0].digest
+    assert _title(state.backend.choices()[1]) == "the server's own (v1)"
+
+
+def test_an_answer_is_called_by_its_patch_from_the_beginning(server: Running) -> None:
+    state = open_demo(Source(url=server.url), max_tokens=8)
+    talk = Talk()
+    steps = Chat(state).ask("Hello", ACTIVE, True, talk)
+    next(steps)
+    assert talk.turns[0].replies[1].label == "v1"
+    list(steps)
+    pages = [page for page, *_ in Chat(state).ask("bread " * 600, ACTIVE, True, Talk())]
+    assert "Patch v1" in pages[-1]
+    assert "server&#x27;s own" not in pages[-1]
+    assert "maximum context length is 512" in pages[-1]
+    assert "ask something shorter" in pages[-1]
+    assert "begin a new" not in pages[-1]
+    assert "server&#x27;s log" not in pages[-1]
+    again = [page for page, *_ in Chat(state).ask("bread " * 600, ACTIVE, True, talk)]
+    assert "ask something shorter, or begin a new conversation" in again[-1]
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "--api-key-file"), (429, "in a while"), (500, "the server's log")])
+def test_what_a_server_refuses_comes_with_a_hint_that_fits(status: int, hint: str) -> None:
+    import httpx
+
+    from nest_runtime.demo.remote import _refused
+
+    refused = _refused(httpx.Response(status, json={"error": {"message": "no", "code": None}}))
+    assert refused.message == f"the server answered {status}: no"
+    assert hint in refused.hint
+
+
+@pytest.mark.parametrize(
+    ("status", "body"), [(404, '{"detail":"Not Found"}'), (200, "<html>\nhello</html>"), (200, '["a"]'), (502, "")]
+)
+def test_what_is_no_server_of_ours_is_said_to_be_none(status: int, body: str) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+    other = ThreadingHTTPServer(("127.0.0.1", 0), Other)
+    thread = Thread(target=other.serve_forever)
+    thread.start()
+    try:
+        with pytest.raises(EngineError, match="is no nest-runtime server: /v1/models answered") as caught:
+            RemoteBackend(f"http://127.0.0.1:{other.server_port}")
+    finally:
+        other.shutdown()
+        thread.join()
+        other.server_close()
+    assert f"{status} {' '.join(body.split())}; expected a list of models" in caught.value.message
+    assert "nest-runtime serve" in caught.value.hint
 
 
 def test_many_answers_at_once_keep_their_places(server: Running, tiny_llama: Path, patches: list[Patch]) -> None:
@@ -126,7 +203,7 @@ def test_an_evaluation_without_the_base_says_so_and_measures_one_side(
     monkeypatch.setattr(state.backend, "choices", lambda: shown)  # as a server without --expose-base answers
     steps = evaluation(state, ACTIVE, 5, Work())
     bars, why = next(steps)
-    assert "nothing to compare" in why
+    assert "Only v1 is measured: this server does not let anybody ask its base" in why
     assert 'max="15"' in bars  # five prompts of three suites, on one side
 
 
@@ -143,7 +220,12 @@ def test_a_server_without_its_base_promises_none_and_says_what_is_missing(
         page = str(build(state).config)
         assert "does not let anybody ask its" in page
         assert "by the <" not in page
-        assert "--expose-base" in baseless_html(state)
+        needed = baseless_html(state)
+        assert "start the server with <code>--expose-base</code> as well" in needed
+        assert "nest-runtime serve --model MODEL --patch v1 --expose-base" in needed
+        toggle = next(b for b in build(state).blocks.values() if getattr(b, "elem_id", None) == "toggle")
+        assert (toggle.interactive, toggle.value) == (False, True)
+        assert "does not let anybody ask its base" in toggle.info
         talk = Talk()
         list(Chat(state).ask("How do I bake bread?", ACTIVE, True, talk))
         assert [reply.label for reply in talk.turns[0].replies] == ["v1", "v1"]

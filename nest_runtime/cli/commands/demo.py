@@ -92,6 +92,8 @@ def demo(
     It listens on this machine only unless --host says otherwise, and loads nothing from elsewhere. Ctrl-C ends it.
     """
     out = Output.of(ctx, as_json)
+    if url is not None and _is_given(ctx, "model"):
+        raise UsageError("--url and --model exclude each other", "the server has its own model; leave --model out")
     _check(url, patch, admin, api_key_file, admin_token_file)
     from nest_runtime.demo.server import Listen, bind, read_logins, serve
     from nest_runtime.demo.start import Source, open_demo, require_gradio
@@ -132,10 +134,16 @@ def _check(url: str | None, patch: str | None, admin: bool, key: Path | None, to
         raise UsageError("--admin-token-file is given without --admin", "give both, or neither")
 
 
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line; settings may name a model for other commands."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def _ready(out: Output, state: DemoState, url: str, key: str) -> None:
     first = state.backend.preferred()
     event: dict[str, Any] = {"event": "ready", "url": url, "model": state.backend.name, "admin": state.admin}
-    event |= {"patch": first.label if first else "base", "digest": first.digest if first else None}
+    event |= {"patch": first.title if first else "base", "digest": first.digest if first else None}
     link = f"{url}/?token={key}" if key else url
     if out.json:
         out.event(event | ({"link": link} if key else {}))

@@ -61,7 +61,8 @@ class Point:
 
 
 TOUCHING = 3.5  # percent of the chart: nearer marks lie one on the other
-RIM = 2.4  # pixels that the lower one sticks out
+DOT = 6.0  # pixels from a mark's middle to its rim, about
+REACH = (1.0, 0.9, 1.2, 1.3)  # of each shape, how far it reaches for a size of 1
 
 
 def mark(series: int, size: float = 5.0, inner: str = "") -> str:
@@ -88,9 +89,11 @@ def key(names: Sequence[str]) -> str:
 def scatter(title: str, points: Sequence[Point], x: Axis, y: Axis) -> str:
     """Points with their intervals; the key is drawn apart (``key``).
 
-    A mark that lies under later ones is larger and sticks out, and a mark on others says which they are.
+    All marks have one size. Shapes that reach farther lie below the others, so that none is hidden, and a mark that
+    touches others says which they are.
     """
     parts: list[str] = []
+    marks: list[tuple[float, str]] = []
     places = [(x.place(point.x), y.place(point.y)) for point in points]
     for number, (point, (left, low)) in enumerate(zip(points, places, strict=True)):
         near = [
@@ -105,11 +108,12 @@ def scatter(title: str, points: Sequence[Point], x: Axis, y: Axis) -> str:
         if point.y_ends is not None:
             ends = [y.place(end) for end in point.y_ends]
             parts.append(_line("nr-up", left=left, bottom=ends[0], height=ends[1] - ends[0]))
-        shape = mark(number, 6.0 + RIM * sum(other > number for other in near))
-        parts.append(
+        drawn = (
             f'<svg class="nr-dot" style="left:{left:.2f}%;bottom:{low:.2f}%" viewBox="-9 -9 18 18" data-says="">'
-            f"<title>{text(words)}</title>{shape}</svg>"
+            f"<title>{text(words)}</title>{mark(number, DOT)}</svg>"
         )
+        marks.append((-REACH[number % len(REACH)], drawn))
+    parts += [drawn for _, drawn in sorted(marks, key=lambda item: item[0])]
     return frame(title, "".join(parts), x, y)
 
 

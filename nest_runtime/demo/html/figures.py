@@ -92,15 +92,14 @@ def activations(found: Activations) -> str:
     reach = float(max(np.abs(found.base).max(), np.abs(found.patched).max(), 1e-9))
     change = found.patched - found.base
     largest = float(max(np.abs(change).max(), 1e-9))
-    what = "output of the projection, before the activation function (a number without a unit)"
-    if found.mean:
-        what = f"mean over the cluster's neurons of the {what}"
+    what = "mean output of a cluster's neurons" if found.mean else "output of a neuron"
     panels = [
         _heat("Base", found.base, reach, found),
         _heat(f"Patched with {found.label}", found.patched, reach, found),
         _heat("Change by the patch", change, largest, found),
     ]
-    scales = scale(reach, what) + scale(largest, "of the change by the patch, likewise")
+    scales = scale(reach, f"Base and patched: {what}, before the activation function. It has no unit.")
+    scales += scale(largest, "Change: patched minus base. It has a scale of its own.")
     return f'{scales}<div class="nr-heats nr-told">{"".join(panels)}{charts.TELL}</div>'
 
 

@@ -34,6 +34,13 @@ TERMS = {
     "filter looks at the prompt alone.",
     "95 % interval": "Where the true share lies, with a confidence of 95 %: Wilson's interval. "
     "Few prompts make it wide.",
+    "serial": "A number that grows from one published version of a patch to the next.",
+    "neurons + − =": "How many neurons the second version adds (+), leaves out (−), and has in common with the "
+    "first one (=).",
+    "norm of the change": "How much the updates of the neurons in common differ: the length of the difference. "
+    "0 is no difference.",
+    "cosine": "How far the updates of the neurons in common point the same way: 1 is the same direction, 0 is none in "
+    "common, −1 is the opposite.",
     "signature": "Who vouches for the patch. It is checked where a key is trusted; `nest-runtime verify` says more.",
 }
 

@@ -5,6 +5,7 @@ Meaning never depends on color alone: badges have words, bars have figures, tabl
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from nest_runtime.errors import NestError
     from nest_runtime.evaluate.stats import Rate
 
+log = logging.getLogger(__name__)
 SHORT = 19  # characters of a digest: commands accept as many
 _QUOTED = re.compile("`([^`\n]+)`")
 
@@ -54,6 +56,15 @@ def alert(error: NestError | Exception) -> str:
     hint = getattr(error, "hint", "") or "look at the terminal that the demo runs in"
     lines = f"<p><b>error:</b> {words(message)}</p><p><b>hint:</b> {words(hint)}</p>"
     return f'<div class="nr-alert" role="alert">{lines}</div>'
+
+
+def failed(error: Exception) -> str:
+    """What ended a piece of work; the terminal gets the whole of an error that is none of ours."""
+    from nest_runtime.errors import NestError
+
+    if not isinstance(error, NestError):
+        log.error("the demo: a piece of work failed", exc_info=error)
+    return wrap(alert(error))
 
 
 def good(message: str) -> str:

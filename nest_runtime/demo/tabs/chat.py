@@ -9,13 +9,14 @@ from typing import Any
 
 import gradio as gr
 
-from nest_runtime.demo.backend import BASE, PatchChoice
+from nest_runtime.demo.backend import PatchChoice
 from nest_runtime.demo.background import BackgroundJob, Running
 from nest_runtime.demo.examples import Wrapped
 from nest_runtime.demo.html import markup
 from nest_runtime.demo.state import DemoState
 from nest_runtime.demo.talk import Talk, ask, redo
 from nest_runtime.errors import NestError
+from nest_runtime.model.load import REFERENCE
 
 BUSY = "An answer is being written; Stop ends it."
 GRID_TOKENS = 48  # an answer's first words tell a refusal
@@ -28,6 +29,7 @@ class ChatParts:
     """What other tabs and the page need of this one."""
 
     picker: gr.Dropdown
+    toggle: gr.Checkbox
     talk: gr.State
     missing: gr.HTML
 
@@ -36,17 +38,17 @@ def build(state: DemoState) -> ChatParts:
     """Lay the tab out and connect it."""
     tab = Chat(state)
     talk = gr.State(Talk())
-    there = state.backend.preferred() is not None
+    able, info = _toggling(state)
     missing = gr.HTML(elem_id="no-patch", padding=False)
     with gr.Row(equal_height=True):
         picker = gr.Dropdown(
             label="Patch", interactive=True, filterable=False, elem_id="picker", scale=2, min_width=210
         )
         toggle = gr.Checkbox(
-            there,
+            state.backend.preferred() is not None,
             label="Patch on",
-            info="Takes effect on the next message." if there else "There is no patch yet.",
-            interactive=there,
+            info=info,
+            interactive=able,
             elem_id="toggle",
             min_width=120,
         )
@@ -71,7 +73,26 @@ def build(state: DemoState) -> ChatParts:
     again.click(tab.again, [picker, toggle, talk], [shown, why], show_progress="hidden", concurrency_limit=AT_ONCE)
     stop.click(tab.stop, talk, why, show_progress="hidden", concurrency_limit=None)
     clear.click(tab.clear, talk, [shown, why], show_progress="hidden", concurrency_limit=None)
-    return ChatParts(picker, talk, missing)
+    return ChatParts(picker, toggle, talk, missing)
+
+
+def toggled(state: DemoState) -> Any:
+    """The tick as it stands now: a server may have been started again, with or without its base."""
+    try:
+        able, info = _toggling(state)
+    except NestError:  # the server is away, which is said elsewhere
+        return gr.skip()
+    kept: dict[str, Any] = {} if able else {"value": state.backend.preferred() is not None}
+    return gr.update(interactive=able, info=info, **kept)
+
+
+def _toggling(state: DemoState) -> tuple[bool, str]:
+    """Whether the patch can be switched on and off here, and what to say of it."""
+    if state.backend.preferred() is None:
+        return False, "There is no patch yet."
+    if not state.has_base():
+        return False, "It stays on: this server does not let anybody ask its base."
+    return True, "Takes effect on the next message."
 
 
 def missing_html(state: DemoState) -> str:
@@ -90,13 +111,26 @@ def baseless_html(state: DemoState) -> str:
         return markup.wrap(markup.alert(error))
     message = (
         "This server does not let clients ask its base, so every tab shows the patch alone, and compares nothing. "
-        "To see the base beside it, start the server with `--expose-base`:"
+        "To see the base beside it, start the server with `--expose-base` as well:"
     )
-    return markup.wrap(markup.offer(message, ["nest-runtime serve --patch v3 --expose-base"]))
+    return markup.wrap(markup.offer(message, [f"nest-runtime serve{_served(state)} --expose-base"]))
+
+
+def _served(state: DemoState) -> str:
+    """The options of ``serve`` for what the server answers with."""
+    own = state.backend.preferred()
+    model = "" if state.backend.name == REFERENCE else " --model MODEL"
+    return f"{model} --patch {shlex.quote(own.title)}" if own is not None and own.digest is not None else model
 
 
 def first_patch(state: DemoState) -> str:
-    """The way to a model's first patch."""
+    """The way to a model's first patch; with a server, to have its patches on this machine."""
+    if not state.model_ref:
+        message = (
+            f"The store of this machine holds no patch of {state.backend.name}, the server's model, so there is "
+            "nothing to show here. Add its patch, or fetch it, then reload the page:"
+        )
+        return markup.offer(message, ["nest-runtime add FILE", "nest-runtime pull ORG/REPO"])
     flag = f" --model {shlex.quote(state.model_ref or 'MODEL')}"
     commands = [
         f"nest-runtime train{flag} --harmful harmful --benign everyday --out v1.safetensors",
@@ -249,16 +283,19 @@ class Chat:
             first = f"Write what to wrap first, for example: {self.state.offer.act}"
             yield gr.skip(), markup.said("It is running already; Stop ends it." if running.busy else first)
             return
+        last: _Answers = {}
+        begun = False
         try:
             sides, talks = self.state.sides(label, on), self.state.offer.wrap(act.strip())
-            last: _Answers = {}
+            begun = True
             for answers in running.watch(lambda job: self._fill(job, talks, sides)):
                 last = answers or last
                 yield grid_html(talks, sides, last, self.state), ""
             if running.stopped:
                 yield grid_html(talks, sides, last, self.state, stopped=True), markup.said("Stopped.")
-        except NestError as error:
-            yield gr.skip(), markup.wrap(markup.alert(error))
+        except Exception as error:  # what was answered stays, without a bar that seems to go on
+            kept = grid_html(talks, sides, last, self.state, stopped=True) if last else ""
+            yield kept if begun else gr.skip(), markup.failed(error)
 
     def _fill(self, job: BackgroundJob[_Answers], talks: list[Wrapped], sides: tuple[PatchChoice, PatchChoice]) -> None:
         answers: _Answers = {}
@@ -284,7 +321,7 @@ def grid_html(
     stopped: bool = False,
 ) -> str:
     """The grid: a row for each family, and in each cell what both sides made of one wrapping."""
-    names = ["base" if side.label == BASE else side.label for side in sides]
+    names = [side.title for side in sides]
     families = list(dict.fromkeys(talk.family for talk in talks))
     refused = {key: state.is_refusal(answer) for key, answer in answers.items()}
     known = {key: state.is_known is None or state.is_known(answer) for key, answer in answers.items()}

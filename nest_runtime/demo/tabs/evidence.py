@@ -13,7 +13,6 @@ from nest_runtime.demo.examples import MeasuredSuite
 from nest_runtime.demo.html import markup
 from nest_runtime.demo.measure import SEED, Standing, judge_for, measure, quick_cases
 from nest_runtime.demo.state import DemoState
-from nest_runtime.errors import NestError
 
 AT_ONCE = 2  # visitors whose evaluations run at the same time
 
@@ -52,14 +51,11 @@ def evaluation(state: DemoState, label: str | None, count: int, running: Running
     if running.busy:
         yield gr.skip(), markup.said("It is running already; Stop ends it.")
         return
+    begun, last = "", None
     try:
         both = state.sides(label, True)
         sides = both if both[0] != both[1] else both[:1]
-        alone = (
-            ""
-            if len(sides) > 1
-            else markup.said(f"There is nothing to compare {sides[0].label} with: it stands alone.")
-        )
+        alone = "" if len(sides) > 1 else markup.said(_alone(sides[0]))
         cases, judge = quick_cases(state.backend, count), judge_for(state.backend).name
 
         def task(job: BackgroundJob[Standing]) -> None:
@@ -67,16 +63,32 @@ def evaluation(state: DemoState, label: str | None, count: int, running: Running
 
         begun = markup.wrap(markup.progress("answers", 0, len(sides) * len(cases)))
         for standing in running.watch(task):
-            yield begun if standing is None else standing_html(standing, sides, judge, state.offer.suites), alone
+            last = standing or last
+            yield begun if last is None else standing_html(last, sides, judge, state.offer.suites), alone
         if running.stopped:
             yield gr.skip(), markup.said("Stopped; the bars show what was answered until then.")
-    except NestError as error:
-        yield gr.skip(), markup.wrap(markup.alert(error))
+    except Exception as error:  # what was answered stays, without a bar that seems to go on
+        kept = "" if last is None else standing_html(last, sides, judge, state.offer.suites, stopped=True)
+        yield kept if begun else gr.skip(), markup.failed(error)
 
 
-def standing_html(standing: Standing, sides: Sequence[PatchChoice], judge: str, suites: Sequence[MeasuredSuite]) -> str:
-    """Progress, and a bar for each measure and side."""
-    names = [BASE if side.label == BASE else side.label for side in sides]
+def _alone(side: PatchChoice) -> str:
+    """Why only one side is measured."""
+    if side.label == BASE:
+        return "Only the base is measured: this model has no patch yet."
+    return f"Only {side.title} is measured: this server does not let anybody ask its base, to compare it with."
+
+
+def standing_html(
+    standing: Standing,
+    sides: Sequence[PatchChoice],
+    judge: str,
+    suites: Sequence[MeasuredSuite],
+    *,
+    stopped: bool = False,
+) -> str:
+    """Progress, unless it has stopped, and a bar for each measure and side."""
+    names = [side.title for side in sides]
     there = {(row.suite, row.measure) for rows in standing.records for row in rows}
     groups = [
         (item.heading, [(name, standing.rate(side, item.suite, item.measure.key)) for side, name in enumerate(names)])
@@ -85,4 +97,5 @@ def standing_html(standing: Standing, sides: Sequence[PatchChoice], judge: str, 
     ]
     done = standing.done == standing.total
     label = f"finished, judge {judge}; answers" if done else "answers"
-    return markup.wrap(markup.progress(label, standing.done, standing.total), markup.bars(groups))
+    bar = "" if stopped else markup.progress(label, standing.done, standing.total)
+    return markup.wrap(bar, markup.bars(groups))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
@@ -14,6 +15,7 @@ from nest_runtime.demo.talk import Talk
 from nest_runtime.errors import NestError
 
 ALL = "all, by cluster"
+PROMPT = 300  # characters of the prompt that stand above its charts
 NONE = "Neurons are a patch's, and this model has no patch yet."
 
 
@@ -45,8 +47,8 @@ def build(state: DemoState, talk: gr.State) -> tuple[gr.Dropdown, gr.HTML]:
             )
         heat = gr.HTML(elem_id="activations", padding=False)
         tab = Neurons(state)
-        look.click(tab.activations, [which, site, own, talk], heat, show_progress="minimal", concurrency_limit=2)
-        site.input(tab.activations, [which, site, own, talk], heat, show_progress="minimal", concurrency_limit=2)
+        look.click(tab.activations, [which, site, own, talk], heat, show_progress="hidden", concurrency_limit=2)
+        site.input(tab.activations, [which, site, own, talk], heat, show_progress="hidden", concurrency_limit=2)
         which.change(tab.sites, which, site, show_progress="hidden")
     gr.HTML(markup.wrap("<h2>Statistics</h2>"), padding=False)
     statistics = gr.HTML(elem_id="statistics", padding=False)
@@ -73,12 +75,17 @@ class Neurons:
             names = []
         return gr.Dropdown(choices=[ALL, *names], value=ALL)
 
-    def activations(self, digest: str | None, site: str | None, own: str, talk: Talk) -> str:
-        """The heat maps of a prompt: the one written, else the chat's last, with what was said before it."""
+    def activations(self, digest: str | None, site: str | None, own: str, talk: Talk) -> Iterator[str]:
+        """The heat maps of a prompt: the one written, else the chat's last, with what was said before it.
+
+        Yields a sign of work first.
+        """
         from nest_runtime.demo.probe import activations
 
         if not own.strip() and talk.asked is None:
-            return markup.said("Nothing has been asked in the chat yet: send a prompt there, or write one here.")
+            yield markup.said("Nothing has been asked in the chat yet: send a prompt there, or write one here.")
+            return
+        yield markup.wrap(markup.progress("Computing the activations …", 0, 0))
         try:
             entry = self.state.entry(digest)
             messages = _messages(own, talk)
@@ -86,10 +93,16 @@ class Neurons:
             backend = self.state.local
             assert backend is not None  # the button exists only where it is not
             found = activations(backend, entry.digest, self.state.called(entry.digest), messages, chosen)
-        except NestError as error:
-            return markup.wrap(markup.alert(error))
-        prompt = f'<p class="nr-note">Prompt: {markup.text(messages[-1]["content"])}</p>'
-        return markup.wrap(prompt, figures.activations(found))
+            drawn = figures.activations(found)
+        except Exception as error:
+            yield markup.failed(error)
+            return
+        prompt = f'<p class="nr-note">Prompt: {markup.text(_beginning(messages[-1]["content"]))}</p>'
+        yield markup.wrap(prompt, drawn)
+
+
+def _beginning(prompt: str) -> str:
+    return prompt if len(prompt) <= PROMPT else f"{prompt[:PROMPT]}…"
 
 
 def _messages(own: str, talk: Talk) -> list[Message]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from nest_runtime.demo.html import markup
+from nest_runtime.demo.html.glossary import titled
 from nest_runtime.demo.state import DemoState
 from nest_runtime.demo.tabs.admin import AdminParts, build_admin
 from nest_runtime.demo.tabs.chat import first_patch
@@ -104,7 +105,12 @@ def _figures(patch: Patch) -> tuple[list[str], str]:
         return shown, ""
     rates = (f"{measure.title} {markup.percent(base.get(name))}" for name, measure in MEASURES.items())
     words = ", ".join(rates).replace(" %", PERCENT)
-    return shown, f"Of jailbreaks and of harmless prompts, as the patches' headers state. The base: {words}."
+    about = (
+        "The percentages are those that the patches' headers state. Attack success is the share of jailbreaks that "
+        "were answered. Over-refusal is the share of harmless prompts that were refused, and utility the share of them "
+        "that were answered correctly."
+    )
+    return shown, f"{about} The base: {words}."
 
 
 def _rates(figures: Any) -> dict[str, float]:
@@ -143,7 +149,7 @@ def diff_html(state: DemoState, old: str | None, new: str | None) -> str:
     words += " (re-tuned from it)" if found["is_child"] else ""
     words += "" if found["same_base"] else "; for different base models"
     fields = [
-        [markup.text(key), _brief(value["old"]), _brief(value["new"])]
+        [titled(key), _brief(value["old"]), _brief(value["new"])]
         for key, value in found["header"].items()
         if not isinstance(value["old"], dict | list) and not isinstance(value["new"], dict | list)
     ]
@@ -161,7 +167,7 @@ def diff_html(state: DemoState, old: str | None, new: str | None) -> str:
     if fields:
         parts.append(markup.table(("field", "from", "to"), fields, caption="Header"))
     if sites:
-        columns = ("site", "neurons", "clusters", "norm of the change", "cosine")
+        columns = ("site", "neurons + − =", "clusters", "norm of the change", "cosine")
         parts.append(markup.table(columns, sites, caption="Sites that differ", numbers=columns[3:]))
     else:
         parts.append(markup.note("No site differs."))
