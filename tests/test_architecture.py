@@ -104,7 +104,7 @@ IMPORTERS = {  # folders of a package, and the modules outside of them that may 
     "demo.tabs": ("demo.app",),
     "demo.html": ("demo.app", "demo.results", "demo.tabs."),
     "serve.following": ("serve.app", "serve.vllm."),
-    "serve.switching": ("cli.commands.", "serve.app", "serve.following.", "serve.http.", "serve.vllm."),
+    "serve.switching": ("cli.commands.", "doctor.", "serve.app", "serve.following.", "serve.http.", "serve.vllm."),
 }
 
 

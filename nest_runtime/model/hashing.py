@@ -57,7 +57,7 @@ def hash_all(jobs: Iterable[HashJob], progress: Progress | None = None) -> list[
     hashed: list[tuple[int, HashRow]] = []  # each with its size
 
     def work() -> None:
-        # Every thread takes its next tensor itself: waking another thread for each costs as much as a small tensor.
+        """Hash what is left, one after another: waking another thread for each costs as much as a small tensor."""
         while True:
             try:
                 job = left.popleft()

@@ -126,7 +126,7 @@ def test_an_admin_port_taken_while_the_model_loads(config: ServeConfig) -> None:
     ("fields", "message"),
     [
         ({"admin_host": "127.0.0.1"}, "without --admin-port"),
-        ({"admin_port": 70000}, "admin_port is 70000; expected 0 to 65535"),
+        ({"admin_port": 70000}, "--admin-port is 70000; expected 0 to 65535"),
         ({"admin_port": 0, "admin_token_file": None}, "no --admin-token-file"),
         ({"port": 8143, "admin_port": 8143}, "--port and --admin-port are both 8143"),
     ],

@@ -105,6 +105,7 @@ def revoke(
     }
 
     def render() -> None:
+        """What was revoked, and what is left to do."""
         out.line(f"revoked {entry.name}@{entry.version} ({short(entry.digest)}): {entry.reason}")
         out.line(f"list {revocations.serial} of {ref.place} holds {len(revocations.revoked)}")
         out.note("point the channels that name it to another version with `nest-runtime channel set`")
