@@ -112,6 +112,15 @@ class Tab:
             self.page.click("#send")
         return self.answers(before)
 
+    def click(self, place: str, then: Locator) -> None:
+        """Click, and wait for what comes of it; a click on what is being drawn anew may be lost, and is repeated."""
+        self.page.click(place)
+        try:
+            then.wait_for(timeout=LOST)
+        except Exception:
+            self.page.click(place)
+            then.wait_for()
+
     def answers(self, turn: int) -> tuple[Locator, Locator]:
         """Both answers of a turn, once they are whole."""
         sides = self.page.locator("#conversation .nr-sides").nth(turn).locator("article")
