@@ -69,6 +69,11 @@ def base_flag(base_hash: str, base_model: str) -> str:
     return "" if base_model == "reference" else model_flag(noted_base(base_hash) or "BASE")
 
 
+def source_of(ctx: typer.Context, name: str) -> str:
+    """Where an option's value comes from: ``COMMANDLINE``, ``ENVIRONMENT``, ``DEFAULT``, or nothing where unknown."""
+    return getattr(ctx.get_parameter_source(name), "name", "")
+
+
 def model_for(ctx: typer.Context, out: Output, model: str, patch: str | None) -> str:
     """The model to load: the one named with ``--model``; without, the base that the patch was made on.
 
@@ -82,8 +87,7 @@ def model_for(ctx: typer.Context, out: Output, model: str, patch: str | None) ->
         BaseMismatch: the patch's base is not the reference model, and it is not known where that is.
         NestError: as load_patch, where the patch cannot be had.
     """
-    source = ctx.get_parameter_source("model")
-    if patch is None or source is None or source.name != "DEFAULT":
+    if patch is None or source_of(ctx, "model") != "DEFAULT":
         return model
     found = base_named(patch)
     if found is None:

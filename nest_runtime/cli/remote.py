@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nest_runtime.cli import complete
-from nest_runtime.cli.common import examples
+from nest_runtime.cli.common import examples, source_of
 from nest_runtime.cli.output import JsonOption, Output
 from nest_runtime.escape import short
 
@@ -84,7 +84,7 @@ def server_of(ctx: typer.Context, url: str | None, token_file: Path | None) -> A
             if ctx.params.get(option) is not None:
                 raise UsageError(f"{name} is given without --url", "say which server: --url http://HOST:PORT")
         return None
-    local = [name for name in ctx.params if name not in _ANYWHERE and _is_given(ctx, name)]
+    local = [name for name in ctx.params if name not in _ANYWHERE and source_of(ctx, name) not in ("", "DEFAULT")]
     if local:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in local)
         raise UsageError(f"{names} and --url exclude each other", "the server decides with its own options")
@@ -218,8 +218,3 @@ def warn_of_servers(out: Output, servers: list[dict[str, Any]], command: str) ->
             out.note("it takes the store's patch when it is started again; its admin API is off")
         else:
             out.note("it was started with --patch, and its admin API is off: start it with another")
-
-
-def _is_given(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"

@@ -95,7 +95,7 @@ def revoke(
     assert entry is not None  # just added, or there before
     from nest_runtime.hub.connect import connect
 
-    untold = _take_in(ref, revision, private_key, passphrase, timeout)
+    untold = _take_in(ref, revision, store, private_key, passphrase, timeout)
     document = {
         "repo": ref.place,
         "revision": revision,
@@ -115,20 +115,20 @@ def revoke(
     out.result(document, render)
 
 
-def _take_in(ref: RepoRef, revision: str, key: Path, passphrase: str, timeout: float | None) -> str | None:
+def _take_in(
+    ref: RepoRef, revision: str, store: Store, key: Path, passphrase: str, timeout: float | None
+) -> str | None:
     """Let this machine obey the list that it has just published; why it cannot, or None."""
     from nest_runtime.errors import NestError
     from nest_runtime.hub.connect import connect
+    from nest_runtime.hub.news import read_revocations
+    from nest_runtime.trust.guard import Guard
     from nest_runtime.trust.keys import public_key_of
     from nest_runtime.trust.policy import Policy, with_keys
-    from nest_runtime.trust.revocations import LIST_FILE, LIST_SIGNATURE
-    from nest_runtime.trust.state import TrustState
 
     mine = with_keys(Policy(require_signature=False), [public_key_of(key, passphrase)], require_signature=False)
-    remote = connect(ref, timeout=timeout)
     try:
-        data, signature = (remote.read(name, revision) for name in (LIST_FILE, LIST_SIGNATURE))
-        TrustState().update_revocations(data or b"", signature or b"", mine)
+        read_revocations(connect(ref, timeout=timeout), revision, Guard(mine, store))
     except NestError as error:
         return error.message
     return None

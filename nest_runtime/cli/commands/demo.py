@@ -10,7 +10,7 @@ import typer
 
 from nest_runtime.cli import complete
 from nest_runtime.cli.case_options import MaxTokensOption
-from nest_runtime.cli.common import examples, model_for
+from nest_runtime.cli.common import examples, model_for, source_of
 from nest_runtime.cli.output import DeviceOption, DtypeOption, ModelOption, Output
 from nest_runtime.errors import UsageError
 
@@ -92,7 +92,7 @@ def demo(
     It listens on this machine only unless --host says otherwise, and loads nothing from elsewhere. Ctrl-C ends it.
     """
     out = Output.of(ctx, as_json)
-    if url is not None and _is_given(ctx, "model"):
+    if url is not None and source_of(ctx, "model") == "COMMANDLINE":  # settings may name a model for other commands
         raise UsageError("--url and --model exclude each other", "the server has its own model; leave --model out")
     _check(url, patch, admin, api_key_file, admin_token_file)
     from nest_runtime.demo.server import Listen, bind, read_logins, serve
@@ -132,12 +132,6 @@ def _check(url: str | None, patch: str | None, admin: bool, key: Path | None, to
             raise UsageError(f"{name} is for servers, and no --url is given", "give --url, or leave it out")
     if token is not None and not admin:
         raise UsageError("--admin-token-file is given without --admin", "give both, or neither")
-
-
-def _is_given(ctx: typer.Context, name: str) -> bool:
-    """Whether an option stands on the command line; settings may name a model for other commands."""
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _ready(out: Output, state: DemoState, url: str, key: str) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from nest_runtime.cli import complete
 from nest_runtime.cli.commands.trust import DowngradeOption, PolicyOption, RequireOption, TrustOption
-from nest_runtime.cli.common import examples, model_for
+from nest_runtime.cli.common import examples, model_for, source_of
 from nest_runtime.cli.options import Flags, with_flags
 from nest_runtime.cli.output import DeviceOption, DtypeOption, ModelOption, Output
 from nest_runtime.errors import UsageError
@@ -101,8 +101,7 @@ def serve(
 
 def _model_named(ctx: typer.Context, named: str | None, option: str) -> str | None:
     """The model given as an argument, or None. Raises UsageError if --model names another one."""
-    source = ctx.get_parameter_source("model")
-    if named is not None and named != option and source is not None and source.name == "COMMANDLINE":
+    if named is not None and named != option and source_of(ctx, "model") == "COMMANDLINE":
         raise UsageError(f"two models are named: {named} and --model {option}", "name one")
     return named
 
