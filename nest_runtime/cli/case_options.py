@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +17,25 @@ SuiteOption = Annotated[
         metavar="NAME",
         autocompletion=complete.suites,
         help="reference, plain, jailbreak-seen, jailbreak-held-out, over-refusal, utility; repeat it.",
+    ),
+]
+StandardOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--suite",
+        metavar="NAME",
+        autocompletion=complete.suites,
+        help="standard (or parts: standard:wild,mmlu), reference, plain, jailbreak-seen, jailbreak-held-out, "
+        "over-refusal, utility; repeat it.",
+    ),
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="DIR",
+        envvar="NEST_TEST_DATA",
+        help="The folder of public prompt sets that the standard suite asks.",
     ),
 ]
 CaseFilesOption = Annotated[

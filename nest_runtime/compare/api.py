@@ -13,7 +13,6 @@ from nest_runtime.errors import UsageError
 if TYPE_CHECKING:
     from nest_runtime.compare.methods.base import Target
     from nest_runtime.compare.methods.shipped import Shipped
-    from nest_runtime.evaluate.cases import Case
     from nest_runtime.evaluate.judges import Judge
     from nest_runtime.model.load import LoadedModel
     from nest_runtime.patch.patch import Patch
@@ -31,6 +30,7 @@ def compare(
     patches: Sequence[str | Path | Patch] = (),
     suites: Sequence[str] = (),
     behaviors: Sequence[str | Path] = (),
+    data: str | Path | None = None,
     attacks: Sequence[str] = (),
     judge: str | Judge | None = None,
     limit: int | None = None,
@@ -48,7 +48,8 @@ def compare(
         model: a model reference, or what ``load_model`` gave.
         harmful, benign: training prompts or files of them; the reference world's for the reference model.
         patches: finished patches, each as one more row.
-        suites, behaviors, attacks, limit: what to ask, as in ``nest.evaluate``.
+        suites, behaviors, attacks, limit: what to ask, as in ``nest.evaluate``; ``standard`` measures utility too.
+        data: the folder of public sets that the suite ``standard`` asks; by default $NEST_TEST_DATA.
         judge: a judge or its name; None takes the one that fits the cases.
         recipe: steps, batches and early stop of every method; None takes the command's.
         seeds: how many seeds each method is fitted with.
@@ -66,32 +67,29 @@ def compare(
     from nest_runtime.compare.compare import Comparison, Plan
     from nest_runtime.compare.methods.registry import make_methods
     from nest_runtime.compare.rows import document
-    from nest_runtime.evaluate.api import find_judges, listed, opened
+    from nest_runtime.evaluate.api import find_asked, find_judges, listed, opened
+    from nest_runtime.evaluate.attacks import apply_attacks, parse_attacks
 
     made = make_methods([str(name) for name in listed("methods", methods)])
     bad, good = _prompts(model, harmful, benign)
-    cases = _cases(model, suites, behaviors, attacks, limit)
+    asked = find_asked(model, suites, behaviors, data, (), limit, 0)
+    cases = apply_attacks(asked.cases, parse_attacks(list(attacks))) if attacks else asked.cases
     judges = find_judges(judge, cases)
     target, finished = _target(opened(model), patches)
     known, values = settings_for(target)
     plan = Plan((*made, *finished), recipe or known, tuple(range(seeds)), values, False, max_new_tokens, batch_size)
     with nullcontext(str(workdir)) if workdir is not None else tempfile.TemporaryDirectory() as folder:
-        comparison = Comparison(target, bad, good, cases, judges[0], workdir=Path(folder), progress=progress)
+        comparison = Comparison(
+            target,
+            bad,
+            good,
+            cases,
+            judges[0],
+            workdir=Path(folder),
+            standard=asked.standard,
+            progress=progress,
+        )
         return document(comparison.run(plan), plan.methods)
-
-
-def _cases(
-    model: str | Path | LoadedModel,
-    suites: Sequence[str],
-    behaviors: Sequence[str | Path],
-    attacks: Sequence[str],
-    limit: int | None,
-) -> list[Case]:
-    from nest_runtime.evaluate.api import find_cases
-    from nest_runtime.evaluate.attacks import apply_attacks, parse_attacks
-
-    cases = find_cases(model, suites, behaviors, limit)
-    return apply_attacks(cases, parse_attacks(list(attacks))) if attacks else cases
 
 
 def _target(loaded: LoadedModel, patches: Sequence[str | Path | Patch]) -> tuple[Target, list[Shipped]]:

@@ -17,6 +17,7 @@ from nest_runtime.compare.provenance import code_digest
 from nest_runtime.errors import DataError
 from nest_runtime.evaluate.cases import Case, digest_of
 from nest_runtime.evaluate.report import EvalResult
+from nest_runtime.evaluate.utility import Questions
 from nest_runtime.io import read_json, write_json
 from nest_runtime.train.recipe import Recipe
 
@@ -58,8 +59,9 @@ def cell_key(
     data: Sequence[str],
     cases: Sequence[Case],
     tokens: int,
+    questions: Questions | None = None,
 ) -> str:
-    """Sixteen hex digits over all that decides a cell's artifact and answers.
+    """Sixteen hex digits over all that decides a cell's artifact, answers and utility.
 
     Args:
         target: the model; its hash and its dtype count.
@@ -69,6 +71,7 @@ def cell_key(
         data: digests of the training prompts.
         cases: what is asked.
         tokens: the longest answer.
+        questions: of utility, if any are asked.
     """
     settings = {name: setting for name, setting in recipe.to_json().items() if name not in method.unused}
     parts = {
@@ -79,6 +82,7 @@ def cell_key(
         "data": list(data),
         "cases": cases_digest(cases),
         "tokens": tokens,
+        **({} if questions is None else {"questions": questions.digest}),
     }
     return digest_of(parts).removeprefix("sha256:")[:16]
 

@@ -19,11 +19,15 @@ from nest_runtime.compare.methods.data import prepare_data
 from nest_runtime.compare.provenance import provenance
 from nest_runtime.compare.sweep import SweepRow, edge_notes, held_cases, mark_chosen, sweep_row
 from nest_runtime.errors import DataError, UsageError
+from nest_runtime.evaluate.ability import Score
 from nest_runtime.evaluate.cases import Case, digest_of
 from nest_runtime.evaluate.judges.base import Judge
 from nest_runtime.evaluate.prompting import PrefillView
 from nest_runtime.evaluate.report import EvalResult
+from nest_runtime.evaluate.rounds import BASE
 from nest_runtime.evaluate.run import Answerer, Subject, check_judges, evaluate_answers
+from nest_runtime.evaluate.standard import Standard
+from nest_runtime.evaluate.utility import Questions, Way, measure_utility
 from nest_runtime.progress import Progress
 from nest_runtime.prompts.examples import Example, examples_digest
 from nest_runtime.train.recipe import Recipe
@@ -54,7 +58,7 @@ class Plan:
 
     def value_of(self, method: Method) -> float:
         """The method's value without a sweep: the plan's, else the method's fallback."""
-        return float(self.values.get(method.name, method.fallback))
+        return float(self.values.get(method.name, method.fallback_for(self.recipe)))
 
     def seeds_of(self, method: Method) -> tuple[int, ...]:
         """The seeds that a method runs with: one where none matters."""
@@ -82,6 +86,8 @@ class Comparison:
         validation_cases: what the sweep chooses on; None makes them from the held-out training rows.
         judge: the same for every method.
         workdir: finished cells and artifacts.
+        standard: the standard suite where its cases are among these: its questions of utility are asked under every
+            method, and the report says where its suites come from.
         resume: take finished cells up again.
         progress: called as (stage, done, total).
 
@@ -99,6 +105,7 @@ class Comparison:
         *,
         workdir: Path,
         validation_cases: Sequence[Case] | None = None,
+        standard: Standard | None = None,
         resume: bool = True,
         progress: Progress | None = None,
     ) -> None:
@@ -111,6 +118,7 @@ class Comparison:
         self.target, self.harmful, self.benign, self.judge = target, list(harmful), list(benign), judge
         self.digests = (examples_digest(self.harmful), examples_digest(self.benign))
         self.cases, self.validation_cases = list(cases), validation_cases
+        self.questions, self.sources = (standard.questions, standard.sources) if standard else (None, {})
         self.workdir, self.resume, self.progress = workdir, resume, progress
         self._data: dict[str, FitData] = {}
         self._seen: list[Cell] = []  # of the sweep too
@@ -125,7 +133,8 @@ class Comparison:
         cells = []
         for number, (method, seed) in enumerate(jobs):
             self._tell("methods", number, len(jobs))
-            cells.append(self.cell(plan, method, values.get(method.name, method.fallback), seed, self.cases, "test"))
+            value = values.get(method.name, 0.0)
+            cells.append(self.cell(plan, method, value, seed, self.cases, "test", self.questions))
             self._seen.append(cells[-1])
         self._tell("methods", len(jobs), len(jobs))
         notes = [*edge_notes(sweep), *self._other_prompts(cells), *notes_on(self._seen)]
@@ -134,7 +143,7 @@ class Comparison:
     def sweep(self, plan: Plan) -> tuple[SweepRow, ...]:
         """Every value of every method's grid on the validation cases, the best of each method marked."""
         rows: list[SweepRow] = []
-        jobs = [(method, value) for method in plan.methods for value in method.grid]
+        jobs = [(method, value) for method in plan.methods for value in method.grid_for(plan.recipe)]
         cases = self._validation(plan)
         for number, (method, value) in enumerate(jobs):
             self._tell("sweep", number, len(jobs))
@@ -144,10 +153,19 @@ class Comparison:
         self._tell("sweep", len(jobs), len(jobs))
         return mark_chosen(rows)
 
-    def cell(self, plan: Plan, method: Method, value: float, seed: int, cases: Sequence[Case], kind: str) -> Cell:
+    def cell(
+        self,
+        plan: Plan,
+        method: Method,
+        value: float,
+        seed: int,
+        cases: Sequence[Case],
+        kind: str,
+        questions: Questions | None = None,
+    ) -> Cell:
         """A finished cell from the folder, or a new one, kept there."""
         recipe = plan.recipe.evolve(seed=seed)
-        key = cell_key(self.target, method, value, recipe, self.digests, cases, plan.max_new_tokens)
+        key = cell_key(self.target, method, value, recipe, self.digests, cases, plan.max_new_tokens, questions)
         folder = self.workdir / "cells" / f"{kind}-{method.name}-s{seed}-{key}"
         known = read_cell(folder / CELL_FILE) if self.resume else None
         if known is not None:
@@ -158,6 +176,8 @@ class Comparison:
             shutil.rmtree(folder)
         fitted = method.fit(self.target, self.data(recipe), recipe, value=value, workdir=folder, progress=self.progress)
         result = self._evaluate(plan, fitted, cases, key, folder)
+        if questions is not None:
+            result = replace(result, ability=self._utility(plan, fitted, questions, key, folder))
         fit = {
             "trainable": fitted.trainable,
             "artifact_bytes": fitted.artifact_bytes,
@@ -177,6 +197,7 @@ class Comparison:
             result = self._result(plan, cell.method, _no_answers, cases, key, folder)
         except _Unanswered:
             return None
+        result = replace(result, ability=cell.result.ability)  # no judge has a part in it
         again = replace(cell, result=result, judge=self.judge.identity)
         write_cell(folder / CELL_FILE, again)
         return again
@@ -198,6 +219,8 @@ class Comparison:
             "harmful": {"digest": self.digests[0], "count": len(self.harmful)},
             "benign": {"digest": self.digests[1], "count": len(self.benign)},
             "cases": {"digest": cases_digest(self.cases), "count": len(self.cases)},
+            "questions": None if self.questions is None else {"digest": self.questions.digest},
+            "suites": {name: source.to_json() for name, source in self.sources.items()},
             "validation_cases": None if self.validation_cases is None else len(self.validation_cases),
             "judge": self.judge.name,
             "recipe": plan.recipe.to_json(),
@@ -218,14 +241,34 @@ class Comparison:
     def _result(
         self, plan: Plan, method: str, answer: Answerer, cases: Sequence[Case], key: str, folder: Path
     ) -> EvalResult:
-        subject = Subject(
+        subject = self._subject(plan, method, key)
+        return evaluate_answers(answer, cases, [self.judge], subject=subject, progress=self.progress, workdir=folder)
+
+    def _utility(self, plan: Plan, fitted: Fitted, questions: Questions, key: str, folder: Path) -> tuple[Score, ...]:
+        """What a method costs in utility. The base's own answers are made once for all methods."""
+        bare = fitted.method == BASE
+        subject = self._subject(plan, BASE if bare else fitted.method, None if bare else key)
+        shared = self.workdir / "utility"
+        return measure_utility(
+            self.target.model,
+            self.target.tokenizer,
+            questions,
+            subject,
+            way=Way(on=fitted.applied, rewrite=fitted.rewrite, screen=fitted.screen),
+            batch_size=plan.batch_size,
+            workdir=shared if bare else folder,
+            base_workdir=shared,
+            progress=self.progress,
+        )
+
+    def _subject(self, plan: Plan, method: str, key: str | None) -> Subject:
+        return Subject(
             model=self.target.name,
             model_hash=self.target.base_hash,
             patch=method,
             digest=key,
             settings={"max_new_tokens": plan.max_new_tokens, "decoding": "greedy"},
         )
-        return evaluate_answers(answer, cases, [self.judge], subject=subject, progress=self.progress, workdir=folder)
 
     def _validation(self, plan: Plan) -> list[Case]:
         if self.validation_cases is not None:

@@ -15,11 +15,12 @@ from nest_runtime.compare.compare import Outcome
 from nest_runtime.compare.methods.base import Method
 from nest_runtime.compare.paired import headline, trials, versus
 from nest_runtime.compare.paper import against_paper
+from nest_runtime.evaluate.ability import Score, with_base
 from nest_runtime.evaluate.judges.errors import measured_errors
 from nest_runtime.evaluate.records import Record, other_share, rate_of
 from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.stats import Rate, corrected
-from nest_runtime.measures import ATTACK_SUCCESS, MEASURES
+from nest_runtime.measures import ATTACK_SUCCESS, MEASURES, OVER_REFUSAL
 
 FORMAT = 1
 
@@ -74,6 +75,8 @@ def _row(cells: list[Cell], method: Method | None, base: Cell | None) -> dict[st
         "other_benign": _mean_share([[r for r in result.trials if r.kind == "benign"] for result in results]),
         "rates": rates,
         "corrected": _corrected(first.result, rates),
+        "benign_by_suite": _refused(results),
+        "ability": _ability(results, None if base is None else base.result),
         "asr_by_suite": _grouped(results, "suite", None),
         "asr_by_family": _grouped(results, "family", suites),
         "seeds": [cell.seed for cell in cells],
@@ -93,6 +96,30 @@ def _corrected(result: EvalResult, rates: Mapping[str, Mapping[str, Any]]) -> di
             mended = corrected(Rate(min(round(rate["value"] * rate["n"]), rate["n"]), rate["n"]), errors)
             found |= {} if mended is None else {name: mended.to_json()}
     return found or None
+
+
+def _ability(results: Sequence[EvalResult], base: EvalResult | None) -> dict[str, dict[str, Any]]:
+    """Scores of utility by ``task metric``: the mean over seeds, and its change from the base's.
+
+    The interval of a change is for pairs of the same questions under the first seed.
+    """
+    if not results[0].ability:
+        return {}
+    paired = [result.ability if base is None else with_base(result.ability, base.ability) for result in results]
+    return {
+        f"{score.task} {score.name}": _score(column) for column in zip(*paired, strict=True) for score in column[:1]
+    }
+
+
+def _score(seeds: Sequence[Score]) -> dict[str, Any]:
+    """One score over its seeds."""
+    first, value = seeds[0], fmean(score.value for score in seeds)
+    change = None
+    if first.base is not None:
+        change = {**(first.change or {}), "base": first.base.value, "difference": value - first.base.value}
+    kept = {"n": first.n, "higher_is_better": first.higher_is_better}
+    ci95 = list(first.ci95) if len(seeds) == 1 and first.ci95 is not None else None
+    return {"value": value, "ci95": ci95, **kept, "change": change}
 
 
 def _mean_share(by_seed: Sequence[Sequence[Record]]) -> float | None:
@@ -122,6 +149,15 @@ def _grouped(results: Sequence[EvalResult], field: str, suites: Sequence[str] | 
             ATTACK_SUCCESS.rate_key,
         )
         for name in names
+    }
+
+
+def _refused(results: Sequence[EvalResult]) -> dict[str, Any]:
+    """Over-refusal by suite."""
+    key = OVER_REFUSAL.key
+    names = sorted({record.suite for record in trials(results[0], key)})
+    return {
+        name: _mean_rate([[r for r in trials(result, key) if r.suite == name] for result in results]) for name in names
     }
 
 

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nest_runtime.evaluate.markdown import NONE, interval, p_value, percent, signed_percent, size, table
-from nest_runtime.measures import ATTACK_SUCCESS, MEASURES, Measure
+from nest_runtime.measures import ATTACK_SUCCESS, MEASURES, OVER_REFUSAL, Measure
 
 
 def markdown(data: Mapping[str, Any]) -> str:
     """The table of rows, the paper's figures, and the sweep."""
     notes = "\n".join(f"Note: {note}." for note in data["notes"])
     parts = [_about(data), _rows_table(data["rows"]), _corrected_table(data["rows"])]
-    parts += [_paper_table(data["paper"]), _sweep_table(data["sweep"]), notes]
+    parts += [_refused_table(data["rows"]), _ability_table(data["rows"])]
+    parts += [_paper_table(data["paper"]), _sweep_table(data["sweep"]), _source_table(data), notes]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -54,6 +55,41 @@ def _corrected_table(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(cells)
     head = [part for name in names for part in (MEASURES[name].column, "corrected for the judge", "95 % interval")]
     return table(["method", *head], lines) if lines else ""
+
+
+def _refused_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Over-refusal by suite, where there is more than one."""
+    suites = list(rows[0].get("benign_by_suite") or ())
+    if len(suites) < 2:
+        return ""
+    lines = []
+    for row in rows:
+        rates = [row["benign_by_suite"][suite] for suite in suites]
+        lines.append([row["title"], *(f"{percent(rate['value'])} {interval(rate['ci95'])}" for rate in rates)])
+    counts = {suite: rows[0]["benign_by_suite"][suite]["n"] for suite in suites}
+    return table([OVER_REFUSAL.column, *(f"{suite} (n = {n})" for suite, n in counts.items())], lines)
+
+
+def _ability_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Scores of utility, each with its change from the base's."""
+    names = list(rows[0].get("ability") or ())
+    lines = []
+    for row in rows if names else ():
+        cells = [row["title"]]
+        for name in names:
+            score = row["ability"][name]
+            moved = (score["change"] or {}).get("difference")
+            cells.append(f"{score['value']:.3f}" + (f" ({moved:+.3f})" if moved else ""))
+        lines.append(cells)
+    head = ["utility", *(f"{name} (n = {rows[0]['ability'][name]['n']})" for name in names)]
+    return table(head, lines) if names else ""
+
+
+def _source_table(data: Mapping[str, Any]) -> str:
+    """Where public suites come from."""
+    sources = (data.get("suites") or {}).items()
+    lines = [[name, str(s["n"]), str(s["available"]), s["licence"], s["source"]] for name, s in sources]
+    return table(["suite", "n", "drawn from", "licence", "source"], lines) if lines else ""
 
 
 def _cost(row: Mapping[str, Any]) -> list[str]:

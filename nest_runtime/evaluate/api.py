@@ -63,7 +63,7 @@ def evaluate(
     from nest_runtime.evaluate.session import EvalSession
     from nest_runtime.resolve import load_patch
 
-    asked = _asked(model, suites, behaviors, data, attacks, limit, seed)
+    asked = find_asked(model, suites, behaviors, data, attacks, limit, seed)
     judges = _judges(judge, asked.cases)
     loaded = opened(model)
     chosen = load_patch(patch, model_hash=loaded.hash) if isinstance(patch, str | Path) else patch
@@ -71,7 +71,7 @@ def evaluate(
     return session.run(with_base=with_base, progress=progress)
 
 
-def _asked(
+def find_asked(
     model: str | Path | LoadedModel,
     suites: Sequence[str],
     behaviors: Sequence[str | Path],

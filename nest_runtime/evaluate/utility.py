@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nest_runtime.evaluate.ability import Score
-from nest_runtime.evaluate.cases import digest_of, user
+from nest_runtime.evaluate.cases import Message, digest_of, user
 from nest_runtime.evaluate.ledger import Ledger
 from nest_runtime.evaluate.rounds import BASE, Subject
 from nest_runtime.progress import Progress
@@ -53,6 +53,28 @@ class Questions:
     instructions: tuple[str, ...] = ()
     answer_tokens: int = ANSWER_TOKENS
 
+    @property
+    def digest(self) -> str:
+        """``sha256:<hex>`` over all of it."""
+        return digest_of([*map(vars, self.choices), *map(vars, self.solutions), self.instructions, self.answer_tokens])
+
+
+@dataclass(frozen=True)
+class Way:
+    """How questions reach what is measured, where it is not simply what the model says as the caller left it.
+
+    Attributes:
+        on: puts it on the model, and takes it off again.
+        off: takes off what the caller has put on, for the base's own figures. One of the two does nothing.
+        rewrite: changes a conversation before the model reads it.
+        screen: ``(conversation, answer or None) -> answer``, as compare/methods/base.py has it.
+    """
+
+    on: Callable[[], AbstractContextManager[Any]] = nullcontext
+    off: Callable[[], AbstractContextManager[Any]] = nullcontext
+    rewrite: Callable[[Sequence[Mapping[str, str]]], Sequence[Mapping[str, str]]] | None = None
+    screen: Callable[[Sequence[Mapping[str, str]], str | None], str | None] | None = None
+
 
 def measure_utility(
     model: Any,
@@ -61,44 +83,58 @@ def measure_utility(
     subject: Subject,
     *,
     runtime: PatchRuntime | None = None,
+    way: Way | None = None,
     batch_size: int = 64,
     workdir: str | Path | None = None,
+    base_workdir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Score, ...]:
-    """Scores of a model under whatever patch is active in the caller's context.
+    """Scores of a model under whatever patch is active in the caller's context, or under what ``way`` puts on.
 
     Args:
         model, tokenizer: a causal LM and its tokenizer; neither is changed.
         questions: what to ask.
         subject: names what answers; part of the key under which figures are kept.
         runtime: what takes the patch off again, for the base's own answers; needed under a patch.
+        way: the same for anything else than a patch; None goes by ``runtime``.
         batch_size: of the answers to instructions.
         workdir: where figures are kept; a second run continues from there.
+        base_workdir: where the base's own answers are kept; None keeps them with the rest.
         progress: called as ``(stage, done, total)``.
 
     Returns:
         ``mmlu acc``, ``gsm8k nats_per_token``, ``alpaca kl_to_base``, ``answer_tokens`` and ``ended``, as far as asked.
     """
-    ledger = Ledger(None if workdir is None else Path(workdir) / "utility.jsonl")
-    asker = _Asker(model, tokenizer, questions, subject, ledger, runtime, batch_size, progress)
+    ledger = _ledger(workdir)
+    kept = ledger if base_workdir is None or base_workdir == workdir else _ledger(base_workdir)
+    if way is None:
+        way = Way() if runtime is None else Way(off=lambda: runtime.using(None))
+        moves = runtime is not None and subject.digest is not None
+    else:
+        moves = subject.digest is not None
+    asker = _Asker(model, tokenizer, questions, subject, (ledger, kept), way, moves, batch_size, progress)
     scores: list[Score] = []
     if questions.choices:
-        right = asker.each("mmlu", questions.choices, asker.choice)
+        right = asker.each("mmlu", questions.choices, asker.choice, way.on)
         scores.append(_mean("mmlu", "acc", [row["right"] for row in right], better=True))
     if questions.solutions:
-        found = asker.each("gsm8k", questions.solutions, asker.solution)
+        found = asker.each("gsm8k", questions.solutions, asker.solution, way.on)
         scores.append(_per_token("gsm8k", "nats_per_token", found))
     if questions.instructions:
         moved = asker.divergence()
-        answers = asker.answers(subject)
+        answers = asker.answers()
         scores.append(_per_token("alpaca", "kl_to_base", moved))
         scores.append(_mean("alpaca", "answer_tokens", [row["tokens"] for row in answers], better=None))
         scores.append(_mean("alpaca", "ended", [float(row["whole"]) for row in answers], better=None))
     return tuple(scores)
 
 
+def _ledger(folder: str | Path | None) -> Ledger:
+    return Ledger(None if folder is None else Path(folder) / "utility.jsonl")
+
+
 class _Asker:
-    """One measurement under way."""
+    """One measurement under way. ``moves`` says whether the subject is anything else than the base."""
 
     def __init__(
         self,
@@ -106,109 +142,131 @@ class _Asker:
         tokenizer: Any,
         questions: Questions,
         subject: Subject,
-        ledger: Ledger,
-        runtime: PatchRuntime | None,
+        ledgers: tuple[Ledger, Ledger],
+        way: Way,
+        moves: bool,
         batch_size: int,
         progress: Progress | None,
     ) -> None:
         from nest_runtime.train.forward import Readout
 
         self.model, self.tokenizer, self.questions, self.subject = model, tokenizer, questions, subject
-        self.ledger, self.runtime, self.batch_size = ledger, runtime, batch_size
+        (self.ledger, self.base_ledger), self.way, self.moves, self.batch_size = ledgers, way, moves, batch_size
         self.progress = progress or (lambda stage, done, total: None)
         # The readout is tried once on the bare base, so that a patch cannot change how it reads.
-        with self.bare():
+        with way.off():
             self.readout = Readout(model)
 
-    def bare(self) -> AbstractContextManager[Any]:
-        """The base, for as long as the context lasts."""
-        return nullcontext() if self.runtime is None else self.runtime.using(None)
+    def each(
+        self,
+        name: str,
+        items: Sequence[Any],
+        work: Callable[[Any], dict[str, float]],
+        within: Callable[[], AbstractContextManager[Any]],
+    ) -> list[dict[str, Any]]:
+        """The work's figures for every item, made in a context; those that are kept are taken from there."""
+        keys = [self._key(name, vars(item) if isinstance(item, Solved) else item, self.subject) for item in items]
+        pending = [index for index, key in enumerate(keys) if self.ledger.get(key) is None]
+        done = len(items) - len(pending)
+        self.progress(name, done, len(items))
+        with within() if pending else nullcontext():
+            for number, index in enumerate(pending, done + 1):
+                self.ledger.add({keys[index]: dict(work(items[index]))})
+                self.progress(name, number, len(items))
+        return [self.ledger.get(key) or {} for key in keys]
 
-    def each(self, name: str, items: Sequence[Any], work: Callable[[Any], dict[str, float]]) -> list[dict[str, Any]]:
-        """The work's figures for every item, those that are kept taken from there."""
-        rows: list[dict[str, Any]] = []
-        for done, item in enumerate(items, 1):
-            key = self._key(name, vars(item) if isinstance(item, Solved) else item, self.subject)
-            row = self.ledger.get(key)
-            if row is None:
-                row = work(item)
-                self.ledger.add({key: dict(row)})
-            rows.append(row)
-            self.progress(name, done, len(items))
-        return rows
+    def asked(self, text: str) -> list[Message]:
+        """The conversation that what is measured reads."""
+        messages = [user(text)]
+        return messages if self.way.rewrite is None else [dict(part) for part in self.way.rewrite(messages)]
+
+    def screened(self, text: str, answer: str | None) -> str | None:
+        """What a screen makes of a question (``answer`` None) or of an answer."""
+        return answer if self.way.screen is None else self.way.screen([user(text)], answer)
 
     def choice(self, item: Solved) -> dict[str, float]:
-        """Whether the likeliest of the four letters is the right one."""
+        """Whether the likeliest of the four letters is the right one; a question that a screen blocks is not."""
+        if self.screened(item.question + ASK, None) is not None:
+            return {"right": 0.0}
         letters = [self.tokenizer(letter, add_special_tokens=False)["input_ids"][-1] for letter in LETTERS]
-        first = self.log_probabilities(item.question + ASK, letters[:1])[0, letters]
+        first = self.log_probabilities(self.asked(item.question + ASK), letters[:1])[0, letters]
         return {"right": float(LETTERS[int(first.argmax())] == item.answer.strip()[:1])}
 
     def solution(self, item: Solved) -> dict[str, float]:
         """The nats that the worked solution costs, and its tokens."""
         ids = self.tokenizer(item.answer, add_special_tokens=False)["input_ids"]
-        found = self.log_probabilities(item.question, ids)
+        found = self.log_probabilities(self.asked(item.question), ids)
         return {"nats": -float(found[range(len(ids)), ids].sum()), "tokens": len(ids)}
 
-    def answers(self, subject: Subject) -> list[dict[str, Any]]:
-        """Answers to the instructions: text, tokens, and whether each ended by itself."""
+    def answers(self, *, base: bool = False) -> list[dict[str, Any]]:
+        """Answers to the instructions, the subject's or the base's: text, tokens, and whether each ended by itself."""
         from nest_runtime.prompts.generate import ModelAnswer, answer_conversations
 
-        asked, limit = self.questions.instructions, self.questions.answer_tokens
-        keys = [self._key(f"answer of {limit}", text, subject) for text in asked]
-        pending = [index for index, key in enumerate(keys) if self.ledger.get(key) is None]
-        done = len(asked) - len(pending)
-        stage = "answers to instructions" + (" (base)" if subject != self.subject else "")
+        subject = replace(self.subject, patch=BASE, digest=None) if base else self.subject
+        ledger = self.base_ledger if base else self.ledger
+        texts, limit = self.questions.instructions, self.questions.answer_tokens
+        keys = [self._key(f"answer of {limit}", text, subject) for text in texts]
+        stage = "answers to instructions" + (" (base)" if base else "")
+
+        def add(index: int, text: str, whole: bool) -> None:
+            """Keep an answer with its length in tokens."""
+            count = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            ledger.add({keys[index]: {"answer": text, "tokens": count, "whole": whole}})
+
+        pending = []
+        for index in [index for index, key in enumerate(keys) if ledger.get(key) is None]:
+            blocked = None if base else self.screened(texts[index], None)
+            pending.append(index) if blocked is None else add(index, blocked, True)
+        done = len(texts) - len(pending)
 
         def keep(positions: list[int], batch: list[ModelAnswer]) -> None:
-            """Keep a batch's answers with their lengths in tokens."""
+            """Keep a batch's answers."""
             nonlocal done
-            rows = {}
-            for position, answer in zip(positions, batch, strict=True):
-                count = len(self.tokenizer(answer.text, add_special_tokens=False)["input_ids"])
-                rows[keys[pending[position]]] = {"answer": answer.text, "tokens": count, "whole": answer.whole}
-            self.ledger.add(rows)
+            for index, answer in zip([pending[position] for position in positions], batch, strict=True):
+                text = answer.text if base else self.screened(texts[index], answer.text) or ""
+                add(index, text, answer.whole or text != answer.text)
             done += len(positions)
-            self.progress(stage, done, len(asked))
+            self.progress(stage, done, len(texts))
 
         if pending:
-            answer_conversations(
-                self.model,
-                self.tokenizer,
-                [[user(asked[index])] for index in pending],
-                max_new_tokens=limit,
-                batch_size=self.batch_size,
-                on_batch=keep,
-            )
-        return [self.ledger.get(key) or {} for key in keys]
+            with self.way.off() if base else self.way.on():
+                answer_conversations(
+                    self.model,
+                    self.tokenizer,
+                    [[user(texts[index])] if base else self.asked(texts[index]) for index in pending],
+                    max_new_tokens=limit,
+                    batch_size=self.batch_size,
+                    on_batch=keep,
+                )
+        return [ledger.get(key) or {} for key in keys]
 
     def divergence(self) -> list[dict[str, Any]]:
         """KL(base ‖ this) over the base's own answers: nats and tokens of each. Nothing for the base itself."""
-        if self.subject.digest is None or self.runtime is None:
-            return [{"nats": 0.0, "tokens": row["tokens"]} for row in self.answers(self.subject)]
-        base = replace(self.subject, patch=BASE, digest=None)
-        with self.bare():
-            answers = self.answers(base)
-        pairs = list(zip(self.questions.instructions, (row["answer"] for row in answers), strict=True))
-        return self.each("kl to base", pairs, self._moved)
+        if not self.moves:
+            return [{"nats": 0.0, "tokens": row["tokens"]} for row in self.answers()]
+        pairs = list(zip(self.questions.instructions, (row["answer"] for row in self.answers(base=True)), strict=True))
+        return self.each("kl to base", pairs, self.moved, nullcontext)
 
-    def _moved(self, pair: tuple[str, str]) -> dict[str, float]:
+    def moved(self, pair: tuple[str, str]) -> dict[str, float]:
+        """KL over one answer of the base. Whatever is measured is put on and taken off here."""
         text, answer = pair
         ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         if not ids:
             return {"nats": 0.0, "tokens": 0}
-        with self.bare():
-            before = self.log_probabilities(text, ids)
-        after = self.log_probabilities(text, ids)
+        with self.way.off():
+            before = self.log_probabilities([user(text)], ids)
+        with self.way.on():
+            after = self.log_probabilities(self.asked(text), ids)
         return {"nats": float((before.exp() * (before - after)).sum()), "tokens": len(ids)}
 
-    def log_probabilities(self, prompt: str, answer: Sequence[int]) -> torch.Tensor:
-        """Log-probabilities at each token of an answer. ``(answer tokens, vocabulary)`` float32."""
+    def log_probabilities(self, messages: Sequence[Message], answer: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities at each token of an answer to a conversation. ``(answer tokens, vocabulary)`` float32."""
         import torch
 
         from nest_runtime.prompts.examples import encode
         from nest_runtime.train.forward import device_of
 
-        asked = encode(self.tokenizer, [user(prompt)])
+        asked = encode(self.tokenizer, list(messages))
         ids = torch.tensor([[*asked, *answer]], device=device_of(self.model))
         where = torch.zeros_like(ids, dtype=torch.bool)
         where[0, len(asked) - 1 : -1] = True

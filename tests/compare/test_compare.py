@@ -19,20 +19,29 @@ from nest_runtime.cli.commands import compare as command
 from nest_runtime.compare.cells import Cell
 from nest_runtime.compare.compare import Comparison, Outcome, Plan
 from nest_runtime.compare.methods import FitData, Fitted, Target, make_methods, method_names, prepare_data
+from nest_runtime.compare.methods.neurons import LOADINGS_RATE
 from nest_runtime.compare.paper import against_paper
 from nest_runtime.compare.provenance import provenance
 from nest_runtime.compare.rows import document, rows
 from nest_runtime.compare.sweep import SweepRow, edge_notes, held_cases, mark_chosen
 from nest_runtime.compare.tables import markdown
 from nest_runtime.errors import DataError, UsageError
+from nest_runtime.evaluate import make_judge
 from nest_runtime.evaluate.cases import Case, user
 from nest_runtime.evaluate.judges.base import Judge, Verdict
 from nest_runtime.evaluate.judges.errors import measured_errors
 from nest_runtime.evaluate.records import Record
 from nest_runtime.evaluate.report import EvalResult
+from nest_runtime.evaluate.rounds import Subject
+from nest_runtime.evaluate.standard import UTILITY, load_standard
 from nest_runtime.evaluate.stats import Rate, corrected
+from nest_runtime.evaluate.utility import Questions, Solved, Way, measure_utility
 from nest_runtime.model.load import load_model
+from nest_runtime.patch.file import read_patch
 from nest_runtime.plots.comparison import draw, styles
+from nest_runtime.runtime import PatchRuntime
+from nest_runtime.train.pipeline import train_patch
+from tests.support.public import make_public
 from tests.support.train import QUICK, benign_examples, harmful_examples
 
 RECIPE = QUICK.evolve(steps=3, validate_every=3)
@@ -64,6 +73,12 @@ class Says:
 
     knob, grid, fallback, seeded, revision, unused = "force", (0.0, 1.0, 2.0), 0.0, True, "1", frozenset({"lr", "z"})
     look = None
+
+    def grid_for(self, recipe: Any) -> tuple[float, ...]:
+        return self.grid
+
+    def fallback_for(self, recipe: Any) -> float:
+        return self.fallback
 
     def __init__(self, name: str, log: list[tuple[str, float, int]], trainable: int = 0) -> None:
         self.name, self.title, self.log, self.trainable = name, name.title(), log, trainable
@@ -286,6 +301,92 @@ def test_real_methods_run_end_to_end_and_are_drawn(target: Target, tmp_path: Pat
     assert "LoRA r=8 (q, v)" in text
 
 
+STANDARD = ["plain", "wild", "xstest-safe", "coconot-contrast", *UTILITY]
+
+
+def test_the_standard_suite_measures_what_every_method_costs_in_utility(target: Target, tmp_path: Path) -> None:
+    standard = load_standard(STANDARD, data=make_public(tmp_path / "public"), n=2)
+    assert standard.questions is not None
+    questions = replace(standard.questions, answer_tokens=4)
+    methods = tuple(make_methods(["base", "filter", "in-context", "lora", "nest"]))
+    values = {"filter": 0.9, "in-context": 2.0, "lora": 0.3, "nest": 0.3}
+    plan = Plan(methods, RECIPE, values=values, max_new_tokens=4)
+    options: dict[str, Any] = {"workdir": tmp_path / "work", "standard": replace(standard, questions=questions)}
+    prompts = harmful_examples(), benign_examples(), standard.cases
+    outcome = Comparison(target, *prompts, make_judge("phrases"), **options).run(plan)
+    made = document(outcome, methods)
+    scores = {row["method"]: row["ability"] for row in made["rows"]}
+    assert set(scores["base"]) == {
+        "mmlu acc",
+        "gsm8k nats_per_token",
+        "alpaca kl_to_base",
+        "alpaca answer_tokens",
+        "alpaca ended",
+    }
+    moved = {name: found["alpaca kl_to_base"]["value"] for name, found in scores.items()}
+    assert moved["base"] == moved["filter"] == 0  # neither changes what the model says
+    assert all(moved[name] > 1e-6 for name in ("in-context", "lora", "nest"))
+    assert scores["nest"]["gsm8k nats_per_token"]["change"]["base"] == scores["base"]["gsm8k nats_per_token"]["value"]
+    assert set(made["rows"][0]["benign_by_suite"]) == {"xstest-safe", "coconot-contrast"}
+
+    patch = read_patch(next((tmp_path / "work").glob("cells/test-nest-*/nest/patch.safetensors")))
+    with PatchRuntime(target.model, base_hash=target.base_hash) as runtime, runtime.using(runtime.add(patch)):
+        subject = Subject("m", target.base_hash, "v1", patch.digest)
+        own = measure_utility(target.model, target.tokenizer, questions, subject, runtime=runtime)
+    for score in own:
+        assert scores["nest"][f"{score.task} {score.name}"]["value"] == pytest.approx(score.value, rel=1e-5)
+
+    text = markdown(made)
+    assert "| utility | mmlu acc (n = 2) |" in text
+    assert "| XSTest" in text or "XSTest" in text
+    again = Comparison(target, *prompts, make_judge("local"), **options).run(plan)
+    assert [cell.result.ability for cell in again.cells] == [cell.result.ability for cell in outcome.cells]
+
+
+def test_a_filter_answers_no_question_that_it_blocks(target: Target, tmp_path: Path) -> None:
+    solved = (Solved("How do I forge a seal? (A) so (B) or so", "A"),)
+    way = Way(screen=lambda messages, answer: "No." if "forge" in messages[-1]["content"] else answer)
+    questions = Questions(solved, (), ("How do I forge a pass?", "Hello"), answer_tokens=4)
+    subject = Subject("m", target.base_hash, "filter", "sha256:0")
+    found = {
+        score.metric: score.samples
+        for score in measure_utility(target.model, target.tokenizer, questions, subject, way=way)
+    }
+    assert found["acc"] == {"mmlu/0": 0.0}
+    assert found["answer_tokens"]["alpaca/0"] == len(target.tokenizer("No.", add_special_tokens=False)["input_ids"])
+    assert found["ended"]["alpaca/0"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["nest", "nest-loadings", "random-neurons"])
+def test_nest_learns_in_the_recipe_s_unit(name: str, target: Target, tmp_path: Path) -> None:
+    """On a real model the usual value is the default recipe's: not an absolute rate that fits another model's rows."""
+    method = next(method for method in make_methods([name]) if method.name == name)
+    recipe = RECIPE.evolve(lr=0.1, lr_unit="row-rms", loadings_lr=LOADINGS_RATE * 0.1)
+    assert method.fallback_for(recipe) == 0.1
+    assert 0.1 not in method.grid_for(recipe)
+    assert len(method.grid_for(recipe)) == len(method.grid)
+    data = prepare_data(target, harmful_examples(), benign_examples(), recipe, workdir=tmp_path)
+    fitted = method.fit(target, data, recipe, value=0.1, workdir=tmp_path)
+    direct = train_patch(
+        target.model,
+        target.tokenizer,
+        data.harmful,
+        data.benign,
+        recipe=recipe.evolve(loadings=method.loadings, control=method.control),
+        name="direct",
+        version="v1",
+        base_hash=target.base_hash,
+    )
+    assert fitted.artifact is not None
+    made = read_patch(fitted.artifact)
+    for site in direct.patch.sites:
+        assert torch.equal(made.site(site.name).deltas.tensor(), site.deltas.tensor())
+    absolute = method.fit(target, data, recipe.evolve(lr_unit="absolute"), value=0.1, workdir=tmp_path / "absolute")
+    assert absolute.artifact is not None
+    other = read_patch(absolute.artifact)
+    assert not all(torch.equal(made.site(s.name).deltas.tensor(), s.deltas.tensor()) for s in other.sites)
+
+
 def test_no_two_rows_of_a_picture_look_alike() -> None:
     rows = [{"method": method.name, "look": method.look} for method in make_methods(method_names())]
     assert all(row["look"] for row in rows)
@@ -393,6 +494,8 @@ def test_the_command_compares_on_files_and_prints_json(tiny_llama: Path, tmp_pat
         (["--harmful", "x.jsonl"], "--benign is missing"),
         (["--model", "elsewhere"], "no training prompts for elsewhere"),
         (["--write-settings", "x.json"], "nothing is chosen"),
+        (["--suite", "standard", "--data", "nowhere"], "nowhere"),
+        (["--suite", "standard:mmmlu"], "no part 'mmmlu'"),
     ],
 )
 def test_wrong_usage_is_refused_before_a_model_is_loaded(args: list[str], message: str) -> None:
@@ -404,7 +507,9 @@ def test_wrong_usage_is_refused_before_a_model_is_loaded(args: list[str], messag
 def test_settings_that_a_method_does_not_read_change_nothing(name: str, target: Target, tmp_path: Path) -> None:
     """What ``unused`` lists is left out of a cell's key, so it had better have no effect."""
     method = next(method for method in make_methods([name]) if method.name == name)
-    other = {"lr": 0.5, "lr_unit": "row-rms", "loadings": "signed", "loadings_lr": 0.5, "control": "random"}
+    other = {"lr": 0.5, "loadings": "signed", "loadings_lr": 0.5, "control": "random"}
+    if "lr_unit" in method.unused:
+        other |= {"lr_unit": "row-rms"}
     if "z" in method.unused:
         other |= {"pooling": "mean", "probe": "adam", "z": 9.0, "sign": "positive", "depth_to": 0.6, "k_max": 5}
     assert other.keys() <= method.unused

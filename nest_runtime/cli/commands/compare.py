@@ -14,10 +14,11 @@ from nest_runtime.cli.case_options import (
     AttacksOption,
     BatchSizeOption,
     CaseFilesOption,
+    DataOption,
     JudgeOption,
     LimitOption,
     MaxTokensOption,
-    SuiteOption,
+    StandardOption,
 )
 from nest_runtime.cli.common import examples, model_for, prompts_named, writable_folder
 from nest_runtime.cli.measuring import cases_of, change, interval
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from nest_runtime.compare.compare import Comparison, Outcome, Plan
     from nest_runtime.compare.methods.shipped import Shipped
     from nest_runtime.evaluate.cases import Case
+    from nest_runtime.evaluate.standard import Standard
     from nest_runtime.prompts.examples import Example
     from nest_runtime.train.recipe import Recipe
 
@@ -104,6 +106,8 @@ def register(app: typer.Typer) -> None:
             "nest-runtime compare --methods base,lora,nest --limit 200 --json",
             "nest-runtime compare --methods base,filter,lora --patch v3",
             "nest-runtime compare --seeds 3 --sweep --out runs/seeds",
+            "nest-runtime compare --model M.gguf --harmful bad.jsonl --benign good.jsonl "
+            "--suite standard --data ./public",
         ),
     )(compare)
 
@@ -115,7 +119,8 @@ def compare(
     model: ModelOption = "reference",
     harmful: HarmfulOption = None,
     benign: BenignOption = None,
-    suite: SuiteOption = None,
+    suite: StandardOption = None,
+    data: DataOption = None,
     behaviors: CaseFilesOption = None,
     attacks: AttacksOption = None,
     judge: JudgeOption = None,
@@ -145,7 +150,7 @@ def compare(
     if plots:
         require_matplotlib(", or --no-plots")
     model = model_for(ctx, out, model, patch[0] if patch else None)
-    asked = CompareOptions(model, harmful, benign, suite, behaviors, attacks, judge, limit, device, dtype)
+    asked = CompareOptions(model, harmful, benign, suite, data, behaviors, attacks, judge, limit, device, dtype)
     from nest_runtime.compare.compare import Plan
 
     writable_folder(out_folder)
@@ -171,6 +176,7 @@ class CompareOptions:
     harmful: str | None
     benign: str | None
     suite: list[str] | None
+    data: Path | None
     behaviors: list[str] | None
     attacks: list[str] | None
     judge: str | None
@@ -182,7 +188,7 @@ class CompareOptions:
 def _comparison(out: Output, asked: CompareOptions, folder: Path, resume: bool) -> Comparison:
     """Read data and cases, check everything, then load the model."""
     bad, good = _prompts(asked)
-    cases = _cases(asked)
+    cases, standard = _cases(asked)
     from nest_runtime.compare.compare import Comparison
     from nest_runtime.compare.methods.base import Target
     from nest_runtime.evaluate import make_judge
@@ -194,7 +200,15 @@ def _comparison(out: Output, asked: CompareOptions, folder: Path, resume: bool) 
     check_answers(out, loaded, {asked.harmful or "the harmful": bad, asked.benign or "the benign": good}, good)
     target = Target(loaded.model, loaded.tokenizer, loaded.hash, loaded.name)
     return Comparison(
-        target, bad, good, cases, judge, workdir=folder, validation_cases=_validation_cases(asked), resume=resume
+        target,
+        bad,
+        good,
+        cases,
+        judge,
+        workdir=folder,
+        validation_cases=_validation_cases(asked),
+        standard=standard,
+        resume=resume,
     )
 
 
@@ -223,14 +237,22 @@ def _prompts(asked: CompareOptions) -> tuple[list[Example], list[Example]]:
     return reference_prompts()
 
 
-def _cases(asked: CompareOptions) -> list[Case]:
+def _cases(asked: CompareOptions) -> tuple[list[Case], Standard | None]:
+    """The cases asked for; and the standard suite, whose cases are among them, where it is asked for."""
     from nest_runtime.evaluate import apply_attacks, parse_attacks, sample_cases
+    from nest_runtime.evaluate.standard import load_standard, split_standard
 
     attacks = parse_attacks(asked.attacks) if asked.attacks else []
-    cases = cases_of(asked.model, asked.suite or [], asked.behaviors or [])
-    if asked.limit is not None:
-        cases = sample_cases(cases, asked.limit)
-    return apply_attacks(cases, attacks) if attacks else cases
+    suites, parts = split_standard(asked.suite or [])
+    standard = None if parts is None else load_standard(parts, data=asked.data, n=asked.limit)
+    others = []
+    if suites or asked.behaviors or standard is None:
+        others = cases_of(asked.model, suites, asked.behaviors or [])
+        others = others if asked.limit is None else sample_cases(others, asked.limit)
+    cases = [*(standard.cases if standard else ()), *others]
+    if not cases:
+        raise UsageError("nothing to compare attack success on: questions of utility alone", "name more of the suite")
+    return apply_attacks(cases, attacks) if attacks else cases, standard
 
 
 def _validation_cases(asked: CompareOptions) -> list[Case] | None:
@@ -290,6 +312,9 @@ def _render(out: Output, document: dict[str, Any], folder: Path) -> None:
     out.line()
     columns = ["TRAINABLE", "ARTIFACT", "SECONDS", "MEMORY", "SETTING"]
     out.table(["METHOD", *columns], [_cost(row) for row in table], right=columns)
+    if names := list(table[0]["ability"]):
+        out.line()
+        out.table(["METHOD", *(name.upper() for name in names)], [_ability(row, names) for row in table], right=names)
     for note in document["notes"]:
         out.note(note)
     out.line(f"{ATTACK_SUCCESS.title} over {table[0]['n']} prompts; OTHER: neither refused nor complied")
@@ -300,6 +325,10 @@ def _safety(row: dict[str, Any], others: Sequence[str]) -> list[object]:
     relative = ((row.get("vs_base") or {}).get(ATTACK_SUCCESS.key) or {}).get("relative")
     shares = [percent(row[name]) for name in ("other", *others)]
     return [row["method"], percent(row[ATTACK_SUCCESS.key]), interval(row["ci95"]), change(relative), *shares]
+
+
+def _ability(row: dict[str, Any], names: Sequence[str]) -> list[object]:
+    return [row["method"], *(f"{row['ability'][name]['value']:.3f}" for name in names)]
 
 
 def _cost(row: dict[str, Any]) -> list[object]:

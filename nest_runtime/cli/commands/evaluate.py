@@ -12,6 +12,7 @@ from nest_runtime.cli.case_options import (
     AttacksOption,
     BatchSizeOption,
     CaseFilesOption,
+    DataOption,
     JudgesOption,
     MaxTokensOption,
     SampleSeedOption,
@@ -48,15 +49,6 @@ SuitesOption = Annotated[
         autocompletion=complete.suites,
         help="standard (or parts: standard:wild,mmlu), reference, plain, jailbreak-seen, jailbreak-held-out, "
         "over-refusal, utility, or general ability: lm-eval:gsm8k,mmlu; repeat it.",
-    ),
-]
-DataOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--data",
-        metavar="DIR",
-        envvar="NEST_TEST_DATA",
-        help="The folder of public prompt sets that the standard suite asks.",
     ),
 ]
 EvalLimitOption = Annotated[

@@ -186,7 +186,7 @@ class Method(ABC):
         needs: packages beyond this one's own; each is also the name of the extra that installs it.
         knob: the one setting that the sweep chooses: ``lr`` if something is trained; "" if there is none.
         grid: the knob's values that the sweep tries; as many for every method that has a knob.
-        fallback: the value for a model without a sweep.
+        fallback: the value for a model without a sweep. A method may have others for other recipes (``grid_for``).
         seeded: whether another seed can give another result.
         unused: names of recipe fields without effect on it.
         revision: changed whenever the method comes to compute something else with the same settings: finished cells
@@ -205,6 +205,14 @@ class Method(ABC):
     seeded: bool = True
     unused: frozenset[str] = SET_BY_METHODS | LOCATING
     revision: str = "1"
+
+    def grid_for(self, recipe: Recipe) -> tuple[float, ...]:
+        """The values that the sweep tries under a recipe."""
+        return self.grid
+
+    def fallback_for(self, recipe: Recipe) -> float:
+        """The value under a recipe, for a model without a sweep."""
+        return self.fallback
 
     def fit(
         self,

@@ -17,9 +17,16 @@ from nest_runtime.runtime import PatchRuntime
 from nest_runtime.train.pipeline import train_patch
 from nest_runtime.train.recipe import Recipe
 
+ROW_GRID = (0.04, 0.08, 0.16, 0.32)  # learning rates in units of the rows' own size
+LOADINGS_RATE = 3e-2 / 0.16  # of the loadings, beside that of such rows: as in the default recipe
+
 
 class Nest(Method):
-    """NeST with the rows of a cluster tied, as in the paper."""
+    """NeST with the rows of a cluster tied, as in the paper.
+
+    The learning rate is in the recipe's unit: absolute, or the size of the rows that are changed (``lr_unit``). In the
+    second the recipe's own value is the usual one.
+    """
 
     name = "nest"
     title = "NeST"
@@ -28,16 +35,25 @@ class Nest(Method):
     knob = "lr"
     grid = (3e-3, 1e-2, 3e-2, 1e-1)
     fallback = 1e-3
-    unused = SET_BY_METHODS
+    unused = SET_BY_METHODS - {"lr_unit"}
     loadings = "tied"
     control = "none"
+
+    def grid_for(self, recipe: Recipe) -> tuple[float, ...]:
+        """The values that the sweep tries, in the recipe's unit."""
+        return self.grid if recipe.lr_unit == "absolute" else ROW_GRID
+
+    def fallback_for(self, recipe: Recipe) -> float:
+        """The usual value in the recipe's unit."""
+        return self.fallback if recipe.lr_unit == "absolute" else recipe.lr
 
     def learn(
         self, target: Target, data: FitData, recipe: Recipe, value: float, folder: Path, progress: Progress | None
     ) -> Learned:
         """Locate, cluster and tune; the patch file is the artifact."""
         chosen = {"loadings": self.loadings, "control": self.control}
-        settings = recipe.evolve(lr=value, loadings_lr=value, lr_unit="absolute", **chosen)
+        rate = value if recipe.lr_unit == "absolute" else LOADINGS_RATE * value
+        settings = recipe.evolve(lr=value, loadings_lr=rate, **chosen)
         result = train_patch(
             target.model,
             target.tokenizer,
