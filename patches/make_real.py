@@ -1,11 +1,14 @@
 """Makes the patches that ship for real models, from public prompts and the ones that come with the package.
 
     python patches/make_real.py --data ../shared/data --model M.gguf [--version v1] [--out patches]
+    python patches/make_real.py --data ../shared/data --prompts DIR
 
 Refused are AdvBench's goals, without those that JailbreakBench or HarmBench test with, and some harmful prompts of
 the package; answered as before are its everyday and borderline prompts, its imperatives, and those with pasted
 material. No jailbreak text is among them. The patch goes to
 ``OUT/NAME/VERSION.safetensors``, and the prompts that are not this project's stay where they are.
+With ``--prompts`` the default's prompts are written as ``harmful.jsonl`` and ``benign.jsonl``, and nothing is trained:
+``nest-runtime compare`` gives them to other methods.
 ``benchmarks/real_models.py`` measures it and writes its card; settings were chosen on its validation part
 (docs/decisions/real-models.md).
 """
@@ -57,11 +60,17 @@ def main() -> None:
     """Train one version and write it, with the report of its making where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--prompts", type=Path, help="write the training prompts into this folder; train nothing")
     parser.add_argument("--version", default="v1")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--report", type=Path, help="write the report of the run here, as JSON")
     options = parser.parse_args()
+    if options.prompts:
+        write_prompts(options.data, options.prompts)
+        return
+    if not options.model:
+        parser.error("give --model, or --prompts")
     loaded = load_model(options.model)
     name = short_name(loaded.name)
     if options.version not in VERSIONS:
@@ -125,6 +134,15 @@ def training_prompts(data: Path, making: Making = DEFAULT) -> tuple[list[Example
     if making.harmful:
         harmful += drawn(load_examples("harmful"), making.harmful)
     return harmful, [e for name, count in making.benign.items() for e in drawn(load_examples(name), count)]
+
+
+def write_prompts(data: Path, folder: Path) -> None:
+    """Write the default's training prompts, a file a class."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, examples in zip(("harmful", "benign"), training_prompts(data), strict=True):
+        lines = [json.dumps({"messages": example.messages, **example.meta}, ensure_ascii=False) for example in examples]
+        (folder / f"{kind}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"{folder / kind}.jsonl: {len(lines)} prompts")
 
 
 def normal(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ def compare(
     judge: str | Judge | None = None,
     limit: int | None = None,
     recipe: Recipe | None = None,
+    values: Mapping[str, float] | None = None,
     seeds: int = 1,
     max_new_tokens: int = 64,
     batch_size: int = 64,
@@ -52,6 +53,7 @@ def compare(
         data: the folder of public sets that the suite ``standard`` asks; by default $NEST_TEST_DATA.
         judge: a judge or its name; None takes the one that fits the cases.
         recipe: steps, batches and early stop of every method; None takes the command's.
+        values: a method's own setting by its name, mostly a learning rate; usual ones for the others.
         seeds: how many seeds each method is fitted with.
         max_new_tokens, batch_size: of generation; decoding is greedy.
         workdir: where finished cells are kept; the same call continues from them. None uses a temporary folder.
@@ -76,8 +78,9 @@ def compare(
     cases = apply_attacks(asked.cases, parse_attacks(list(attacks))) if attacks else asked.cases
     judges = find_judges(judge, cases)
     target, finished = _target(opened(model), patches)
-    known, values = settings_for(target)
-    plan = Plan((*made, *finished), recipe or known, tuple(range(seeds)), values, False, max_new_tokens, batch_size)
+    known, usual = settings_for(target)
+    chosen = {**usual, **(values or {})}
+    plan = Plan((*made, *finished), recipe or known, tuple(range(seeds)), chosen, False, max_new_tokens, batch_size)
     with nullcontext(str(workdir)) if workdir is not None else tempfile.TemporaryDirectory() as folder:
         comparison = Comparison(
             target,

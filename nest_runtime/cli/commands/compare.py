@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +36,12 @@ from nest_runtime.cli.output import (
 from nest_runtime.cli.training import check_answers
 from nest_runtime.compare.methods.registry import method_names
 from nest_runtime.errors import UsageError
+from nest_runtime.hints import did_you_mean
 from nest_runtime.measures import ATTACK_SUCCESS, MEASURES
 
 if TYPE_CHECKING:
     from nest_runtime.compare.compare import Comparison, Outcome, Plan
+    from nest_runtime.compare.methods.base import Method
     from nest_runtime.compare.methods.shipped import Shipped
     from nest_runtime.evaluate.cases import Case
     from nest_runtime.evaluate.standard import Standard
@@ -85,6 +88,12 @@ SettingsOption = Annotated[
     Path | None,
     typer.Option("--settings", metavar="FILE", help="Take learning rates and recipe from a sweep's file."),
 ]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="METHOD=VALUE", help="A method's own setting instead of its usual one: lora=1e-3; repeat it."
+    ),
+]
 WriteSettingsOption = Annotated[
     Path | None, typer.Option("--write-settings", metavar="FILE", help="Keep what --sweep chooses in this file.")
 ]
@@ -127,6 +136,7 @@ def compare(
     seeds: SeedsOption = 1,
     sweep: SweepOption = False,
     settings: SettingsOption = None,
+    chosen: SetOption = None,
     write_settings: WriteSettingsOption = None,
     steps: StepsOption = None,
     limit: LimitOption = None,
@@ -147,6 +157,7 @@ def compare(
     from nest_runtime.plots.style import require_matplotlib
 
     made = make_methods(check_names([name.strip() for name in methods.split(",") if name.strip()]))
+    own = _values(chosen or [], made, sweep)
     if plots:
         require_matplotlib(", or --no-plots")
     model = model_for(ctx, out, model, patch[0] if patch else None)
@@ -156,8 +167,8 @@ def compare(
     writable_folder(out_folder)
     comparison = _comparison(out, asked, out_folder, resume)
     finished = _finished(patch, comparison)
-    recipe, values = _settings(out, settings, comparison, steps)
-    plan = Plan((*made, *finished), recipe, tuple(range(seeds)), values, sweep, max_tokens, batch_size)
+    recipe, values = _settings(out, settings, comparison, steps, quiet=bool(own) or sweep)
+    plan = Plan((*made, *finished), recipe, tuple(range(seeds)), {**values, **own}, sweep, max_tokens, batch_size)
     outcome = _run(out, comparison, plan, out_folder)
     document = write_results(outcome, plan, out_folder, plots)
     if write_settings is not None:
@@ -264,14 +275,36 @@ def _validation_cases(asked: CompareOptions) -> list[Case] | None:
     return sample_cases(load_suites(VALIDATION_SUITES, split="validation"), VALIDATION_CASES)
 
 
+def _values(chosen: Sequence[str], methods: Sequence[Method], sweep: bool) -> dict[str, float]:
+    """What ``--set`` says, by method. Raises UsageError."""
+    if chosen and sweep:
+        raise UsageError("--set and --sweep exclude each other: the sweep chooses every method's setting", "drop one")
+    knobs = {method.name: method.knob for method in methods if method.knob}
+    values: dict[str, float] = {}
+    for text in chosen:
+        name, _, value = text.partition("=")
+        if name not in knobs:
+            raise UsageError(
+                f"--set {text}: {name or 'nothing'} is none of the methods compared that have a setting",
+                f"{did_you_mean(name, knobs)}they are {', '.join(knobs) or 'none'}: --set METHOD=VALUE",
+            )
+        try:
+            values[name] = float(value)
+        except ValueError:
+            values[name] = math.nan
+        if not 0 <= values[name] < math.inf:
+            raise UsageError(f"--set {text}: {value!r} is no {knobs[name]}", f"give a number: --set {name}=0.001")
+    return values
+
+
 def _settings(
-    out: Output, path: Path | None, comparison: Comparison, steps: int | None
+    out: Output, path: Path | None, comparison: Comparison, steps: int | None, *, quiet: bool
 ) -> tuple[Recipe, dict[str, float]]:
     """Recipe and values: of the file named, of the shipped sweep where it was made for this base, else defaults."""
     from nest_runtime.compare.api import settings_for
 
     recipe, values = settings_for(comparison.target, path)
-    if not values:
+    if not values and not quiet:
         out.note(
             "no sweep was made for this model: learning rates are the methods' usual ones (choose them with --sweep)"
         )
