@@ -115,8 +115,7 @@ def register(app: typer.Typer) -> None:
             "nest-runtime compare --methods base,lora,nest --limit 200 --json",
             "nest-runtime compare --methods base,filter,lora --patch v3",
             "nest-runtime compare --seeds 3 --sweep --out runs/seeds",
-            "nest-runtime compare --model M.gguf --harmful bad.jsonl --benign good.jsonl "
-            "--suite standard --data ./public",
+            "nest-runtime compare --methods lora,nest --suite standard --data ./public",
         ),
     )(compare)
 
