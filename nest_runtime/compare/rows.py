@@ -7,6 +7,7 @@ ONE seed, since the same prompts are answered again under every seed. McNemar's 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -112,14 +113,18 @@ def _ability(results: Sequence[EvalResult], base: EvalResult | None) -> dict[str
 
 
 def _score(seeds: Sequence[Score]) -> dict[str, Any]:
-    """One score over its seeds."""
+    """One score over its seeds. Its interval is for the questions of one seed: the others ask the same ones again."""
     first, value = seeds[0], fmean(score.value for score in seeds)
     change = None
     if first.base is not None:
         change = {**(first.change or {}), "base": first.base.value, "difference": value - first.base.value}
-    kept = {"n": first.n, "higher_is_better": first.higher_is_better}
-    ci95 = list(first.ci95) if len(seeds) == 1 and first.ci95 is not None else None
-    return {"value": value, "ci95": ci95, **kept, "change": change}
+    moved = replace(first, value=value)
+    if len(seeds) > 1 and set(first.samples.values()) <= {0.0, 1.0}:
+        ends: Sequence[float] | None = Rate(min(round(value * first.n), first.n), first.n).ci95
+    else:
+        ends = moved.ci95
+    ci95 = None if ends is None else list(ends)
+    return {"value": value, "ci95": ci95, "n": first.n, "higher_is_better": first.higher_is_better, "change": change}
 
 
 def _mean_share(by_seed: Sequence[Sequence[Record]]) -> float | None:

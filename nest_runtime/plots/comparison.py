@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nest_runtime.measures import ATTACK_SUCCESS, StatedRate
+from nest_runtime.measures import ATTACK_SUCCESS, UTILITY, Measure, StatedRate, measures_of
 from nest_runtime.plots import style
 from nest_runtime.plots.tradeoff import TradeoffPoint, ends, tradeoff
 
@@ -23,6 +24,7 @@ _OTHERS = (
     *zip(style.OKABE_ITO[:7], "os^DvPX", strict=True),
     *zip(style.OKABE_ITO[:7], "ph8*d<>", strict=True),
 )
+MMLU = "mmlu acc"  # of a row's scores of utility
 Row = Mapping[str, Any]
 
 
@@ -37,7 +39,7 @@ def draw(data: Mapping[str, Any], folder: Path) -> list[Path]:
     chosen = styles(rows)
     folder.mkdir(parents=True, exist_ok=True)
     painters: dict[str, Callable[[], Figure]] = {
-        "tradeoff": lambda: tradeoff(tradeoff_points(rows, chosen), joined=False),
+        "tradeoff": lambda: tradeoff(tradeoff_points(rows, chosen), joined=False, columns=columns_of(rows)),
         "parameters": lambda: _parameters(rows, chosen),
         "families": lambda: _families(rows),
     }
@@ -57,10 +59,19 @@ def tradeoff_points(rows: Sequence[Row], look: Mapping[str, Mapping[str, str]]) 
     return [TradeoffPoint(row["title"], _rates(row), **look[row["method"]]) for row in rows]
 
 
+def columns_of(rows: Sequence[Row]) -> list[Measure]:
+    """The measures of benign prompts; MMLU stands for utility where no case measures it."""
+    asked = any(UTILITY.key in _rates(row) for row in rows)
+    stands = not asked and any(MMLU in (row.get("ability") or {}) for row in rows)
+    mmlu = replace(UTILITY, key=MMLU, title="MMLU, right letter")
+    return [mmlu if stands and measure is UTILITY else measure for measure in measures_of("benign")]
+
+
 def _rates(row: Row) -> dict[str, StatedRate]:
-    """The rates of a row that were measured."""
-    found = row["rates"].items()
-    return {key: StatedRate(r["value"], tuple(r["ci95"]), r["n"]) for key, r in found if r["value"] is not None}
+    """The rates of a row that were measured, and its share of MMLU."""
+    found = {**row["rates"], MMLU: (row.get("ability") or {}).get(MMLU)}
+    known = {key: rate for key, rate in found.items() if rate and rate["value"] is not None and rate["ci95"]}
+    return {key: StatedRate(rate["value"], tuple(rate["ci95"]), rate["n"]) for key, rate in known.items()}
 
 
 def _parameters(rows: Sequence[Row], look: Mapping[str, Mapping[str, str]]) -> Figure:

@@ -29,14 +29,15 @@ class TradeoffPoint:
     marker: str
 
 
-def tradeoff(points: Sequence[TradeoffPoint], *, joined: bool) -> Figure:
+def tradeoff(points: Sequence[TradeoffPoint], *, joined: bool, columns: Sequence[Measure] = ()) -> Figure:
     """A panel for each measure of benign prompts, attack success upwards, with 95 % intervals both ways.
 
     Args:
         points: in the order of the legend.
         joined: draw a line through the points in their order.
+        columns: the measures, if they are not all of benign prompts.
     """
-    columns = measures_of("benign")
+    columns = columns or measures_of("benign")
     made = figure(0.7 + 4.4 * len(columns), 4.6, "Attack success, and what it was bought with")
     panels: Any = made.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axes, measure in zip(panels, columns, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -38,7 +39,7 @@ from nest_runtime.evaluate.stats import Rate, corrected
 from nest_runtime.evaluate.utility import Questions, Solved, Way, measure_utility
 from nest_runtime.model.load import load_model
 from nest_runtime.patch.file import read_patch
-from nest_runtime.plots.comparison import draw, styles
+from nest_runtime.plots.comparison import columns_of, draw, styles
 from nest_runtime.runtime import PatchRuntime
 from nest_runtime.train.pipeline import train_patch
 from tests.support.public import make_public
@@ -338,7 +339,11 @@ def test_the_standard_suite_measures_what_every_method_costs_in_utility(target: 
 
     text = markdown(made)
     assert "| utility | mmlu acc (n = 2) |" in text
-    assert "| XSTest" in text or "XSTest" in text
+    assert "XSTest (Röttger" in text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(draw(made, tmp_path / "plots")) == 3  # MMLU stands for utility: no panel is empty
+    assert [measure.title for measure in columns_of(made["rows"])] == ["over-refusal", "MMLU, right letter"]
     again = Comparison(target, *prompts, make_judge("local"), **options).run(plan)
     assert [cell.result.ability for cell in again.cells] == [cell.result.ability for cell in outcome.cells]
 

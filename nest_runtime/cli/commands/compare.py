@@ -22,7 +22,8 @@ from nest_runtime.cli.case_options import (
     StandardOption,
 )
 from nest_runtime.cli.common import examples, model_for, prompts_named, writable_folder
-from nest_runtime.cli.measuring import cases_of, change, interval
+from nest_runtime.cli.compare_view import render
+from nest_runtime.cli.measuring import cases_of
 from nest_runtime.cli.output import (
     DeviceOption,
     DtypeOption,
@@ -30,14 +31,11 @@ from nest_runtime.cli.output import (
     JsonOption,
     ModelOption,
     Output,
-    percent,
-    size,
 )
 from nest_runtime.cli.training import check_answers
 from nest_runtime.compare.methods.registry import method_names
 from nest_runtime.errors import UsageError
 from nest_runtime.hints import did_you_mean
-from nest_runtime.measures import ATTACK_SUCCESS, MEASURES
 
 if TYPE_CHECKING:
     from nest_runtime.compare.compare import Comparison, Outcome, Plan
@@ -175,7 +173,7 @@ def compare(
         from nest_runtime.io import write_json
 
         write_json(write_settings, settings_file(outcome.values, outcome.sweep, outcome.identity))
-    out.result(document, lambda: _render(out, document, out_folder))
+    out.result(document, lambda: render(out, document, out_folder))
 
 
 @dataclass(frozen=True)
@@ -333,37 +331,3 @@ def write_results(outcome: Outcome, plan: Plan, folder: Path, plots: bool) -> di
 
         draw(made, folder)
     return made
-
-
-def _render(out: Output, document: dict[str, Any], folder: Path) -> None:
-    """Two tables that fit a terminal: what the methods do, and what they cost; comparison.md has the rest."""
-    table = document["rows"]
-    others = [measure for measure in MEASURES.values() if measure is not ATTACK_SUCCESS]
-    columns = [ATTACK_SUCCESS.column.upper(), "95 % CI", "VS BASE", "OTHER", *(m.column.upper() for m in others)]
-    out.table(["METHOD", *columns], [_safety(row, [m.key for m in others]) for row in table], right=columns)
-    out.line()
-    columns = ["TRAINABLE", "ARTIFACT", "SECONDS", "MEMORY", "SETTING"]
-    out.table(["METHOD", *columns], [_cost(row) for row in table], right=columns)
-    if names := list(table[0]["ability"]):
-        out.line()
-        out.table(["METHOD", *(name.upper() for name in names)], [_ability(row, names) for row in table], right=names)
-    for note in document["notes"]:
-        out.note(note)
-    out.line(f"{ATTACK_SUCCESS.title} over {table[0]['n']} prompts; OTHER: neither refused nor complied")
-    out.line(f"all figures in {folder}/comparison.md and .json")
-
-
-def _safety(row: dict[str, Any], others: Sequence[str]) -> list[object]:
-    relative = ((row.get("vs_base") or {}).get(ATTACK_SUCCESS.key) or {}).get("relative")
-    shares = [percent(row[name]) for name in ("other", *others)]
-    return [row["method"], percent(row[ATTACK_SUCCESS.key]), interval(row["ci95"]), change(relative), *shares]
-
-
-def _ability(row: dict[str, Any], names: Sequence[str]) -> list[object]:
-    return [row["method"], *(f"{row['ability'][name]['value']:.3f}" for name in names)]
-
-
-def _cost(row: dict[str, Any]) -> list[object]:
-    seconds = None if row["seconds"] is None else f"{row['seconds']:.0f}"
-    memory = None if row["peak_bytes"] is None else size(row["peak_bytes"])
-    return [row["method"], row["trainable"], size(row["artifact_bytes"]), seconds, memory, row["setting"]]
