@@ -82,16 +82,8 @@ def compare(
     chosen = {**usual, **(values or {})}
     plan = Plan((*made, *finished), recipe or known, tuple(range(seeds)), chosen, False, max_new_tokens, batch_size)
     with nullcontext(str(workdir)) if workdir is not None else tempfile.TemporaryDirectory() as folder:
-        comparison = Comparison(
-            target,
-            bad,
-            good,
-            cases,
-            judges[0],
-            workdir=Path(folder),
-            standard=asked.standard,
-            progress=progress,
-        )
+        about = (target, bad, good, cases, judges[0])
+        comparison = Comparison(*about, workdir=Path(folder), standard=asked.standard, progress=progress)
         return document(comparison.run(plan), plan.methods)
 
 
