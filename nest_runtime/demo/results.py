@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,13 @@ SUITES = {  # of benchmarks/real_models.py, for people
 }
 
 
-def comparison_folder() -> Path | None:
-    """The folder of the measured comparison, in an installed wheel or in a checkout; None if it is missing."""
-    return next((path for path in _folders("compare") if (path / "comparison.json").is_file()), None)
+def comparison_folders() -> list[Path]:
+    """The folders of measured comparisons, of a wheel or of a checkout; that of the reference model first."""
+    for compared, real in zip(_folders("compare"), _folders("real"), strict=True):
+        found = [folder for folder in (compared, *sorted(real.glob("*/"))) if (folder / "comparison.json").is_file()]
+        if found:
+            return found
+    return []
 
 
 def _folders(name: str) -> list[Path]:
@@ -44,14 +48,15 @@ def _folders(name: str) -> list[Path]:
 
 
 def results_html(state: DemoState) -> str:
-    """What was measured on the model shown: the comparison where that was made on it, else what its patches state."""
-    folder, head = comparison_folder(), "<h2>What was measured</h2>"
-    if folder is not None and _is_of(folder, state.backend):
-        return comparison_html(folder)
+    """What was measured on the model shown: its patches and comparisons, else what its patches state."""
+    head = "<h2>What was measured</h2>"
+    compared = "".join(comparison_html(folder) for folder in comparison_folders() if _is_of(folder, state.backend))
+    if compared and state.backend.name == REFERENCE:
+        return compared
     entries = state.entries() if state.backend.model_hash is not None else []  # else of whichever models
     measured = "".join(_measured(state, found) for found in _measurements({entry.digest for entry in entries}))
-    if measured:
-        return markup.wrap(head, measured)
+    if measured or compared:
+        return (markup.wrap(head, measured) if measured else "") + compared
     rows = [
         row
         for entry in entries
@@ -138,11 +143,12 @@ def comparison_html(folder: Path) -> str:
     """The comparison's table and charts."""
     head = "<h2>Compared with other methods</h2>"
     data = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    about = f"{len(data['seeds'])} seeds, judge {data['judge']}, {data['created'][:10]}"
+    seeds = len(data["seeds"])
+    about = f"{seeds} seed{'s' if seeds > 1 else ''}, judge {data['judge']}, {data['created'][:10]}"
     made = f"Model {data['model']}, {about}; not run now."
-    measured = [measure.title for measure in MEASURES.values()]
-    columns = ("method", *measured, "95 % interval", "garbled", "trained numbers")
-    rows = [_row(row) for row in data["rows"]]
+    measured = {name: measure.title for name, measure in MEASURES.items() if _is_known(data["rows"], name)}
+    columns = ("method", *measured.values(), "95 % interval", "garbled", "trained numbers")
+    rows = [_row(row, measured) for row in data["rows"]]
     marked = [n for n, row in enumerate(data["rows"]) if any(part in row["method"] for part in MARKED)]
     table = markup.table(columns, rows, caption=CAPTION, numbers=columns[1:], marked=marked)
     return markup.wrap(head, markup.note(made), table, _charts(data["rows"]))
@@ -160,7 +166,7 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
             success,
         )
         for measure in measures_of("benign")
-        if all((row["rates"].get(measure.key) or {}).get("value") is not None for row in rows)
+        if _is_known(rows, measure.key)
     ]
     trained = [max(row["trainable"], 1) for row in rows]
     powers = tuple((10.0**n, "none" if n == 0 else f"{10**n:,}") for n in range(0, 8, 2) if 10**n <= 10 * max(trained))
@@ -185,9 +191,15 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
     return f'{key}<div class="nr-maps">{"".join(costs)}</div>{table}'
 
 
+def _is_known(rows: Sequence[Mapping[str, Any]], measure: str) -> bool:
+    """Whether every row has a rate of a measure."""
+    return all((row["rates"].get(measure) or {}).get("value") is not None for row in rows)
+
+
 def _point(row: Mapping[str, Any], measure: str) -> charts.Point:
     rate, (low, high) = row["rates"][measure], row["ci95"]
-    shares = {name: f"{measure.title} {markup.percent(row.get(name))}" for name, measure in MEASURES.items()}
+    known = {name: measure for name, measure in MEASURES.items() if row.get(name) is not None}
+    shares = {name: f"{measure.title} {markup.percent(row[name])}" for name, measure in known.items()}
     shares[ATTACK_SUCCESS.key] += f" [{100 * low:.1f}, {100 * high:.1f}]"
     words = f"{_title(row)}: {', '.join(shares.values())}, {row['trainable']:,} trained numbers"
     ends = (100 * rate["ci95"][0], 100 * rate["ci95"][1])
@@ -206,10 +218,10 @@ def _title(row: Mapping[str, Any]) -> str:
     return str(row["title"]).rpartition("@")[2]
 
 
-def _row(row: dict[str, Any]) -> list[str]:
+def _row(row: Mapping[str, Any], measured: Iterable[str]) -> list[str]:
     return [
         markup.text(_title(row)),
-        *(markup.percent(row.get(name)) for name in MEASURES),
+        *(markup.percent(row.get(name)) for name in measured),
         _interval(row["ci95"]),
         markup.percent(row["other"]),
         f"{row['trainable']:,}",

@@ -219,10 +219,9 @@ def test_what_models_and_users_say_is_no_markup() -> None:
 
 def test_the_page_names_nothing_from_elsewhere() -> None:
     from nest_runtime.demo.app import CSS, SCRIPT
-    from nest_runtime.demo.results import comparison_folder, comparison_html
+    from nest_runtime.demo.results import comparison_folders, comparison_html
 
-    folder = comparison_folder()
-    assert folder is not None
+    folder = comparison_folders()[0]
     found = Tags(comparison_html(folder))
     assert found.tags.count("figure") == 4
     assert found.links == []
@@ -253,7 +252,7 @@ def test_evidence_is_of_the_model_shown(state: Any, monkeypatch: pytest.MonkeyPa
     assert "LoRA" not in html
     for part in (">v1<", "test, asr, jailbreak", "5.2 %", "4.1 to 6.4 %", "1,300"):
         assert part in html
-    monkeypatch.setattr(results, "comparison_folder", lambda: None)
+    monkeypatch.setattr(results, "comparison_folders", list)
     assert "not part of this installation" in results.results_html(replace(world, store=type(state.store)("none")))
 
 
@@ -418,12 +417,36 @@ def test_results_of_the_patches_shown(state: Any, tmp_path: Path, monkeypatch: p
     for number, found in enumerate((digest, "sha256:" + "9" * 64)):
         made = {**kept, "digest": found, "base": {"rates": {"plain": rate}}, "patch": {"rates": {"plain": low}}}
         (tmp_path / f"{number}.json").write_text(json.dumps(made))
-    monkeypatch.setattr(results, "_folders", lambda name: [tmp_path])
+    monkeypatch.setattr(results, "_folders", lambda name: [tmp_path / "none" if name == "compare" else tmp_path])
     html = results.results_html(state)
     assert html.count("<table") == 1  # that of the other patch is not this model's
     assert "harmful, asked plainly" in html
     assert '90.0 % <br class="nr-break">[80, 95]' in html
     assert '20.0 % <br class="nr-break">[10, 35]' in html
+
+
+def test_a_comparison_on_a_real_model_is_shown_with_that_model(
+    state: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import json
+
+    from nest_runtime.demo import results
+    from tests.support.store import BASE_A
+
+    made = json.loads((results.comparison_folders()[0] / "comparison.json").read_text())
+    for row in made["rows"]:
+        row["utility"] = row["rates"]["utility"]["value"] = None  # public suites have no exact answers
+    (tmp_path / "a-model").mkdir()
+    (tmp_path / "a-model" / "comparison.json").write_text(json.dumps({**made, "base_hash": BASE_A, "seeds": [0]}))
+    state.backend.model_hash = BASE_A
+    monkeypatch.setattr(results, "_folders", lambda name: [tmp_path / "none" if name == "compare" else tmp_path])
+    html = results.results_html(state)
+    assert "Compared with other methods" in html
+    assert "1 seed, judge" in html
+    assert "utility" not in html
+    assert "LoRA" in html
+    state.backend.model_hash = "sha256:" + "9" * 64
+    assert "Compared with other methods" not in results.results_html(state)
 
 
 def ids(state: Any) -> set[str]:
@@ -502,10 +525,9 @@ def test_work_that_fails_leaves_nothing_that_seems_to_go_on(
 
 def test_marks_have_one_size_and_none_hides_another() -> None:
     from nest_runtime.demo.html import charts
-    from nest_runtime.demo.results import comparison_folder, comparison_html
+    from nest_runtime.demo.results import comparison_folders, comparison_html
 
-    folder = comparison_folder()
-    assert folder is not None
+    folder = comparison_folders()[0]
     html = comparison_html(folder)
     assert "Compared with other methods" in html
     for chart in html.split("<figure")[1:4]:
