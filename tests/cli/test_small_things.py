@@ -72,7 +72,7 @@ def test_reference_names_prompts_wherever_prompts_are_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (len(prompts_named("reference", "harmful")), len(prompts_named("reference", "benign"))) == (602, 1343)
-    files = dict.fromkeys(("suite", "behaviors", "attacks", "judge", "limit"))
+    files = dict.fromkeys(("suite", "data", "behaviors", "attacks", "judge", "limit"))
     compared = CompareOptions("tiny", "reference", "reference", **files, device="cpu", dtype="auto")
     assert [len(prompts) for prompts in prompts_of(compared)] == [602, 1343]
     monkeypatch.chdir(tmp_path)
