@@ -203,11 +203,12 @@ class Comparison:
         return again
 
     def data(self, recipe: Recipe) -> FitData:
-        """The training data under a seed, made once."""
+        """The training data under a seed, made once; the base's answers are kept in a folder of their own."""
         key = digest_of(recipe.to_json())
         if key not in self._data:
+            folder = self.workdir / "data" / key.removeprefix("sha256:")[:16]
             self._data[key] = prepare_data(
-                self.target, self.harmful, self.benign, recipe, workdir=self.workdir, progress=self.progress
+                self.target, self.harmful, self.benign, recipe, workdir=folder, progress=self.progress
             )
         return self._data[key]
 

@@ -195,7 +195,7 @@ class Run:
         settings, ends = self.refusing(harmful), end_token_ids(self.model, self.tokenizer)
 
         def answers(examples: Sequence[Example], beginnings: Sequence[str] = ()) -> list[ModelAnswer]:
-            return self.answers(examples, beginnings=beginnings)
+            return self.answers(examples, "otherwise" if beginnings else "answers", beginnings=beginnings)
 
         return teach(self.tokenizer, harmful, benign, rehearsal, settings, ends, answers)
 

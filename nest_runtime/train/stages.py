@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from nest_runtime.io import canonical_json, replacing
 
 _KEY = "[0-9a-f]" * 16  # as a glob
-STAGES = ("answers", "refusals", "activations", "probes", "clusters", "tune")
+STAGES = ("answers", "otherwise", "refusals", "activations", "probes", "clusters", "tune")
 
 
 def stage_key(**parts: Any) -> str:

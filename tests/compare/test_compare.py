@@ -280,6 +280,23 @@ def test_without_validation_cases_the_sweep_uses_held_out_prompts(
         comparison.run(bare)
 
 
+def test_the_base_s_answers_are_kept_for_every_seed(target: Target, tmp_path: Path) -> None:
+    bare = [replace(example, response=None) for example in benign_examples()]
+    stages: list[str] = []
+
+    def data() -> None:
+        options: dict[str, Any] = {"workdir": tmp_path, "progress": lambda stage, done, total: stages.append(stage)}
+        comparison = Comparison(target, harmful_examples(), bare, CASES, SayJudge(), **options)
+        for seed in (0, 1):
+            comparison.data(RECIPE.evolve(seed=seed))
+
+    data()
+    assert "generate" in stages
+    stages.clear()
+    data()
+    assert "generate" not in stages
+
+
 def test_too_few_prompts_are_refused(target: Target, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 harmful training prompts"):
         Comparison(target, harmful_examples(1), benign_examples(), CASES, SayJudge(), workdir=tmp_path)

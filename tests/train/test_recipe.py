@@ -140,6 +140,30 @@ def test_an_interrupted_run_resumes_to_the_same_patch(
     assert not {"generate", "activations"} & set(done) & set(stages)
 
 
+def test_answers_are_kept_beside_those_that_come_instead_of_refusals(
+    loaded: Any, base_hash: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base is asked twice, the second time what it refused. One did away with the other's answers."""
+    first: dict[str, bool] = {}
+
+    def refuses(text: str) -> bool:  # every third answer of the first time
+        return first.setdefault(text, len(first) % 3 == 0)
+
+    monkeypatch.setattr("nest_runtime.prompts.refusals.is_refusal", refuses)
+    recipe, work = QUICK.evolve(answer_refused=True, keep_refused=False), tmp_path / "work"
+    stages: list[str] = []
+
+    def told(name: str, done: int, total: int) -> None:
+        stages.append(name)
+
+    for _ in range(2):
+        stages.clear()
+        run(loaded, base_hash, recipe, workdir=work, keep_workdir=True, progress=told)
+    assert "generate" not in stages
+    few, many = sorted(len(json.loads(path.read_text())) for path in work.glob("*/answers.json"))
+    assert 0 < few < many
+
+
 def test_finished_stages_are_used_again_until_what_they_depend_on_changes(
     loaded: Any, base_hash: str, tmp_path: Path
 ) -> None:
