@@ -131,7 +131,8 @@ def corrected(rate: Rate, errors: JudgeErrors) -> Corrected | None:
     sensitivity and specificity. It presumes that the judge errs on these answers as on the labelled ones.
 
     Returns:
-        None if there were no trials or no labelled answers, or the judge is no better than chance.
+        None if there were no trials or no labelled answers, or the judge is no better than chance. None too if the
+        whole interval lies outside of [0, 1]: the judge does not err on these answers as on the labelled ones.
     """
     if not (rate.n and errors.positive and errors.negative):
         return None
@@ -139,11 +140,14 @@ def corrected(rate: Rate, errors: JudgeErrors) -> Corrected | None:
     if sensitivity + specificity <= 1:
         return None
     value = (rate.successes / rate.n + specificity - 1) / (sensitivity + specificity - 1)
-    return Corrected(min(max(value, 0.0), 1.0), _corrected_interval(rate, errors), errors)
+    low, high = _corrected_interval(rate, errors)
+    if high <= 0 or low >= 1:
+        return None
+    return Corrected(_share(value), (_share(low), _share(high)), errors)
 
 
 def _corrected_interval(rate: Rate, errors: JudgeErrors) -> tuple[float, float]:
-    """Lang and Reiczigel's interval: each proportion with pseudo-trials added, then the delta method."""
+    """Lang and Reiczigel's interval: each proportion with pseudo-trials added, then the delta method. Not bounded."""
     z2 = Z95 * Z95
     n, n_found, n_cleared = rate.n + z2, errors.positive + 2, errors.negative + 2
     p = (rate.successes + z2 / 2) / n
@@ -156,7 +160,11 @@ def _corrected_interval(rate: Rate, errors: JudgeErrors) -> tuple[float, float]:
     of_cleared = specificity * (1 - specificity) / n_cleared
     middle = true + 2 * z2 * (true * of_found - (1 - true) * of_cleared)
     spread = Z95 / power * math.sqrt(p * (1 - p) / n + true**2 * of_found + (1 - true) ** 2 * of_cleared)
-    return min(max(middle - spread, 0.0), 1.0), min(max(middle + spread, 0.0), 1.0)
+    return middle - spread, middle + spread
+
+
+def _share(value: float) -> float:
+    return min(max(value, 0.0), 1.0)
 
 
 @dataclass(frozen=True)

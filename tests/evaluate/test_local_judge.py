@@ -320,7 +320,16 @@ def test_the_correction_is_rogan_and_gladens() -> None:
     low, high = found.ci95
     assert low < found.value < high
     assert high - low > Rate(40, 100).ci95[1] - Rate(40, 100).ci95[0]  # the judge's own uncertainty counts
-    assert corrected(Rate(5, 100), JudgeErrors(100, 90, 100, 80)).value == 0.0  # type: ignore[union-attr]
+    least = corrected(Rate(15, 100), JudgeErrors(100, 90, 100, 80))
+    assert least is not None
+    assert least.value == 0.0
+    assert least.ci95[0] == 0.0 < least.ci95[1]
+
+
+@pytest.mark.parametrize("judged", [Rate(5, 100), Rate(99, 100)])
+def test_errors_that_cannot_be_those_made_here_correct_nothing(judged: Rate) -> None:
+    """Fewer than the judge's false positives alone, or more than it finds: 0 to 0 % would be a false certainty."""
+    assert corrected(judged, JudgeErrors(1000, 800, 1000, 800)) is None
 
 
 def test_no_correction_where_nothing_is_known() -> None:
@@ -342,8 +351,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(true: float, sensitivi
     for _ in range(400):
         seen = Rate(draw(150, true * sensitivity + (1 - true) * (1 - specificity)), 150)
         found = corrected(seen, JudgeErrors(100, draw(100, sensitivity), 100, draw(100, specificity)))
-        assert found is not None
-        held += found.ci95[0] <= true <= found.ci95[1]
+        held += found is not None and found.ci95[0] <= true <= found.ci95[1]
     assert held / 400 > 0.92
 
 
