@@ -10,6 +10,14 @@ from nest_runtime.cli.measuring import change, interval
 from nest_runtime.cli.output import Output, percent, size
 from nest_runtime.measures import ATTACK_SUCCESS, MEASURES
 
+SHORT = {  # the standard suite's scores of utility, as narrow heads
+    "mmlu acc": "MMLU",
+    "gsm8k nats_per_token": "GSM8K NATS",
+    "alpaca kl_to_base": "KL",
+    "alpaca answer_tokens": "TOKENS",
+    "alpaca ended": "ENDED",
+}
+
 
 def render(out: Output, document: dict[str, Any], folder: Path) -> None:
     """Two tables that fit a terminal: what the methods do, and what they cost; comparison.md has the rest."""
@@ -22,7 +30,8 @@ def render(out: Output, document: dict[str, Any], folder: Path) -> None:
     out.table(["METHOD", *columns], [_cost(row) for row in table], right=columns)
     if names := list(table[0]["ability"]):
         out.line()
-        out.table(["METHOD", *(name.upper() for name in names)], [_ability(row, names) for row in table], right=names)
+        heads = [SHORT.get(name, name.upper()) for name in names]
+        out.table(["METHOD", *heads], [_ability(row, names) for row in table], right=heads)
     for note in document["notes"]:
         out.note(note)
     out.line(f"{ATTACK_SUCCESS.title} over {table[0]['n']} prompts; OTHER: neither refused nor complied")
