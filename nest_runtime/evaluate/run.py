@@ -183,7 +183,7 @@ def _with_utility(
     progress: Progress | None,
 ) -> EvalResult:
     """The result with scores of utility beside those it has."""
-    from nest_runtime.evaluate.utility import measure_utility
+    from nest_runtime.evaluate.utility import Way, measure_utility
 
     began = time.perf_counter()
     scores = measure_utility(
@@ -191,7 +191,7 @@ def _with_utility(
         tokenizer,
         questions,
         subject,
-        runtime=runtime,
+        way=None if runtime is None else Way(off=lambda: runtime.using(None)),
         batch_size=batch_size,
         workdir=workdir,
         progress=progress,

@@ -22,7 +22,6 @@ from nest_runtime.progress import Progress
 if TYPE_CHECKING:
     import torch
 
-    from nest_runtime.runtime import PatchRuntime
 
 ASK = "\nAnswer with the letter alone."
 LETTERS = "ABCD"
@@ -82,7 +81,6 @@ def measure_utility(
     questions: Questions,
     subject: Subject,
     *,
-    runtime: PatchRuntime | None = None,
     way: Way | None = None,
     batch_size: int = 64,
     workdir: str | Path | None = None,
@@ -94,9 +92,8 @@ def measure_utility(
     Args:
         model, tokenizer: a causal LM and its tokenizer; neither is changed.
         questions: what to ask.
-        subject: names what answers; part of the key under which figures are kept.
-        runtime: what takes the patch off again, for the base's own answers; needed under a patch.
-        way: the same for anything else than a patch; None goes by ``runtime``.
+        subject: names what answers; part of the key under which figures are kept. Without a digest it is the base.
+        way: how it is put on, or taken off for the base's own answers; None is enough for the base.
         batch_size: of the answers to instructions.
         workdir: where figures are kept; a second run continues from there.
         base_workdir: where the base's own answers are kept; None keeps them with the rest.
@@ -107,12 +104,8 @@ def measure_utility(
     """
     ledger = _ledger(workdir)
     kept = ledger if base_workdir is None or base_workdir == workdir else _ledger(base_workdir)
-    if way is None:
-        way = Way() if runtime is None else Way(off=lambda: runtime.using(None))
-        moves = runtime is not None and subject.digest is not None
-    else:
-        moves = subject.digest is not None
-    asker = _Asker(model, tokenizer, questions, subject, (ledger, kept), way, moves, batch_size, progress)
+    way = way or Way()
+    asker = _Asker(model, tokenizer, questions, subject, (ledger, kept), way, batch_size, progress)
     scores: list[Score] = []
     if questions.choices:
         right = asker.each("mmlu", questions.choices, asker.choice, way.on)
@@ -134,7 +127,7 @@ def _ledger(folder: str | Path | None) -> Ledger:
 
 
 class _Asker:
-    """One measurement under way. ``moves`` says whether the subject is anything else than the base."""
+    """One measurement under way."""
 
     def __init__(
         self,
@@ -144,14 +137,13 @@ class _Asker:
         subject: Subject,
         ledgers: tuple[Ledger, Ledger],
         way: Way,
-        moves: bool,
         batch_size: int,
         progress: Progress | None,
     ) -> None:
         from nest_runtime.train.forward import Readout
 
         self.model, self.tokenizer, self.questions, self.subject = model, tokenizer, questions, subject
-        (self.ledger, self.base_ledger), self.way, self.moves, self.batch_size = ledgers, way, moves, batch_size
+        (self.ledger, self.base_ledger), self.way, self.batch_size = ledgers, way, batch_size
         self.progress = progress or (lambda stage, done, total: None)
         # The readout is tried once on the bare base, so that a patch cannot change how it reads.
         with way.off():
@@ -242,7 +234,7 @@ class _Asker:
 
     def divergence(self) -> list[dict[str, Any]]:
         """KL(base ‖ this) over the base's own answers: nats and tokens of each. Nothing for the base itself."""
-        if not self.moves:
+        if self.subject.digest is None:
             return [{"nats": 0.0, "tokens": row["tokens"]} for row in self.answers()]
         pairs = list(zip(self.questions.instructions, (row["answer"] for row in self.answers(base=True)), strict=True))
         return self.each("kl to base", pairs, self.moved, nullcontext)

@@ -350,7 +350,9 @@ def test_the_standard_suite_measures_what_every_method_costs_in_utility(target: 
     patch = read_patch(next((tmp_path / "work").glob("cells/test-nest-*/nest/patch.safetensors")))
     with PatchRuntime(target.model, base_hash=target.base_hash) as runtime, runtime.using(runtime.add(patch)):
         subject = Subject("m", target.base_hash, "v1", patch.digest)
-        own = measure_utility(target.model, target.tokenizer, questions, subject, runtime=runtime)
+        own = measure_utility(
+            target.model, target.tokenizer, questions, subject, way=Way(off=lambda: runtime.using(None))
+        )
     for score in own:
         assert scores["nest"][f"{score.task} {score.name}"]["value"] == pytest.approx(score.value, rel=1e-5)
 

@@ -18,7 +18,7 @@ from nest_runtime.evaluate.report import EvalResult
 from nest_runtime.evaluate.rounds import Subject
 from nest_runtime.evaluate.standard import ATTACKED, SUITES, UTILITY, load_standard, split_standard
 from nest_runtime.evaluate.suites import is_jailbreak, load_suite
-from nest_runtime.evaluate.utility import ASK, LETTERS, Questions, Solved, measure_utility
+from nest_runtime.evaluate.utility import ASK, LETTERS, Questions, Solved, Way, measure_utility
 from nest_runtime.model.load import load_model
 from nest_runtime.prompts.examples import encode
 from nest_runtime.runtime import PatchRuntime
@@ -212,7 +212,9 @@ def test_utility_is_what_the_models_own_logits_say(tiny_llama: Path) -> None:
         runtime.add(patch)
         subject = Subject("tiny", loaded.hash, patch.version, patch.digest)
         with runtime.using(patch.digest):
-            scores = measure_utility(loaded.model, loaded.tokenizer, QUESTIONS, subject, runtime=runtime)
+            scores = measure_utility(
+                loaded.model, loaded.tokenizer, QUESTIONS, subject, way=Way(off=lambda: runtime.using(None))
+            )
             found = {(score.task, score.metric): score for score in scores}
             right = 0
             for item in QUESTIONS.choices:

@@ -164,7 +164,9 @@ def compare(
     writable_folder(out_folder)
     comparison = _comparison(out, asked, out_folder, resume)
     finished = _finished(patch, comparison)
-    recipe, values = _settings(out, settings, comparison, steps, quiet=bool(own) or sweep)
+    recipe, values = _settings(
+        out, settings, comparison, steps, quiet=sweep or own.keys() == {m.name for m in made if m.knob}
+    )
     plan = Plan((*made, *finished), recipe, tuple(range(seeds)), {**values, **own}, sweep, max_tokens, batch_size)
     outcome = _run(out, comparison, plan, out_folder)
     document = write_results(outcome, plan, out_folder, plots)
