@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--report", type=Path, help="write the report of the run here, as JSON")
     options = parser.parse_args()
+    if not options.data.is_dir():
+        parser.error(f"--data is {options.data}, which is no folder; expected the public prompt sets")
     if options.prompts:
         write_prompts(options.data, options.prompts)
         return
@@ -138,8 +140,9 @@ def training_prompts(data: Path, making: Making = DEFAULT) -> tuple[list[Example
 
 def write_prompts(data: Path, folder: Path) -> None:
     """Write the default's training prompts, a file a class."""
+    found = training_prompts(data)
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, examples in zip(("harmful", "benign"), training_prompts(data), strict=True):
+    for kind, examples in zip(("harmful", "benign"), found, strict=True):
         lines = [json.dumps({"messages": example.messages, **example.meta}, ensure_ascii=False) for example in examples]
         (folder / f"{kind}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{folder / kind}.jsonl: {len(lines)} prompts")

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from nest_runtime.cli import complete
 
 JUDGE_NAMES = "reference, local, phrases, hf:MODEL, openai:MODEL"
-SuiteOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--suite",
-        metavar="NAME",
-        autocompletion=complete.suites,
-        help="reference, plain, jailbreak-seen, jailbreak-held-out, over-refusal, utility; repeat it.",
-    ),
-]
-StandardOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--suite",
-        metavar="NAME",
-        autocompletion=complete.suites,
-        help="standard (or parts: standard:wild,mmlu), reference, plain, jailbreak-seen, jailbreak-held-out, "
-        "over-refusal, utility; repeat it.",
-    ),
-]
+WORLD_SUITES = "reference, plain, jailbreak-seen, jailbreak-held-out, over-refusal, utility"
+STANDARD_SUITES = f"standard (or parts: standard:wild,mmlu), {WORLD_SUITES}"
+
+
+def suite_option(suites: str) -> Any:
+    """``--suite``, with the suites that a command takes."""
+    return typer.Option("--suite", metavar="NAME", autocompletion=complete.suites, help=f"{suites}; repeat it.")
+
+
+SuiteOption = Annotated[list[str] | None, suite_option(WORLD_SUITES)]
+StandardOption = Annotated[list[str] | None, suite_option(STANDARD_SUITES)]
 DataOption = Annotated[
     Path | None,
     typer.Option(

@@ -9,6 +9,7 @@ import typer
 
 from nest_runtime.cli import complete
 from nest_runtime.cli.case_options import (
+    STANDARD_SUITES,
     AttacksOption,
     BatchSizeOption,
     CaseFilesOption,
@@ -16,6 +17,7 @@ from nest_runtime.cli.case_options import (
     JudgesOption,
     MaxTokensOption,
     SampleSeedOption,
+    suite_option,
 )
 from nest_runtime.cli.common import choose_patch, examples, model_flag, model_for, writable_file, writable_folder
 from nest_runtime.cli.evaluate_view import render
@@ -41,16 +43,7 @@ NoPatchOption = Annotated[bool, typer.Option("--no-patch", help="Measure the bar
 WithBaseOption = Annotated[
     bool, typer.Option("--with-base", help="Measure the base on the same cases too, and compare in pairs.")
 ]
-SuitesOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--suite",
-        metavar="NAME",
-        autocompletion=complete.suites,
-        help="standard (or parts: standard:wild,mmlu), reference, plain, jailbreak-seen, jailbreak-held-out, "
-        "over-refusal, utility, or general ability: lm-eval:gsm8k,mmlu; repeat it.",
-    ),
-]
+SuitesOption = Annotated[list[str] | None, suite_option(f"{STANDARD_SUITES}, or general ability: lm-eval:gsm8k,mmlu")]
 EvalLimitOption = Annotated[
     int | None,
     typer.Option(
