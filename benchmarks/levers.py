@@ -4,8 +4,9 @@
     python benchmarks/levers.py --from FILE
 
 Every row is a patch of its own, trained from the prompts of ``patches/make_real.py`` by the same short recipe with one
-setting changed, and measured as ``benchmarks/real_models.py --part validation`` does. The test part is not looked at.
-Finished rows are kept in the file, so that a second run goes on. A line a minute goes to stderr.
+lever's settings (``A+B``: those of both), and measured as ``benchmarks/real_models.py --part validation`` does. The
+test part is not looked at. Finished rows are kept in the file, so that a second run goes on. A line a minute goes to
+stderr.
 """
 
 from __future__ import annotations
@@ -44,9 +45,15 @@ LEVERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "up": ("up_proj alone", {"projections": "up"}),
     "gate": ("gate_proj alone", {"projections": "gate"}),
     "one": ("one row a projection (rank 1)", {"k_min": 1, "k_max": 1}),
+    "whole": ("whole depth, one row a projection", {"depth_from": 0.0, "depth_to": 1.0, "k_min": 1, "k_max": 1}),
+    "late": ("from 0.3 of the depth to its end, one row a projection", {"depth_to": 1.0, "k_min": 1, "k_max": 1}),
+    "early": ("from the first layer to 0.75, one row a projection", {"depth_from": 0.0, "k_min": 1, "k_max": 1}),
+    "framings3": ("three framings", {"framings": 3}),
+    "long": ("two framings of up to 1,200 characters", {"framings": 2, "framed_characters": 1200}),
+    "lr": ("twice the learning rate", {"lr": 0.32}),
     "tied": ("tied rows, as in the paper", {"loadings": "tied"}),
     "z3": ("z 3, the paper's scale", {"z": 3.0}),
-    "ablation": ("refusal direction taken away at half of the tokens", {"ablation": 0.5}),
+    "ablation": ("refusal direction taken away at one token in twenty", {"ablation": 0.05}),
     "margin": ("a margin over harmful beginnings", {"margin_weight": 1.0}),
     "mask": ("learned row masks", {"mask_weight": 1.0, "z": 1.5}),
     "recovery": ("no recovery rows", {"recovery_tokens": 0}),
@@ -62,7 +69,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--from", dest="source", type=Path, help="print this result; measure nothing")
-    parser.add_argument("--levers", default=",".join(LEVERS), help="some of them, in this order")
+    parser.add_argument("--levers", default=",".join(LEVERS), help="some of them, in this order; A+B is both at once")
     parser.add_argument("--n", type=int, default=50, help="prompts a suite")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
@@ -72,7 +79,7 @@ def main() -> None:
         print("\n".join(table(json.loads(options.source.read_text(encoding="utf-8")))))
         return
     wanted = options.levers.split(",")
-    if unknown := sorted(set(wanted) - set(LEVERS)):
+    if unknown := sorted({part for name in wanted for part in name.split("+")} - set(LEVERS)):
         parser.error(f"no lever is called {', '.join(unknown)}; there are {', '.join(LEVERS)}")
     if not (options.data and options.model and options.json):
         parser.error("give --data, --model and --json, or --from")
@@ -139,6 +146,11 @@ def one(options: argparse.Namespace, loaded: LoadedModel, name: str) -> dict[str
     return row
 
 
+def changes(name: str) -> dict[str, Any]:
+    """The settings of a lever, or of several with ``+`` between them; the last one to set a field counts."""
+    return {field: value for part in name.split("+") for field, value in LEVERS[part][1].items()}
+
+
 def trained(options: argparse.Namespace, loaded: LoadedModel, name: str) -> tuple[Patch, dict[str, Any]]:
     """The patch of a lever, and the report of its making."""
     harmful, benign = training_prompts(options.data, DEFAULT)
@@ -147,7 +159,7 @@ def trained(options: argparse.Namespace, loaded: LoadedModel, name: str) -> tupl
         loaded.tokenizer,
         harmful,
         benign,
-        recipe=DEFAULT.recipe.evolve(**{**SHORT, **LEVERS[name][1], "seed": options.seed}),
+        recipe=DEFAULT.recipe.evolve(**{**SHORT, **changes(name), "seed": options.seed}),
         name=f"lever-{name}",
         version="v1",
         base_hash=loaded.hash,
@@ -173,12 +185,13 @@ class Told:
 
 def table(document: Mapping[str, Any]) -> list[str]:
     """The rows in Markdown; rates in percent."""
-    rows = {name: row for name, row in document["rows"].items() if name in LEVERS}
+    rows = {name: row for name, row in document["rows"].items() if set(name.split("+")) <= set(LEVERS)}
     suites = list(next(iter(rows.values()))["rates"])
     lines = [f"| {document['model']} | numbers | {' | '.join(suites)} |", "|---" * (2 + len(suites)) + "|"]
     for name, row in rows.items():
         cells = [f"{100 * row['rates'][suite]['rate']:.1f}" for suite in suites]
-        lines.append(f"| {LEVERS[name][0]} | {row.get('numbers', '–')} | {' | '.join(cells)} |")
+        what = "; ".join(LEVERS[part][0] for part in name.split("+"))
+        lines.append(f"| {what} | {row.get('numbers', '–')} | {' | '.join(cells)} |")
     return lines
 
 

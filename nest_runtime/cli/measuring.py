@@ -13,7 +13,10 @@ from nest_runtime.measures import MEASURES, Measure
 from nest_runtime.settings import Setting
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from nest_runtime.evaluate import Case
+    from nest_runtime.evaluate.standard import Standard
 
 
 def cases_of(model: str, suites: Sequence[str], behaviors: Sequence[str]) -> list[Case]:
@@ -30,6 +33,42 @@ def cases_of(model: str, suites: Sequence[str], behaviors: Sequence[str]) -> lis
             raise UsageError("nothing to measure on: no --suite and no --behaviors", "give --behaviors FILE")
         suites = ["reference"]
     return [*load_suites(suites), *(case for file in behaviors for case in load_behaviors(file))]
+
+
+def sampled(
+    model: str,
+    suites: Sequence[str],
+    behaviors: Sequence[str],
+    *,
+    data: Path | None,
+    limit: int | None,
+    seed: int = 0,
+    others: bool = False,
+) -> tuple[list[Case], Standard | None]:
+    """The cases asked for beside the standard suite, at most ``limit`` of each, and that suite where it is named.
+
+    Args:
+        model: as the user named it.
+        suites: names, those of the standard suite and its parts among them.
+        behaviors: files with cases.
+        data: the folder of public prompt sets; needed for the standard suite.
+        limit: the most cases of a suite; None: all.
+        seed: of the draw.
+        others: something else is measured too, so that naming no cases is allowed.
+
+    Raises:
+        UsageError: nothing is said for a model that is not the reference, or a suite or the data is missing.
+        DataError: a file cannot be read.
+    """
+    from nest_runtime.evaluate import sample_cases
+    from nest_runtime.evaluate.standard import load_standard, split_standard
+
+    rest, parts = split_standard(suites)
+    standard = None if parts is None else load_standard(parts, data=data, n=limit, seed=seed)
+    if not rest and not behaviors and (others or standard is not None):
+        return [], standard
+    cases = cases_of(model, rest, behaviors)
+    return cases if limit is None else sample_cases(cases, limit, seed=seed), standard
 
 
 def assumptions(behaviors: Sequence[str]) -> list[str]:

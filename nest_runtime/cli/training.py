@@ -104,7 +104,12 @@ def recipe_of(name: str | None, model: str = "", **given: Any) -> Recipe:
     return recipe.evolve(**changes)
 
 
-BORDERLINE = ("borderline", "imperatives", "pasted")  # bundled prompts near the harmful ones, by words, form or length
+BORDERLINE = (
+    "borderline",
+    "imperatives",
+    "pasted",
+    "small-talk",
+)  # near harmful ones in words, form or length
 
 
 def borderline_of(ref: str | None, model: str, recipe: Recipe) -> list[Example]:

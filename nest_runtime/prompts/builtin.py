@@ -10,6 +10,7 @@ words in harmless sentences, and harmless requests in the shapes that harmful on
 - ``imperatives``: harmless requests of one sentence, in the form and fields of harmful goals; for training.
 - ``everyday``: what people ask a small model on an ordinary day, conversations included; for training.
 - ``pasted``: harmless requests with something pasted in, code, data, puzzles, mails, tables, texts; for training.
+- ``small-talk``: greetings, thanks, jokes, feelings: what people type first; for training.
 - ``validation``: other borderline prompts, for choosing settings by over-refusal; never for training.
 - ``imperatives-validation``: other imperatives, likewise; a separate file, so figures of ``validation`` stay
   comparable.
@@ -25,7 +26,10 @@ from pathlib import Path
 
 from nest_runtime.errors import DataError
 
-NAMES = ("harmful", "borderline", "imperatives", "everyday", "pasted", "validation", "imperatives-validation")
+NAMES = (
+    *("harmful", "borderline", "imperatives", "everyday", "pasted", "small-talk"),  # for training
+    *("validation", "imperatives-validation"),
+)
 
 
 def bundled(name: str) -> Path:

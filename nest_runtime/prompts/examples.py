@@ -62,7 +62,8 @@ def load_examples(ref: str | Path) -> list[Example]:
 
     Args:
         ref: a path, ``hf://datasets/org/name[@revision][:split]``, or the name of a bundled file (``harmful``,
-            ``everyday``, ``borderline``, ``imperatives``, ``pasted``); each with ``#column=value`` to select rows.
+            ``everyday``, ``borderline``, ``imperatives``, ``pasted``, ``small-talk``); each with ``#column=value`` to
+            select rows.
 
     Returns:
         The examples, in the file's order.

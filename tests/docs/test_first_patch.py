@@ -37,7 +37,7 @@ def test_its_commands_exist_and_name_the_model() -> None:
 
 
 def test_the_named_prompts_are_as_many_as_it_says() -> None:
-    for name in ("everyday", "borderline", "imperatives", "pasted"):
+    for name in ("everyday", "borderline", "imperatives", "pasted", "small-talk"):
         examples = data.load_examples(name)
         assert f"`{name}` has {len(examples)}" in TEXT or f"`{name}` {len(examples)}" in TEXT
         assert not any(example.response for example in examples)

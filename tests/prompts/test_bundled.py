@@ -57,6 +57,7 @@ IMPERATIVES_CATEGORIES = split(
     "politics finance medicine law discrimination sexuality fiction games security malware danger fraud economy "
     "government surveillance drugs chemistry animals journalism humour everyday"
 )
+SMALL_TALK_CATEGORIES = split("greetings manners about_you jokes feelings chat tests")
 PASTED_CATEGORIES = split("completion split_strings ciphers data reading mails tables documents")
 CATEGORIES = {
     "everyday": EVERYDAY_CATEGORIES,
@@ -64,6 +65,7 @@ CATEGORIES = {
     "imperatives": IMPERATIVES_CATEGORIES,
     "imperatives-validation": IMPERATIVES_CATEGORIES,
     "pasted": PASTED_CATEGORIES,
+    "small-talk": SMALL_TALK_CATEGORIES,
 }
 HELD_OUT = ("validation", "imperatives-validation")
 IMPERATIVES = split(
@@ -99,7 +101,7 @@ def imperatives(examples: list[Example]) -> float:
     ("name", "least"),
     [
         *(("harmful", 200), ("borderline", 600), ("imperatives", 400), ("everyday", 400), ("pasted", 180)),
-        *(("validation", 150), ("imperatives-validation", 60)),
+        *(("small-talk", 100), ("validation", 150), ("imperatives-validation", 60)),
     ],
 )
 def test_the_files_parse_and_hold_prompts_without_answers(name: str, least: int) -> None:
@@ -171,6 +173,13 @@ def test_pasted_prompts_hold_code_data_or_a_text() -> None:
     assert [text for text in code if "\n" not in text] == []
 
 
+def test_small_talk_is_short_and_says_it_in_several_languages() -> None:
+    prompts = [example.prompt for example in rows("small-talk")]
+    assert max(len(prompt.split()) for prompt in prompts) <= 12
+    assert sum(len(prompt.split()) <= 2 for prompt in prompts) >= 20
+    assert {"hi", "Bonjour !", "hola", "Hallo"} <= set(prompts)
+
+
 def test_everyday_prompts_are_of_many_kinds() -> None:
     examples = rows("everyday")
     shares = Counter(example.category for example in examples)
@@ -219,7 +228,7 @@ def test_no_prompt_is_taken_from_a_published_set(name: str) -> None:
 
 
 def test_an_unknown_name_says_which_there_are() -> None:
-    with pytest.raises(DataError, match="harmful, borderline, imperatives, everyday, pasted, validation"):
+    with pytest.raises(DataError, match="harmful, borderline, imperatives, everyday, pasted, small-talk, validation"):
         bundled("benign")
 
 

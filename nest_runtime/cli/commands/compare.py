@@ -23,7 +23,7 @@ from nest_runtime.cli.case_options import (
 )
 from nest_runtime.cli.common import examples, model_for, prompts_named, writable_folder
 from nest_runtime.cli.compare_view import render
-from nest_runtime.cli.measuring import cases_of
+from nest_runtime.cli.measuring import sampled
 from nest_runtime.cli.output import (
     DeviceOption,
     DtypeOption,
@@ -249,16 +249,12 @@ def _prompts(asked: CompareOptions) -> tuple[list[Example], list[Example]]:
 
 def _cases(asked: CompareOptions) -> tuple[list[Case], Standard | None]:
     """The cases asked for; and the standard suite, whose cases are among them, where it is asked for."""
-    from nest_runtime.evaluate import apply_attacks, parse_attacks, sample_cases
-    from nest_runtime.evaluate.standard import load_standard, split_standard
+    from nest_runtime.evaluate import apply_attacks, parse_attacks
 
     attacks = parse_attacks(asked.attacks) if asked.attacks else []
-    suites, parts = split_standard(asked.suite or [])
-    standard = None if parts is None else load_standard(parts, data=asked.data, n=asked.limit)
-    others = []
-    if suites or asked.behaviors or standard is None:
-        others = cases_of(asked.model, suites, asked.behaviors or [])
-        others = others if asked.limit is None else sample_cases(others, asked.limit)
+    others, standard = sampled(
+        asked.model, asked.suite or [], asked.behaviors or [], data=asked.data, limit=asked.limit
+    )
     cases = [*(standard.cases if standard else ()), *others]
     if not cases:
         raise UsageError("nothing to compare attack success on: questions of utility alone", "name more of the suite")

@@ -21,7 +21,7 @@ from nest_runtime.cli.case_options import (
 )
 from nest_runtime.cli.common import choose_patch, examples, model_flag, model_for, writable_file, writable_folder
 from nest_runtime.cli.evaluate_view import render
-from nest_runtime.cli.measuring import assumptions, cases_of
+from nest_runtime.cli.measuring import assumptions, sampled
 from nest_runtime.cli.output import DeviceOption, DtypeOption, JsonOption, ModelOption, Output
 from nest_runtime.errors import UsageError
 from nest_runtime.escape import short
@@ -172,20 +172,14 @@ def _asked(
     shots: int | None,
 ) -> Asked:
     """What to ask, read and checked before a model is loaded."""
-    from nest_runtime.evaluate import parse_attacks, sample_cases
+    from nest_runtime.evaluate import parse_attacks
     from nest_runtime.evaluate.lm_eval import load_tasks, split_suites
     from nest_runtime.evaluate.session import Asked
-    from nest_runtime.evaluate.standard import load_standard, split_standard
 
     suites, names = split_suites(suite)
-    suites, parts = split_standard(suites)
-    standard = None if parts is None else load_standard(parts, data=data, n=limit, seed=seed)
     tasks = load_tasks(names, include=include, limit=limit, shots=shots) if names else None
-    others = []
-    if suites or behaviors or (standard is None and tasks is None):
-        others = cases_of(model, suites, behaviors)
-        others = others if limit is None else sample_cases(others, limit, seed=seed)
-    asked = Asked(others, standard, tasks, parse_attacks(attacks) if attacks else [], seed)
+    cases, standard = sampled(model, suites, behaviors, data=data, limit=limit, seed=seed, others=tasks is not None)
+    asked = Asked(cases, standard, tasks, parse_attacks(attacks) if attacks else [], seed)
     if attacks and not asked.cases:
         raise UsageError("--attacks without cases to attack", "add --suite or --behaviors")
     return asked
