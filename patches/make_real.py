@@ -4,9 +4,9 @@
     python patches/make_real.py --data ../shared/data --prompts DIR
 
 Refused are AdvBench's goals, without those that JailbreakBench or HarmBench test with, and some harmful prompts of
-the package; answered as before are its everyday and borderline prompts, its imperatives, and those with pasted
-material. No jailbreak text is among them. The patch goes to
-``OUT/NAME/VERSION.safetensors``, and the prompts that are not this project's stay where they are.
+the package; answered as before are its everyday and borderline prompts, its imperatives, those with pasted material,
+and for some models small talk. No jailbreak text is among them. The patch goes to ``OUT/NAME/VERSION.safetensors``,
+and the prompts that are not this project's stay where they are.
 With ``--prompts`` the default's prompts are written as ``harmful.jsonl`` and ``benign.jsonl``, and nothing is trained:
 ``nest-runtime compare`` gives them to other methods.
 ``benchmarks/real_models.py`` measures it and writes its card; settings were chosen on its validation part
@@ -52,8 +52,13 @@ EARLIER = Making(
     0,
     {"everyday": 140, "borderline": 600},
 )
-MAKINGS = {"smollm2-135m-instruct": {"v1": EARLIER}}  # other models: the default
-VERSIONS = ("v1",)
+# Where a base has no border of its own to stay at, the whole depth with ablation refuses less of what is harmless.
+UNALIGNED = Making(
+    RECIPES["default"].evolve(depth_from=0.0, depth_to=1.0, k_min=1, k_max=1, ablation=0.05, lr=0.24, strength=1.07),
+    DEFAULT.harmful,
+    {**DEFAULT.benign, "small-talk": 104},
+)
+MAKINGS = {"smollm2-135m-instruct": {"v1": EARLIER, "v2": UNALIGNED}}  # other models: the default, as v1
 
 
 def main() -> None:
@@ -75,9 +80,10 @@ def main() -> None:
         parser.error("give --model, or --prompts")
     loaded = load_model(options.model)
     name = short_name(loaded.name)
-    if options.version not in VERSIONS:
-        parser.error(f"--version is {options.version}; there is {', '.join(VERSIONS)}")
-    making, folder = making_of(name, options.version), options.out / name
+    makings, folder = makings_of(name), options.out / name
+    if options.version not in makings:
+        parser.error(f"--version is {options.version}; for {name} there is {', '.join(makings)}")
+    making = makings[options.version]
     harmful, benign = training_prompts(options.data, making)
     began, used, told = time.perf_counter(), time.process_time(), [0.0]
 
@@ -95,6 +101,7 @@ def main() -> None:
             recipe=making.recipe,
             name=f"{name}-safety",
             version=options.version,
+            serial=list(makings).index(options.version) + 1,
             base_hash=loaded.hash,
             base_model=loaded.name,
             progress=progress,
@@ -107,9 +114,9 @@ def main() -> None:
         options.report.write_text(json.dumps({**result.report, **took}, indent=1) + "\n", encoding="utf-8")
 
 
-def making_of(name: str, version: str) -> Making:
-    """How a version for a model, by its short name, is made."""
-    return MAKINGS.get(name, {}).get(version, DEFAULT)
+def makings_of(name: str) -> Mapping[str, Making]:
+    """How the patches for a model, by its short name, are made: by version, the first one first."""
+    return MAKINGS.get(name, {"v1": DEFAULT})
 
 
 def short_name(name: str) -> str:

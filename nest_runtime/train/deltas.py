@@ -111,6 +111,12 @@ class Deltas:
                     small[site.loadings.abs().argmax()] = False
                     site.loadings[small] = 0.0
 
+    def scale(self, factor: float) -> None:
+        """Multiply every cluster row: an update of another strength."""
+        with torch.no_grad():
+            for site in self.sites:
+                site.deltas.mul_(factor)
+
     def round_to(self, dtype: torch.dtype) -> None:
         """Round the cluster rows to the values that a patch of ``dtype`` ships."""
         with torch.no_grad():

@@ -219,6 +219,16 @@ class Recipe:
         "does so at all, else the built-in list.",
     )
     own_refusals: bool = setting(True, "Whether refusals may be the base's own.", before=False)
+    strength: float = setting(
+        1.0,
+        "What the tuned rows are multiplied with in the end: more refuses more, of both classes.",
+        more="Chosen on validation prompts, as a steering vector's coefficient is. With a parent, its rows are "
+        "multiplied too. Beyond the paper.",
+        low=0.01,
+        high=100,
+        flag="--strength",
+        metavar="S",
+    )
     delta_dtype: str = setting(
         "bfloat16",
         "What the patch ships, and what the final validation measures.",

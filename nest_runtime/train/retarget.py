@@ -78,7 +78,7 @@ def retarget_patch(
 
 
 def retarget_recipe(patch: Patch) -> Recipe:
-    """The patch's own recipe, with ``STEPS_SHARE`` of the steps that training anew would take.
+    """The patch's own recipe, with ``STEPS_SHARE`` of the steps that training anew would take, at strength 1.
 
     A patch that does not say how it was made (or names settings of another release) gets the default recipe.
     """
@@ -86,7 +86,8 @@ def retarget_recipe(patch: Patch) -> Recipe:
     own = Recipe.of_header(stated) if stated else Recipe()
     anew = RECIPES["reference"] if patch.base_model == "reference" else RECIPES["default"]
     steps = max(own.steps, anew.steps)  # re-tuned patches tell those of the last round
-    return own.evolve(steps=max(round(STEPS_SHARE * steps), 1), control="none", relocate=False)
+    steps = max(round(STEPS_SHARE * steps), 1)
+    return own.evolve(steps=steps, control="none", relocate=False, strength=1.0)  # the patch's rows have theirs
 
 
 def prompts_of(patch: Patch) -> tuple[list[Example], list[Example]]:

@@ -132,6 +132,7 @@ def tune(
         deltas.load(best)
         if settings.mask_weight:
             deltas.mask()
+        deltas.scale(settings.strength)
         deltas.round_to(getattr(torch, settings.delta_dtype))
         after = measure(passes, validation, team)
     return TuneResult(state.before, after, state.history, state.best_step, state.step)

@@ -32,9 +32,9 @@ def make_real() -> Iterator[Any]:
     del sys.modules[spec.name]
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_what_ships_is_what_the_script_makes(path: Path, make_real: Any) -> None:
-    making = make_real.making_of(path.parent.name, path.stem)
+    making = make_real.makings_of(path.parent.name)[path.stem]
     patch = load_patch(path)
     assert Recipe.of_header(patch.method["recipe"]) == making.recipe
     if not (DATA / "advbench").is_dir():

@@ -166,6 +166,8 @@ def test_the_recipe_is_the_patchs_own_with_fewer_steps(patch: Patch) -> None:
     unknown = patch.evolve(method={"name": "NeST", "recipe": {**QUICK.to_json(), "of_another_release": 1}})
     assert retarget_recipe(unknown) == recipe
     assert retarget_recipe(patch.evolve(method={})).z == Recipe().z
+    strong = {"recipe": {**patch.method["recipe"], "strength": 1.5}}
+    assert retarget_recipe(patch.evolve(method=strong)).strength == 1.0  # the rows that it starts from have theirs
 
 
 def test_what_is_no_sibling_is_refused(base: Any, tiny_qwen: Path, patch: Patch) -> None:

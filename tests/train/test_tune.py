@@ -183,6 +183,17 @@ def test_without_validation_rows_the_last_state_is_kept(loaded: Any) -> None:
     assert (result.before, result.after, result.best_step) == ({}, {}, 7)
 
 
+def test_strength_multiplies_the_rows_that_training_found(loaded: Any) -> None:
+    found = {}
+    for strength in (1.0, 1.5):
+        deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model), "learned")
+        settings = QUICK.evolve(steps=4, strength=strength, delta_dtype="float32")
+        result = tune(loaded.model, loaded.tokenizer, deltas, some_rows(loaded), some_rows(loaded)[:4], settings)
+        found[strength] = (deltas.sites[0].deltas.detach().clone(), result.after["harmful_loss"])
+    assert torch.equal(found[1.5][0], 1.5 * found[1.0][0])
+    assert found[1.5][1] != found[1.0][1]  # what is measured last is what ships
+
+
 def test_no_steps_is_a_patch_that_changes_nothing(loaded: Any) -> None:
     deltas = Deltas(loaded.model, find_projections(loaded.model), some_sites(loaded.model), "tied")
     tune(loaded.model, loaded.tokenizer, deltas, some_rows(loaded), [], QUICK.evolve(steps=0))
