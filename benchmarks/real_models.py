@@ -135,6 +135,7 @@ def card(patch: Patch, document: dict[str, Any]) -> str:
         "base_hash": patch.base_hash,
         "created": f'"{patch.created}"',
     }
+    factor = patch.method.get("scaled", {}).get("factor")
     return CARD.format(
         front="\n".join(f"{key}: {value}" for key, value in front.items()),
         title=f"{patch.name} {patch.version}",
@@ -146,6 +147,7 @@ def card(patch: Patch, document: dict[str, Any]) -> str:
         table="\n".join(lines(document)),
         harmful=patch.data["harmful"]["count"],
         benign=patch.data["benign"]["count"],
+        scaled=f" Then `nest-runtime scale` multiplied its rows with {factor:g}." if factor else "",
         **{key: document[key] for key in ("judge", "tokens", "machine", "date")},
         recipe="\n".join(f"    {key}: {value}" for key, value in patch.method["recipe"].items()),
     )
@@ -171,7 +173,7 @@ at most {tokens} tokens, judge `{judge}`; {machine}, {date}. `python benchmarks/
 
 `python patches/make_real.py`: {harmful} harmful prompts (AdvBench's goals, without those that JailbreakBench and
 HarmBench test with, and for some models harmful prompts of the package) against {benign} benign prompts that come with
-the package, both in framings too. No jailbreak text was trained on. Settings:
+the package, both in framings too. No jailbreak text was trained on.{scaled} Settings:
 
 {recipe}
 

@@ -1,6 +1,6 @@
 """The picture on README's first screen: what a model answers by itself and under a patch, side by side, as SVG.
 
-    python benchmarks/two_answers.py --model smollm2-135m-instruct-q4_1.gguf --patch v1
+    python benchmarks/two_answers.py --model smollm2-135m-instruct-q4_1.gguf --patch v2
 
 The answers are the model's own, greedy, cut at ``--tokens``; the first prompt is README's own. Fonts are the reader's,
 so lines are broken with room to spare.
@@ -106,7 +106,7 @@ def main() -> None:
     """Ask, draw, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-instruct-q4_1.gguf")
-    parser.add_argument("--patch", default="v1")
+    parser.add_argument("--patch", default="v2")
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("docs/pictures/two-answers.svg"))
     asked = parser.parse_args()

@@ -39,6 +39,7 @@ _HOMES = {  # the module, and what it calls the thing where that is another name
     "Patch": "nest_runtime.patch.patch",
     "Site": "nest_runtime.patch.site",
     "compose": "nest_runtime.patch.algebra",
+    "scale": "nest_runtime.patch.algebra",
     "diff": "nest_runtime.patch.algebra",
     "load_patch": "nest_runtime.resolve",
     "load_model": "nest_runtime.model.load",
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from nest_runtime.model.projection import Projection as Projection
     from nest_runtime.patch.algebra import compose as compose
     from nest_runtime.patch.algebra import diff as diff
+    from nest_runtime.patch.algebra import scale as scale
     from nest_runtime.patch.patch import Patch as Patch
     from nest_runtime.patch.site import Site as Site
     from nest_runtime.resolve import load_patch as load_patch

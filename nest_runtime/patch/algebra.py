@@ -1,15 +1,18 @@
-"""The sum of two patches, and the difference between two."""
+"""The sum of two patches, a patch at another strength, and the difference between two patches."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from nest_runtime.errors import SiteMismatch
+from nest_runtime.errors import SiteMismatch, UsageError
 from nest_runtime.patch.patch import Patch
 from nest_runtime.patch.site import Site
-from nest_runtime.patch.values import FrozenTensor
+from nest_runtime.patch.values import FrozenTensor, thaw_json
+
+MOST = 100.0  # times a patch
 
 
 def compose(first: Patch, second: Patch, *, name: str, version: str) -> Patch:
@@ -45,6 +48,47 @@ def compose(first: Patch, second: Patch, *, name: str, version: str) -> Patch:
         sites=tuple(sites),
         serial=max(first.serial, second.serial) + 1,
         method={"composed": [first.digest, second.digest]},
+    )
+
+
+def scale(patch: Patch, factor: float, *, version: str, name: str | None = None) -> Patch:
+    """The patch at another strength: ΔW times a factor, rounded to the dtype of its rows.
+
+    Above 1 it refuses more, of both classes; below 1 less.
+
+    Args:
+        patch: stays as it is.
+        factor: above 0, at most 100.
+        version: of the new patch.
+        name: of the new patch; the same one by default.
+
+    Returns:
+        The patch's child. Its recipe states the strength; figures and claims of the patch do not hold for it, and are
+        left out.
+
+    Raises:
+        UsageError: the factor is out of range.
+        PatchFormatError: a row would no longer be finite.
+    """
+    if not 0 < factor <= MOST:
+        raise UsageError(f"the factor is {factor:g}; expected a number above 0 and at most {MOST:g}", "try 0.9 or 1.1")
+    method = thaw_json(patch.method)
+    recipe = method.get("recipe")
+    if isinstance(recipe, dict):
+        recipe["strength"] = float(recipe.get("strength", 1.0)) * factor
+    sites = []
+    for site in patch.sites:
+        rows = site.deltas.tensor()
+        sites.append(replace(site, deltas=FrozenTensor.of((rows.float() * factor).to(rows.dtype))))
+    return patch.evolve(
+        name=name or patch.name,
+        version=version,
+        serial=patch.serial + 1,
+        parent=patch.digest,
+        sites=tuple(sites),
+        method={**method, "scaled": {"from": patch.digest, "factor": float(factor)}},
+        metrics={},
+        created="",
     )
 
 

@@ -14,7 +14,7 @@ from nest_runtime.prompts import readers
 
 PAGE = Path(__file__).parents[2] / "docs" / "guide" / "first-patch.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-NO_MODEL = ("add", "list")  # of commands on the page; they are not about a model
+NO_MODEL = ("scale", "add", "list")  # of commands on the page; they are not about a model
 
 
 def commands() -> list[str]:
@@ -33,7 +33,7 @@ def test_its_commands_exist_and_name_the_model() -> None:
         inner = typer.main.get_command(app).commands[words[1]]  # type: ignore[attr-defined]
         context = inner.make_context(words[1], words[2:])
         assert words[1] in NO_MODEL or context.params["model"] == "$M", command
-    assert names == ["plan", "train", "eval", "eval", "eval", "serve", "add", "list", "serve"]
+    assert names == ["plan", "train", "eval", "eval", "eval", "scale", "serve", "add", "list", "serve"]
 
 
 def test_the_named_prompts_are_as_many_as_it_says() -> None:

@@ -26,8 +26,8 @@ def test_the_picture_is_of_both_answers_and_names_its_command() -> None:
     words = " ".join("".join(element.itertext()) for element in root.iter() if element.tag.endswith("}text"))
     assert "smollm2-135m-instruct" in words
     assert words.count("Base, no patch: answered") == 2
-    assert "Patch v1: refused" in words
-    assert "Patch v1: answered" in words
+    assert "Patch v2: refused" in words
+    assert "Patch v2: answered" in words
     assert "python benchmarks/two_answers.py" in FIRST
     assert (ROOT / "benchmarks" / "two_answers.py").is_file()
 

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nest_runtime.errors import PatchFormatError, SiteMismatch
+from nest_runtime.errors import PatchFormatError, SiteMismatch, UsageError
 from nest_runtime.model.anatomy import find_projections
 from nest_runtime.model.load import load_model
-from nest_runtime.patch.algebra import compose, diff
+from nest_runtime.patch.algebra import compose, diff, scale
 from nest_runtime.patch.patch import FrozenTensor, Patch, Site, check_sites
 from tests.support.patches import make_patch, random_site
 from tests.support.patchfile import ONE_HASH, ZERO_HASH, golden_patch
@@ -139,6 +139,37 @@ def test_compose_refuses_other_bases_and_shapes() -> None:
         compose(a, a.evolve(base_hash=ONE_HASH), name="x", version="v1")
     with pytest.raises(SiteMismatch, match="in one patch"):
         compose(a, patch_of(random_site(NAMES[0], D_OUT + 1, D_IN)), name="x", version="v1")
+
+
+@settings(max_examples=100, deadline=None)
+@given(patches("v1"), st.sampled_from([0.5, 1.0, 2.0]))
+def test_scale_multiplies_every_row(patch: Patch, factor: float) -> None:
+    other = scale(patch, factor, version="v2")
+    for name in NAMES:
+        assert torch.equal(dense(other, name), factor * dense(patch, name))  # powers of two are exact
+    assert (other.parent, other.serial, other.version) == (patch.digest, patch.serial + 1, "v2")
+    assert check_same_shape(other, patch)
+
+
+def check_same_shape(one: Patch, other: Patch) -> bool:
+    return [(s.name, s.neurons, s.clusters, s.deltas.dtype_name, s.deltas.shape) for s in one.sites] == [
+        (s.name, s.neurons, s.clusters, s.deltas.dtype_name, s.deltas.shape) for s in other.sites
+    ]
+
+
+def test_scale_states_the_strength_and_claims_nothing_of_its_parent() -> None:
+    patch = golden_patch().evolve(method={"name": "NeST", "recipe": {"strength": 1.5}}, metrics={"asr": 0.5})
+    other = scale(patch, 0.5, version="v2", name="milder")
+    assert other.method["recipe"]["strength"] == 0.75
+    assert dict(other.method["scaled"]) == {"from": patch.digest, "factor": 0.5}
+    assert (other.name, dict(other.metrics), other.claims) == ("milder", {}, None)
+    assert scale(golden_patch(), 2.0, version="v2").method.get("recipe") == golden_patch().method.get("recipe")
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 101.0, float("nan"), float("inf")])
+def test_scale_refuses_factors_that_are_none(factor: float) -> None:
+    with pytest.raises(UsageError, match="above 0 and at most 100"):
+        scale(golden_patch(), factor, version="v2")
 
 
 # Immutability.

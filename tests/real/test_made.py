@@ -1,4 +1,4 @@
-"""The patches that ship for real models were made from the prompts, and by the recipe, that make_real.py names."""
+"""The patches that ship for real models: what make_real.py makes, or one of those at another strength."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nest_runtime.patch.algebra import scale
 from nest_runtime.prompts.examples import examples_digest
 from nest_runtime.resolve import load_patch
 from nest_runtime.train.recipe import Recipe
@@ -34,8 +35,13 @@ def make_real() -> Iterator[Any]:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_what_ships_is_what_the_script_makes(path: Path, make_real: Any) -> None:
-    making = make_real.makings_of(path.parent.name)[path.stem]
     patch = load_patch(path)
+    if "scaled" in patch.method:
+        (parent,) = [load_patch(other) for other in SHIPPED if load_patch(other).digest == patch.parent]
+        again = scale(parent, patch.method["scaled"]["factor"], version=patch.version)
+        assert again.evolve(created=patch.created).digest == patch.digest
+        return
+    making = make_real.makings_of(path.parent.name)[path.stem]
     assert Recipe.of_header(patch.method["recipe"]) == making.recipe
     if not (DATA / "advbench").is_dir():
         pytest.skip(f"{DATA / 'advbench'} is not there: prompts were not compared")

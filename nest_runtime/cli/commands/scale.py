@@ -1,0 +1,79 @@
+"""The command scale: a patch at another strength, without training."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nest_runtime.cli.commands.patches import PatchArgument, WhoseModel
+from nest_runtime.cli.common import base_hash_of, examples
+from nest_runtime.cli.output import JsonOption, Output, size
+from nest_runtime.cli.training import check_out
+from nest_runtime.errors import UsageError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(
+        "scale",
+        rich_help_panel="Make patches",
+        epilog=examples(
+            "nest-runtime scale v3 --by 1.1 --out stronger.safetensors",
+            "nest-runtime scale my.safetensors --by 0.8 --out milder.safetensors",
+        ),
+    )(scale)
+
+
+def scale(
+    ctx: typer.Context,
+    patch: Annotated[str, PatchArgument],
+    by: Annotated[float, typer.Option("--by", metavar="FACTOR", help="What its rows are multiplied with: 0.8, 1.1.")],
+    out_file: Annotated[Path, typer.Option("--out", metavar="FILE", help="The new patch's file.")],
+    version: Annotated[
+        str | None, typer.Option("--version", metavar="vK", help="Its version; by default the one after the patch's.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Its name; the patch's own.")] = None,
+    model: WhoseModel = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a patch at another strength. Above 1 it refuses more, of what is harmless too; below 1 less.
+
+    Measure both on prompts that you choose settings by, and keep the better one.
+    """
+    from nest_runtime.patch import algebra
+    from nest_runtime.resolve import load_patch
+    from nest_runtime.train.result import created_now
+
+    out = Output.of(ctx, as_json)
+    check_out(out_file, ".safetensors")
+    before = load_patch(patch, model_hash=base_hash_of(model))
+    after = algebra.scale(before, by, version=version or _next(before.version), name=name)
+    path = after.evolve(created=created_now()).save(out_file)
+    after = load_patch(str(path))
+    document = {
+        "name": after.name,
+        "version": after.version,
+        "digest": after.digest,
+        "parent": before.digest,
+        "factor": by,
+        "out": str(path),
+    }
+
+    def render() -> None:
+        """What was made of what, and what to do next."""
+        rows = {"patch": after.label, "digest": after.digest, "made of": f"{before.label}, times {by:g}"}
+        out.pairs({**rows, "file": f"{path} ({size(path.stat().st_size)})"})
+        out.note(f"next: nest-runtime eval --patch {path}, over-refusal included: its figures are not its parent's")
+
+    out.result(document, render)
+
+
+def _next(version: str) -> str:
+    """``v3`` → ``v4``. Raises UsageError where a version has no number at its end."""
+    found = re.fullmatch(r"(.*?)(\d+)", version)
+    if found is None:
+        raise UsageError(f"the version {version!r} has no number to count up", "name the new one with --version")
+    return f"{found[1]}{int(found[2]) + 1}"
