@@ -155,16 +155,19 @@ def name_and_version(
     name: str | None, version: str | None, loaded: LoadedModel, parent: Patch | None
 ) -> tuple[str, str]:
     """What is given, else the parent's name or MODEL-safety, and the next version that nothing has yet."""
-    from nest_runtime.store.store import Store
-
     if name is None:
         name = parent.name if parent else re.sub(r"[^\w.+-]+", "-", loaded.name.removesuffix(".gguf")) + "-safety"
-    if version is None:
-        known = [entry.version for entry in Store().list(loaded.hash) if entry.name == name]
-        known += [parent.version] if parent and parent.name == name else []
-        numbers = [int(found[1]) for item in known if (found := re.fullmatch(r"v(\d+)", item))]
-        version = f"v{max(numbers, default=0) + 1}"
-    return name, version
+    return name, version or next_version(name, loaded.hash, parent)
+
+
+def next_version(name: str, base_hash: str, parent: Patch | None) -> str:
+    """``v`` and a number that no patch of this name and base has, in the store, in the package, or as the parent."""
+    from nest_runtime.store.store import Store
+
+    known = [entry.version for entry in Store().list(base_hash) if entry.name == name]
+    known += [parent.version] if parent and parent.name == name else []
+    numbers = [int(found[1]) for item in known if (found := re.fullmatch(r"v(\d+)", item))]
+    return f"v{max(numbers, default=0) + 1}"
 
 
 def write_patch(

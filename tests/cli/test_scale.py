@@ -30,6 +30,11 @@ def test_people_are_told_what_came_of_what_and_what_to_do_next(run: Run, tmp_pat
     assert "next: nest-runtime eval --patch" in done.err
 
 
+def test_the_version_is_one_that_nothing_has_yet(run: Run, tmp_path: Path) -> None:
+    told = json.loads(run("scale", "v1", "--by", 2, "--out", tmp_path / "a.safetensors", "--json").out)
+    assert told["version"] == "v4"  # v2 and v3 come with the package
+
+
 def test_wrong_input_is_said_and_writes_nothing(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "a.safetensors"
     fails(run("scale", "v3", "--by", 0, "--out", out), 2, "expected a number above 0")
@@ -37,6 +42,6 @@ def test_wrong_input_is_said_and_writes_nothing(run: Run, tmp_path: Path) -> Non
     fails(run("scale", "v3", "--by", 2, "--out", tmp_path / "a.pt"), 2, "a.safetensors")
     fails(run("scale", "v3", "--by", 2, "--out", tmp_path / "no" / "a.safetensors"), 2, "does not exist")
     own = tmp_path / "own.safetensors"
-    load_patch("v3").evolve(version="stable").save(own)
-    fails(run("scale", own, "--by", 2, "--out", out), 2, "--version")
+    load_patch("v3").save(own)
+    fails(run("scale", own, "--by", 2, "--out", out, "--version", "base"), 2, "base")
     assert [path.name for path in tmp_path.iterdir()] == ["own.safetensors"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +10,7 @@ import typer
 from nest_runtime.cli.commands.patches import PatchArgument, WhoseModel
 from nest_runtime.cli.common import base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, size
-from nest_runtime.cli.training import check_out
-from nest_runtime.errors import UsageError
+from nest_runtime.cli.training import check_out, next_version
 
 
 def register(app: typer.Typer) -> None:
@@ -33,7 +31,7 @@ def scale(
     by: Annotated[float, typer.Option("--by", metavar="FACTOR", help="What its rows are multiplied with: 0.8, 1.1.")],
     out_file: Annotated[Path, typer.Option("--out", metavar="FILE", help="The new patch's file.")],
     version: Annotated[
-        str | None, typer.Option("--version", metavar="vK", help="Its version; by default the one after the patch's.")
+        str | None, typer.Option("--version", metavar="vK", help="Its version; the next free one.")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Its name; the patch's own.")] = None,
     model: WhoseModel = None,
@@ -43,16 +41,21 @@ def scale(
 
     Measure both on prompts that you choose settings by, and keep the better one.
     """
+    from nest_runtime.patch.patch import check_names
+
+    out = Output.of(ctx, as_json)
+    check_names(name, version)
+    check_out(out_file, ".safetensors")
     from nest_runtime.patch import algebra
     from nest_runtime.resolve import load_patch
     from nest_runtime.train.result import created_now
 
-    out = Output.of(ctx, as_json)
-    check_out(out_file, ".safetensors")
     before = load_patch(patch, model_hash=base_hash_of(model))
-    after = algebra.scale(before, by, version=version or _next(before.version), name=name)
-    path = after.evolve(created=created_now()).save(out_file)
-    after = load_patch(str(path))
+    called = name or before.name
+    after = algebra.scale(
+        before, by, version=version or next_version(called, before.base_hash, before), name=called
+    ).evolve(created=created_now())
+    path = after.save(out_file)
     document = {
         "name": after.name,
         "version": after.version,
@@ -69,11 +72,3 @@ def scale(
         out.note(f"next: nest-runtime eval --patch {path}, over-refusal included: its figures are not its parent's")
 
     out.result(document, render)
-
-
-def _next(version: str) -> str:
-    """``v3`` → ``v4``. Raises UsageError where a version has no number at its end."""
-    found = re.fullmatch(r"(.*?)(\d+)", version)
-    if found is None:
-        raise UsageError(f"the version {version!r} has no number to count up", "name the new one with --version")
-    return f"{found[1]}{int(found[2]) + 1}"
