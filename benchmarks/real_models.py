@@ -189,8 +189,8 @@ def _interval(found: dict[str, float]) -> str:
     return f"{100 * found['rate']:.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything asked for, as one document."""
+def run(options: argparse.Namespace) -> tuple[dict[str, Any], Patch | None]:
+    """Everything asked for, as one document; and the patch that was measured."""
     began, cases = time.perf_counter(), cases_of(options)
     questions = load_standard(UTILITY, data=options.data, n=options.utility).questions if options.utility else None
     if questions is not None:
@@ -229,7 +229,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             if questions is not None:
                 document[name]["utility"] = utility(result.ability)
     document["seconds"] = round(time.perf_counter() - began)
-    return document
+    return document, patch
 
 
 def main() -> None:
@@ -253,12 +253,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--card", type=Path, help="write the patch's card here")
     options = parser.parse_args()
-    document = run(options)
+    if options.card and not options.patch:
+        parser.error("--card without --patch")
+    document, patch = run(options)
     print("\n".join(lines(document)))
     if options.out:
         options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    if options.card:
-        options.card.write_text(card(load_patch(options.patch), document), encoding="utf-8")
+    if options.card and patch is not None:
+        options.card.write_text(card(patch, document), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -47,3 +48,13 @@ def test_what_ships_is_what_the_script_makes(path: Path, make_real: Any) -> None
         pytest.skip(f"{DATA / 'advbench'} is not there: prompts were not compared")
     for kind, examples in zip(("harmful", "benign"), make_real.training_prompts(DATA, making), strict=True):
         assert patch.data[kind]["digest"] == examples_digest(examples)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_card_beside_a_patch_is_of_that_patch_and_of_what_was_measured(path: Path) -> None:
+    patch, card = load_patch(path), path.with_suffix(".md").read_text(encoding="utf-8")
+    front = dict(line.split(": ", 1) for line in card.split("---")[1].strip().splitlines())
+    assert (front["name"], front["version"], front["digest"]) == (patch.name, patch.version, patch.digest)
+    assert f"{patch.parameters:,}\ntrained numbers" in card
+    measured = json.loads((ROOT / "docs/results/real" / f"{path.parent.name}-{path.stem}.json").read_text())
+    assert measured["digest"] == patch.digest

@@ -32,3 +32,4 @@ def test_one_command_prints_the_table(tmp_path: Path) -> None:
     for row in ("| plain | 2 |", "| xstest-safe | 2 |", "| mmlu |", "| kl |"):
         assert row in done.stdout
         assert row in (tmp_path / "card.md").read_text()
+    assert f"digest: {table['digest']}\nbase_model: {MODEL.name}" in (tmp_path / "card.md").read_text()
