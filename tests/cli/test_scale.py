@@ -27,7 +27,7 @@ def test_people_are_told_what_came_of_what_and_what_to_do_next(run: Run, tmp_pat
     done = run("scale", "v3", "--by", 1.1, "--out", tmp_path / "a.safetensors", "--name", "mine", "--version", "v9")
     assert "mine@v9" in done.out
     assert "reference-safety@v3, times 1.1" in done.out
-    assert "next: nest-runtime eval --patch" in done.err
+    assert f"next: nest-runtime eval --patch {tmp_path / 'a.safetensors'} --with-base" in done.err
 
 
 def test_the_version_is_one_that_nothing_has_yet(run: Run, tmp_path: Path) -> None:
