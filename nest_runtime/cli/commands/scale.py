@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nest_runtime.cli.commands.patches import PatchArgument, WhoseModel
-from nest_runtime.cli.common import base_hash_of, examples, model_flag
+from nest_runtime.cli.common import base_flag, base_hash_of, examples
 from nest_runtime.cli.output import JsonOption, Output, size
 from nest_runtime.cli.training import check_out, next_version
 
@@ -70,6 +70,6 @@ def scale(
         rows = {"patch": after.label, "digest": after.digest, "made of": f"{before.label}, times {by:g}"}
         out.pairs({**rows, "file": f"{path} ({size(path.stat().st_size)})"})
         out.note("note: its figures are not its parent's: measure attack success and over-refusal")
-        out.note(f"next: nest-runtime eval --patch {path} --with-base{model_flag(model) if model else ''}")
+        out.note(f"next: nest-runtime eval --patch {path} --with-base{base_flag(before.base_hash, before.base_model)}")
 
     out.result(document, render)
